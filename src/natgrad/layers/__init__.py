@@ -1,0 +1,1 @@
+"""How each kind of use becomes cases; from there on every layer is linear."""

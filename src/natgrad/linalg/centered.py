@@ -1,0 +1,172 @@
+"""The centered Kronecker product: weight and bias apart, the input factor a covariance."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.linalg.dense import Dense
+from natgrad.linalg.eigen import inverse_from_cholesky
+from natgrad.linalg.kronecker import Homogeneous, Kronecker, factored_inverses
+from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.space import Parts, Space
+
+
+class CenteredKronecker(Operator):
+    """`A ⊗ B` for `A = [[C + m mᵀ, m], [mᵀ, 1]]`, held as `Tᵀ blockdiag(C ⊗ B, B) T`.
+
+    It acts on the pair `(W, b)`. `T: (W, b) ↦ (W, b + W m)` has determinant 1, so that inverse, determinant
+    and samples all come from `C` and `B` alone. `damping` is added in the centered coordinates `(W, b + W m)`:
+    the damped solve, as a change of the layer's function, then does not depend on a shift of its inputs.
+
+    Args:
+        covariance: `C = cov(h)`, `(d_in, d_in)`.
+        mean: `m = E[h]`, `(d_in,)`.
+        output: `B`, `(d_out, d_out)`.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example:
+        >>> import torch
+        >>> Z = CenteredKronecker(covariance=torch.eye(2), mean=torch.tensor([1.0, 0.0]), output=torch.eye(1))
+        >>> W, b = Z.solve((torch.tensor([[3.0, 1.0]]), torch.tensor([2.0])))
+        >>> W, b      # W = ∇_W − ∇_b mᵀ, b = ∇_b − W m
+        (tensor([[1., 1.]]), tensor([1.]))
+    """
+
+    def __init__(self, *, covariance: Tensor, mean: Tensor, output: Tensor):
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"covariance has shape {tuple(covariance.shape)} and mean {tuple(mean.shape)}; "
+                "expected (d_in, d_in) and (d_in,)"
+            )
+        self.C, self.m, self.B = covariance, mean, output
+        weight = Kronecker(covariance, output)
+        self._centered = Centered(weight, Dense(output), mean)
+        self.space, self.dtype, self.device = self._centered.space, weight.dtype, weight.device
+
+    def _matmul(self, parts: Parts) -> Parts:
+        return self._centered._matmul(parts)
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+        """`T⁻¹ blockdiag(C ⊗ B + λ I, B + λ I)⁻¹ T⁻ᵀ`.
+
+        `damping_style="factored"` replaces the first block by `(C + π√λ I) ⊗ (B + √λ/π I)`. The bias keeps
+        `B + λ I`: its input factor is 1, so the weight's π is not its own.
+        """
+        check_damping(damping, damping_style)
+        if damping_style == "exact" or damping == 0:
+            return self._centered.inverse(damping)
+        weight = Kronecker(*factored_inverses(self.C, self.B, damping))
+        return CenteredInverse(weight, Dense(self.B).inverse(damping), self.m)
+
+    def power(self, exponent: float, damping: float = 0.0) -> Operator:
+        """`(A ⊗ B)^exponent`; damped, only the exponent −1 has this structure."""
+        if exponent == -1:
+            return self.inverse(damping)
+        if damping != 0:
+            raise TypeError(
+                f"a centered block damped in its centered coordinates has no power {exponent} of this "
+                "structure; use centered=False, damping=0, or structure='dense'"
+            )
+        return Homogeneous(Kronecker(self.A, self.B)).power(exponent)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        """`d_out logdet C + (d_in + 1) logdet B`, each damped in the centered coordinates."""
+        return self._centered.logdet(damping)
+
+    def trace(self) -> Tensor:
+        return self.A.trace() * self.B.trace()
+
+    def norm(self) -> Tensor:
+        return torch.linalg.matrix_norm(self.A) * torch.linalg.matrix_norm(self.B)
+
+    def _diagonal(self) -> Parts:
+        b = self.B.diagonal()
+        return torch.outer(b, self.C.diagonal() + self.m.square()), b
+
+    def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
+        return self._centered._inverse_factor(parts, damping)
+
+    @property
+    def A(self) -> Tensor:
+        """The homogeneous second moment `E[x xᵀ]`, `x = [h; 1]`."""
+        m = torch.cat([self.m, self.m.new_ones(1)])
+        return torch.block_diag(self.C, self.m.new_zeros(1, 1)) + torch.outer(m, m)
+
+
+class Centered(Operator):
+    """`Tᵀ blockdiag(weight, bias) T` with `T: (W, b) ↦ (W, b + W m)`, for any two operators."""
+
+    def __init__(self, weight: Operator, bias: Operator, mean: Float[Tensor, " i"]):
+        self.weight, self.bias, self.m = weight, bias, mean
+        self.space = Space((weight.space.shapes[0], bias.space.shapes[0]))
+        self.dtype, self.device = weight.dtype, weight.device
+
+    def _matmul(self, parts: Parts) -> Parts:
+        W, b = parts
+        (V,), (c,) = self.weight._matmul((W,)), self.bias._matmul((b + W @ self.m,))
+        return V + c.unsqueeze(-1) * self.m, c
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CenteredInverse:
+        check_damping(damping, damping_style)
+        return CenteredInverse(self.weight.inverse(damping), self.bias.inverse(damping), self.m)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        return self.weight.logdet(damping) + self.bias.logdet(damping)
+
+    def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
+        (W,) = self.weight._inverse_factor(parts[:1], damping)
+        (c,) = self.bias._inverse_factor(parts[1:], damping)
+        return W, c - W @ self.m
+
+
+class CenteredInverse(Operator):
+    """`T⁻¹ blockdiag(weight, bias) T⁻ᵀ`: the update `ΔW = weight(∇_W − ∇_b mᵀ)`, `Δb = bias(∇_b) − ΔW m`."""
+
+    def __init__(self, weight: Operator, bias: Operator, mean: Float[Tensor, " i"]):
+        self.weight, self.bias, self.m = weight, bias, mean
+        self.space = Space((weight.space.shapes[0], bias.space.shapes[0]))
+        self.dtype, self.device = weight.dtype, weight.device
+
+    def _matmul(self, parts: Parts) -> Parts:
+        W, c = self.apart(parts)
+        return W, c - W @ self.m
+
+    def apart(self, parts: Parts) -> Parts:
+        """`ΔW` and the change `Δb + ΔW m = bias(∇_b)` of the mean pre-activation, without the last step."""
+        grad_W, grad_b = parts
+        (W,) = self.weight._matmul((grad_W - grad_b.unsqueeze(-1) * self.m,))
+        (c,) = self.bias._matmul((grad_b,))
+        return W, c
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Centered:
+        if damping != 0:
+            raise self._cannot("damped inverse")
+        return Centered(self.weight.inverse(), self.bias.inverse(), self.m)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        if damping != 0:
+            raise self._cannot("damped logdet")
+        return self.weight.logdet() + self.bias.logdet()
+
+
+def homogeneous_inverse(C: Float[Tensor, "d d"], m: Float[Tensor, " d"]) -> Float[Tensor, "d+1 d+1"]:
+    """The inverse of `A = E[x xᵀ]`, `x = [h; 1]`, from covariance and mean:
+
+        A⁻¹ = [[C⁻¹, −C⁻¹ m], [−mᵀ C⁻¹, 1 + mᵀ C⁻¹ m]]
+
+    Raises:
+        ValueError: if `C` is singular.
+
+    Example:
+        >>> import torch
+        >>> homogeneous_inverse(torch.tensor([[0.5]]), torch.tensor([3.0])).round(decimals=3).tolist()
+        [[2.0, -6.0], [-6.0, 19.0]]
+    """
+    C_inv = inverse_from_cholesky(C, "the covariance C", 0.0)
+    c = -(C_inv @ m)
+    top = torch.cat([C_inv, c.unsqueeze(1)], 1)
+    return torch.cat([top, torch.cat([c, (1 - m @ c).reshape(1)]).unsqueeze(0)], 0)

@@ -1,0 +1,62 @@
+"""A matrix held in full, over vectors of any form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from natgrad.linalg.eigen import eigh, inverse_from_cholesky, positive
+from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.space import Parts, Space
+
+
+class Dense(Operator):
+    """A symmetric matrix `(size, size)` in torch order. The reference for every other structure.
+
+    Example:
+        >>> import torch
+        >>> Dense(torch.diag(torch.tensor([1.0, 3.0]))).solve(torch.ones(2), damping=1.0)
+        tensor([0.5000, 0.2500])
+    """
+
+    def __init__(self, matrix: Tensor, space: Space | None = None):
+        self.matrix = matrix
+        self.space = space or Space(((len(matrix),),))
+        self.dtype, self.device = matrix.dtype, matrix.device
+        self._eigh: tuple[Tensor, Tensor] | None = None
+
+    def _matmul(self, parts: Parts) -> Parts:
+        return self.space.unflatten(self.space.flatten(parts) @ self.matrix)
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Dense:
+        check_damping(damping, damping_style)
+        if damping_style == "factored":
+            raise TypeError("a dense matrix has no factors to damp; use damping_style='exact'")
+        damped = self.matrix + damping * torch.eye(len(self.matrix), dtype=self.dtype, device=self.device)
+        return Dense(inverse_from_cholesky(damped, "the matrix", damping), self.space)
+
+    def power(self, exponent: float, damping: float = 0.0) -> Dense:
+        e, U = self._damped(damping)
+        return Dense((U * e**exponent) @ U.mT, self.space)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        return self._damped(damping)[0].log().sum()
+
+    def trace(self) -> Tensor:
+        return self.matrix.trace()
+
+    def norm(self) -> Tensor:
+        return torch.linalg.matrix_norm(self.matrix)
+
+    def _diagonal(self) -> Parts:
+        return self.space.unflatten(self.matrix.diagonal().clone())
+
+    def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
+        return self.power(-0.5, damping)._matmul(parts)
+
+    def _damped(self, damping: float) -> tuple[Tensor, Tensor]:
+        check_damping(damping)
+        if self._eigh is None:
+            self._eigh = eigh(self.matrix, "the matrix")
+        e, U = self._eigh
+        return positive(e + damping, "the matrix", damping), U

@@ -1,0 +1,52 @@
+"""Eigenvalues and Cholesky factors, with one clear error where a matrix has none."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.linalg.operator import singular
+
+
+def eigh(M: Float[Tensor, "d d"], what: str) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+    """Ascending eigenvalues and eigenvectors of a symmetric matrix.
+
+    The float32 solver can fail to converge on matrices with many equal eigenvalues; float64 is tried then.
+    """
+    if not torch.isfinite(M).all():
+        raise ValueError(f"{what} has entries that are not finite; look for NaN or inf in the data or the model")
+    try:
+        e, U = torch.linalg.eigh(M)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        e, U = torch.linalg.eigh(M.double())
+    return e.to(M.dtype), U.to(M.dtype)
+
+
+def positive(values: Tensor, what: str, damping: float) -> Tensor:
+    """The eigenvalues, checked to be positive, and without damping above rounding: nothing is clamped."""
+    smallest = values.min()
+    if not smallest > _rounding(values, damping):
+        raise singular(what, damping, float(smallest))
+    return values
+
+
+def inverse_from_cholesky(M: Float[Tensor, "d d"], what: str, damping: float) -> Float[Tensor, "d d"]:
+    """The inverse of a positive definite matrix; ValueError where it is not (numerically) that.
+
+    Computed in float64: it costs little beside the products that use the inverse, and float32 factors of
+    layers with vanishing gradients fill with denormal numbers, which slows the processor a hundredfold.
+    """
+    L, info = torch.linalg.cholesky_ex(M.double())
+    if info.item() or not torch.isfinite(L).all():
+        raise singular(what, damping, float(torch.linalg.eigvalsh(torch.nan_to_num(M).double())[0]))
+    # diag(L)² spans less than the eigenvalues do, so a ratio at rounding level means a singular M.
+    pivots = L.diagonal().square()
+    if not pivots.min() > _rounding(pivots.to(M.dtype), damping):
+        raise singular(what, damping, float(pivots.min()))
+    return torch.cholesky_inverse(L).to(M.dtype)
+
+
+def _rounding(values: Tensor, damping: float) -> Tensor:
+    """Below this, an eigenvalue that was not damped cannot be told from zero."""
+    if damping > 0:
+        return values.new_zeros(())
+    return values.abs().max() * torch.finfo(values.dtype).eps * max(values.shape)

@@ -1,0 +1,103 @@
+"""The vectors an operator acts on: their parts, the forms users write them in, and their flat orders."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.linalg.vec import unvec, vec
+
+Parts = tuple[Tensor, ...]
+ORDERS = ("torch", "vec")
+
+
+@dataclass(frozen=True)
+class Space:
+    """Vectors made of tensors of the given shapes; named ones are written as a `dict`.
+
+    Internally a vector is a tuple of parts, each with any leading batch axes.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(prod(s) for s in self.shapes)
+
+    def split(self, v: Any, context: str) -> tuple[Parts, Callable[[Parts], Any]]:
+        """The parts of a vector given in any accepted form, and the function that restores that form."""
+        if isinstance(v, Mapping) and self.names is not None:
+            self._check_names(v, context)
+            parts = tuple(v[n] for n in self.names)
+            self._check_shapes(parts, context)
+            names = self.names
+            return parts, lambda out: dict(zip(names, out, strict=True))
+        if isinstance(v, (tuple, list)) and self.names is None:
+            self._check_shapes(tuple(v), context)
+            return tuple(v), lambda out: out
+        if isinstance(v, Tensor):
+            if self.names is None and len(self.shapes) == 1 and tuple(v.shape) == self.shapes[0]:
+                return (v,), lambda out: out[0]
+            if v.ndim == 1 and v.numel() == self.size:
+                return self.unflatten(v), self.flatten
+        raise ValueError(f"{context}: got {_describe(v)}, expected {self.describe()}")
+
+    def flatten(self, parts: Parts, order: str = "torch") -> Tensor:
+        """One vector: each part by rows (`"torch"`) or matrices by columns (`"vec"`)."""
+        flat = []
+        for part, shape in zip(parts, self.shapes, strict=True):
+            by_columns = order == "vec" and len(shape) == 2
+            flat.append(vec(part) if by_columns else part.reshape(*part.shape[: part.ndim - len(shape)], -1))
+        return torch.cat(flat, -1)
+
+    def unflatten(self, v: Tensor, order: str = "torch") -> Parts:
+        """Undo `flatten`; leading axes of `v` stay."""
+        parts = []
+        for piece, shape in zip(v.split([prod(s) for s in self.shapes], -1), self.shapes, strict=True):
+            by_columns = order == "vec" and len(shape) == 2
+            parts.append(unvec(piece, (shape[0], shape[1])) if by_columns else piece.reshape(*v.shape[:-1], *shape))
+        return tuple(parts)
+
+    def describe(self) -> str:
+        if self.names is not None:
+            return f"a dict with a tensor for each of {_few(self.names)}, or one flat tensor of {self.size}"
+        if len(self.shapes) == 1:
+            return f"a tensor of shape {self.shapes[0]}, or one flat tensor of {self.size}"
+        return f"tensors of shapes {', '.join(map(str, self.shapes))}, or one flat tensor of {self.size}"
+
+    def _check_names(self, v: Mapping[str, Tensor], context: str) -> None:
+        assert self.names is not None
+        missing = [n for n in self.names if n not in v]
+        unknown = [n for n in v if n not in self.names]
+        if missing or unknown:
+            what = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(unknown)}"] * bool(unknown)
+            raise ValueError(f"{context}: the dict {' and '.join(what)}; expected {self.describe()}")
+
+    def _check_shapes(self, parts: Parts, context: str) -> None:
+        labels = self.names or tuple(f"part {i}" for i in range(len(self.shapes)))
+        if len(parts) != len(self.shapes):
+            raise ValueError(f"{context}: got {len(parts)} tensors, expected {self.describe()}")
+        for label, part, shape in zip(labels, parts, self.shapes, strict=True):
+            if tuple(part.shape) != shape:
+                raise ValueError(
+                    f"{context}: {label} has shape {tuple(part.shape)}, expected {shape}, as the parameter has"
+                )
+
+
+def check_order(order: str) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r} is unknown: expected 'torch' (rows, as Tensor.flatten) or 'vec' (columns)")
+
+
+def _few(names: Any, most: int = 4) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(n) for n in names[:most]) + more
+
+
+def _describe(v: Any) -> str:
+    return f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else f"a {type(v).__name__}"

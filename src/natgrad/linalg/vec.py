@@ -1,0 +1,37 @@
+"""Flattening a matrix, in the two orders that the field uses."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def vec(W: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch mn"]:
+    """Stack the columns of a matrix: `vec(P V Q) = (Qᵀ ⊗ P) vec(V)`.
+
+    PyTorch's `flatten` stacks rows instead, which swaps the factors of a Kronecker product.
+
+    Example:
+        >>> import torch
+        >>> vec(torch.tensor([[1, 2], [3, 4]]).float()).tolist()
+        [1.0, 3.0, 2.0, 4.0]
+    """
+    return W.mT.flatten(-2)
+
+
+def unvec(v: Float[Tensor, "*batch mn"], shape: tuple[int, int]) -> Float[Tensor, "*batch m n"]:
+    """Undo `vec`: the matrix of the given `(rows, columns)` whose stacked columns are `v`.
+
+    Raises:
+        ValueError: if `v` does not have `rows * columns` entries.
+
+    Example:
+        >>> import torch
+        >>> unvec(torch.tensor([1.0, 3.0, 2.0, 4.0]), (2, 2)).tolist()
+        [[1.0, 2.0], [3.0, 4.0]]
+    """
+    rows, columns = shape
+    if v.shape[-1] != rows * columns:
+        raise ValueError(
+            f"unvec: v has {v.shape[-1]} entries, but shape {(rows, columns)} needs {rows * columns}; "
+            "pass the shape of the matrix that was flattened"
+        )
+    return v.unflatten(-1, (columns, rows)).mT

@@ -1,0 +1,120 @@
+"""One microbatch between its forward and the step: how to run it again, and what it contributes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture import Use
+from natgrad.losses import OutputCurvature
+from natgrad.moments import AffineMoments
+from natgrad.products import tangent
+from natgrad.statistics import Layer
+
+
+@dataclass
+class Forward:
+    """A forward of the model: its arguments, its random state, what it returned and what was recorded."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rng: RandomState
+    uses: list[Use] | None = None
+    returned: Any = None
+
+
+@dataclass
+class Batch:
+    """A batch whose loss was asked for. `scale` is the factor that the user's backward put on that loss."""
+
+    forward: Forward
+    target: Tensor
+    shape: torch.Size
+    mass: Tensor
+    loss: Tensor
+    moments: Mapping[Layer, AffineMoments] | None = None
+    scale: Tensor | None = None
+    fault: str | None = None
+    uses: list[Use] = field(default_factory=list)
+
+    def observe(self, gradient: Tensor) -> None:
+        """A hook of the loss: the gradient that reaches it is the factor of this batch in the objective."""
+        gradient = gradient.detach()
+        self.scale = gradient if self.scale is None else self.scale + gradient
+
+    def run(self, forward: Callable[..., Any]) -> Tensor:
+        """The output of `forward` on this batch, in the shape the loss took it, with the same random numbers."""
+        with self.forward.rng.restored():
+            output: Tensor = forward(*self.forward.args, **self.forward.kwargs)
+        return output.reshape(self.shape)
+
+
+class RandomState:
+    """The state of the generators that a forward may draw from."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Within, random numbers are those of the recorded forward; afterwards, the generators are as before."""
+        devices = [self._device] if self._cuda is not None else []
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(self._cpu)
+            if self._cuda is not None:
+                torch.cuda.set_rng_state(self._cuda, self._device)
+            yield
+
+
+class Objective:
+    """The mean over the pending batches, weighted as the user's backward weighted them.
+
+    Every quantity is per unit of the loss's own mean, so that nothing depends on the reduction, the batch
+    size or the number of microbatches. `scale` is the user's gradient over this objective's gradient.
+    """
+
+    def __init__(self, model: nn.Module, curvature: OutputCurvature, batches: list[Batch]):
+        self._model, self._curvature, self.batches = model, curvature, batches
+        if all(b.scale is None for b in batches):  # gradients that were set by hand
+            share = 1.0 / len(batches) if curvature.is_mean else 1.0
+            factors = [share for _ in batches]
+        else:
+            factors = [float(b.scale) for b in batches if b.scale is not None]
+        masses = [1.0 if curvature.is_mean else float(b.mass) for b in batches]
+        self.scale = sum(f * m for f, m in zip(factors, masses, strict=True))
+        self._weights = [f / self.scale if self.scale else 0.0 for f in factors]
+
+    @property
+    def loss(self) -> float:
+        return sum(w * float(b.loss) for w, b in zip(self._weights, self.batches, strict=True))
+
+    def evaluate(self) -> float:
+        """The loss at the parameters as they are now; buffers and random generators stay as they were."""
+        buffers = {n: b.clone() for n, b in self._model.named_buffers()}
+        total = 0.0
+        with torch.no_grad():
+            for weight, batch in zip(self._weights, self.batches, strict=True):
+                total += weight * float(self._curvature.module(batch.run(self._model), batch.target))
+            for n, b in self._model.named_buffers():
+                b.copy_(buffers[n])
+        return total
+
+    def products(self, directions: list[dict[str, Tensor]]) -> Tensor:
+        """The matrix of `d_iᵀ F d_j`, in float64, by forward mode on the batches."""
+        Q = torch.zeros(len(directions), len(directions), dtype=torch.float64)
+        for weight, batch in zip(self._weights, self.batches, strict=True):
+            if self._curvature.is_mean:
+                weight = weight / float(batch.mass)
+            pushed = [tangent(self._model, batch.run, d, batch.uses) for d in directions]
+            for i, (output, Jd) in enumerate(pushed):
+                DJd = self._curvature.product(output, batch.target, Jd)
+                for j in range(i + 1):
+                    Q[i, j] += weight * float((DJd * pushed[j][1]).sum())
+        return Q + Q.tril(-1).mT

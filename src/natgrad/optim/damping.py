@@ -1,0 +1,50 @@
+"""How the damping moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+
+class LevenbergMarquardt:
+    """Damping `λ` that follows how well the quadratic model predicts the loss.
+
+    After a step with reduction ratio `ρ = (change of the loss) / (change of the model)`: `λ` is multiplied by
+    `factor` where `ρ > 3/4`, divided by it where `ρ < 1/4`.
+
+    Reference: Martens & Grosse (2015), section 6.5; Moré (1978).
+    """
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def adapt(self, damping: float, ratio: float) -> float:
+        if ratio > 0.75:
+            return damping * self.factor
+        if ratio < 0.25:
+            return damping / self.factor
+        return damping
+
+
+def calibrate(scale: float, loss_after: Callable[[float], float]) -> float:
+    """The damping after whose step the loss on the first batch is lowest.
+
+    Tries `scale · 10³, 10², ... 10⁻⁶` from the safe end, and stops once two in a row were no better.
+
+    Args:
+        scale: a typical curvature: `tr F` over the number of parameters.
+        loss_after: the loss after the step that this damping proposes; infinite where there is none.
+    """
+    best, best_loss, worse = scale * 1e3, float("inf"), 0
+    for damping in _grid(scale):
+        loss = loss_after(damping)
+        if loss < best_loss:
+            best, best_loss, worse = damping, loss, 0
+        else:
+            worse += 1
+        if worse == 2:
+            break
+    return best
+
+
+def _grid(scale: float) -> Iterator[float]:
+    return (scale * 10.0**k for k in range(3, -7, -1))

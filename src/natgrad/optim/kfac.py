@@ -1,0 +1,467 @@
+"""K-FAC: the natural gradient with a Kronecker-factored, centered curvature."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture import Recorder, Tap
+from natgrad.curvature import kfac, select_parameters
+from natgrad.linalg import BlockDiagonal
+from natgrad.linalg.centered import CenteredInverse
+from natgrad.linalg.operator import check_damping
+from natgrad.losses import ESTIMATORS, output_curvature
+from natgrad.moments import AffineMoments
+from natgrad.optim.batch import Batch, Forward, Objective, RandomState
+from natgrad.optim.damping import LevenbergMarquardt, calibrate
+from natgrad.optim.quadratic import minimize
+from natgrad.statistics import SHARING, Layer, layer_moments, merge
+
+Vector = dict[str, Tensor]
+
+
+class KFAC(torch.optim.Optimizer):
+    """Natural-gradient descent with K-FAC's curvature, everything adaptive by default.
+
+    For a layer `a = W h + b` with `m = E[h]`, `C = cov(h)` and output factor `B`, the centered step is
+
+        ΔW = B⁻¹ (∇_W − ∇_b mᵀ) C⁻¹        Δb = B⁻¹ ∇_b − ΔW m        θ ← θ − α Δ + μ δ
+
+    with `δ` the previous step. `α` and `μ` minimize the quadratic model with the exact Fisher of the batch.
+
+    Args:
+        model: the module to train. Every trainable parameter must belong to an affine map.
+        loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss` or `nn.BCEWithLogitsLoss`.
+        lr: the step size `α`; None: from the quadratic model, at every step.
+        momentum: `μ`; None: from the quadratic model, at every step.
+        damping: `λ`, in units of the loss's mean whatever the reduction; None: calibrated on the first batch,
+            then Levenberg-Marquardt.
+        weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it.
+        centered: hold weight and bias apart, with the covariance of the inputs.
+        bias_update: `"exact"`, or `"simple"`: `Δb = B⁻¹ ∇_b`, whatever the weights do.
+        damping_style: `"factored"` (two Cholesky factorizations a layer) or `"exact"` (two eigenbases).
+        estimator: `"mc"` (labels drawn from the model), `"exact"` or `"empirical"`.
+        sharing: `"expand"` or `"reduce"`, for layers used at several positions.
+        statistics_every: steps between updates of the moments.
+        inverses_every: steps between updates of the inverses.
+        adapt_every: steps between updates of the damping.
+        decay: the weight of the past in the moving average of the moments, each time they are updated.
+        generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
+
+    Raises:
+        TypeError: if the loss is not supported.
+        ValueError: if an option is out of range.
+        NotImplementedError: by `loss`, if a parameter is not part of an affine map; it is named.
+
+    Example:
+        >>> import torch, natgrad
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> opt = natgrad.KFAC(model, torch.nn.CrossEntropyLoss())
+        >>> x = torch.randn(64, 4); y = (x[:, 0] > 0).long()
+        >>> for _ in range(20):
+        ...     loss = opt.loss(model(x), y)
+        ...     opt.zero_grad(); loss.backward(); opt.step()
+        >>> loss.item() < 0.1
+        True
+
+    Reference: Martens & Grosse (2015), "Optimizing Neural Networks with Kronecker-factored Approximate
+    Curvature", arXiv:1503.05671.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        *,
+        lr: float | None = None,
+        momentum: float | None = None,
+        damping: float | None = None,
+        weight_decay: float = 0.0,
+        centered: bool = True,
+        bias_update: str = "exact",
+        damping_style: str = "factored",
+        estimator: str = "mc",
+        sharing: str = "expand",
+        statistics_every: int = 5,
+        inverses_every: int = 20,
+        adapt_every: int = 5,
+        damping_decay: float = 0.9,
+        decay: float = 0.95,
+        generator: torch.Generator | None = None,
+    ):
+        self._curvature = output_curvature(loss)
+        self._parameters = select_parameters(model)
+        _check_number("lr", lr)
+        _check_number("momentum", momentum)
+        if damping is not None:
+            check_damping(damping, damping_style)
+        _check_number("weight_decay", weight_decay)
+        _check_option("bias_update", bias_update, ("exact", "simple"))
+        _check_option("damping_style", damping_style, ("exact", "factored"))
+        _check_option("estimator", estimator, ESTIMATORS)
+        _check_option("sharing", sharing, SHARING)
+        for name, every in (
+            ("statistics_every", statistics_every),
+            ("inverses_every", inverses_every),
+            ("adapt_every", adapt_every),
+        ):
+            if every < 1:
+                raise ValueError(f"{name}={every} is not usable: expected a number of steps, at least 1")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay} is not usable: expected a number in [0, 1)")
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([{"params": list(self._parameters.values())}], defaults)
+
+        self.model = model
+        self.centered, self.bias_update, self.damping_style = centered, bias_update, damping_style
+        self.estimator, self.sharing, self.decay = estimator, sharing, decay
+        self.statistics_every, self.inverses_every = statistics_every, inverses_every
+        self.adapt_every = adapt_every
+        device = next(iter(self._parameters.values())).device
+        self._generator = generator or torch.Generator(device).manual_seed(torch.initial_seed())
+        self._rule = LevenbergMarquardt(factor=damping_decay**adapt_every)
+
+        self.diagnostics: dict[str, Any] = {}
+        self._damping, self._adaptive_damping = damping, damping is None
+        self._steps = 0
+        self._moments: dict[Layer, AffineMoments] = {}
+        self._inverse: BlockDiagonal | None = None
+        self._inverse_age = 0
+        self._forward: Forward | None = None
+        self._pending: list[Batch] = []
+        self._recorder: Recorder | None = None
+        self._suspended = False
+        self._attach()
+
+    # Capture -------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        me = weakref.ref(self)
+
+        def before(model: nn.Module, args: Any, kwargs: Any) -> None:
+            opt = me()
+            if opt is not None and model is opt.model:
+                opt._before_forward(args, kwargs)
+
+        def after(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            opt = me()
+            if opt is not None and model is opt.model:
+                opt._after_forward(output)
+
+        for handle in Tap(before, after).attach(self.model):
+            weakref.finalize(self, handle.remove)
+
+    def _before_forward(self, args: Any, kwargs: Any) -> None:
+        if self._suspended:
+            return
+        self._forward = None
+        if not (self.model.training and torch.is_grad_enabled()):
+            return
+        device = next(iter(self._parameters.values())).device
+        self._forward = Forward(args, kwargs, RandomState(device))
+        if self._statistics_due() or self._uses_quadratic_model():
+            self._recorder = Recorder(self._parameters)
+            self._recorder.__enter__()
+
+    def _after_forward(self, output: Any) -> None:
+        if self._suspended:
+            return
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.__exit__(None, None, None)
+        if self._forward is not None:
+            # A forward that raised returns nothing, and cannot be followed by a loss.
+            if output is None:
+                self._forward = None
+                return
+            self._forward.returned = output
+            if recorder is not None:
+                recorder.check()
+                self._forward.uses = recorder.uses
+
+    def _statistics_due(self) -> bool:
+        return self._steps % self.statistics_every == 0 or not self._moments
+
+    def _uses_quadratic_model(self) -> bool:
+        group = self.param_groups[0]
+        return self._adaptive_damping or group["lr"] is None or group["momentum"] is None
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss module's value on `output`, which the last forward of the model returned.
+
+        Backward from it, scaled or summed over microbatches as you like, then call `step`.
+
+        Raises:
+            RuntimeError: if no forward in training mode with gradients enabled came before.
+            ValueError: if output and target do not fit the loss, or the batch is empty.
+        """
+        forward, self._forward = self._forward, None
+        if forward is None:
+            raise RuntimeError(
+                "opt.loss follows a forward of the model in training mode with gradients enabled, and there was "
+                "none since the last opt.loss; call model.train() and model(x) first, and for evaluation the "
+                "loss module itself"
+            )
+        self._curvature.check(output, target)
+        if output.numel() == 0:
+            raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")
+        if self._uses_quadratic_model() and not _same_tensor(output, forward.returned):
+            raise ValueError(
+                "opt.loss was not given the tensor that the model returned, but the adaptive step runs the model "
+                "again and needs it; let the model return the loss's input, or fix lr, momentum and damping"
+            )
+        loss: Tensor = self._curvature.module(output, target)
+        mass = self._curvature.normalizer(output.detach(), target)
+        batch = Batch(forward, target, output.shape, mass, loss.detach())
+        if not torch.isfinite(loss):
+            batch.fault = "the loss is not finite: look for NaN or inf in the batch"
+        elif forward.uses is not None:
+            if self._statistics_due():
+                columns = self._curvature.columns(output, target, self.estimator, generator=self._generator)
+                batch.moments = layer_moments(forward.uses, output, columns, mass, sharing=self.sharing)
+                if not all(m.is_finite() for m in batch.moments.values()):
+                    batch.fault = "the statistics are not finite"
+            if self._uses_quadratic_model():
+                batch.uses = forward.uses
+        forward.uses = forward.returned = None
+        if loss.requires_grad:
+            loss.register_hook(batch.observe)
+        self._pending.append(batch)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, and with them the batches whose backward is in them."""
+        self._pending = [b for b in self._pending if b.scale is None]
+        super().zero_grad(set_to_none)
+
+    # The step ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the parameters from their gradients. What was done is in `diagnostics`.
+
+        A step that cannot be computed (a loss, gradient or factor that is not finite, a loss that rises by
+        half) leaves the parameters as they are, warns, and raises the damping.
+
+        Raises:
+            RuntimeError: if no `opt.loss` and backward came before.
+        """
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        pending, self._pending = self._pending, []
+        if any(b.scale is not None for b in pending):
+            pending = [b for b in pending if b.scale is not None]
+        gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        if not pending or not gradients:
+            raise RuntimeError(
+                "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
+            )
+        self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "damping": self._damping}
+        fault = self._step(pending, gradients)
+        if fault is not None:
+            self._reject(fault)
+        self._steps += 1
+        return value
+
+    def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
+        fault = next((b.fault for b in pending if b.fault), None)
+        if fault:
+            return fault
+        objective = Objective(self.model, self._curvature, pending)
+        eta = self.param_groups[0]["weight_decay"] / objective.scale if objective.scale else math.inf
+        if not (objective.scale > 0 and math.isfinite(objective.scale)):
+            return f"the loss was scaled by {objective.scale} before backward"
+        self._suspended = True
+        try:
+            self._update_moments(pending)
+            self._check_covered(gradients)
+            g = {
+                n: gradients[n] / objective.scale + eta * p if n in gradients else torch.zeros_like(p)
+                for n, p in self._parameters.items()
+                if n in gradients or any(n in layer.names for layer in self._moments)
+            }
+            if not all(torch.isfinite(v.sum()) for v in g.values()):
+                return "the gradient is not finite"
+            loss = objective.loss + 0.5 * eta * self._square()
+            self.diagnostics["loss"] = loss
+            if self._damping is None:
+                self._calibrate(objective, g, eta)
+            return self._move(objective, g, eta, loss)
+        finally:
+            self._suspended = False
+
+    def _move(self, objective: Objective, g: Vector, eta: float, loss: float) -> str | None:
+        damping = self._damping
+        assert damping is not None
+        if self._inverse is None or self._inverse_age >= self.inverses_every:
+            try:
+                self._inverse = self._invert(damping + eta)
+            except ValueError as error:
+                if not self._adaptive_damping:
+                    raise
+                return f"a factor could not be inverted: {error}"
+            self._inverse_age = 0
+        self._inverse_age += 1
+        proposal = self._propose(objective, g, damping + eta)
+        if proposal is None:
+            return "the quadratic model has no finite minimum"
+        delta, change = proposal
+        self._add(delta, 1)
+        measured = self._adaptive_damping and (self._steps + 1) % self.adapt_every == 0
+        if measured:
+            after = objective.evaluate() + 0.5 * eta * self._square()
+            if not after <= loss + 0.5 * abs(loss):
+                self._add(delta, -1)
+                return f"the loss would have risen from {loss:.4g} to {after:.4g}"
+            ratio = (after - loss) / change if change else 0.0
+            self._damping = self._rule.adapt(damping, ratio)
+            self.diagnostics |= {"reduction_ratio": ratio, "loss_after": after}
+        self.diagnostics["damping"] = self._damping
+        for n, d in delta.items():
+            self.state[self._parameters[n]]["delta"] = d
+        return None
+
+    def _propose(self, objective: Objective, g: Vector, total_damping: float) -> tuple[Vector, float] | None:
+        """The step `−α Δ + μ δ` and the quadratic model's change."""
+        assert self._inverse is not None
+        group = self.param_groups[0]
+        directions = [self._direction(self._inverse, g)]
+        previous = {n: s["delta"] for n in g if "delta" in (s := self.state[self._parameters[n]])}
+        if len(previous) == len(g) and group["momentum"] != 0:
+            directions.append(previous)
+        fixed: dict[int, float] = {}
+        if group["lr"] is not None:
+            fixed[0] = -group["lr"]
+        if group["momentum"] is not None and len(directions) > 1:
+            fixed[1] = group["momentum"]
+        if self._uses_quadratic_model():
+            Q = objective.products(directions) + total_damping * _gram(directions)
+            slope = torch.tensor([_dot(g, d) for d in directions], dtype=torch.float64)
+            minimum = minimize(Q, slope, fixed)
+            if minimum is None:
+                return None
+            coefficients, change = minimum.coefficients, minimum.change
+            self.diagnostics["predicted_change"] = change
+        else:
+            coefficients, change = [fixed[i] for i in range(len(directions))], 0.0
+        self.diagnostics |= {"lr": -coefficients[0], "momentum": (*coefficients, 0.0)[1]}
+        delta = {n: sum(c * d[n] for c, d in zip(coefficients, directions, strict=True)) for n in g}
+        if not all(torch.isfinite(d.sum()) for d in delta.values()):  # type: ignore[union-attr]
+            return None
+        return delta, change  # type: ignore[return-value]
+
+    def _direction(self, inverse: BlockDiagonal, g: Vector) -> Vector:
+        out: Vector = {}
+        for block in inverse.layers.values():
+            op, parts = block.operator, block.parts(g)
+            simple = self.bias_update == "simple" and isinstance(op, CenteredInverse)
+            out |= block.named(op.apart(parts) if simple else op._matmul(parts))  # type: ignore[attr-defined]
+        return out
+
+    def _reject(self, fault: str) -> None:
+        self.diagnostics |= {"accepted": False, "reason": fault}
+        for p in self._parameters.values():
+            self.state[p].pop("delta", None)
+        if self._adaptive_damping and self._damping is not None:
+            self._damping *= 4
+            self.diagnostics["damping"] = self._damping
+        self._inverse_age = self.inverses_every  # refreshed at the next step
+        warnings.warn(f"KFAC rejected step {self._steps}: {fault}", RuntimeWarning, stacklevel=4)
+
+    # Curvature -----------------------------------------------------------------------------------------
+
+    def _update_moments(self, pending: list[Batch]) -> None:
+        new = merge(b.moments for b in pending if b.moments is not None)
+        self.diagnostics["statistics"] = bool(new)
+        for layer, moments in new.items():
+            past = self._moments.get(layer)
+            self._moments[layer] = moments if past is None else self.decay * past + moments
+
+    def _check_covered(self, gradients: Vector) -> None:
+        covered = {n for layer in self._moments for n in layer.names}
+        for n in gradients:
+            if n not in covered:
+                raise NotImplementedError(
+                    f"{n!r} has a gradient but was not used in the recorded forward, so no layer kind covers it; "
+                    "freeze it with requires_grad_(False)"
+                )
+
+    def _invert(self, damping: float) -> BlockDiagonal:
+        self.diagnostics["inverses"] = True
+        return self.curvature().inverse(damping, damping_style=self.damping_style)
+
+    def curvature(self) -> BlockDiagonal:
+        """The running K-FAC matrix, per unit of the loss's mean and without damping.
+
+        Raises:
+            RuntimeError: before the first step.
+        """
+        if not self._moments:
+            raise RuntimeError("there is no curvature before the first step; take one")
+        return kfac(self._moments, self._parameters, is_mean=True, centered=self.centered)
+
+    def _calibrate(self, objective: Objective, g: Vector, eta: float) -> None:
+        """Chooses the first damping: the one whose step lowers the loss most."""
+        matrix = self.curvature()
+        scale = float(matrix.trace()) / matrix.space.size
+
+        def loss_after(damping: float) -> float:
+            try:
+                self._inverse = matrix.inverse(damping + eta, damping_style=self.damping_style)
+            except ValueError:
+                return math.inf
+            proposal = self._propose(objective, g, damping + eta)
+            if proposal is None:
+                return math.inf
+            self._add(proposal[0], 1)
+            after = objective.evaluate() + 0.5 * eta * self._square()
+            self._add(proposal[0], -1)
+            return after if math.isfinite(after) else math.inf
+
+        before = {n: p.clone() for n, p in self._parameters.items()}
+        self._damping = calibrate(scale if scale > 0 else 1.0, loss_after)
+        for n, p in self._parameters.items():
+            p.copy_(before[n])  # adding and taking away leaves rounding behind
+        self._inverse = None
+
+    def _add(self, delta: Vector, sign: int) -> None:
+        torch._foreach_add_([self._parameters[n] for n in delta], list(delta.values()), alpha=sign)
+
+    def _square(self) -> float:
+        if self.param_groups[0]["weight_decay"] == 0:
+            return 0.0
+        return sum(float(p.square().sum()) for p in self._parameters.values())
+
+
+def _same_tensor(output: Tensor, returned: Any) -> bool:
+    """Whether `output` is what the model returned, as it is or in another shape."""
+    return isinstance(returned, Tensor) and (
+        output is returned or (output.numel() == returned.numel() and output.data_ptr() == returned.data_ptr())
+    )
+
+
+def _dot(u: Vector, v: Vector) -> float:
+    return float(torch.stack([(u[n] * v[n]).sum() for n in u]).sum())
+
+
+def _gram(directions: list[Vector]) -> Tensor:
+    return torch.tensor([[_dot(u, v) for v in directions] for u in directions], dtype=torch.float64)
+
+
+def _check_number(name: str, value: float | None) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value!r} is not usable: expected a number >= 0")
+
+
+def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, known))}")

@@ -1,0 +1,51 @@
+"""The local quadratic model of the objective: step size and momentum from its minimum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Coefficients of the directions, and the model's change there (negative: a decrease)."""
+
+    coefficients: list[float]
+    change: float
+
+
+def minimize(Q: Tensor, slope: Tensor, fixed: dict[int, float]) -> Minimum | None:
+    """The minimum over `c` of `½ cᵀ Q c + slopeᵀ c`, with some coefficients held at given values.
+
+    Args:
+        Q: `d_iᵀ (F + λ I) d_j`, float64.
+        slope: `gᵀ d_i`, float64.
+        fixed: coefficients that are not free, by index.
+
+    Returns:
+        The minimum, or None where it is not finite or the model has no minimum.
+
+    Reference: Martens & Grosse (2015), section 7.
+    """
+    c = torch.zeros_like(slope)
+    for i, value in fixed.items():
+        c[i] = value
+    free = [i for i in range(len(slope)) if i not in fixed]
+    if free:
+        H = Q[free][:, free]
+        # In units of each direction's own curvature, a near-parallel pair shows as a small eigenvalue.
+        unit = H.diagonal().sqrt()
+        if not (torch.isfinite(H).all() and (unit > 0).all()):
+            return None
+        correlation = H / torch.outer(unit, unit)
+        rhs = -(slope[free] + Q[free] @ c) / unit
+        if torch.linalg.eigvalsh(correlation)[0] < 1e-6:  # parallel: the first direction alone
+            c[free[0]] = rhs[0] / unit[0]
+        else:
+            c[free] = torch.linalg.solve(correlation, rhs) / unit
+    change = 0.5 * c @ Q @ c + slope @ c
+    if not (torch.isfinite(c).all() and torch.isfinite(change)):
+        return None
+    return Minimum(c.tolist(), float(change))

@@ -1,0 +1,106 @@
+"""Products with the exact matrix of a model on a batch, by forward and reverse mode; no matrix is formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from natgrad.capture import Use
+from natgrad.layers.affine import affine
+
+
+def tangent(
+    model: nn.Module, call: Callable[..., Tensor], direction: Mapping[str, Tensor], uses: Sequence[Use] = ()
+) -> tuple[Tensor, Tensor]:
+    """The output and `J d`, by forward mode.
+
+    Args:
+        model: the module that owns the parameters.
+        call: `call(forward)` runs `forward` (in place of `model`) on the batch and returns the output.
+        direction: `d`, by parameter name.
+        uses: what a recorder noted in a forward on the same batch and parameters. Their outputs are taken
+            from there, which leaves two products a layer instead of three.
+    """
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    parameters = dict(model.named_parameters())
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = {
+            n: forward_ad.make_dual(p.detach(), direction[n]) if n in direction else p.detach()
+            for n, p in parameters.items()
+        }
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(model, {**duals, **buffers}, args, kwargs)
+
+        with _Replay(duals, uses):
+            output = call(forward)
+        primal, Jd = forward_ad.unpack_dual(output)
+        return primal, torch.zeros_like(primal) if Jd is None else Jd
+
+
+class _Replay(TorchFunctionMode):
+    """Takes the outputs of `linear` from recorded uses, and computes their tangents alone."""
+
+    def __init__(self, duals: Mapping[str, Tensor], uses: Sequence[Use]):
+        super().__init__()
+        self._names = {id(t): n for n, t in duals.items()}
+        self._left = list(uses)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and self._left:
+            out = self._linear(*args, **kwargs)
+            if out is not None:
+                return out
+        return func(*args, **kwargs)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        names = self._names.get(id(weight)), self._names.get(id(bias))
+        if names == (None, None):
+            return None
+        use = self._left[0]
+        if (use.weight, use.bias) != names or use.transposed or not use.a_intact:
+            self._left = []  # another path than the recorded one: compute it all
+            return None
+        del self._left[0]
+        h, h_dot = forward_ad.unpack_dual(input)
+        W, W_dot = forward_ad.unpack_dual(weight)
+        b_dot = None if bias is None else forward_ad.unpack_dual(bias).tangent
+        a_dot = None if W_dot is None else F.linear(h, W_dot, b_dot)
+        if a_dot is None:
+            a_dot = affine(h, None, b_dot, False)
+        if h_dot is not None:
+            through = F.linear(h_dot, W)
+            a_dot = through if a_dot is None else through.add_(a_dot)
+        a = use.a.detach()
+        return a if a_dot is None else forward_ad.make_dual(a, a_dot.expand_as(a))
+
+
+def gauss_newton_product(
+    model: nn.Module,
+    call: Callable[..., Tensor],
+    direction: Mapping[str, Tensor],
+    curve: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """`Jᵀ D J d` on one batch; `curve(output, v)` is `D v`."""
+    names = list(direction)
+    frozen = {n: p.detach() for n, p in model.named_parameters() if n not in direction}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    leaves = {n: dict(model.named_parameters())[n].detach().requires_grad_() for n in names}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, {**frozen, **leaves, **buffers}, args, kwargs)
+
+    output, Jd = tangent(model, call, direction)
+    DJd = curve(output, Jd)
+    with torch.enable_grad():
+        out = call(forward)
+    grads = torch.autograd.grad(out, [leaves[n] for n in names], DJd, allow_unused=True)
+    return {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(names, grads, strict=True)}
