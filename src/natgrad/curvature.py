@@ -119,6 +119,7 @@ def fisher(
         moments = merge([moments, new])
     _check_covered(parameters, moments)
     _check_finite(moments)
+    check_mass(next(iter(moments.values())).mass, curvature.is_mean)
     return kfac(moments, parameters, curvature.is_mean, centered=centered)
 
 
@@ -215,6 +216,7 @@ class Implicit(Operator):
         mass = torch.zeros((), dtype=self.dtype, device=self.device)
         for batch in self._batches:
             mass += self._add_product(batch, v, total)
+        check_mass(mass, self._curvature.is_mean)
         scale = 1 / mass if self._curvature.is_mean else 1.0
         return tuple(total[n] * scale for n in self.space.names)
 
@@ -226,6 +228,7 @@ class Implicit(Operator):
             return output
 
         def curve(output: Tensor, Jd: Tensor) -> Tensor:
+            check_output(output)
             held["mass"] = self._curvature.normalizer(output, held["target"])
             return self._curvature.product(output, held["target"], Jd)
 
@@ -282,13 +285,18 @@ class _Batches:
         self._data: Iterable[Any] = list(data) if isinstance(data, Iterator) else data
 
     def __iter__(self) -> Iterator[Any]:
-        if not self._progress:
-            yield from self._data
-            return
-        from rich.progress import track
+        data: Iterable[Any] = self._data
+        if self._progress:
+            from rich.progress import track
 
-        total = len(self._data) if isinstance(self._data, Sized) else None
-        yield from track(self._data, description="curvature", total=total)
+            total = len(self._data) if isinstance(self._data, Sized) else None
+            data = track(self._data, description="curvature", total=total)
+        empty = True
+        for batch in data:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("data is empty: expected at least one (input, target) batch")
 
     def run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
         if self._forward is not None:
@@ -311,9 +319,7 @@ class _Batches:
         return output, target
 
     def recorded(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Recorder, Tensor, Tensor]]:
-        empty = True
         for batch in self:
-            empty = False
             recorder = Recorder(parameters)
             with torch.enable_grad(), recorder:
                 output, target = self.run(self._model, batch)
@@ -323,8 +329,6 @@ class _Batches:
                     "the output does not depend on any trainable parameter; expected a model that uses them"
                 )
             yield recorder, output, target
-        if empty:
-            raise ValueError("data is empty: expected at least one (input, target) batch")
 
 
 def check_output(output: Tensor) -> None:
@@ -334,6 +338,15 @@ def check_output(output: Tensor) -> None:
         raise ValueError(
             f"{bad} of {output.numel()} entries of the model's output are not finite; look for NaN or inf in the "
             "batch or in the parameters"
+        )
+
+
+def check_mass(mass: Tensor, is_mean: bool) -> None:
+    """Raises ValueError if the mean has nothing to divide by."""
+    if is_mean and not mass > 0:
+        raise ValueError(
+            f"the loss's mean divides by {float(mass):g}: every target is ignored or has weight zero; "
+            "leave such data out, or use reduction='sum'"
         )
 
 
@@ -370,6 +383,7 @@ def _dense(
             G.addmm_(S.mT, S)
     if not torch.isfinite(G).all():
         raise ValueError("the matrix has entries that are not finite; look for NaN or inf in targets or loss weights")
+    check_mass(mass, curvature.is_mean)
     return Dense(G / mass if curvature.is_mean else G, space)
 
 

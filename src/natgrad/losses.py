@@ -206,7 +206,7 @@ class Softmax(OutputCurvature):
         p = output.softmax(1)
         # The largest of log p + Gumbel noise is a draw from p.
         u = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator)
-        noise = -torch.log(-torch.log(u.clamp_min(torch.finfo(p.dtype).tiny)).clamp_min(torch.finfo(p.dtype).tiny))
+        noise = -(-u.clamp_min(torch.finfo(p.dtype).tiny).log()).log()
         label = (output.log_softmax(1) + noise).argmax(1, keepdim=True)
         return (p - torch.zeros_like(p).scatter_(1, label, 1.0)) * self.case_weight(output, target).sqrt()
 

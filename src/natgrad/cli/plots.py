@@ -41,7 +41,7 @@ def plot_error(runs: Sequence[Run], path: Path) -> None:
     # The first moments' fall from the first weights would press all that follows together.
     settled = [point.squared_error for run in runs for point in run.curve[2:]]
     if settled:
-        by_time.set_ylim(top=1.1 * max(settled))
+        by_time.set_ylim(bottom=0.92 * min(settled), top=1.1 * max(settled))
     by_time.set_xlim(left=0)
     by_time.set_xlabel("training time (s)")
     by_time.set_ylabel("squared error per image\n(sum over pixels)")
@@ -126,14 +126,14 @@ def _tidy(axes: Axes) -> None:
 
 
 def _plain_log_ticks(axes: Axes) -> None:
-    """Label 1, 2, 5, 10, 20, ... as plain numbers: errors seldom span more than two powers of ten."""
+    """Label 1, 2, 5, 10, ..., or more where the axis is short, as plain numbers."""
     low, high = axes.get_ylim()
     if not (0 < low < high < float("inf")):
         return
     ticks = [
         digit * 10.0**power
         for power in range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-        for digit in (1, 2, 5)
+        for digit in ((1, 2, 5) if high > 6 * low else (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8))
     ]
     shown = [tick for tick in ticks if low <= tick <= high]
     axes.set_yticks(shown, [f"{tick:g}" for tick in shown])

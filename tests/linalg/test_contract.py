@@ -1,0 +1,267 @@
+"""One contract for every operator: each operation against the dense matrix, formed independently."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import centering, close, f64, homogeneous, homogeneous_kron, randn, spd
+
+from natgrad.linalg import (
+    Block,
+    BlockDiagonal,
+    CenteredKronecker,
+    Dense,
+    Homogeneous,
+    Kronecker,
+    Operator,
+    Space,
+)
+
+TOL = 1e-8
+
+
+@dataclass
+class Case:
+    """An operator, its dense matrix in torch order, and what `damping` multiplies in that order."""
+
+    op: Operator
+    dense: torch.Tensor
+    metric: torch.Tensor
+
+    def damped(self, damping):
+        return self.dense + damping * self.metric
+
+
+def kronecker(d_out, d_in, seed):
+    A, B = spd(d_in, seed), spd(d_out, seed + 1)
+    return Case(Kronecker(A, B), torch.kron(B, A), torch.eye(d_in * d_out, dtype=f64))
+
+
+def centered(d_out, d_in, seed):
+    C, B, m = spd(d_in, seed), spd(d_out, seed + 1), randn(d_in, seed=seed)
+    T = centering(m, d_out)
+    return Case(
+        CenteredKronecker(covariance=C, mean=m, output=B), homogeneous_kron(homogeneous(C, m), B), T.mT @ T
+    )
+
+
+def homogeneous_(d_out, d_in, seed):
+    A, B = spd(d_in + 1, seed), spd(d_out, seed + 1)
+    return Case(Homogeneous(Kronecker(A, B)), homogeneous_kron(A, B), torch.eye((d_in + 1) * d_out, dtype=f64))
+
+
+def dense(d_out, d_in, seed):
+    M = spd(d_out * d_in + d_out, seed)
+    space = Space(((d_out, d_in), (d_out,)))
+    return Case(Dense(M, space), M, torch.eye(len(M), dtype=f64))
+
+
+def block_diagonal(d_out, d_in, seed):
+    """A weight stored transposed, then a centered layer, then a lone bias."""
+    A, B = spd(d_in, seed), spd(d_out, seed + 1)
+    middle, lone = centered(d_out, d_in, seed + 2), spd(d_out, seed + 4)
+    blocks = {
+        "late": Block(Dense(lone), ("c",)),
+        "first": Block(Kronecker(A, B), ("v",), transposed=True),
+        "middle": Block(middle.op, ("w", "b")),
+    }
+    space = Space(((d_in, d_out), (d_out, d_in), (d_out,), (d_out,)), ("v", "w", "b", "c"))
+    matrix = torch.block_diag(torch.kron(A, B), middle.dense, lone)
+    metric = torch.block_diag(torch.eye(len(A) * len(B), dtype=f64), middle.metric, torch.eye(d_out, dtype=f64))
+    return Case(BlockDiagonal(blocks, space), matrix, metric)
+
+
+CASES = [kronecker, centered, homogeneous_, dense, block_diagonal]
+UNIT_METRIC = [kronecker, homogeneous_, dense]
+sizes, seeds, dampings = st.integers(1, 5), st.integers(0, 10_000), st.sampled_from([0.0, 1e-4, 0.3, 20.0])
+every_operator = pytest.mark.parametrize("make", CASES)
+
+
+def vector(case, seed=7):
+    """The same random vector, flat and in the operator's own form."""
+    flat = randn(len(case.dense), seed=seed)
+    return flat, case.op._form(case.op.space.unflatten(flat))
+
+
+def flatten(v):
+    values = v.values() if isinstance(v, dict) else v if isinstance(v, tuple) else (v,)
+    return torch.cat([t.flatten() for t in values])
+
+
+def columns_order(space):
+    """The torch-order index of each entry when matrices are stacked by columns."""
+    order, start = [], 0
+    for shape in space.shapes:
+        n = torch.Size(shape).numel()
+        index = torch.arange(start, start + n).view(shape)
+        order.append(index.t().flatten() if len(shape) == 2 else index)
+        start += n
+    return torch.cat(order)
+
+
+@every_operator
+@given(d_out=sizes, d_in=sizes, seed=seeds)
+def test_to_dense_in_both_orders(make, d_out, d_in, seed):
+    case = make(d_out, d_in, seed)
+    order = columns_order(case.op.space)
+    close(case.op.to_dense(), case.dense, TOL)
+    close(case.op.to_dense(order="vec"), case.dense[order][:, order], TOL)
+
+
+@every_operator
+@given(d_out=sizes, d_in=sizes, seed=seeds)
+def test_product_and_quadratic(make, d_out, d_in, seed):
+    case = make(d_out, d_in, seed)
+    flat, formed = vector(case)
+    close(case.op @ flat, case.dense @ flat, TOL)
+    product = case.op @ formed
+    assert type(product) is type(formed)
+    close(flatten(product), case.dense @ flat, TOL)
+    close(case.op.quadratic(formed), flat @ case.dense @ flat, TOL)
+    close(case.op.quadratic(flat), flat @ case.dense @ flat, TOL)
+
+
+@every_operator
+@given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
+def test_solve_and_inverse(make, d_out, d_in, seed, damping):
+    case = make(d_out, d_in, seed)
+    flat, formed = vector(case)
+    inverse = torch.linalg.inv(case.damped(damping))
+    close(case.op.inverse(damping).to_dense(), inverse, TOL)
+    close(case.op.solve(flat, damping), inverse @ flat, TOL)
+    close(flatten(case.op.solve(formed, damping)), inverse @ flat, TOL)
+
+
+@every_operator
+@given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
+def test_the_inverse_of_the_inverse(make, d_out, d_in, seed, damping):
+    case = make(d_out, d_in, seed)
+    close(case.op.inverse(damping).inverse().to_dense(), case.damped(damping), TOL)
+
+
+@every_operator
+@given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
+def test_scalars(make, d_out, d_in, seed, damping):
+    case = make(d_out, d_in, seed)
+    close(case.op.trace(), case.dense.trace(), TOL)
+    close(case.op.norm(), torch.linalg.matrix_norm(case.dense), TOL)
+    close(case.op.logdet(damping), torch.logdet(case.damped(damping)), TOL)
+    close(case.op.inverse(damping).logdet(), -torch.logdet(case.damped(damping)), TOL)
+
+
+@every_operator
+@given(d_out=sizes, d_in=sizes, seed=seeds)
+def test_diagonal(make, d_out, d_in, seed):
+    case = make(d_out, d_in, seed)
+    diagonal = case.op.diagonal()
+    assert type(diagonal) is type(vector(case)[1])
+    close(flatten(diagonal), case.dense.diagonal(), TOL)
+
+
+def matrix_power(M, exponent):
+    e, U = torch.linalg.eigh(M)
+    return (U * e**exponent) @ U.mT
+
+
+@every_operator
+@pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.5, 2.0])
+@given(d_out=sizes, d_in=sizes, seed=seeds)
+def test_power(make, exponent, d_out, d_in, seed):
+    case = make(d_out, d_in, seed)
+    close(case.op.power(exponent).to_dense(), matrix_power(case.dense, exponent), TOL)
+    close(case.op.power(-1.0, 0.3).to_dense(), torch.linalg.inv(case.damped(0.3)), TOL)
+
+
+@pytest.mark.parametrize("make", UNIT_METRIC)
+@given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
+def test_damped_power(make, d_out, d_in, seed, damping):
+    case = make(d_out, d_in, seed)
+    close(case.op.power(-0.5, damping).to_dense(), matrix_power(case.damped(damping), -0.5), TOL)
+
+
+@pytest.mark.parametrize("make", [centered, block_diagonal])
+def test_a_damped_power_that_has_no_such_structure_says_what_has(make):
+    with pytest.raises(TypeError, match="centered=False"):
+        make(2, 3, 0).op.power(-0.5, 0.1)
+
+
+@every_operator
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_samples_have_the_inverse_as_covariance(make, damping):
+    case, n = make(2, 3, 0), 40_000
+    draws = case.op.sample(n, damping, generator=torch.Generator().manual_seed(0))
+    parts = tuple(draws.values()) if isinstance(draws, dict) else draws if isinstance(draws, tuple) else (draws,)
+    X = torch.cat([p.flatten(1) for p in parts], 1)
+    assert len(X) == n
+    e, U = torch.linalg.eigh(case.damped(damping))
+    white = X @ (U * e.sqrt())  # of covariance I
+    eye = torch.eye(len(case.dense), dtype=f64)
+    close(white.mT @ white / n, eye, tol=6 * (2 / n) ** 0.5)
+
+
+@every_operator
+def test_samples_repeat_with_their_generator(make):
+    op = make(2, 3, 0).op
+    first, again = (flatten(op.sample(2, 0.1, generator=torch.Generator().manual_seed(3))) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@every_operator
+@pytest.mark.parametrize("damping", [-1e-3, float("nan"), float("inf")])
+def test_a_damping_that_is_no_damping(make, damping):
+    case = make(2, 3, 0)
+    for operation in (case.op.inverse, case.op.logdet, lambda d: case.op.solve(vector(case)[0], d)):
+        with pytest.raises(ValueError, match="damping"):
+            operation(damping)
+
+
+@every_operator
+def test_a_damping_style_that_is_unknown(make):
+    with pytest.raises(ValueError, match=r"damping_style='tikhonov'.*exact.*factored"):
+        make(2, 3, 0).op.inverse(0.1, damping_style="tikhonov")
+
+
+@every_operator
+def test_a_vector_of_the_wrong_size(make):
+    op = make(2, 3, 0).op
+    for operation in (op.__matmul__, op.quadratic, op.solve):
+        with pytest.raises(ValueError, match=f"expected .*{op.space.size}"):
+            operation(torch.zeros(op.space.size + 1, dtype=f64))
+
+
+@every_operator
+def test_an_order_that_is_unknown(make):
+    with pytest.raises(ValueError, match=r"order='numpy'.*torch.*vec"):
+        make(2, 3, 0).op.to_dense(order="numpy")
+
+
+@pytest.mark.parametrize("damping", [0.0])
+@pytest.mark.parametrize("singular", ["A", "B"])
+@pytest.mark.parametrize("centered", [True, False])
+def test_a_singular_factor_without_damping_is_refused(centered, singular, damping):
+    v = randn(4)
+    rank_one = torch.outer(v, v)
+    A, B = (rank_one, spd(4, 0)) if singular == "A" else (spd(4, 0), rank_one)
+    op = CenteredKronecker(covariance=A, mean=v, output=B) if centered else Kronecker(A, B)
+    for operation in (op.inverse, op.logdet, lambda d: op.power(-0.5, d), lambda d: op.sample(1, d)):
+        with pytest.raises(ValueError, match="larger damping"):
+            operation(damping)
+    assert torch.isfinite(op.inverse(0.1).to_dense()).all()
+
+
+def test_a_singular_block_is_named():
+    zero = Kronecker(torch.eye(2, dtype=f64), torch.zeros(2, 2, dtype=f64))
+    op = BlockDiagonal({"fc1": Block(zero, ("fc1.weight",))}, Space(((2, 2),), ("fc1.weight",)))
+    with pytest.raises(ValueError, match=r"layer 'fc1'.*singular"):
+        op.inverse()
+
+
+def test_factors_that_do_not_fit():
+    with pytest.raises(ValueError, match="square"):
+        Kronecker(torch.zeros(2, 3), torch.eye(2))
+    with pytest.raises(ValueError, match=r"\(d_in, d_in\)"):
+        CenteredKronecker(covariance=torch.eye(2), mean=torch.zeros(3), output=torch.eye(2))
+    with pytest.raises(ValueError, match="square"):
+        CenteredKronecker(covariance=torch.eye(2), mean=torch.zeros(2), output=torch.zeros(2, 3))
