@@ -11,15 +11,19 @@ class LevenbergMarquardt:
     After a step with reduction ratio `ρ = (change of the loss) / (change of the model)`: `λ` is multiplied by
     `factor` where `ρ > 3/4`, divided by it where `ρ < 1/4`.
 
+    The step size is chosen with the exact curvature, so `ρ` says little about the damping inside of the inverse
+    and would let it fall for ever. It stops at `floor` times the mean of the curvature's diagonal.
+
     Reference: Martens & Grosse (2015), section 6.5; Moré (1978).
     """
 
-    def __init__(self, factor: float):
-        self.factor = factor
+    def __init__(self, factor: float, floor: float):
+        self.factor, self.floor = factor, floor
 
-    def adapt(self, damping: float, ratio: float) -> float:
+    def adapt(self, damping: float, ratio: float, scale: float) -> float:
+        """The next damping; `scale` is the mean of the curvature's diagonal."""
         if ratio > 0.75:
-            return damping * self.factor
+            return min(damping, max(damping * self.factor, self.floor * scale))
         if ratio < 0.25:
             return damping / self.factor
         return damping

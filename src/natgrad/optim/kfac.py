@@ -92,8 +92,9 @@ class KFAC(torch.optim.Optimizer):
         statistics_every: int = 5,
         inverses_every: int = 20,
         adapt_every: int = 5,
-        damping_decay: float = 0.9,
-        decay: float = 0.95,
+        damping_decay: float = 0.8,
+        damping_floor: float = 0.03,
+        decay: float = 0.9,
         generator: torch.Generator | None = None,
     ):
         self._curvature = output_curvature(loss)
@@ -126,7 +127,7 @@ class KFAC(torch.optim.Optimizer):
         self.adapt_every = adapt_every
         device = next(iter(self._parameters.values())).device
         self._generator = generator or torch.Generator(device).manual_seed(torch.initial_seed())
-        self._rule = LevenbergMarquardt(factor=damping_decay**adapt_every)
+        self._rule = LevenbergMarquardt(damping_decay**adapt_every, damping_floor)
 
         self.diagnostics: dict[str, Any] = {}
         self._damping, self._adaptive_damping = damping, damping is None
@@ -323,7 +324,7 @@ class KFAC(torch.optim.Optimizer):
                 self._add(delta, -1)
                 return f"the loss would have risen from {loss:.4g} to {after:.4g}"
             ratio = (after - loss) / change if change else 0.0
-            self._damping = self._rule.adapt(damping, ratio)
+            self._damping = self._rule.adapt(damping, ratio, self._scale())
             self.diagnostics |= {"reduction_ratio": ratio, "loss_after": after}
         self.diagnostics["damping"] = self._damping
         for n, d in delta.items():
@@ -409,10 +410,14 @@ class KFAC(torch.optim.Optimizer):
             raise RuntimeError("there is no curvature before the first step; take one")
         return kfac(self._moments, self._parameters, is_mean=True, centered=self.centered)
 
+    def _scale(self) -> float:
+        """The mean of the curvature's diagonal: what a damping is large or small against."""
+        matrix = self.curvature()
+        return float(matrix.trace()) / matrix.space.size
+
     def _calibrate(self, objective: Objective, g: Vector, eta: float) -> None:
         """Chooses the first damping: the one whose step lowers the loss most."""
-        matrix = self.curvature()
-        scale = float(matrix.trace()) / matrix.space.size
+        matrix, scale = self.curvature(), self._scale()
 
         def loss_after(damping: float) -> float:
             try:
