@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture import Recorder, Tap
 from natgrad.curvature import kfac, select_parameters
 from natgrad.linalg import BlockDiagonal
 from natgrad.linalg.centered import CenteredInverse
 from natgrad.linalg.operator import check_damping
+from natgrad.linalg.state import dump, restore
 from natgrad.losses import ESTIMATORS, output_curvature
 from natgrad.moments import AffineMoments
-from natgrad.optim.batch import Batch, Forward, Objective, RandomState
+from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
-from natgrad.optim.quadratic import minimize
+from natgrad.optim.quadratic import Minimum, minimize
+from natgrad.optim.watch import Watch
 from natgrad.statistics import SHARING, Layer, layer_moments, merge
 
 Vector = dict[str, Tensor]
@@ -45,12 +46,16 @@ class KFAC(torch.optim.Optimizer):
         weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it.
         centered: hold weight and bias apart, with the covariance of the inputs.
         bias_update: `"exact"`, or `"simple"`: `Δb = B⁻¹ ∇_b`, whatever the weights do.
-        damping_style: `"factored"` (two Cholesky factorizations a layer) or `"exact"` (two eigenbases).
+        damping_style: `"factored"` (two Cholesky factorizations a layer) or `"exact"` (two eigenbases, twice the
+            products). None: factored where centered; else exact, as the homogeneous factors then damp the bias
+            by the weight's share and stall it.
         estimator: `"mc"` (labels drawn from the model), `"exact"` or `"empirical"`.
         sharing: `"expand"` or `"reduce"`, for layers used at several positions.
         statistics_every: steps between updates of the moments.
         inverses_every: steps between updates of the inverses.
-        adapt_every: steps between updates of the damping.
+        adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`.
+        damping_decay: the least factor per step by which the damping may fall.
+        damping_floor: the damping falls no further than this share of the mean of the curvature's diagonal.
         decay: the weight of the past in the moving average of the moments, each time they are updated.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
 
@@ -86,11 +91,11 @@ class KFAC(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         centered: bool = True,
         bias_update: str = "exact",
-        damping_style: str = "factored",
+        damping_style: str | None = None,
         estimator: str = "mc",
         sharing: str = "expand",
         statistics_every: int = 5,
-        inverses_every: int = 20,
+        inverses_every: int = 10,
         adapt_every: int = 5,
         damping_decay: float = 0.8,
         damping_floor: float = 0.03,
@@ -102,7 +107,8 @@ class KFAC(torch.optim.Optimizer):
         _check_number("lr", lr)
         _check_number("momentum", momentum)
         if damping is not None:
-            check_damping(damping, damping_style)
+            check_damping(damping)
+        damping_style = damping_style or ("factored" if centered else "exact")
         _check_number("weight_decay", weight_decay)
         _check_option("bias_update", bias_update, ("exact", "simple"))
         _check_option("damping_style", damping_style, ("exact", "factored"))
@@ -135,57 +141,13 @@ class KFAC(torch.optim.Optimizer):
         self._moments: dict[Layer, AffineMoments] = {}
         self._inverse: BlockDiagonal | None = None
         self._inverse_age = 0
-        self._forward: Forward | None = None
+        self._combination: list[float] | None = None
         self._pending: list[Batch] = []
-        self._recorder: Recorder | None = None
-        self._suspended = False
-        self._attach()
+        self._watch = Watch(model, self._parameters)
 
-    # Capture -------------------------------------------------------------------------------------------
-
-    def _attach(self) -> None:
-        me = weakref.ref(self)
-
-        def before(model: nn.Module, args: Any, kwargs: Any) -> None:
-            opt = me()
-            if opt is not None and model is opt.model:
-                opt._before_forward(args, kwargs)
-
-        def after(model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            opt = me()
-            if opt is not None and model is opt.model:
-                opt._after_forward(output)
-
-        for handle in Tap(before, after).attach(self.model):
-            weakref.finalize(self, handle.remove)
-
-    def _before_forward(self, args: Any, kwargs: Any) -> None:
-        if self._suspended:
-            return
-        self._forward = None
-        if not (self.model.training and torch.is_grad_enabled()):
-            return
-        device = next(iter(self._parameters.values())).device
-        self._forward = Forward(args, kwargs, RandomState(device))
-        if self._statistics_due() or self._uses_quadratic_model():
-            self._recorder = Recorder(self._parameters)
-            self._recorder.__enter__()
-
-    def _after_forward(self, output: Any) -> None:
-        if self._suspended:
-            return
-        recorder, self._recorder = self._recorder, None
-        if recorder is not None:
-            recorder.__exit__(None, None, None)
-        if self._forward is not None:
-            # A forward that raised returns nothing, and cannot be followed by a loss.
-            if output is None:
-                self._forward = None
-                return
-            self._forward.returned = output
-            if recorder is not None:
-                recorder.check()
-                self._forward.uses = recorder.uses
+    def _arm(self) -> None:
+        """Sets whether the next forward is recorded."""
+        self._watch.recording = self._statistics_due() or self._uses_quadratic_model()
 
     def _statistics_due(self) -> bool:
         return self._steps % self.statistics_every == 0 or not self._moments
@@ -203,7 +165,7 @@ class KFAC(torch.optim.Optimizer):
             RuntimeError: if no forward in training mode with gradients enabled came before.
             ValueError: if output and target do not fit the loss, or the batch is empty.
         """
-        forward, self._forward = self._forward, None
+        forward = self._watch.take()
         if forward is None:
             raise RuntimeError(
                 "opt.loss follows a forward of the model in training mode with gradients enabled, and there was "
@@ -267,10 +229,12 @@ class KFAC(torch.optim.Optimizer):
                 "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
             )
         self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "damping": self._damping}
-        fault = self._step(pending, gradients)
+        with self._watch.suspended():
+            fault = self._step(pending, gradients)
         if fault is not None:
             self._reject(fault)
         self._steps += 1
+        self._arm()
         return value
 
     def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
@@ -281,24 +245,26 @@ class KFAC(torch.optim.Optimizer):
         eta = self.param_groups[0]["weight_decay"] / objective.scale if objective.scale else math.inf
         if not (objective.scale > 0 and math.isfinite(objective.scale)):
             return f"the loss was scaled by {objective.scale} before backward"
-        self._suspended = True
-        try:
-            self._update_moments(pending)
-            self._check_covered(gradients)
-            g = {
-                n: gradients[n] / objective.scale + eta * p if n in gradients else torch.zeros_like(p)
-                for n, p in self._parameters.items()
-                if n in gradients or any(n in layer.names for layer in self._moments)
-            }
-            if not all(torch.isfinite(v.sum()) for v in g.values()):
-                return "the gradient is not finite"
-            loss = objective.loss + 0.5 * eta * self._square()
-            self.diagnostics["loss"] = loss
-            if self._damping is None:
-                self._calibrate(objective, g, eta)
-            return self._move(objective, g, eta, loss)
-        finally:
-            self._suspended = False
+        self._update_moments(pending)
+        self._check_covered(gradients)
+        g = self._gradient(gradients, objective.scale, eta)
+        if not _finite(g):
+            return "the gradient is not finite"
+        loss = objective.loss + 0.5 * eta * self._square()
+        self.diagnostics["loss"] = loss
+        if self._damping is None:
+            self._calibrate(objective, g, eta)
+        return self._move(objective, g, eta, loss)
+
+    def _gradient(self, gradients: Vector, scale: float, eta: float) -> Vector:
+        """The objective's gradient per unit of the loss's mean, zero where a layer has one in part."""
+        partners = [n for layer in self._moments if any(m in gradients for m in layer.names) for n in layer.names]
+        names = [n for n in self._parameters if n in gradients or n in partners]
+        values = [gradients[n] if n in gradients else torch.zeros_like(self._parameters[n]) for n in names]
+        values = list(torch._foreach_mul(values, 1 / scale))
+        if eta:
+            torch._foreach_add_(values, [self._parameters[n] for n in names], alpha=eta)
+        return dict(zip(names, values, strict=True))
 
     def _move(self, objective: Objective, g: Vector, eta: float, loss: float) -> str | None:
         damping = self._damping
@@ -317,8 +283,7 @@ class KFAC(torch.optim.Optimizer):
             return "the quadratic model has no finite minimum"
         delta, change = proposal
         self._add(delta, 1)
-        measured = self._adaptive_damping and (self._steps + 1) % self.adapt_every == 0
-        if measured:
+        if self._adaptive_damping and self._adaptation_due():
             after = objective.evaluate() + 0.5 * eta * self._square()
             if not after <= loss + 0.5 * abs(loss):
                 self._add(delta, -1)
@@ -330,6 +295,9 @@ class KFAC(torch.optim.Optimizer):
         for n, d in delta.items():
             self.state[self._parameters[n]]["delta"] = d
         return None
+
+    def _adaptation_due(self) -> bool:
+        return (self._steps + 1) % self.adapt_every == 0
 
     def _propose(self, objective: Objective, g: Vector, total_damping: float) -> tuple[Vector, float] | None:
         """The step `−α Δ + μ δ` and the quadratic model's change."""
@@ -344,21 +312,31 @@ class KFAC(torch.optim.Optimizer):
             fixed[0] = -group["lr"]
         if group["momentum"] is not None and len(directions) > 1:
             fixed[1] = group["momentum"]
-        if self._uses_quadratic_model():
-            Q = objective.products(directions) + total_damping * _gram(directions)
-            slope = torch.tensor([_dot(g, d) for d in directions], dtype=torch.float64)
-            minimum = minimize(Q, slope, fixed)
+        along = self._combination
+        if not self._uses_quadratic_model():
+            coefficients, change = list(fixed.values()), 0.0
+        elif along is not None and len(directions) == 2 and not fixed and not self._adaptation_due():
+            # Between adaptations α and μ keep their ratio: the length alone takes one forward-mode pass, not two.
+            minimum = self._minimum(objective, g, [_combine(along, directions)], total_damping, {})
+            if minimum is None:
+                return None
+            coefficients, change = [minimum.coefficients[0] * c for c in along], minimum.change
+        else:
+            minimum = self._minimum(objective, g, directions, total_damping, fixed)
             if minimum is None:
                 return None
             coefficients, change = minimum.coefficients, minimum.change
-            self.diagnostics["predicted_change"] = change
-        else:
-            coefficients, change = [fixed[i] for i in range(len(directions))], 0.0
-        self.diagnostics |= {"lr": -coefficients[0], "momentum": (*coefficients, 0.0)[1]}
-        delta = {n: sum(c * d[n] for c, d in zip(coefficients, directions, strict=True)) for n in g}
-        if not all(torch.isfinite(d.sum()) for d in delta.values()):  # type: ignore[union-attr]
-            return None
-        return delta, change  # type: ignore[return-value]
+            self._combination = coefficients if len(directions) == 2 else None
+        self.diagnostics |= {"lr": -coefficients[0], "momentum": (*coefficients, 0.0)[1], "predicted_change": change}
+        delta = _combine(coefficients, directions)
+        return (delta, change) if _finite(delta) else None
+
+    def _minimum(
+        self, objective: Objective, g: Vector, directions: list[Vector], total_damping: float, fixed: dict[int, float]
+    ) -> Minimum | None:
+        Q = objective.products(directions) + total_damping * _gram(directions)
+        slope = torch.tensor([_dot(g, d) for d in directions], dtype=torch.float64)
+        return minimize(Q, slope, fixed)
 
     def _direction(self, inverse: BlockDiagonal, g: Vector) -> Vector:
         out: Vector = {}
@@ -372,6 +350,7 @@ class KFAC(torch.optim.Optimizer):
         self.diagnostics |= {"accepted": False, "reason": fault}
         for p in self._parameters.values():
             self.state[p].pop("delta", None)
+        self._combination = None
         if self._adaptive_damping and self._damping is not None:
             self._damping *= 4
             self.diagnostics["damping"] = self._damping
@@ -409,6 +388,50 @@ class KFAC(torch.optim.Optimizer):
         if not self._moments:
             raise RuntimeError("there is no curvature before the first step; take one")
         return kfac(self._moments, self._parameters, is_mean=True, centered=self.centered)
+
+    # Saving --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on beside the parameters: they resume bit for bit.
+
+        As in torch, tensors are not copied.
+        """
+        return super().state_dict() | {
+            "kfac": {
+                "steps": self._steps,
+                "damping": self._damping,
+                "combination": self._combination,
+                "generator": self._generator.get_state(),
+                "moments": [(asdict(layer), vars(m)) for layer, m in self._moments.items()],
+                "inverse": None if self._inverse is None else dump(self._inverse),
+                "inverse_age": self._inverse_age,
+            }
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes from what `state_dict` gave, for a model of the same parameters.
+
+        Raises:
+            ValueError: if it is not of a KFAC optimizer, or of other parameters.
+        """
+        saved = state_dict.get("kfac")
+        if saved is None:
+            raise ValueError(
+                f"the state has {', '.join(map(repr, state_dict))} and no 'kfac': it is not a KFAC optimizer's"
+            )
+        unknown = [n for layer, _ in saved["moments"] for n in (layer["weight"], layer["bias"]) if n is not None]
+        unknown = [n for n in unknown if n not in self._parameters]
+        if unknown:
+            raise ValueError(f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
+        device = next(iter(self._parameters.values())).device
+        saved = _copied(saved, device)
+        self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
+        self._generator.set_state(saved["generator"].cpu())
+        self._moments = {Layer(**layer): AffineMoments(**m) for layer, m in saved["moments"]}
+        self._inverse, self._inverse_age = restore(saved["inverse"]), saved["inverse_age"]
+        self._pending = []
+        self._arm()
 
     def _scale(self) -> float:
         """The mean of the curvature's diagonal: what a damping is large or small against."""
@@ -454,12 +477,34 @@ def _same_tensor(output: Tensor, returned: Any) -> bool:
     )
 
 
+def _copied(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {k: _copied(v, device) for k, v in value.items()}
+    return type(value)(_copied(v, device) for v in value) if isinstance(value, (list, tuple)) else value
+
+
 def _dot(u: Vector, v: Vector) -> float:
-    return float(torch.stack([(u[n] * v[n]).sum() for n in u]).sum())
+    return float(torch.stack([torch.dot(u[n].flatten(), v[n].flatten()) for n in u]).sum())
 
 
 def _gram(directions: list[Vector]) -> Tensor:
     return torch.tensor([[_dot(u, v) for v in directions] for u in directions], dtype=torch.float64)
+
+
+def _combine(coefficients: list[float], directions: list[Vector]) -> Vector:
+    """`Σ c_i d_i`."""
+    names = list(directions[0])
+    total = list(torch._foreach_mul([directions[0][n] for n in names], coefficients[0]))
+    for c, d in zip(coefficients[1:], directions[1:], strict=True):
+        torch._foreach_add_(total, [d[n] for n in names], alpha=c)
+    return dict(zip(names, total, strict=True))
+
+
+def _finite(v: Vector) -> bool:
+    # The largest entry of each tensor is NaN or infinite where any entry is.
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(list(v.values()), math.inf))).all())
 
 
 def _check_number(name: str, value: float | None) -> None:

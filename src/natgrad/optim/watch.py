@@ -1,0 +1,131 @@
+"""Following a model's forwards, so that the optimizer knows how each came about."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from natgrad.capture import Recorder, Tap
+from natgrad.optim.batch import Forward, RandomState
+
+
+class Watch:
+    """Keeps the last forward of `model` in training mode with gradients enabled.
+
+    While `recording`, the uses of the parameters in it are kept too. Forwards of the model inside of its own
+    forward belong to the outermost. Nothing keeps the optimizer alive, and a copy of the model is not watched.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
+        self.recording = True
+        self._model, self._parameters = weakref.ref(model), dict(parameters)
+        self._forward: Forward | None = None
+        self._recorder: Recorder | None = None
+        self._depth = 0
+        self._outermost: FrameType | None = None
+        self._suspended = False
+        me = weakref.ref(self)
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            watch = me()
+            if watch is not None and module is watch._model():
+                watch._before(args, kwargs)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            watch = me()
+            if watch is not None and module is watch._model():
+                watch._after(output)
+
+        for handle in Tap(before, after).attach(model):
+            weakref.finalize(self, handle.remove)
+
+    def take(self) -> Forward | None:
+        """The last forward, once."""
+        forward, self._forward = self._forward, None
+        return forward
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within, forwards of the model are not looked at."""
+        self._suspended = True
+        try:
+            yield
+        finally:
+            self._suspended = False
+
+    def clear(self) -> None:
+        """Ends the recording of a forward. One that was interrupted is ended by the next: torch runs no hook
+        after a KeyboardInterrupt."""
+        self._depth, self._outermost = 0, None
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            _leave(recorder)
+
+    def _before(self, args: Any, kwargs: Any) -> None:
+        if self._suspended:
+            return
+        if self._outermost is not None and not _running(self._outermost):
+            self.clear()
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._forward = None
+        self._outermost = _calling_frame()
+        model = self._model()
+        if model is None or not (model.training and torch.is_grad_enabled()):
+            return
+        self._forward = Forward(args, kwargs, RandomState(next(iter(self._parameters.values())).device))
+        if self.recording:
+            self._recorder = Recorder(self._parameters)
+            self._recorder.__enter__()
+
+    def _after(self, output: Any) -> None:
+        if self._suspended:
+            return
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        recorder = self._recorder
+        self.clear()
+        # A forward that raised returns nothing, and cannot be followed by a loss.
+        if self._forward is None or output is None:
+            self._forward = None
+            return
+        self._forward.returned = output
+        if recorder is not None:
+            recorder.check()
+            self._forward.uses = recorder.uses
+
+
+def _calling_frame() -> FrameType | None:
+    """The frame of torch's call of the module, from within a hook."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != nn.Module.__module__:
+        frame = frame.f_back
+    return frame
+
+
+def _running(frame: FrameType) -> bool:
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
+
+
+def _leave(recorder: Recorder) -> None:
+    """Takes the recorder off the stack of function modes, also from below others."""
+    above: list[Any] = []
+    while recorder in _get_current_function_mode_stack():
+        mode = _pop_mode()
+        if mode is not recorder:
+            above.append(mode)
+    for mode in reversed(above):
+        _push_mode(mode)
