@@ -1,8 +1,15 @@
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("natgrad", deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("natgrad")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Test processes with more threads than cores keep one another waiting."""
+    torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item):
