@@ -19,7 +19,7 @@ import natgrad
 from natgrad.cli.tasks import make_autoencoder, make_task
 from natgrad.cli.training import WEIGHT_COST, shuffled_batches
 
-BLOCK = 20  # a multiple of all intervals between statistics, inverses and adaptations
+BLOCK = 40  # a multiple of all intervals between statistics, inverses and adaptations
 
 
 def stepper(opt: torch.optim.Optimizer, model: nn.Module, loss: Callable, images: torch.Tensor, batch: int):
@@ -72,7 +72,7 @@ def main() -> None:
     if options.profile:
         profile = cProfile.Profile()
         with profile:
-            for _ in range(2 * BLOCK):
+            for _ in range(BLOCK):
                 steps["KFAC"]()
         pstats.Stats(profile).sort_stats("cumulative").print_stats("natgrad|run_backward|linear|cholesky", 30)
 

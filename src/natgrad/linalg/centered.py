@@ -138,7 +138,7 @@ class CenteredInverse(Operator):
     def apart(self, parts: Parts) -> Parts:
         """`ΔW` and the change `Δb + ΔW m = bias(∇_b)` of the mean pre-activation, without the last step."""
         grad_W, grad_b = parts
-        (W,) = self.weight._matmul((grad_W - grad_b.unsqueeze(-1) * self.m,))
+        (W,) = self.weight._matmul((torch.addcmul(grad_W, grad_b.unsqueeze(-1), self.m, value=-1),))
         (c,) = self.bias._matmul((grad_b,))
         return W, c
 

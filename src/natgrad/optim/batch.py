@@ -116,5 +116,5 @@ class Objective:
             for i, (output, Jd) in enumerate(pushed):
                 DJd = self._curvature.product(output, batch.target, Jd)
                 for j in range(i + 1):
-                    Q[i, j] += weight * float((DJd * pushed[j][1]).sum())
+                    Q[i, j] += weight * float(torch.dot(DJd.flatten(), pushed[j][1].flatten()))
         return Q + Q.tril(-1).mT

@@ -94,12 +94,12 @@ class KFAC(torch.optim.Optimizer):
         damping_style: str | None = None,
         estimator: str = "mc",
         sharing: str = "expand",
-        statistics_every: int = 5,
+        statistics_every: int = 10,
         inverses_every: int = 10,
-        adapt_every: int = 5,
+        adapt_every: int = 8,
         damping_decay: float = 0.8,
         damping_floor: float = 0.03,
-        decay: float = 0.9,
+        decay: float = 0.8,
         generator: torch.Generator | None = None,
     ):
         self._curvature = output_curvature(loss)
@@ -503,8 +503,8 @@ def _combine(coefficients: list[float], directions: list[Vector]) -> Vector:
 
 
 def _finite(v: Vector) -> bool:
-    # The largest entry of each tensor is NaN or infinite where any entry is.
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(list(v.values()), math.inf))).all())
+    # The square is cheap, but can overflow where no entry does.
+    return math.isfinite(_dot(v, v)) or all(bool(torch.isfinite(x).all()) for x in v.values())
 
 
 def _check_number(name: str, value: float | None) -> None:
