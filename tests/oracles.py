@@ -1,6 +1,7 @@
 """Brute-force references: what the library computes by structure, formed here entry by entry."""
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ def randn(*shape, seed=0):
 def net(*widths, bias=True, activation=nn.Tanh):
     """A multilayer perceptron in float64."""
     layers = []
-    for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
+    for d_in, d_out in pairwise(widths):
         layers += [nn.Linear(d_in, d_out, bias=bias, dtype=f64), activation()]
     return nn.Sequential(*layers[:-1])
 

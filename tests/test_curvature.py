@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from oracles import close, dense_curvature, f64, net, numel, randn
 from torch import nn
 
 import natgrad
+from oracles import close, dense_curvature, f64, net, numel, randn
 
 N, CLASSES = 7, 3
 
@@ -207,20 +207,17 @@ class TestBadInput:
     @pytest.mark.parametrize("structure", ["implicit", "dense", "kfac"])
     def test_nothing_but_ignored_targets(self, structure):
         with pytest.raises(ValueError, match="every target is ignored"):
-            F = self.fisher(data=(self.data[0], torch.full((N,), -100)), structure=structure)
-            F @ randn(numel(self.model))
+            self.fisher(data=(self.data[0], torch.full((N,), -100)), structure=structure) @ randn(numel(self.model))
 
     @pytest.mark.parametrize("structure", ["implicit", "dense", "kfac"])
     def test_no_data(self, structure):
         with pytest.raises(ValueError, match="data is empty"):
-            F = self.fisher(data=[], structure=structure)
-            F @ randn(numel(self.model))
+            self.fisher(data=[], structure=structure) @ randn(numel(self.model))
 
     @pytest.mark.parametrize("structure", ["implicit", "dense", "kfac"])
     def test_an_empty_batch(self, structure):
         with pytest.raises(ValueError, match="batch is empty"):
-            F = self.fisher(data=(self.data[0][:0], self.data[1][:0]), structure=structure)
-            F @ randn(numel(self.model))
+            self.fisher(data=(self.data[0][:0], self.data[1][:0]), structure=structure) @ randn(numel(self.model))
 
     def test_a_target_that_does_not_fit(self):
         with pytest.raises(ValueError, match=r"\(7, 3\).*\(6,\)"):

@@ -175,7 +175,6 @@ def test_the_empirical_column_without_weights_is_the_gradient(name):
     close(column, gradient, 1e-12)
 
 
-# BUG: bytes, which torch takes for class indices, index the class weights as a mask.
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weight=WEIGHT)])
 def test_bytes_are_class_indices(loss):
     output, curvature = randn(N, C), output_curvature(loss)
@@ -279,8 +278,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match=match):
             output_curvature(loss).check(torch.zeros(output), target)
 
-    # BUG: `check` never looks at the target's dtype. Exact columns are formed from a target that the loss itself
-    # refuses, and the other estimators fail inside torch.
     @pytest.mark.parametrize(
         ("loss", "target", "match"),
         [
@@ -296,7 +293,20 @@ class TestBadInput:
         with pytest.raises((ValueError, TypeError), match=match):
             output_curvature(loss).check(torch.zeros(4, 3), target)
 
-    # BUG: a negative index counts classes from the end where torch refuses it ("Target -1 is out of bounds").
+    @pytest.mark.parametrize("output", [(4, 3), (4, 3, 2)])
+    @pytest.mark.parametrize("ignored", [-1, 7])
+    def test_an_ignored_class_index_may_be_out_of_range(self, output, ignored):
+        target = torch.full((4, *output[2:]), 2)
+        target[1] = ignored
+        output_curvature(nn.CrossEntropyLoss(ignore_index=ignored)).check(torch.zeros(output), target)
+        with pytest.raises(ValueError, match=rf"class index {ignored}; expected 0 to 2.*ignore_index=-100"):
+            output_curvature(nn.CrossEntropyLoss()).check(torch.zeros(output), target)
+
+    def test_bytes_at_positions(self):
+        # torch takes them for class indices without positions only.
+        with pytest.raises(ValueError, match=r"uint8.*expected.*target\.long\(\)"):
+            output_curvature(nn.CrossEntropyLoss()).check(torch.zeros(4, 3, 2), torch.zeros(4, 2, dtype=torch.uint8))
+
     @pytest.mark.parametrize("bad", [-1, 3])
     @pytest.mark.parametrize("weight", [None, WEIGHT])
     def test_a_class_index_out_of_range(self, bad, weight):
@@ -304,7 +314,6 @@ class TestBadInput:
         with pytest.raises((ValueError, IndexError), match=str(bad)):
             natgrad.fisher(nn.Linear(3, 3, dtype=f64), loss, (randn(4, 3), target))
 
-    # BUG: torch refuses a weight that is not of one entry per class; the curvature takes it.
     @pytest.mark.parametrize("size", [2, 4])
     def test_a_class_weight_of_another_length(self, size):
         output, target = randn(4, 3), torch.tensor([0, 1, 1, 0])
@@ -333,15 +342,19 @@ class TestBadInput:
             inspect.unwrap(output_curvature)(loss)  # without the type checker of the test run
 
     def test_a_subclass_that_computes_something_else(self):
-        # BUG: its own forward is silently taken for cross-entropy's.
-
         class Focal(nn.CrossEntropyLoss):
             def forward(self, input, target):
                 ce = F.cross_entropy(input, target, reduction="none")
                 return ((1 - (-ce).exp()) ** 2 * ce).mean()
 
-        with pytest.raises(TypeError, match="Focal"):
+        with pytest.raises(TypeError, match=r"a Focal, .*forward of its own; expected.*nn.CrossEntropyLoss\(\)"):
             output_curvature(Focal())
+
+    def test_a_subclass_that_computes_the_same(self):
+        class Named(nn.MSELoss):
+            name = "error"
+
+        close(output_curvature(Named()).product(randn(N), randn(N), randn(N)), 2 * randn(N))
 
     def test_an_unknown_estimator(self):
         loss, output, target = make("ce")

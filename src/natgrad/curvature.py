@@ -78,6 +78,7 @@ def fisher(
         TypeError: if the loss is not supported.
         ValueError: if shapes do not fit, the data is empty, or something is not finite.
         NotImplementedError: if `"kfac"` does not cover a parameter, which is named.
+        RuntimeError: inside of `torch.inference_mode()`.
 
     Example:
         >>> import torch, natgrad
@@ -113,7 +114,7 @@ def fisher(
         return _dense(parameters, batches, curvature, columns, dtype)
     moments: dict[Layer, AffineMoments] = {}
     for recorder, output, target in batches.recorded(parameters):
-        recorder.check()
+        recorder.check(output)
         mass = curvature.normalizer(output, target)
         new = layer_moments(recorder.uses, output, columns(output, target), mass, sharing=sharing, dtype=dtype)
         moments = merge([moments, new])
@@ -285,6 +286,11 @@ class _Batches:
         self._data: Iterable[Any] = list(data) if isinstance(data, Iterator) else data
 
     def __iter__(self) -> Iterator[Any]:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "inside of torch.inference_mode() nothing can be differentiated; expected to be called outside of "
+                "it, or under torch.no_grad() in its place"
+            )
         data: Iterable[Any] = self._data
         if self._progress:
             from rich.progress import track
@@ -397,7 +403,7 @@ def _check_covered(parameters: Mapping[str, Tensor], moments: Mapping[Layer, Aff
     missing = [n for n in parameters if n not in covered]
     if missing:
         raise NotImplementedError(
-            f"{missing[0]!r} was not used in the forward"
+            f"{missing[0]!r} was not used in the forward, or not for the output"
             + (f" (nor were {len(missing) - 1} others)" if len(missing) > 1 else "")
             + ", so no layer kind covers it. Freeze it with requires_grad_(False), or leave it out with params="
         )

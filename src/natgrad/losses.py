@@ -32,7 +32,7 @@ class OutputCurvature(ABC):
 
     @abstractmethod
     def check(self, output: Tensor, target: Tensor) -> None:
-        """Raises ValueError if the two do not fit this loss."""
+        """Raises ValueError if the two do not fit this loss: their shapes, the target's dtype and classes."""
 
     @abstractmethod
     def normalizer(self, output: Tensor, target: Tensor) -> Tensor:
@@ -92,6 +92,9 @@ class OutputCurvature(ABC):
         if output.ndim == 0:
             raise ValueError(f"{type(self.module).__name__}: expected outputs with an example axis, got a scalar")
 
+    def _wrong_dtype(self, target: Tensor, expected: str) -> ValueError:
+        return ValueError(f"{type(self.module).__name__}: target has dtype {target.dtype}; expected {expected}")
+
 
 class _Elementwise(OutputCurvature):
     """A loss that sums over the output's entries: `D = diag(d)`."""
@@ -123,6 +126,11 @@ class _Elementwise(OutputCurvature):
 class SquaredError(_Elementwise):
     """`nn.MSELoss`, the negative log-likelihood of a Gaussian with variance 1/2: `D = 2 I`."""
 
+    def check(self, output: Tensor, target: Tensor) -> None:
+        super().check(output, target)
+        if target.is_complex():
+            raise self._wrong_dtype(target, "a real one, such as target.real")
+
     def second_derivative(self, output: Tensor, target: Tensor) -> Tensor:
         return torch.full_like(output, 2.0)
 
@@ -139,6 +147,11 @@ class Bernoulli(_Elementwise):
 
     For labels in {0, 1} this is the loss's Hessian; `weight` and `pos_weight` enter as case weights.
     """
+
+    def check(self, output: Tensor, target: Tensor) -> None:
+        super().check(output, target)
+        if not target.is_floating_point():
+            raise self._wrong_dtype(target, "a floating one: target.to(output.dtype)")
 
     def second_derivative(self, output: Tensor, target: Tensor) -> Tensor:
         p = output.sigmoid()
@@ -167,21 +180,44 @@ class Softmax(OutputCurvature):
         name = type(self.module).__name__
         if output.ndim < 2:
             raise ValueError(f"{name}: output has shape {tuple(output.shape)}; expected (examples, classes, ...)")
+        C, weight = output.shape[1], self.module.weight
+        if weight is not None and weight.shape != (C,):
+            raise ValueError(
+                f"{name}: weight has shape {tuple(weight.shape)} and output {tuple(output.shape)}; expected one "
+                f"weight for each of the {C} classes on axis 1"
+            )
         if target.is_floating_point():
             self._same_shape(output, target)
-        elif target.shape != (output.shape[0], *output.shape[2:]):
+            return
+        # torch takes bytes too, but not at positions.
+        if target.dtype not in (torch.int64, torch.uint8) or (target.dtype == torch.uint8 and output.ndim > 2):
+            raise self._wrong_dtype(target, "class indices of dtype torch.int64 (target.long()), or probabilities")
+        if target.shape != (output.shape[0], *output.shape[2:]):
             raise ValueError(
                 f"{name}: output has shape {tuple(output.shape)} and target {tuple(target.shape)}; expected "
                 f"class indices of shape {(output.shape[0], *output.shape[2:])}, or probabilities of the output's shape"
             )
+        _, index = self._classes(target)
+        outside = index[(index < 0) | (index >= C)]
+        if len(outside):
+            raise ValueError(
+                f"{name}: target has the class index {int(outside[0])}; expected 0 to {C - 1}, as the output "
+                f"has {C} classes, or ignore_index={self.module.ignore_index}"
+            )
+
+    def _classes(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Which targets are not ignored, and the class of each: 0 for those that are."""
+        target = target.long()  # bytes would index as a mask
+        kept = target != self.module.ignore_index
+        return kept, torch.where(kept, target, 0)
 
     def normalizer(self, output: Tensor, target: Tensor) -> Tensor:
         if target.is_floating_point():
             return output.new_tensor(output.numel() // output.shape[1])
-        kept = target != self.module.ignore_index
+        kept, index = self._classes(target)
         if self.module.weight is None:
             return kept.sum().to(output.dtype)
-        return (self.module.weight.to(output)[torch.where(kept, target, 0)] * kept).sum()
+        return (self.module.weight.to(output)[index] * kept).sum()
 
     def product(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
         p = output.softmax(1)
@@ -217,9 +253,8 @@ class Softmax(OutputCurvature):
         if target.is_floating_point():
             t = target * (1 - smoothing) + smoothing / C
             return (t * weight.view(-1, *[1] * (output.ndim - 2))).sum(1, keepdim=True)
-        kept = target != self.module.ignore_index
-        own = weight[torch.where(kept, target, 0)]
-        return (((1 - smoothing) * own + smoothing * weight.mean()) * kept).unsqueeze(1)
+        kept, index = self._classes(target)
+        return (((1 - smoothing) * weight[index] + smoothing * weight.mean()) * kept).unsqueeze(1)
 
 
 _KNOWN: dict[type[nn.Module], type[OutputCurvature]] = {
@@ -233,11 +268,13 @@ def output_curvature(loss: nn.Module) -> OutputCurvature:
     """The output-space curvature of a loss module.
 
     Raises:
-        TypeError: if the loss is not an instance of a supported class.
+        TypeError: if the loss is not an instance of a supported class, or has a forward of its own.
     """
     for known, curvature in _KNOWN.items():
-        if isinstance(loss, known):
+        if isinstance(loss, known) and type(loss).forward is known.forward:
             return curvature(loss)
     came = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
+    if isinstance(loss, tuple(_KNOWN)):
+        came += ", which computes another loss in a forward of its own"
     names = ", ".join(f"nn.{k.__name__}()" for k in _KNOWN)
     raise TypeError(f"loss is {came}; expected an instance of one of {names}")

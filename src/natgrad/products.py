@@ -51,7 +51,7 @@ class _Replay(TorchFunctionMode):
     def __init__(self, duals: Mapping[str, Tensor], uses: Sequence[Use]):
         super().__init__()
         self._names = {id(t): n for n, t in duals.items()}
-        self._left = list(uses)
+        self._left = [use.product or use for use in uses if use.function is F.linear]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

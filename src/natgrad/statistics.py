@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from natgrad.capture import Use
 from natgrad.layers.affine import cases
@@ -80,6 +79,11 @@ def layer_moments(
     """The moments of every layer on one batch: one pass over inputs, one backward to the outputs per column.
 
     No weight gradient is computed. The graph behind `output` is kept.
+
+    Raises:
+        NotImplementedError: if a weight is used both as it is and transposed.
+        RuntimeError: if an input was changed in place after its use.
+        ValueError: if an input has no axis of examples.
     """
     layers = layers_of(uses)
     moments: dict[Layer, AffineMoments] = {}
@@ -87,23 +91,21 @@ def layer_moments(
         for layer, its_uses in layers.items():
             for use in its_uses:
                 use.check_input()
+                _check_examples(use, output)
             # A layer without a weight has inputs of width zero.
             h = _gather([cases(u.h) if layer.weight else cases(u.h)[..., :0] for u in its_uses], sharing, "mean")
             d_out = its_uses[0].a.shape[-1]
             moments[layer] = AffineMoments.of_inputs(h.to(dtype or h.dtype), d_out, mass.to(dtype or mass.dtype))
-    edges: dict[int, GradientEdge] = {i: use.edge for i, use in enumerate(uses)}
-    index = {id(use): i for i, use in enumerate(uses)}
-    for column in columns:
-        g = torch.autograd.grad(
-            output, list(edges.values()), column.to(output.dtype), retain_graph=True, allow_unused=True
-        )
+    edges = [use.edge for use in uses]
+    for column in columns if edges else ():
+        gradients = torch.autograd.grad(output, edges, column.to(output.dtype), retain_graph=True, allow_unused=True)
         with torch.no_grad():
+            g = {
+                use: torch.zeros_like(use.a) if gu is None else gu.reshape(use.a.shape)
+                for use, gu in zip(uses, gradients, strict=True)
+            }
             for layer, its_uses in layers.items():
-                mine = [g[index[id(u)]] for u in its_uses]
-                formed = [
-                    cases(torch.zeros_like(u.a) if gu is None else gu) for u, gu in zip(its_uses, mine, strict=True)
-                ]
-                rows = _gather(formed, sharing, "sum")
+                rows = _gather([cases(g[use]) for use in its_uses], sharing, "sum")
                 moments[layer].add_gradients(rows.to(dtype or rows.dtype))
     return moments
 
@@ -117,6 +119,15 @@ def merge(
         for layer, moments in part.items():
             total[layer] = total[layer] + moments if layer in total else moments
     return total
+
+
+def _check_examples(use: Use, output: Tensor) -> None:
+    if use.h.ndim < 2 and len(output) != 1:
+        raise ValueError(
+            f"the input of {use.weight or use.bias!r} has shape {tuple(use.h.shape)}, and the output "
+            f"{tuple(output.shape)} counts {len(output)} examples; expected an axis of examples first, in both: "
+            "model(x.unsqueeze(0)) for a single one"
+        )
 
 
 def _gather(uses: list[Tensor], sharing: str, over: str) -> Tensor:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import centering, close, f64, homogeneous, randn, spd
 
 from natgrad.linalg import CenteredKronecker, Homogeneous, Kronecker, homogeneous_inverse
+from oracles import centering, close, f64, homogeneous, randn, spd
 
 sizes, seeds = st.integers(1, 5), st.integers(0, 10_000)
 
@@ -18,7 +18,7 @@ def test_homogeneous_inverse(d_in, seed):
 
 
 def test_homogeneous_inverse_of_a_singular_covariance():
-    with pytest.raises(ValueError, match="covariance C.*singular"):
+    with pytest.raises(ValueError, match=r"covariance C.*singular"):
         homogeneous_inverse(torch.ones(3, 3, dtype=f64), torch.zeros(3, dtype=f64))
 
 
@@ -62,14 +62,12 @@ def test_the_mean_pre_activation_moves_by_B_inverse_grad_b(d_in, d_out, seed):
 
 
 def moved_outputs(h, g, shift, style, centered):
-    """How a damped step moves the pre-activations, where the inputs are `h + shift` (and the gradients at `a` are `g`)."""
+    """How a damped step moves the pre-activations, for inputs `h + shift` and gradients `g` in them."""
     h = h + shift
     n, m = len(h), h.mean(0)
     C, B = (h - m).mT @ (h - m) / n, g.mT @ g / n
-    if centered:
-        op = CenteredKronecker(covariance=C, mean=m, output=B)
-    else:
-        op = Homogeneous(Kronecker(homogeneous(C, m), B))
+    plain = Homogeneous(Kronecker(homogeneous(C, m), B))
+    op = CenteredKronecker(covariance=C, mean=m, output=B) if centered else plain
     dW, db = op.inverse(0.1, damping_style=style) @ (g.mT @ h / n, g.mean(0))
     return h @ dW.mT + db
 

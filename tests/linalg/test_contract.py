@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import centering, close, f64, homogeneous, homogeneous_kron, randn, spd
 
 from natgrad.linalg import (
     Block,
@@ -18,6 +17,7 @@ from natgrad.linalg import (
     Operator,
     Space,
 )
+from oracles import centering, close, f64, homogeneous, homogeneous_kron, randn, spd
 
 TOL = 1e-8
 
@@ -42,9 +42,7 @@ def kronecker(d_out, d_in, seed):
 def centered(d_out, d_in, seed):
     C, B, m = spd(d_in, seed), spd(d_out, seed + 1), randn(d_in, seed=seed)
     T = centering(m, d_out)
-    return Case(
-        CenteredKronecker(covariance=C, mean=m, output=B), homogeneous_kron(homogeneous(C, m), B), T.mT @ T
-    )
+    return Case(CenteredKronecker(covariance=C, mean=m, output=B), homogeneous_kron(homogeneous(C, m), B), T.mT @ T)
 
 
 def homogeneous_(d_out, d_in, seed):

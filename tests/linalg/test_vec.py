@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import close, randn
 
 from natgrad.linalg import unvec, vec
+from oracles import close, randn
 
 sizes = st.integers(1, 5)
 

@@ -29,9 +29,7 @@ class Dense(Operator):
         return self.space.unflatten(self.space.flatten(parts) @ self.matrix)
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Dense:
-        check_damping(damping, damping_style)
-        if damping_style == "factored":
-            raise TypeError("a dense matrix has no factors to damp; use damping_style='exact'")
+        check_damping(damping, damping_style)  # a matrix of one factor: both styles add `damping I` to it
         damped = self.matrix + damping * torch.eye(len(self.matrix), dtype=self.dtype, device=self.device)
         return Dense(inverse_from_cholesky(damped, "the matrix", damping), self.space)
 

@@ -21,6 +21,17 @@ def eigh(M: Float[Tensor, "d d"], what: str) -> tuple[Float[Tensor, " d"], Float
     return e.to(M.dtype), U.to(M.dtype)
 
 
+def semidefinite(e: Float[Tensor, " d"], what: str) -> Float[Tensor, " d"]:
+    """The eigenvalues of a matrix that is positive semidefinite but for rounding: those below zero by rounding alone
+    are zero. ValueError where one is below that."""
+    if e.min() < -_rounding(e, 0.0):
+        raise ValueError(
+            f"{what} is indefinite: its smallest eigenvalue is {float(e.min()):.3g}, its largest {float(e.max()):.3g}; "
+            "expected a positive semidefinite matrix"
+        )
+    return e.clamp_min(0)
+
+
 def positive(values: Tensor, what: str, damping: float) -> Tensor:
     """The eigenvalues, checked to be positive, and without damping above rounding: nothing is clamped."""
     smallest = values.min()

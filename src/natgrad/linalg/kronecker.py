@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.linalg.eigen import eigh, inverse_from_cholesky, positive
+from natgrad.linalg.eigen import eigh, inverse_from_cholesky, positive, semidefinite
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space
 
@@ -80,7 +80,8 @@ class Kronecker(Operator):
         """The same matrix in its eigenbasis, computed once."""
         if self._eigen is None:
             (e, U_A), (f, U_B) = eigh(self.A, "the factor A"), eigh(self.B, "the factor B")
-            self._eigen = KroneckerEigen(U_A, U_B, torch.outer(f, e))
+            values = torch.outer(semidefinite(f, "the factor B"), semidefinite(e, "the factor A"))
+            self._eigen = KroneckerEigen(U_A, U_B, values)
         return self._eigen
 
 

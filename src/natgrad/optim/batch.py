@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture import Use
+from natgrad.capture import Recorder, Use
 from natgrad.losses import OutputCurvature
 from natgrad.moments import AffineMoments
 from natgrad.products import tangent
@@ -24,7 +24,7 @@ class Forward:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rng: RandomState
-    uses: list[Use] | None = None
+    recorder: Recorder | None = None
     returned: Any = None
 
 

@@ -164,6 +164,7 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             RuntimeError: if no forward in training mode with gradients enabled came before.
             ValueError: if output and target do not fit the loss, or the batch is empty.
+            NotImplementedError: if the output depends on a parameter by anything but affine maps; it is named.
         """
         forward = self._watch.take()
         if forward is None:
@@ -180,20 +181,23 @@ class KFAC(torch.optim.Optimizer):
                 "opt.loss was not given the tensor that the model returned, but the adaptive step runs the model "
                 "again and needs it; let the model return the loss's input, or fix lr, momentum and damping"
             )
+        recorder, forward.recorder = forward.recorder, None
+        if recorder is not None:
+            recorder.check(output)
         loss: Tensor = self._curvature.module(output, target)
         mass = self._curvature.normalizer(output.detach(), target)
         batch = Batch(forward, target, output.shape, mass, loss.detach())
         if not torch.isfinite(loss):
             batch.fault = "the loss is not finite: look for NaN or inf in the batch"
-        elif forward.uses is not None:
+        elif recorder is not None:
             if self._statistics_due():
                 columns = self._curvature.columns(output, target, self.estimator, generator=self._generator)
-                batch.moments = layer_moments(forward.uses, output, columns, mass, sharing=self.sharing)
+                batch.moments = layer_moments(recorder.uses, output, columns, mass, sharing=self.sharing)
                 if not all(m.is_finite() for m in batch.moments.values()):
                     batch.fault = "the statistics are not finite"
             if self._uses_quadratic_model():
-                batch.uses = forward.uses
-        forward.uses = forward.returned = None
+                batch.uses = recorder.uses
+        forward.returned = None
         if loss.requires_grad:
             loss.register_hook(batch.observe)
         self._pending.append(batch)

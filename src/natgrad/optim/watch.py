@@ -100,9 +100,7 @@ class Watch:
             self._forward = None
             return
         self._forward.returned = output
-        if recorder is not None:
-            recorder.check()
-            self._forward.uses = recorder.uses
+        self._forward.recorder = recorder
 
 
 def _calling_frame() -> FrameType | None:
