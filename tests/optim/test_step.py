@@ -63,9 +63,8 @@ def factors(model, x):
 
 
 def gradients(model, loss, x=X, y=LABELS):
-    return dict(
-        zip([n for n, _ in model.named_parameters()], torch.autograd.grad(loss(model(x), y), list(model.parameters())))
-    )
+    values = torch.autograd.grad(loss(model(x), y), list(model.parameters()))
+    return {n: v for (n, _), v in zip(model.named_parameters(), values, strict=True)}
 
 
 def damped(A, B, damping, style):

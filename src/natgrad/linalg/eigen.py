@@ -10,14 +10,12 @@ from natgrad.linalg.operator import singular
 def eigh(M: Float[Tensor, "d d"], what: str) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     """Ascending eigenvalues and eigenvectors of a symmetric matrix.
 
-    The float32 solver can fail to converge on matrices with many equal eigenvalues; float64 is tried then.
+    Computed in float64: on matrices with many equal eigenvalues the float32 solver fails, or returns NaN and says
+    nothing.
     """
     if not torch.isfinite(M).all():
         raise ValueError(f"{what} has entries that are not finite; look for NaN or inf in the data or the model")
-    try:
-        e, U = torch.linalg.eigh(M)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        e, U = torch.linalg.eigh(M.double())
+    e, U = torch.linalg.eigh(M.double())
     return e.to(M.dtype), U.to(M.dtype)
 
 

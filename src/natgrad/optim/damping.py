@@ -28,6 +28,10 @@ class LevenbergMarquardt:
             return damping / self.factor
         return damping
 
+    def after_rejection(self, damping: float, count: int) -> float:
+        """The damping after the `count`-th rejection in a row: times four, and sixteen, and so on."""
+        return min(damping * 4.0**count, max(damping, 1e30))
+
 
 def calibrate(scale: float, loss_after: Callable[[float], float]) -> float:
     """The damping after whose step the loss on the first batch is lowest.

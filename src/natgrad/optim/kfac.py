@@ -123,6 +123,9 @@ class KFAC(torch.optim.Optimizer):
                 raise ValueError(f"{name}={every} is not usable: expected a number of steps, at least 1")
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} is not usable: expected a number in [0, 1)")
+        if not 0 < damping_decay <= 1:
+            raise ValueError(f"damping_decay={damping_decay} is not usable: expected a number in (0, 1]")
+        _check_number("damping_floor", damping_floor)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([{"params": list(self._parameters.values())}], defaults)
 
@@ -142,6 +145,7 @@ class KFAC(torch.optim.Optimizer):
         self._inverse: BlockDiagonal | None = None
         self._inverse_age = 0
         self._combination: list[float] | None = None
+        self._rejections = 0  # in a row
         self._pending: list[Batch] = []
         self._watch = Watch(model, self._parameters)
 
@@ -215,7 +219,8 @@ class KFAC(torch.optim.Optimizer):
         """One update of the parameters from their gradients. What was done is in `diagnostics`.
 
         A step that cannot be computed (a loss, gradient or factor that is not finite, a loss that rises by
-        half) leaves the parameters as they are, warns, and raises the damping.
+        half) leaves the parameters as they are, warns, and raises the damping. If the loss is not finite because
+        of the step before, that step is taken back.
 
         Raises:
             RuntimeError: if no `opt.loss` and backward came before.
@@ -242,10 +247,11 @@ class KFAC(torch.optim.Optimizer):
         return value
 
     def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
-        fault = next((b.fault for b in pending if b.fault), None)
-        if fault:
-            return fault
         objective = Objective(self.model, self._curvature, pending)
+        fault = next((b.fault for b in pending if b.fault), None)
+        if fault is not None:
+            undone = not math.isfinite(objective.loss) and self._undo_last(objective)
+            return "the loss is not finite after the last step, which is undone" if undone else fault
         eta = self.param_groups[0]["weight_decay"] / objective.scale if objective.scale else math.inf
         if not (objective.scale > 0 and math.isfinite(objective.scale)):
             return f"the loss was scaled by {objective.scale} before backward"
@@ -286,15 +292,18 @@ class KFAC(torch.optim.Optimizer):
         if proposal is None:
             return "the quadratic model has no finite minimum"
         delta, change = proposal
-        self._add(delta, 1)
-        if self._adaptive_damping and self._adaptation_due():
+        measured = self._adaptive_damping and (self._adaptation_due() or self._is_doubtful(loss, change))
+        before = self._snapshot() if measured else {}
+        self._add(delta)
+        if measured:
             after = objective.evaluate() + 0.5 * eta * self._square()
             if not after <= loss + 0.5 * abs(loss):
-                self._add(delta, -1)
+                self._return_to(before)
                 return f"the loss would have risen from {loss:.4g} to {after:.4g}"
             ratio = (after - loss) / change if change else 0.0
             self._damping = self._rule.adapt(damping, ratio, self._scale())
             self.diagnostics |= {"reduction_ratio": ratio, "loss_after": after}
+        self._rejections = 0
         self.diagnostics["damping"] = self._damping
         for n, d in delta.items():
             self.state[self._parameters[n]]["delta"] = d
@@ -302,6 +311,11 @@ class KFAC(torch.optim.Optimizer):
 
     def _adaptation_due(self) -> bool:
         return (self._steps + 1) % self.adapt_every == 0
+
+    def _is_doubtful(self, loss: float, change: float) -> bool:
+        """After a rejection, and where the model promises most of the loss: it does on saturated outputs, which
+        have next to no curvature."""
+        return self._rejections > 0 or -change > 0.5 * abs(loss)
 
     def _propose(self, objective: Objective, g: Vector, total_damping: float) -> tuple[Vector, float] | None:
         """The step `−α Δ + μ δ` and the quadratic model's change."""
@@ -352,14 +366,30 @@ class KFAC(torch.optim.Optimizer):
 
     def _reject(self, fault: str) -> None:
         self.diagnostics |= {"accepted": False, "reason": fault}
-        for p in self._parameters.values():
-            self.state[p].pop("delta", None)
-        self._combination = None
+        self._forget()
+        self._rejections += 1
         if self._adaptive_damping and self._damping is not None:
-            self._damping *= 4
+            self._damping = self._rule.after_rejection(self._damping, self._rejections)
             self.diagnostics["damping"] = self._damping
         self._inverse_age = self.inverses_every  # refreshed at the next step
         warnings.warn(f"KFAC rejected step {self._steps}: {fault}", RuntimeWarning, stacklevel=4)
+
+    def _forget(self) -> None:
+        for p in self._parameters.values():
+            self.state[p].pop("delta", None)
+        self._combination = None
+
+    def _undo_last(self, objective: Objective) -> bool:
+        """Takes the last step back if the loss is finite without it."""
+        delta = {n: s["delta"] for n, p in self._parameters.items() if "delta" in (s := self.state[p])}
+        if not delta:
+            return False
+        before = self._snapshot()
+        self._add(delta, -1)
+        if math.isfinite(objective.evaluate()):
+            return True
+        self._return_to(before)
+        return False
 
     # Curvature -----------------------------------------------------------------------------------------
 
@@ -405,6 +435,7 @@ class KFAC(torch.optim.Optimizer):
                 "steps": self._steps,
                 "damping": self._damping,
                 "combination": self._combination,
+                "rejections": self._rejections,
                 "generator": self._generator.get_state(),
                 "moments": [(asdict(layer), vars(m)) for layer, m in self._moments.items()],
                 "inverse": None if self._inverse is None else dump(self._inverse),
@@ -431,6 +462,7 @@ class KFAC(torch.optim.Optimizer):
         device = next(iter(self._parameters.values())).device
         saved = _copied(saved, device)
         self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
+        self._rejections = saved["rejections"]
         self._generator.set_state(saved["generator"].cpu())
         self._moments = {Layer(**layer): AffineMoments(**m) for layer, m in saved["moments"]}
         self._inverse, self._inverse_age = restore(saved["inverse"]), saved["inverse_age"]
@@ -454,18 +486,24 @@ class KFAC(torch.optim.Optimizer):
             proposal = self._propose(objective, g, damping + eta)
             if proposal is None:
                 return math.inf
-            self._add(proposal[0], 1)
+            self._add(proposal[0])
             after = objective.evaluate() + 0.5 * eta * self._square()
-            self._add(proposal[0], -1)
+            self._return_to(before)
             return after if math.isfinite(after) else math.inf
 
-        before = {n: p.clone() for n, p in self._parameters.items()}
+        before = self._snapshot()
         self._damping = calibrate(scale if scale > 0 else 1.0, loss_after)
-        for n, p in self._parameters.items():
-            p.copy_(before[n])  # adding and taking away leaves rounding behind
         self._inverse = None
 
-    def _add(self, delta: Vector, sign: int) -> None:
+    def _snapshot(self) -> Vector:
+        return {n: p.clone() for n, p in self._parameters.items()}
+
+    def _return_to(self, before: Vector) -> None:
+        """The parameters as they were: adding a step and taking it away would leave rounding behind."""
+        for n, p in self._parameters.items():
+            p.copy_(before[n])
+
+    def _add(self, delta: Vector, sign: int = 1) -> None:
         torch._foreach_add_([self._parameters[n] for n in delta], list(delta.values()), alpha=sign)
 
     def _square(self) -> float:
