@@ -93,9 +93,9 @@ def fisher(
     Reference: Martens & Grosse (2015), arXiv:1503.05671; Martens (2014), arXiv:1412.1193.
     """
     curvature = output_curvature(loss)
-    _check_choice("structure", structure, STRUCTURES)
-    _check_choice("estimator", estimator, ESTIMATORS)
-    _check_choice("sharing", sharing, SHARING)
+    check_choice("structure", structure, STRUCTURES)
+    check_choice("estimator", estimator, ESTIMATORS)
+    check_choice("sharing", sharing, SHARING)
     if samples < 1:
         raise ValueError(f"samples={samples} is not usable: expected at least 1")
     if structure == "implicit" and estimator != "exact":
@@ -393,7 +393,8 @@ def _dense(
     return Dense(G / mass if curvature.is_mean else G, space)
 
 
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of those known."""
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, known))}")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.curvature import kfac, select_parameters
+from natgrad.curvature import check_choice, kfac, select_parameters
 from natgrad.linalg import BlockDiagonal
 from natgrad.linalg.centered import CenteredInverse
 from natgrad.linalg.operator import check_damping
@@ -21,10 +21,9 @@ from natgrad.moments import AffineMoments
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
 from natgrad.optim.quadratic import Minimum, minimize
+from natgrad.optim.vectors import Vector, combine, copied, dot, finite, gram
 from natgrad.optim.watch import Watch
 from natgrad.statistics import SHARING, Layer, layer_moments, merge
-
-Vector = dict[str, Tensor]
 
 
 class KFAC(torch.optim.Optimizer):
@@ -110,10 +109,10 @@ class KFAC(torch.optim.Optimizer):
             check_damping(damping)
         damping_style = damping_style or ("factored" if centered else "exact")
         _check_number("weight_decay", weight_decay)
-        _check_option("bias_update", bias_update, ("exact", "simple"))
-        _check_option("damping_style", damping_style, ("exact", "factored"))
-        _check_option("estimator", estimator, ESTIMATORS)
-        _check_option("sharing", sharing, SHARING)
+        check_choice("bias_update", bias_update, ("exact", "simple"))
+        check_choice("damping_style", damping_style, ("exact", "factored"))
+        check_choice("estimator", estimator, ESTIMATORS)
+        check_choice("sharing", sharing, SHARING)
         for name, every in (
             ("statistics_every", statistics_every),
             ("inverses_every", inverses_every),
@@ -258,7 +257,7 @@ class KFAC(torch.optim.Optimizer):
         self._update_moments(pending)
         self._check_covered(gradients)
         g = self._gradient(gradients, objective.scale, eta)
-        if not _finite(g):
+        if not finite(g):
             return "the gradient is not finite"
         loss = objective.loss + 0.5 * eta * self._square()
         self.diagnostics["loss"] = loss
@@ -335,7 +334,7 @@ class KFAC(torch.optim.Optimizer):
             coefficients, change = list(fixed.values()), 0.0
         elif along is not None and len(directions) == 2 and not fixed and not self._adaptation_due():
             # Between adaptations α and μ keep their ratio: the length alone takes one forward-mode pass, not two.
-            minimum = self._minimum(objective, g, [_combine(along, directions)], total_damping, {})
+            minimum = self._minimum(objective, g, [combine(along, directions)], total_damping, {})
             if minimum is None:
                 return None
             coefficients, change = [minimum.coefficients[0] * c for c in along], minimum.change
@@ -346,14 +345,14 @@ class KFAC(torch.optim.Optimizer):
             coefficients, change = minimum.coefficients, minimum.change
             self._combination = coefficients if len(directions) == 2 else None
         self.diagnostics |= {"lr": -coefficients[0], "momentum": (*coefficients, 0.0)[1], "predicted_change": change}
-        delta = _combine(coefficients, directions)
-        return (delta, change) if _finite(delta) else None
+        delta = combine(coefficients, directions)
+        return (delta, change) if finite(delta) else None
 
     def _minimum(
         self, objective: Objective, g: Vector, directions: list[Vector], total_damping: float, fixed: dict[int, float]
     ) -> Minimum | None:
-        Q = objective.products(directions) + total_damping * _gram(directions)
-        slope = torch.tensor([_dot(g, d) for d in directions], dtype=torch.float64)
+        Q = objective.products(directions) + total_damping * gram(directions)
+        slope = torch.tensor([dot(g, d) for d in directions], dtype=torch.float64)
         return minimize(Q, slope, fixed)
 
     def _direction(self, inverse: BlockDiagonal, g: Vector) -> Vector:
@@ -460,7 +459,7 @@ class KFAC(torch.optim.Optimizer):
             raise ValueError(f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
         device = next(iter(self._parameters.values())).device
-        saved = _copied(saved, device)
+        saved = copied(saved, device)
         self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
         self._rejections = saved["rejections"]
         self._generator.set_state(saved["generator"].cpu())
@@ -519,41 +518,6 @@ def _same_tensor(output: Tensor, returned: Any) -> bool:
     )
 
 
-def _copied(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, dict):
-        return {k: _copied(v, device) for k, v in value.items()}
-    return type(value)(_copied(v, device) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def _dot(u: Vector, v: Vector) -> float:
-    return float(torch.stack([torch.dot(u[n].flatten(), v[n].flatten()) for n in u]).sum())
-
-
-def _gram(directions: list[Vector]) -> Tensor:
-    return torch.tensor([[_dot(u, v) for v in directions] for u in directions], dtype=torch.float64)
-
-
-def _combine(coefficients: list[float], directions: list[Vector]) -> Vector:
-    """`Σ c_i d_i`."""
-    names = list(directions[0])
-    total = list(torch._foreach_mul([directions[0][n] for n in names], coefficients[0]))
-    for c, d in zip(coefficients[1:], directions[1:], strict=True):
-        torch._foreach_add_(total, [d[n] for n in names], alpha=c)
-    return dict(zip(names, total, strict=True))
-
-
-def _finite(v: Vector) -> bool:
-    # The square is cheap, but can overflow where no entry does.
-    return math.isfinite(_dot(v, v)) or all(bool(torch.isfinite(x).all()) for x in v.values())
-
-
 def _check_number(name: str, value: float | None) -> None:
     if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}={value!r} is not usable: expected a number >= 0")
-
-
-def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, known))}")
