@@ -10,11 +10,17 @@ from natgrad.linalg.operator import singular
 def eigh(M: Float[Tensor, "d d"], what: str) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
     """Ascending eigenvalues and eigenvectors of a symmetric matrix.
 
-    Computed in float64: on matrices with many equal eigenvalues the float32 solver fails, or returns NaN and says
-    nothing.
+    On matrices with many equal eigenvalues the float32 solver can fail, or return NaN and say nothing; float64 is
+    tried then.
     """
     if not torch.isfinite(M).all():
         raise ValueError(f"{what} has entries that are not finite; look for NaN or inf in the data or the model")
+    try:
+        e, U = torch.linalg.eigh(M)
+        if torch.isfinite(U).all():
+            return e, U
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        pass
     e, U = torch.linalg.eigh(M.double())
     return e.to(M.dtype), U.to(M.dtype)
 

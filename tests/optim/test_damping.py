@@ -1,0 +1,82 @@
+"""How the damping moves, and its first value."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from natgrad.optim.damping import LevenbergMarquardt, calibrate
+
+RULE = LevenbergMarquardt(factor=0.5, floor=0.01)
+positive = st.floats(1e-12, 1e12)
+
+
+def test_it_falls_where_the_model_predicts_well_and_rises_where_it_does_not():
+    assert RULE.adapt(1.0, 0.9, 1.0) == 0.5
+    assert RULE.adapt(1.0, 1.7, 1.0) == 0.5
+    assert RULE.adapt(1.0, 0.1, 1.0) == 2.0
+    assert RULE.adapt(1.0, -3.0, 1.0) == 2.0
+    for ratio in (0.25, 0.5, 0.75):
+        assert RULE.adapt(1.0, ratio, 1.0) == 1.0
+
+
+def test_a_fall_stops_at_the_floor():
+    assert RULE.adapt(0.015, 1.0, 1.0) == 0.01
+    assert RULE.adapt(0.01, 1.0, 1.0) == 0.01
+    damping = 1.0
+    for _ in range(50):
+        damping = RULE.adapt(damping, 1.0, 3.0)
+    assert damping == 0.03
+
+
+@given(damping=positive, scale=positive, ratio=st.floats(0.76, 1e6))
+def test_a_good_prediction_never_raises_it_nor_takes_it_through_the_floor(damping, scale, ratio):
+    new = RULE.adapt(damping, ratio, scale)
+    assert new <= damping
+    assert new >= min(damping, RULE.floor * scale)
+
+
+def test_a_ratio_that_is_not_a_number_leaves_it():
+    assert RULE.adapt(1.0, math.nan, 1.0) == 1.0
+
+
+def test_rejections_in_a_row_raise_it_ever_faster_and_not_to_infinity():
+    assert [RULE.after_rejection(1.0, k) for k in (1, 2, 3)] == [4.0, 16.0, 64.0]
+    damping = 1.0
+    for k in range(1, 300):
+        damping = RULE.after_rejection(damping, k)
+    assert damping == 1e30
+    assert RULE.after_rejection(1e35, 1) == 1e35
+
+
+# BUG: 4.0**512 is an OverflowError: a run over 512 bad batches in a row ends in it, in place of a warning.
+@pytest.mark.parametrize("count", [511, 512, 2000])
+def test_a_long_row_of_rejections_is_no_error(count):
+    assert RULE.after_rejection(1.0, count) == 1e30
+
+
+class TestCalibrate:
+    @pytest.mark.parametrize("best", [1e3, 10.0, 1.0, 1e-3, 1e-6])
+    @pytest.mark.parametrize("scale", [1e-5, 1.0, 300.0])
+    def test_it_picks_the_best_of_its_grid(self, best, scale):
+        assert calibrate(scale, lambda d: abs(math.log(d / (scale * best)))) == pytest.approx(scale * best)
+
+    def test_infinite_losses_are_no_choice(self):
+        # From the safe end on: finite, then infinite.
+        assert calibrate(1.0, lambda d: d if d >= 1 else math.inf) == pytest.approx(1.0)
+        assert calibrate(1.0, lambda d: math.inf) == 1e3
+
+    def test_one_worse_value_in_between_does_not_end_the_search(self):
+        tried = {1000.0: 5.0, 100.0: 4.0, 10.0: 4.5, 1.0: 3.0, 0.1: 3.5, 0.01: 3.6, 0.001: 0.0}
+
+        def loss_after(damping):
+            return tried[min(tried, key=lambda d: abs(d - damping))]
+
+        assert calibrate(1.0, loss_after) == pytest.approx(1.0)
+
+    def test_it_stops_after_two_that_were_no_better(self):
+        tried = []
+        calibrate(1.0, lambda d: tried.append(d) or -d)
+        assert len(tried) == 3
+        assert tried == sorted(tried, reverse=True)
