@@ -35,6 +35,7 @@ class AffineMoments:
         return cls(h.new_tensor(float(len(h))), mean, d.mT @ d, h.new_zeros(d_out, d_out), mass)
 
     def add_gradients(self, g: Float[Tensor, "n o"]) -> None:
+        g = g.to(self.output.dtype)
         self.output.addmm_(g.mT, g)
 
     def __add__(self, other: AffineMoments) -> AffineMoments:

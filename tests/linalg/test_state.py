@@ -59,7 +59,6 @@ def test_a_restored_operator_acts_as_before_bit_for_bit(kind):
     assert again.dtype == op.dtype
 
 
-# BUG, the second name: it overwrites the key that says what a dictionary is. TypeError: unhashable type: 'dict'.
 @pytest.mark.parametrize("name", ["0", "kind"])
 @pytest.mark.parametrize("change", [lambda op: op, lambda op: op.inverse(0.1)], ids=["matrix", "inverse"])
 def test_a_restored_block_diagonal_acts_as_before_whatever_its_layers_are_called(change, name):

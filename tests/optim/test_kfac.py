@@ -435,8 +435,6 @@ class TestRejection:
         assert opt.diagnostics["accepted"]
         assert nn.CrossEntropyLoss()(model(X), LABELS) < loss
 
-    # BUG: a gradient of exactly zero has a quadratic model without a minimum for `minimize`: every step at an optimum
-    # warns, is "rejected", and multiplies the damping by 4, 16, 64, ...
     def test_at_an_exact_optimum_nothing_moves_and_nothing_is_rejected(self, recwarn):
         model = model_of(D, C)
         opt = natgrad.KFAC(model, nn.MSELoss(), **ADAPTIVE)
@@ -449,9 +447,6 @@ class TestRejection:
 
 
 class TestAfterConvergence:
-    # BUG: near rounding the measured change says nothing, ρ falls under 1/4, and the damping rises without limit:
-    # in float32 to where the direction underflows and every further step is rejected (then OverflowError, 511
-    # rejections later); in float64 to 1e100.
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_nothing_is_rejected_and_the_damping_stays_finite_and_usable(self, dtype, recwarn):
         torch.manual_seed(0)
@@ -467,7 +462,6 @@ class TestAfterConvergence:
             loss = step(model, opt, x, -y)
         assert loss < 0.1
 
-    # BUG: RuntimeError "self and mat2 must have the same dtype, but got Float and BFloat16" from within `opt.loss`.
     def test_a_forward_under_autocast_is_run_again_alike_or_refused(self):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, C))
@@ -498,7 +492,6 @@ class Branches(nn.Module):
 
 
 class TestParametersThatComeAndGo:
-    # BUG: the gradient of a frozen weight counts as zero, and the centered block couples it with its bias's gradient.
     @BOTH
     def test_a_weight_frozen_in_between_stays_while_its_bias_moves(self, options):
         model, opt = made(**{**options, **FRESH})
@@ -510,7 +503,6 @@ class TestParametersThatComeAndGo:
         assert torch.equal(model[0].weight, weight)
         assert not torch.equal(model[0].bias, bias)
 
-    # BUG: KeyError '0.weight' from `_direction`.
     @BOTH
     def test_a_layer_frozen_in_between_stays(self, options):
         model, opt = made(**options)
@@ -522,7 +514,6 @@ class TestParametersThatComeAndGo:
         assert torch.equal(model[0].weight, weight)
         assert not torch.equal(model[2].weight, other)
 
-    # BUG: KeyError 'b.weight' from `_direction`.
     @BOTH
     def test_a_layer_that_a_forward_leaves_out_stays(self, options):
         torch.manual_seed(0)
@@ -535,7 +526,6 @@ class TestParametersThatComeAndGo:
         assert torch.equal(model.b.weight, kept)
         assert not torch.equal(model.a.weight, moved)
 
-    # BUG: between updates of the statistics, "'b.weight' has a gradient but was not used in the recorded forward".
     @BOTH
     def test_a_layer_that_comes_in_between_updates_of_the_statistics_moves_or_is_explained(self, options):
         torch.manual_seed(0)
@@ -552,7 +542,6 @@ class TestParametersThatComeAndGo:
             return
         assert not torch.equal(model.b.weight, moved)
 
-    # BUG: the parameters of an added group are never updated, and nothing says so.
     def test_an_added_group_is_trained_or_refused(self):
         model = model_of(D, 4, C)
         model[0].requires_grad_(False)
@@ -568,8 +557,6 @@ class TestParametersThatComeAndGo:
 
 
 class TestWhatTheLossIsGiven:
-    # BUG: a transposed view of the model's output passes for it (same memory, same size), and the step's own runs of
-    # the model are then `reshape`d into the loss's shape, which scrambles classes and positions in silence.
     @pytest.mark.parametrize("positions", [4, C])
     def test_a_transposed_output_is_run_again_as_it_was_or_refused(self, positions):
         model, loss = model_of(D, C), nn.CrossEntropyLoss()
@@ -594,7 +581,6 @@ class TestWhatTheLossIsGiven:
         after = loss(model(x).flatten(0, 1), y).item()
         assert opt.diagnostics["loss_after"] == pytest.approx(after)
 
-    # BUG: the output is the tensor that the model returned, but no longer what it returned.
     def test_an_output_changed_in_place_is_refused(self):
         model, opt = made(**ADAPTIVE)
         output = model(X)
@@ -640,7 +626,6 @@ class TestConstructor:
 
 
 class TestState:
-    # BUG: it loads, and the next step fails with "mat1 and mat2 shapes cannot be multiplied".
     def test_the_state_of_a_model_of_other_widths_is_refused(self):
         model, opt = made()
         step(model, opt)
@@ -652,10 +637,9 @@ class TestState:
         model = model_of(D, C)
         opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
         step(model, opt)
-        with pytest.raises(ValueError, match="size of optimizer's group"):
+        with pytest.raises(ValueError, match=r"moments for '0.weight' of shape \(3, 5\)"):
             made()[1].load_state_dict(opt.state_dict())
 
-    # BUG: TypeError: unhashable type: 'dict'.
     def test_layers_may_have_any_name(self):
         model = nn.ModuleDict({"kind": nn.Linear(D, C, dtype=f64)})
         model.forward = lambda x: model["kind"](x)
@@ -697,7 +681,6 @@ class TestState:
             step(*two)
         assert torch.equal(flat(one[0]), flat(two[0]))
 
-    # BUG: torch's own optimizers can be copied; here the copy has no `_watch`, and its first use is an AttributeError.
     def test_a_copy_of_model_and_optimizer_steps_alike_or_is_refused(self):
         model, opt = made(**ADAPTIVE)
         step(model, opt)

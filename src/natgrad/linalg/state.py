@@ -34,7 +34,7 @@ def dump(value: Any) -> Any:
     if kind in _PARTS:
         return {"kind": kind.__name__} | {a: dump(getattr(value, a)) for a in _PARTS[kind]}
     if isinstance(value, dict):
-        return {"kind": "dict"} | {k: dump(v) for k, v in value.items()}
+        return {"kind": "dict", "items": [(k, dump(v)) for k, v in value.items()]}
     return value
 
 
@@ -43,9 +43,9 @@ def restore(state: Any) -> Any:
     if not isinstance(state, dict):
         return state
     kind = state.get("kind")
-    arguments = {a: restore(v) for a, v in state.items() if a != "kind"}
     if kind == "dict":
-        return arguments
+        return {k: restore(v) for k, v in state["items"]}
+    arguments = {a: restore(v) for a, v in state.items() if a != "kind"}
     if kind not in _KINDS:
         raise ValueError(f"the saved operator is of kind {kind!r}; expected one of {', '.join(_KINDS)}")
     return _KINDS[kind](**arguments)

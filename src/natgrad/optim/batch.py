@@ -26,6 +26,8 @@ class Forward:
     rng: RandomState
     recorder: Recorder | None = None
     returned: Any = None
+    version: int = 0
+    autocast: bool = False
 
 
 @dataclass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+CEILING = 10.0
+
 
 class LevenbergMarquardt:
     """Damping `λ` that follows how well the quadratic model predicts the loss.
@@ -12,7 +14,8 @@ class LevenbergMarquardt:
     `factor` where `ρ > 3/4`, divided by it where `ρ < 1/4`.
 
     The step size is chosen with the exact curvature, so `ρ` says little about the damping inside of the inverse
-    and would let it fall for ever. It stops at `floor` times the mean of the curvature's diagonal.
+    and would let it fall for ever. It stops at `floor` times the mean of the curvature's diagonal. Upwards it stops at
+    `CEILING` times that: near a minimum `ρ` is rounding, and would let it rise for ever.
 
     Reference: Martens & Grosse (2015), section 6.5; Moré (1978).
     """
@@ -25,12 +28,12 @@ class LevenbergMarquardt:
         if ratio > 0.75:
             return min(damping, max(damping * self.factor, self.floor * scale))
         if ratio < 0.25:
-            return damping / self.factor
+            return min(damping / self.factor, max(damping, CEILING * scale))
         return damping
 
     def after_rejection(self, damping: float, count: int) -> float:
         """The damping after the `count`-th rejection in a row: times four, and sixteen, and so on."""
-        return min(damping * 4.0**count, max(damping, 1e30))
+        return min(damping * 4.0 ** min(count, 50), max(damping, 1e30))
 
 
 def calibrate(scale: float, loss_after: Callable[[float], float]) -> float:

@@ -18,7 +18,7 @@ from natgrad.linalg.operator import check_damping
 from natgrad.linalg.state import dump, restore
 from natgrad.losses import ESTIMATORS, output_curvature
 from natgrad.moments import AffineMoments
-from natgrad.optim.batch import Batch, Objective
+from natgrad.optim.batch import Batch, Forward, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
 from natgrad.optim.quadratic import Minimum, minimize
 from natgrad.optim.vectors import Vector, combine, copied, dot, finite, gram
@@ -165,7 +165,7 @@ class KFAC(torch.optim.Optimizer):
         Backward from it, scaled or summed over microbatches as you like, then call `step`.
 
         Raises:
-            RuntimeError: if no forward in training mode with gradients enabled came before.
+            RuntimeError: if no forward in training mode with gradients enabled came before, or it ran under autocast.
             ValueError: if output and target do not fit the loss, or the batch is empty.
             NotImplementedError: if the output depends on a parameter by anything but affine maps; it is named.
         """
@@ -176,10 +176,15 @@ class KFAC(torch.optim.Optimizer):
                 "none since the last opt.loss; call model.train() and model(x) first, and for evaluation the "
                 "loss module itself"
             )
+        if forward.autocast:
+            raise RuntimeError(
+                "the forward ran under torch.autocast, whose lower precision the statistics do not support; "
+                "run it outside, in one dtype"
+            )
         self._curvature.check(output, target)
         if output.numel() == 0:
             raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")
-        if self._uses_quadratic_model() and not _same_tensor(output, forward.returned):
+        if self._uses_quadratic_model() and not _is_returned(output, forward):
             raise ValueError(
                 "opt.loss was not given the tensor that the model returned, but the adaptive step runs the model "
                 "again and needs it; let the model return the loss's input, or fix lr, momentum and damping"
@@ -259,6 +264,8 @@ class KFAC(torch.optim.Optimizer):
         g = self._gradient(gradients, objective.scale, eta)
         if not finite(g):
             return "the gradient is not finite"
+        if dot(g, g) == 0:
+            return None  # nothing to do, and no direction to do it in
         loss = objective.loss + 0.5 * eta * self._square()
         self.diagnostics["loss"] = loss
         if self._damping is None:
@@ -321,6 +328,7 @@ class KFAC(torch.optim.Optimizer):
         assert self._inverse is not None
         group = self.param_groups[0]
         directions = [self._direction(self._inverse, g)]
+        g = {n: g[n] for n in directions[0]}
         previous = {n: s["delta"] for n in g if "delta" in (s := self.state[self._parameters[n]])}
         if len(previous) == len(g) and group["momentum"] != 0:
             directions.append(previous)
@@ -358,10 +366,12 @@ class KFAC(torch.optim.Optimizer):
     def _direction(self, inverse: BlockDiagonal, g: Vector) -> Vector:
         out: Vector = {}
         for block in inverse.layers.values():
+            if not all(n in g for n in block.names):
+                continue  # frozen, or not part of this loss
             op, parts = block.operator, block.parts(g)
             simple = self.bias_update == "simple" and isinstance(op, CenteredInverse)
             out |= block.named(op.apart(parts) if simple else op._matmul(parts))  # type: ignore[attr-defined]
-        return out
+        return {n: v for n, v in out.items() if self._parameters[n].requires_grad}
 
     def _reject(self, fault: str) -> None:
         self.diagnostics |= {"accepted": False, "reason": fault}
@@ -404,8 +414,8 @@ class KFAC(torch.optim.Optimizer):
         for n in gradients:
             if n not in covered:
                 raise NotImplementedError(
-                    f"{n!r} has a gradient but was not used in the recorded forward, so no layer kind covers it; "
-                    "freeze it with requires_grad_(False)"
+                    f"{n!r} has a gradient but there are no statistics of it: it was not used in the last forward that "
+                    "took them. If it comes and goes use statistics_every=1, else freeze it with requires_grad_(False)"
                 )
 
     def _invert(self, damping: float) -> BlockDiagonal:
@@ -442,6 +452,12 @@ class KFAC(torch.optim.Optimizer):
             }
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises TypeError: a copy would not be attached to any model."""
+        raise TypeError(
+            "a KFAC optimizer cannot be copied or pickled; make one for the new model and load state_dict()"
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes from what `state_dict` gave, for a model of the same parameters.
 
@@ -457,6 +473,8 @@ class KFAC(torch.optim.Optimizer):
         unknown = [n for n in unknown if n not in self._parameters]
         if unknown:
             raise ValueError(f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here")
+        for layer, m in saved["moments"]:
+            self._check_shape(Layer(**layer), len(m["output"]), len(m["mean"]))
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "kfac"})
         device = next(iter(self._parameters.values())).device
         saved = copied(saved, device)
@@ -467,6 +485,22 @@ class KFAC(torch.optim.Optimizer):
         self._inverse, self._inverse_age = restore(saved["inverse"]), saved["inverse_age"]
         self._pending = []
         self._arm()
+
+    def _check_shape(self, layer: Layer, d_out: int, d_in: int) -> None:
+        expected = (d_in, d_out) if layer.transposed else (d_out, d_in)
+        if layer.weight is not None and tuple(self._parameters[layer.weight].shape) != expected:
+            raise ValueError(
+                f"the state has moments for {layer.weight!r} of shape {expected}; here it has shape "
+                f"{tuple(self._parameters[layer.weight].shape)}"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises NotImplementedError: the parameters are those of the model, in one group."""
+        if self.param_groups:
+            raise NotImplementedError(
+                "KFAC trains the parameters of its model in one group; make a new optimizer for a model that has grown"
+            )
+        super().add_param_group(param_group)
 
     def _scale(self) -> float:
         """The mean of the curvature's diagonal: what a damping is large or small against."""
@@ -511,11 +545,13 @@ class KFAC(torch.optim.Optimizer):
         return sum(float(p.square().sum()) for p in self._parameters.values())
 
 
-def _same_tensor(output: Tensor, returned: Any) -> bool:
-    """Whether `output` is what the model returned, as it is or in another shape."""
-    return isinstance(returned, Tensor) and (
-        output is returned or (output.numel() == returned.numel() and output.data_ptr() == returned.data_ptr())
-    )
+def _is_returned(output: Tensor, forward: Forward) -> bool:
+    """Whether `output` is what the model returned, untouched, as it is or in another shape."""
+    returned = forward.returned
+    if not isinstance(returned, Tensor) or returned._version != forward.version:
+        return False
+    reshaped = output.numel() == returned.numel() and output.is_contiguous() and returned.is_contiguous()
+    return output is returned or (reshaped and output.data_ptr() == returned.data_ptr())
 
 
 def _check_number(name: str, value: float | None) -> None:

@@ -82,7 +82,9 @@ class Watch:
         model = self._model()
         if model is None or not (model.training and torch.is_grad_enabled()):
             return
-        self._forward = Forward(args, kwargs, RandomState(next(iter(self._parameters.values())).device))
+        device = next(iter(self._parameters.values())).device
+        autocast = torch.is_autocast_enabled(device.type)
+        self._forward = Forward(args, kwargs, RandomState(device), autocast=autocast)
         if self.recording:
             self._recorder = Recorder(self._parameters)
             self._recorder.__enter__()
@@ -100,6 +102,7 @@ class Watch:
             self._forward = None
             return
         self._forward.returned = output
+        self._forward.version = output._version if isinstance(output, Tensor) else 0
         self._forward.recorder = recorder
 
 
