@@ -368,6 +368,10 @@ class TestRandomAndStatefulModels:
         assert torch.equal(*ends)
 
 
+def singular(self, *args, **kwargs):
+    raise ValueError("layer '0': the factor A is singular")
+
+
 class TestRejection:
     def trained(self, options):
         model, opt = made(**{**options, **FRESH})
@@ -394,11 +398,8 @@ class TestRejection:
         model, opt = self.trained(ADAPTIVE)
         before, damping = flat(model), opt.diagnostics["damping"]
 
-        def fail(self, *args, **kwargs):
-            raise ValueError("layer '0': the factor A is singular")
-
         with monkeypatch.context() as patch:
-            patch.setattr(BlockDiagonal, "inverse", fail)
+            patch.setattr(BlockDiagonal, "inverse", singular)
             with pytest.warns(RuntimeWarning, match="a factor could not be inverted: layer '0'"):
                 step(model, opt)
         assert torch.equal(flat(model), before)
@@ -412,11 +413,8 @@ class TestRejection:
         model, opt = made()
         before = flat(model)
 
-        def fail(self, *args, **kwargs):
-            raise ValueError("layer '0': singular")
-
         with monkeypatch.context() as patch:
-            patch.setattr(BlockDiagonal, "inverse", fail)
+            patch.setattr(BlockDiagonal, "inverse", singular)
             with pytest.warns(RuntimeWarning, match="could not be inverted"):
                 step(model, opt)
         assert torch.equal(flat(model), before)

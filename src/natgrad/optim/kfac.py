@@ -375,18 +375,15 @@ class KFAC(torch.optim.Optimizer):
 
     def _reject(self, fault: str) -> None:
         self.diagnostics |= {"accepted": False, "reason": fault}
-        self._forget()
+        for p in self._parameters.values():
+            self.state[p].pop("delta", None)
+        self._combination = None
         self._rejections += 1
         if self._adaptive_damping and self._damping is not None:
             self._damping = self._rule.after_rejection(self._damping, self._rejections)
             self.diagnostics["damping"] = self._damping
         self._inverse_age = self.inverses_every  # refreshed at the next step
         warnings.warn(f"KFAC rejected step {self._steps}: {fault}", RuntimeWarning, stacklevel=4)
-
-    def _forget(self) -> None:
-        for p in self._parameters.values():
-            self.state[p].pop("delta", None)
-        self._combination = None
 
     def _undo_last(self, objective: Objective) -> bool:
         """Takes the last step back if the loss is finite without it."""
