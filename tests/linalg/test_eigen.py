@@ -3,7 +3,7 @@ import torch
 
 from natgrad.linalg import Kronecker
 from natgrad.linalg.eigen import eigh, inverse_from_cholesky, semidefinite
-from oracles import close, randn, spd
+from oracles import close, f64, randn, spd
 
 
 def test_eigenvalues_that_rounding_put_below_zero_count_as_zero():
@@ -34,3 +34,14 @@ def test_nan_is_an_error_that_names_the_matrix(function):
 def test_the_inverse_is_that_of_the_dense_solver():
     M = spd(7, 0)
     close(inverse_from_cholesky(M, "M", 0.0) @ randn(7), torch.linalg.solve(M, randn(7)), 1e-12)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-6])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e20])
+def test_a_float32_inverse_keeps_three_digits_whatever_the_scale(smallest, scale):
+    U = torch.linalg.qr(randn(30, 30, seed=1))[0]
+    M = (U * torch.linspace(smallest, 1, 30, dtype=f64)) @ U.mT
+    inverse = inverse_from_cholesky((M * scale).float(), "M", 1.0).double() * scale
+    error = (inverse @ M - torch.eye(30, dtype=f64)).norm() / 30**0.5
+    # What rounding M itself to float32 does grows with the condition number as well.
+    assert error < max(1e-3, 1e-7 / smallest * 30)

@@ -370,3 +370,16 @@ class TestAsATorchOptimizer:
             last = step(model, opt)
         assert last < first
         assert torch.equal(model.frozen.weight, frozen)
+
+
+@pytest.mark.parametrize(("centered", "every"), [(True, 10), (False, 5)])
+def test_the_homogeneous_factors_are_kept_fresher_by_default(centered, every):
+    model, opt = made(centered=centered)
+    refreshed = {"statistics": [], "inverses": []}
+    for index in range(21):
+        step(model, opt)
+        for what, steps in refreshed.items():
+            if opt.diagnostics.get(what):
+                steps.append(index)
+    assert refreshed["statistics"] == list(range(0, 21, every))
+    assert set(range(0, 21, every)) <= set(refreshed["inverses"])

@@ -50,8 +50,9 @@ class KFAC(torch.optim.Optimizer):
             by the weight's share and stall it.
         estimator: `"mc"` (labels drawn from the model), `"exact"` or `"empirical"`.
         sharing: `"expand"` or `"reduce"`, for layers used at several positions.
-        statistics_every: steps between updates of the moments.
-        inverses_every: steps between updates of the inverses.
+        statistics_every: steps between updates of the moments. None: 10 where centered, else 5, as the
+            homogeneous input factor holds the mean of the inputs, which moves faster than their covariance.
+        inverses_every: steps between updates of the inverses. None: 10 where centered, else 5.
         adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`.
         damping_decay: the least factor per step by which the damping may fall.
         damping_floor: the damping falls no further than this share of the mean of the curvature's diagonal.
@@ -93,8 +94,8 @@ class KFAC(torch.optim.Optimizer):
         damping_style: str | None = None,
         estimator: str = "mc",
         sharing: str = "expand",
-        statistics_every: int = 10,
-        inverses_every: int = 10,
+        statistics_every: int | None = None,
+        inverses_every: int | None = None,
         adapt_every: int = 8,
         damping_decay: float = 0.8,
         damping_floor: float = 0.03,
@@ -108,6 +109,9 @@ class KFAC(torch.optim.Optimizer):
         if damping is not None:
             check_damping(damping)
         damping_style = damping_style or ("factored" if centered else "exact")
+        interval = 10 if centered else 5
+        statistics_every = interval if statistics_every is None else statistics_every
+        inverses_every = interval if inverses_every is None else inverses_every
         _check_number("weight_decay", weight_decay)
         check_choice("bias_update", bias_update, ("exact", "simple"))
         check_choice("damping_style", damping_style, ("exact", "factored"))
