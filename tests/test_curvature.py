@@ -233,7 +233,7 @@ class TestBadInput:
             self.fisher(**{option: value})
 
     def test_an_estimator_that_implicit_lacks(self):
-        with pytest.raises(ValueError, match="structure='dense' or 'kfac'"):
+        with pytest.raises(ValueError, match="use 'exact', or another structure, such as 'dense' or 'kfac'"):
             self.fisher(structure="implicit", estimator="mc")
 
     def test_a_loss_class(self):

@@ -1,8 +1,12 @@
-"""The output-space curvature of torch's losses against autograd's Hessians and gradients of the summed loss."""
+"""The output-space curvature of torch's losses against autograd's Hessians and gradients of the summed loss.
+
+Those of canonical links come first: there the Hessian is the Fisher information, whatever the target.
+"""
 
 import copy
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,7 @@ WEIGHT = torch.tensor([0.5, 2.0, 1.3], dtype=f64)
 IGNORED = torch.tensor([1, -100, 2, 0])
 LABELS, MAPS = torch.tensor([2, 1, 0, 1]), torch.tensor([[0, 1], [2, -100], [1, 1], [-100, 0]])
 BINARY = torch.tensor([[1, 0, 0], [0, 1, 1], [1, 1, 0], [0, 0, 1]], dtype=f64)
+COUNTS = torch.tensor([[0, 3, 1], [7, 0, 2], [1, 1, 0], [2, 5, 12]], dtype=f64)
 
 
 def probabilities(*shape):
@@ -58,7 +63,13 @@ CASES = {
     "bce pos_weight": (nn.BCEWithLogitsLoss(pos_weight=WEIGHT), BINARY),
     "bce everything": (nn.BCEWithLogitsLoss(weight=WEIGHT.flip(0), pos_weight=WEIGHT), BINARY * 0.7 + 0.2),
     "bce positions": (nn.BCEWithLogitsLoss(pos_weight=WEIGHT[:, None]), BINARY.unsqueeze(2).expand(N, C, D) * 0.9),
+    "poisson": (nn.PoissonNLLLoss(), COUNTS),
+    "poisson full": (nn.PoissonNLLLoss(full=True), COUNTS),
+    "poisson 1-d": (nn.PoissonNLLLoss(), COUNTS[:, 0]),
+    "poisson positions": (nn.PoissonNLLLoss(), COUNTS.unsqueeze(2).expand(N, C, D)),
+    "poisson integers": (nn.PoissonNLLLoss(), COUNTS.long()),
 }
+KINDS = ("fisher", "gauss_newton")
 every_loss = pytest.mark.parametrize("name", CASES)
 both_reductions = pytest.mark.parametrize("reduce", [summed, meant])
 
@@ -90,6 +101,8 @@ def reference_weight(loss, output, target):
     weighted = output_hessian(loss, output, target).diagonal()
     if isinstance(loss, nn.MSELoss):
         plain = torch.full_like(weighted, 2.0)
+    elif isinstance(loss, nn.PoissonNLLLoss):
+        plain = output.exp().flatten()
     else:
         p = output.softmax(1) if isinstance(loss, nn.CrossEntropyLoss) else output.sigmoid()
         plain = (p * (1 - p)).flatten()
@@ -103,16 +116,22 @@ def test_product_is_the_hessian_of_the_summed_loss(name, seed):
     v = randn(*output.shape, seed=seed + 1)
     expected = output_hessian(loss, output, target) @ v.flatten()
     for reduce in (summed, meant):
-        close(output_curvature(reduce(loss)).product(output, target, v), expected.view_as(v), 1e-11)
+        for kind in KINDS:
+            close(output_curvature(reduce(loss), kind).product(output, target, v), expected.view_as(v), 1e-11)
 
 
 @every_loss
 @both_reductions
 def test_exact_columns_are_a_factor_of_the_hessian(name, reduce):
     loss, output, target = make(name)
-    S = list(output_curvature(reduce(loss)).columns(output, target))
-    assert all(s.shape == output.shape for s in S)
-    close(torch.block_diag(*outer(S)), output_hessian(loss, output, target), 1e-11)
+    for kind in KINDS:
+        curvature = output_curvature(reduce(loss), kind)
+        S = list(curvature.columns(output, target))
+        assert all(s.shape == output.shape for s in S)
+        close(torch.block_diag(*outer(S)), output_hessian(loss, output, target), 1e-11)
+        signs, signed = zip(*curvature.signed_columns(output, target), strict=True)
+        assert set(signs) == {1}
+        assert torch.equal(torch.stack(signed), torch.stack(S))
 
 
 @every_loss
@@ -165,7 +184,7 @@ def test_the_empirical_column_is_the_gradient_with_its_case_weight_once(name, re
 
 
 @pytest.mark.parametrize(
-    "name", ["ce", "ce probabilities", "ce positions", "ce smoothing", "mse", "mse 1-d", "bce soft"]
+    "name", ["ce", "ce probabilities", "ce positions", "ce smoothing", "mse", "mse 1-d", "bce soft", "poisson"]
 )
 def test_the_empirical_column_without_weights_is_the_gradient(name):
     loss, output, target = make(name)
@@ -225,7 +244,7 @@ def test_saturated_outputs_stay_finite(name, estimator):
     assert torch.isfinite(curvature.product(output, target, output)).all()
 
 
-@pytest.mark.parametrize("name", ["ce everything", "ce positions", "mse", "bce everything", "bce 1-d"])
+@pytest.mark.parametrize("name", ["ce everything", "ce positions", "mse", "bce everything", "bce 1-d", "poisson"])
 class TestGenerator:
     def draw(self, name, generator=None):
         loss, output, target = make(name)
@@ -260,6 +279,40 @@ def test_the_output_and_its_graph_are_left_alone(name, estimator):
     assert torch.equal(f, output)
 
 
+class TestSoftmaxFactor:
+    """The Cholesky factor of `diag p − p pᵀ`."""
+
+    def columns(self, output):
+        return list(output_curvature(nn.CrossEntropyLoss()).columns(output, torch.zeros(len(output)).long()))
+
+    @given(seed=st.integers(0, 10_000), classes=st.integers(1, 12), scale=st.sampled_from([0.0, 1.0, 30.0, 1e3]))
+    def test_it_has_one_column_less_than_classes(self, seed, classes, scale):
+        output = scale * randn(5, classes, seed=seed)
+        S, p = self.columns(output), output.softmax(1)
+        assert len(S) == max(classes - 1, 1)
+        close(outer(S), p.diag_embed() - p.unsqueeze(1) * p.unsqueeze(2), 1e-14)
+        assert all((s[:, :j] == 0).all() for j, s in enumerate(S))
+
+    def test_small_probabilities_keep_their_digits(self):
+        # diag p − p pᵀ itself has 1 − p = 0 for the first class here.
+        e = 1e-30
+        output = torch.tensor([[0.0, np.log(e), np.log(3 * e)]], dtype=f64)
+        expected = e * torch.tensor([[4.0, -1, -3], [-1, 1, 0], [-3, 0, 3]], dtype=f64)
+        assert torch.allclose(outer(self.columns(output))[0], expected, rtol=1e-12, atol=1e-44)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, f64])
+    def test_probabilities_that_underflow(self, dtype):
+        output = torch.tensor([[0, -2e3, -3e3], [-2e3, 0, -3e3], [-3e3, -2e3, 0], [0, 0, -2e3]], dtype=dtype)
+        expected = torch.zeros(4, 3, 3, dtype=dtype)
+        expected[3, :2, :2] = torch.tensor([[1, -1], [-1, 1]]) / 4
+        close(outer(self.columns(output)), expected, 1e-6)
+
+    def test_one_class_at_positions(self):
+        output = randn(N, 1, 4)
+        (column,) = output_curvature(nn.CrossEntropyLoss()).columns(output, torch.zeros(N, 4).long())
+        assert torch.equal(column, torch.zeros_like(output))
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("loss", "output", "target", "match"),
@@ -272,6 +325,8 @@ class TestBadInput:
             (nn.MSELoss(), (4, 1), torch.zeros(4), r"MSELoss.*\(4, 1\).*\(4,\).*expected the same shape"),
             (nn.MSELoss(), (), torch.tensor(0.0), "scalar"),
             (nn.BCEWithLogitsLoss(), (4, 1), torch.zeros(4), r"BCEWith.*\(4, 1\).*\(4,\).*expected the same shape"),
+            (nn.PoissonNLLLoss(), (4, 1), torch.zeros(4), r"Poisson.*\(4, 1\).*\(4,\).*expected the same shape"),
+            (nn.GaussianNLLLoss(), (4, 1, 2), torch.zeros(4), r"Gauss.*\(4, 1\).*\(4,\).*expected the same shape"),
         ],
     )
     def test_shapes_that_do_not_fit(self, loss, output, target, match):
@@ -286,6 +341,7 @@ class TestBadInput:
             (nn.MSELoss(), torch.zeros(4, 3, dtype=torch.complex128), "complex128.*expected"),
             (nn.BCEWithLogitsLoss(), torch.zeros(4, 3, dtype=torch.int64), "int64.*expected.*float"),
             (nn.BCEWithLogitsLoss(), torch.zeros(4, 3, dtype=torch.bool), "bool.*expected.*float"),
+            (nn.PoissonNLLLoss(), torch.zeros(4, 3, dtype=torch.complex128), "complex128.*expected counts"),
         ],
         ids=lambda x: str(x.dtype) if isinstance(x, torch.Tensor) else None,
     )
@@ -321,7 +377,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match=rf"weight.*{size}.*3"):
             output_curvature(loss).check(output, target)
 
-    @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss])
+    @pytest.mark.parametrize(
+        "loss", [nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss]
+    )
     def test_no_reduction(self, loss):
         with pytest.raises(ValueError, match=rf"{loss.__name__}.*reduction='none'.*'mean' or 'sum'"):
             output_curvature(loss(reduction="none"))
@@ -338,7 +396,7 @@ class TestBadInput:
         ],
     )
     def test_a_loss_that_is_not_supported(self, loss, came):
-        with pytest.raises(TypeError, match=rf"{came}.*expected.*nn.CrossEntropyLoss\(\), nn.MSELoss"):
+        with pytest.raises(TypeError, match=rf"{came}.*expected.*nn.CrossEntropyLoss\(\), nn.MSELoss.*Likelihood"):
             inspect.unwrap(output_curvature)(loss)  # without the type checker of the test run
 
     def test_a_subclass_that_computes_something_else(self):
@@ -355,6 +413,10 @@ class TestBadInput:
             name = "error"
 
         close(output_curvature(Named()).product(randn(N), randn(N), randn(N)), 2 * randn(N))
+
+    def test_an_unknown_kind(self):
+        with pytest.raises(ValueError, match=r"kind='gn'.*expected.*'gauss_newton'"):
+            output_curvature(nn.MSELoss(), "gn")
 
     def test_an_unknown_estimator(self):
         loss, output, target = make("ce")

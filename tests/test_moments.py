@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.moments import AffineMoments
-from natgrad.statistics import Layer, merge
+from natgrad.cases import Layer
+from natgrad.moments import AffineMoments, merge
 from oracles import close, f64, randn
 
 D_IN, D_OUT = 3, 2

@@ -1,8 +1,10 @@
 """Fisher and Gauss-Newton matrices of PyTorch models, and the optimizers that follow from them."""
 
-from natgrad import linalg
-from natgrad.curvature import fisher, gauss_newton
-from natgrad.optim import KFAC
+from natgrad import linalg, losses
+from natgrad.curvature import fisher, gauss_newton, hessian
+from natgrad.linalg import load
+from natgrad.optim import KFAC, NaturalGradient
+from natgrad.residual import residual
 
 __version__ = "0.1.0"
-__all__ = ["KFAC", "fisher", "gauss_newton", "linalg"]
+__all__ = ["KFAC", "NaturalGradient", "fisher", "gauss_newton", "hessian", "linalg", "load", "losses", "residual"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from natgrad.cases import Cases, Layer
+
+SHARING = ("expand", "reduce")
 
 
 @dataclass
@@ -73,3 +78,33 @@ class AffineMoments:
     def is_finite(self) -> Tensor:
         """A boolean scalar: nothing in here is NaN or infinite."""
         return torch.isfinite(self.scatter.sum() + self.output.sum() + self.mass + self.mean.sum())
+
+
+def layer_moments(cases: Cases, sharing: str = "expand") -> dict[Layer, AffineMoments]:
+    """The moments of every layer on one batch, in one pass over its columns."""
+    with torch.no_grad():
+        moments = {
+            layer: AffineMoments.of_inputs(shared(h, sharing, "mean"), cases.d_out[layer], cases.mass)
+            for layer, h in cases.h.items()
+        }
+        for g in cases.columns:
+            for layer, m in moments.items():
+                m.add_gradients(shared(g[layer], sharing, "sum"))
+    return moments
+
+
+def merge(parts: Iterable[Mapping[Layer, AffineMoments]]) -> dict[Layer, AffineMoments]:
+    """The moments of all cases, from those of the parts."""
+    total: dict[Layer, AffineMoments] = {}
+    for part in parts:
+        for layer, moments in part.items():
+            total[layer] = total[layer] + moments if layer in total else moments
+    return total
+
+
+def shared(uses: Sequence[Tensor], sharing: str, over: str) -> Float[Tensor, "n d"]:
+    """Rows of all uses: each position a case (`expand`), or positions and uses averaged or summed (`reduce`)."""
+    if sharing == "expand":
+        return torch.cat([u.flatten(0, 1) for u in uses])
+    positions = torch.cat(list(uses), 1)
+    return positions.mean(1) if over == "mean" else positions.sum(1)

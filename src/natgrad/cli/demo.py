@@ -1,17 +1,16 @@
 """The demo from its options to its report."""
 
 import math
-import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
 from natgrad.cli.conditioning import layer_conditioning
+from natgrad.cli.demo_report import Outcome, write_all
 from natgrad.cli.errors import UserError
 from natgrad.cli.interrupt import Interruption
-from natgrad.cli.plots import plot_conditioning, plot_error, plot_reconstructions
 from natgrad.cli.progress import TrainingDisplay, summary_table
-from natgrad.cli.report import Outcome, write_report, write_results
+from natgrad.cli.report import check_seed, check_writable
 from natgrad.cli.tasks import make_autoencoder, make_task
 from natgrad.cli.training import SUBSET, demo_runs, train
 
@@ -20,8 +19,7 @@ def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
     """Train one autoencoder with each optimizer for some seconds, and write the report to `out`."""
     if not (0 < seconds < math.inf):
         raise UserError(f"--seconds was {seconds:g}; expected a number above 0; give, say, --seconds 40.")
-    if not (0 <= seed < 2**63):
-        raise UserError(f"--seed was {seed}; expected 0 to 2^63 - 1; give, say, --seed 0.")
+    check_seed(seed)
     console = Console()
     with Interruption() as interruption:
         task = make_task(task_name, seed)
@@ -64,28 +62,3 @@ def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
     if outcome.interrupted:
         console.print("Stopped early: the report has what there was.")
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)
-
-
-def write_all(outcome: Outcome, out: Path) -> Path:
-    """Write results.json, the pictures and report.html to `out`; return the report's path."""
-    pictures = {name: out / f"{name}.png" for name in ("error", "reconstructions", "conditioning")}
-    write_results(outcome, out / "results.json")
-    plot_error(outcome.runs, pictures["error"])
-    plot_reconstructions(outcome.runs, outcome.task.images, pictures["reconstructions"])
-    plot_conditioning(outcome.conditioning, pictures["conditioning"])
-    report = out / "report.html"
-    write_report(outcome, pictures, report)
-    return report
-
-
-def check_writable(out: Path) -> None:
-    """Make the folder if need be, and raise UserError if nothing can be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--out was {str(out)!r}, which cannot be written ({error.strerror}); expected a folder "
-            "that you may write to; give another one with --out."
-        ) from error

@@ -1,4 +1,4 @@
-"""The report's pictures, drawn without a display."""
+"""The demo's pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,25 +7,21 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
 from natgrad.cli.conditioning import LayerConditioning
 from natgrad.cli.tasks import SIDE
 from natgrad.cli.training import Run
+from natgrad.figures import COLOURS, name_bars, new_figure, save, tidy
 
-# From the palette of Okabe and Ito, which colour-blind readers can tell apart; line styles differ as well.
-COLOURS = ("#767676", "#0072B2", "#D55E00")
+# Of the lines, beside their colours.
 STYLES = ((0, (5, 1.5)), (0, (1.5, 1)), "solid")
-INK = "#333333"
-DOTS_PER_INCH = 160
 
 
 def plot_error(runs: Sequence[Run], path: Path) -> None:
     """Plot the squared error against the training time and against the steps."""
-    figure = _figure(7.6, 3.7)
+    figure = new_figure(7.6, 3.7)
     by_time, by_step = figure.subplots(1, 2, sharey=True)
     for run, colour, style in zip(runs, COLOURS, STYLES, strict=False):
         if not run.curve:
@@ -48,10 +44,10 @@ def plot_error(runs: Sequence[Run], path: Path) -> None:
     by_step.set_xscale("log")
     by_step.set_xlabel("steps (log scale)")
     for axes in (by_time, by_step):
-        _tidy(axes)
+        tidy(axes)
     by_time.legend(frameon=False)
     _plain_log_ticks(by_time)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_reconstructions(
@@ -67,7 +63,7 @@ def plot_reconstructions(
             error = float(((made - originals) ** 2).sum(1).mean())
             label = run.optimizer.replace(", ", ",\n")
             rows.append((f"{label}\nerror {error:.2f}", made))
-    figure = _figure(0.85 * originals.shape[0] + 1.2, 0.9 * len(rows) + 0.1)
+    figure = new_figure(0.85 * originals.shape[0] + 1.2, 0.9 * len(rows) + 0.1)
     grid = figure.subplots(len(rows), len(originals), squeeze=False)
     for (label, pictures), line in zip(rows, grid, strict=True):
         for picture, axes in zip(pictures, line, strict=True):
@@ -77,12 +73,12 @@ def plot_reconstructions(
             for spine in axes.spines.values():
                 spine.set_color("#cccccc")
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_conditioning(layers: Sequence[LayerConditioning], path: Path) -> None:
     """Compare, layer by layer, the condition numbers of the second moment and of the covariance."""
-    figure = _figure(7.6, 4.1)
+    figure = new_figure(7.6, 4.1)
     axes = figure.subplots()
     places = np.arange(len(layers))
     width = 0.38
@@ -95,11 +91,9 @@ def plot_conditioning(layers: Sequence[LayerConditioning], path: Path) -> None:
                 bar.set(hatch="////", edgecolor="white", linewidth=0)
     axes.set_yscale("log")
     axes.set_ylim(bottom=1)
-    axes.set_xticks(places, [layer.layer for layer in layers], rotation=40, ha="right")
+    name_bars(axes, [layer.layer for layer in layers])
     axes.set_xlabel("affine layer (inputs→outputs)")
     axes.set_ylabel("condition number (log scale)")
-    _tidy(axes)
-    axes.grid(False, axis="x")
     handles = [
         Patch(color=COLOURS[1], label="second moment of [h; 1]"),
         Patch(color=COLOURS[2], label="covariance of h"),
@@ -107,22 +101,7 @@ def plot_conditioning(layers: Sequence[LayerConditioning], path: Path) -> None:
     if any(layer.floored_second_moment or layer.floored_covariance for layer in layers):
         handles.append(Patch(facecolor="#aaaaaa", edgecolor="white", hatch="////", label="lower bound (floored)"))
     figure.legend(handles=handles, frameon=False, ncols=3, loc="outside upper left")
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    # A figure of its own, not pyplot's: nothing global is touched and no window system is looked for.
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(colors=INK, which="both")
-    axes.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
+    save(figure, path)
 
 
 def _plain_log_ticks(axes: Axes) -> None:
@@ -138,7 +117,3 @@ def _plain_log_ticks(axes: Axes) -> None:
     shown = [tick for tick in ticks if low <= tick <= high]
     axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
     axes.minorticks_off()
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DOTS_PER_INCH)

@@ -1,4 +1,4 @@
-"""The affine map `a = W h + b`: the calls that make one, its cases."""
+"""The affine map `a = W h + b`: the calls that make one, its rows."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def affine(h: Tensor, W: Tensor | None, b: Tensor | None, transposed: bool) -> T
     return F.linear(h, W.mT if transposed else W, b)
 
 
-def cases(t: Tensor) -> Tensor:
+def rows(t: Tensor) -> Tensor:
     """Inputs or output gradients of one use as `(example, position, features)`.
 
     Axis 0 is the example; all axes between it and the features are positions.

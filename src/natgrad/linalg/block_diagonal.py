@@ -37,6 +37,7 @@ class BlockDiagonal(Operator):
         self.layers, self.space = dict(layers), space
         first = next(iter(self.layers.values())).operator
         self.dtype, self.device = first.dtype, first.device
+        self.damps_parameters = all(block.operator.damps_parameters for block in self.layers.values())
 
     @property
     def blocks(self) -> dict[str, Operator]:
@@ -70,6 +71,27 @@ class BlockDiagonal(Operator):
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self._each(parts, lambda op, p: op._inverse_factor(p, damping))
 
+    def _scaled(self, factor: float) -> BlockDiagonal:
+        return self._map(lambda op: op._scaled(factor))
+
+    def _plus(self, other: Operator) -> Operator | None:
+        if not isinstance(other, BlockDiagonal) or _arrangement(self) != _arrangement(other):
+            return None
+        summed = {
+            name: Block(block.operator + other.layers[name].operator, block.names, block.transposed)
+            for name, block in self.layers.items()
+        }
+        return BlockDiagonal(summed, self.space)
+
+    def _dense(self) -> Tensor:
+        M = torch.zeros(self.space.size, self.space.size, dtype=self.dtype, device=self.device)
+        index = self.space.unflatten(torch.arange(self.space.size, device=self.device))
+        named = dict(zip(self.space.names or (), index, strict=True))
+        for block in self.layers.values():
+            rows = block.operator.space.flatten(block.parts(named))
+            M[rows[:, None], rows] = block.operator._dense()
+        return M
+
     def _each(self, parts: Parts, apply: Callable[[Operator, Parts], Parts]) -> Parts:
         assert self.space.names is not None
         v = dict(zip(self.space.names, parts, strict=True))
@@ -90,3 +112,7 @@ class BlockDiagonal(Operator):
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
         return BlockDiagonal(changed, self.space)
+
+
+def _arrangement(operator: BlockDiagonal) -> list[tuple[str, tuple[str, ...], bool]]:
+    return sorted((name, block.names, block.transposed) for name, block in operator.layers.items())

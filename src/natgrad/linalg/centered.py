@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.eigen import inverse_from_cholesky
-from natgrad.linalg.kronecker import Homogeneous, Kronecker, factored_inverses
+from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen, factored_inverses
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space
 
@@ -35,6 +35,8 @@ class CenteredKronecker(Operator):
         >>> W, b      # W = ∇_W − ∇_b mᵀ, b = ∇_b − W m
         (tensor([[1., 1.]]), tensor([1.]))
     """
+
+    damps_parameters = False
 
     def __init__(self, *, covariance: Tensor, mean: Tensor, output: Tensor):
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
@@ -90,6 +92,9 @@ class CenteredKronecker(Operator):
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self._centered._inverse_factor(parts, damping)
 
+    def _scaled(self, factor: float) -> CenteredKronecker:
+        return CenteredKronecker(covariance=self.C, mean=self.m, output=factor * self.B)
+
     @property
     def A(self) -> Tensor:
         """The homogeneous second moment `E[x xᵀ]`, `x = [h; 1]`."""
@@ -98,9 +103,11 @@ class CenteredKronecker(Operator):
 
 
 class Centered(Operator):
-    """`Tᵀ blockdiag(weight, bias) T` with `T: (W, b) ↦ (W, b + W m)`, for any two operators."""
+    """`Tᵀ blockdiag(weight, bias) T` with `T: (W, b) ↦ (W, b + W m)`."""
 
-    def __init__(self, weight: Operator, bias: Operator, mean: Float[Tensor, " i"]):
+    damps_parameters = False
+
+    def __init__(self, weight: Kronecker | KroneckerEigen, bias: Operator, mean: Float[Tensor, " i"]):
         self.weight, self.bias, self.m = weight, bias, mean
         self.space = Space((weight.space.shapes[0], bias.space.shapes[0]))
         self.dtype, self.device = weight.dtype, weight.device
@@ -114,19 +121,44 @@ class Centered(Operator):
         check_damping(damping, damping_style)
         return CenteredInverse(self.weight.inverse(damping), self.bias.inverse(damping), self.m)
 
+    def power(self, exponent: float, damping: float = 0.0) -> Operator:
+        """The exponent −1 alone: the factors of other powers are not `T`'s."""
+        if exponent == -1:
+            return self.inverse(damping)
+        raise TypeError(f"a centered block has no power {exponent} of its structure; use centered=False or 'dense'")
+
     def logdet(self, damping: float = 0.0) -> Tensor:
         return self.weight.logdet(damping) + self.bias.logdet(damping)
+
+    def trace(self) -> Tensor:
+        """`tr weight + (1 + ‖m‖²) tr bias`."""
+        return self.weight.trace() + (1 + self.m @ self.m) * self.bias.trace()
+
+    def norm(self) -> Tensor:
+        """`‖·‖² = ‖weight‖² + 2 ⟨weight, m mᵀ ⊗ bias⟩ + (1 + ‖m‖²)² ‖bias‖²`."""
+        inner = self.weight.inner(torch.outer(self.m, self.m), self.bias._dense())
+        scale = 1 + self.m @ self.m
+        return (self.weight.norm().square() + 2 * inner + (scale * self.bias.norm()).square()).sqrt()
+
+    def _diagonal(self) -> Parts:
+        (W,), (b,) = self.weight._diagonal(), self.bias._diagonal()
+        return W + torch.outer(b, self.m.square()), b
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         (W,) = self.weight._inverse_factor(parts[:1], damping)
         (c,) = self.bias._inverse_factor(parts[1:], damping)
         return W, c - W @ self.m
 
+    def _scaled(self, factor: float) -> Centered:
+        return Centered(self.weight._scaled(factor), self.bias._scaled(factor), self.m)
+
 
 class CenteredInverse(Operator):
     """`T⁻¹ blockdiag(weight, bias) T⁻ᵀ`: the update `ΔW = weight(∇_W − ∇_b mᵀ)`, `Δb = bias(∇_b) − ΔW m`."""
 
-    def __init__(self, weight: Operator, bias: Operator, mean: Float[Tensor, " i"]):
+    damps_parameters = False
+
+    def __init__(self, weight: Kronecker | KroneckerEigen, bias: Operator, mean: Float[Tensor, " i"]):
         self.weight, self.bias, self.m = weight, bias, mean
         self.space = Space((weight.space.shapes[0], bias.space.shapes[0]))
         self.dtype, self.device = weight.dtype, weight.device
@@ -151,6 +183,9 @@ class CenteredInverse(Operator):
         if damping != 0:
             raise self._cannot("damped logdet")
         return self.weight.logdet() + self.bias.logdet()
+
+    def _scaled(self, factor: float) -> CenteredInverse:
+        return CenteredInverse(self.weight._scaled(factor), self.bias._scaled(factor), self.m)
 
 
 def homogeneous_inverse(C: Float[Tensor, "d d"], m: Float[Tensor, " d"]) -> Float[Tensor, "d+1 d+1"]:

@@ -52,6 +52,27 @@ class Dense(Operator):
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self.power(-0.5, damping)._matmul(parts)
 
+    def _scaled(self, factor: float) -> Dense:
+        return Dense(factor * self.matrix, self.space)
+
+    def _plus(self, other: Operator) -> Operator | None:
+        return Dense(self.matrix + other.matrix, self.space) if isinstance(other, Dense) else None
+
+    def _dense(self) -> Tensor:
+        return self.matrix.clone()
+
+    @property
+    def blocks(self) -> dict[str, Operator]:
+        """Each layer's own block of the matrix, by the layer's name."""
+        index = self.space.unflatten(torch.arange(self.space.size, device=self.device))
+        named = dict(zip(self.space.names or (), zip(index, self.space.shapes, strict=True), strict=True))
+        out: dict[str, Operator] = {}
+        for group, names in self.space.groups().items():
+            rows = torch.cat([named[n][0].flatten() for n in names])
+            space = Space(tuple(named[n][1] for n in names))
+            out[group] = Dense(self.matrix[rows[:, None], rows], space)
+        return out
+
     def _damped(self, damping: float) -> tuple[Tensor, Tensor]:
         check_damping(damping)
         if self._eigh is None:

@@ -41,7 +41,7 @@ class Kronecker(Operator):
     def _matmul(self, parts: Parts) -> Parts:
         return (self.B @ parts[0] @ self.A.mT,)
 
-    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Kronecker | KroneckerEigen:
         """`(A ⊗ B + damping I)⁻¹` exactly, or `(A + π√λ I)⁻¹ ⊗ (B + √λ/π I)⁻¹` with `damping_style="factored"`.
 
         `π² = (tr A / d_in) / (tr B / d_out)` (Martens & Grosse 2015, section 6.3).
@@ -76,6 +76,16 @@ class Kronecker(Operator):
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self.power(-0.5, damping)._matmul(parts)
 
+    def inner(self, P: Tensor, Q: Tensor) -> Tensor:
+        """The Frobenius inner product with `P ⊗ Q`, `P` and `Q` symmetric: `⟨A, P⟩ ⟨B, Q⟩`."""
+        return (self.A * P).sum() * (self.B * Q).sum()
+
+    def _scaled(self, factor: float) -> Kronecker:
+        return Kronecker(self.A, factor * self.B)
+
+    def _dense(self) -> Tensor:
+        return torch.kron(self.B, self.A)
+
     def eigen(self) -> KroneckerEigen:
         """The same matrix in its eigenbasis, computed once."""
         if self._eigen is None:
@@ -96,7 +106,7 @@ class KroneckerEigen(Operator):
     def _matmul(self, parts: Parts) -> Parts:
         return (self.U_B @ ((self.U_B.mT @ parts[0] @ self.U_A) * self.values) @ self.U_A.mT,)
 
-    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> KroneckerEigen:
         check_damping(damping, damping_style)
         return self.power(-1.0, damping)
 
@@ -117,6 +127,14 @@ class KroneckerEigen(Operator):
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self.power(-0.5, damping)._matmul(parts)
+
+    def inner(self, P: Tensor, Q: Tensor) -> Tensor:
+        """The Frobenius inner product with `P ⊗ Q`, `P` and `Q` symmetric, by their diagonals in the eigenbases."""
+        p, q = ((U * (M @ U)).sum(0) for U, M in ((self.U_A, P), (self.U_B, Q)))
+        return q @ self.values @ p
+
+    def _scaled(self, factor: float) -> KroneckerEigen:
+        return KroneckerEigen(self.U_A, self.U_B, factor * self.values)
 
     def _damped(self, damping: float) -> Tensor:
         check_damping(damping)
@@ -155,6 +173,9 @@ class Homogeneous(Operator):
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return _unstack(self.stacked._inverse_factor(_stack(parts), damping))
+
+    def _scaled(self, factor: float) -> Homogeneous:
+        return Homogeneous(self.stacked._scaled(factor))
 
 
 def factored_inverses(A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -1,24 +1,39 @@
 """Solving with a matrix that is only known by its products."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.space import Parts
+
 Product = Callable[[Tensor], Tensor]
 
 
-def conjugate_gradient(product: Product, b: Tensor, *, tol: float, max_iter: int) -> Tensor:
-    """`x` with `‖M x − b‖ ≤ tol ‖b‖`, for a positive definite `M` (Hestenes & Stiefel 1952).
+class Solution(NamedTuple):
+    """Where conjugate gradients have come to: `x`, its relative residual `‖M x − b‖ / ‖b‖`, the products it took."""
+
+    x: Tensor
+    residual: float
+    products: int
+
+
+def conjugate_gradient(product: Product, b: Tensor, *, tol: float, max_iter: int) -> Solution:
+    """`x` with `‖M x − b‖ ≤ tol ‖b‖`, or what `max_iter` products give (Hestenes & Stiefel 1952).
+
+    From zero, so that `bᵀ x > 0` wherever it stops.
 
     Raises:
-        RuntimeError: if that is not reached within `max_iter` products, or `M` is not positive definite.
+        RuntimeError: if `M` is not positive definite.
     """
     x, r = torch.zeros_like(b), b.clone()
-    p, rr, target = r.clone(), r @ r, (tol * b.norm()) ** 2
-    for _ in range(max_iter):
-        if rr <= target:
-            return x
+    p, rr, bb = r.clone(), r @ r, b @ b
+    residual, count = float(bb > 0), 0
+    while residual > tol and count < max_iter:
         Mp = product(p)
         curvature = p @ Mp
         if not curvature > 0:
@@ -30,9 +45,55 @@ def conjugate_gradient(product: Product, b: Tensor, *, tol: float, max_iter: int
         x, r = x + step * p, r - step * Mp
         rr, previous = r @ r, rr
         p = r + (rr / previous) * p
-    if rr <= target:
-        return x
-    raise RuntimeError(
-        f"conjugate gradients reached a relative residual of {float(rr.sqrt() / b.norm()):.2g} in {max_iter} "
-        f"products, expected {tol:g}; pass a larger damping, or use structure='dense' or 'kfac'"
-    )
+        residual, count = float((rr / bb).sqrt()), count + 1
+    return Solution(x, residual, count)
+
+
+class IterativeInverse(Operator):
+    """`(M + damping I)⁻¹` by conjugate gradients, to a relative residual of `tol` (default: `eps^¾`)."""
+
+    def __init__(self, matrix: Operator, damping: float, tol: float | None = None, max_iter: int | None = None):
+        self.matrix, self.damping = matrix, damping
+        self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
+        self.tol = tol if tol is not None else torch.finfo(self.dtype).eps ** 0.75
+        self.max_iter = max_iter or 10 * self.space.size
+
+    def _matmul(self, parts: Parts) -> Parts:
+        b = self.space.flatten(parts)
+
+        def product(v: Tensor) -> Tensor:
+            return self.space.flatten(self.matrix._matmul(self.space.unflatten(v))) + self.damping * v
+
+        rows = []
+        for row in b.reshape(-1, self.space.size):
+            solution = conjugate_gradient(product, row, tol=self.tol, max_iter=self.max_iter)
+            if not solution.residual <= self.tol:
+                raise RuntimeError(
+                    f"conjugate gradients reached a relative residual of {solution.residual:.2g} in "
+                    f"{solution.products} products, expected {self.tol:g}; pass a larger damping, or use "
+                    "structure='dense' or 'kfac'"
+                )
+            rows.append(solution.x)
+        return self.space.unflatten(torch.stack(rows).reshape(b.shape))
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+        """The damped matrix itself."""
+        check_damping(damping, damping_style)
+        if damping != 0:
+            raise self._cannot("damped inverse")
+        return Damped(self.matrix, self.damping)
+
+
+class Damped(Operator):
+    """`M + damping I`, by products."""
+
+    def __init__(self, matrix: Operator, damping: float):
+        self.matrix, self.damping = matrix, damping
+        self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
+
+    def _matmul(self, parts: Parts) -> Parts:
+        return tuple(m + self.damping * p for m, p in zip(self.matrix._matmul(parts), parts, strict=True))
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+        check_damping(damping, damping_style)
+        return IterativeInverse(self.matrix, self.damping + damping)

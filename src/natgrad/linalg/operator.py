@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from natgrad.linalg.space import Parts, Space, check_order
 
+if TYPE_CHECKING:
+    from natgrad.linalg.stochastic import Estimate
+
 DAMPING_STYLES = ("exact", "factored")
+DENSE_LIMIT = 20_000
 
 
 class Operator(ABC):
@@ -24,6 +29,8 @@ class Operator(ABC):
     space: Space
     dtype: torch.dtype
     device: torch.device
+    damps_parameters = True
+    """Whether `damping` multiplies the identity, not that of other coordinates."""
 
     # What a subclass supplies --------------------------------------------------------------------------
 
@@ -58,6 +65,27 @@ class Operator(ABC):
         """`L z` for standard normal `z`, where `L Lᵀ = (M + damping I)⁻¹`."""
         raise self._cannot("sample")
 
+    def _scaled(self, factor: float) -> Operator:
+        """`factor M`, of the same structure where that is possible."""
+        from natgrad.linalg.combination import Scaled
+
+        return Scaled(self, factor)
+
+    def _plus(self, other: Operator) -> Operator | None:
+        """`M + other` where the two have one structure, else None."""
+        return None
+
+    def _dense(self) -> Tensor:
+        eye = torch.eye(self.space.size, dtype=self.dtype, device=self.device)
+        return self.space.flatten(self._matmul(self.space.unflatten(eye))).mT
+
+    @property
+    def blocks(self) -> dict[str, Operator]:
+        """Each layer's own operator, by the layer's name: the principal submatrix of its parameters."""
+        from natgrad.linalg.restriction import Restriction
+
+        return {name: Restriction(self, names) for name, names in self.space.groups().items()}
+
     # What follows from it ------------------------------------------------------------------------------
 
     def __matmul__(self, v: Any) -> Any:
@@ -87,10 +115,97 @@ class Operator(ABC):
         return self._form(self._inverse_factor(z, damping))
 
     def to_dense(self, order: str = "torch") -> Tensor:
-        """The matrix itself, `(size, size)`: rows of each parameter stacked (`"torch"`) or its columns (`"vec"`)."""
+        """The matrix itself, `(size, size)`: rows of each parameter stacked (`"torch"`) or its columns (`"vec"`).
+
+        Raises:
+            ValueError: if the size is above `DENSE_LIMIT`.
+        """
         check_order(order)
-        eye = torch.eye(self.space.size, dtype=self.dtype, device=self.device)
-        return self.space.flatten(self._matmul(self.space.unflatten(eye, order)), order).mT
+        if self.space.size > DENSE_LIMIT:
+            raise ValueError(
+                f"{self._label()} has {self.space.size} rows: as a dense matrix it would take "
+                f"{self.space.size**2 * self.dtype.itemsize / 2**30:.1f} GB. The limit is {DENSE_LIMIT} rows; "
+                "use products and solves, or blocks"
+            )
+        dense = self._dense()
+        if order == "torch":
+            return dense
+        index = self.space.columns_index(dense.device)
+        return dense[index[:, None], index]
+
+    # Sums and multiples --------------------------------------------------------------------------------
+
+    def __add__(self, other: Any) -> Operator:
+        """`M + other`, for another operator on the same vectors."""
+        from natgrad.linalg.combination import Sum
+
+        if not isinstance(other, Operator):
+            return NotImplemented
+        if other.space != self.space:
+            raise ValueError(
+                f"the sum of two matrices needs the same parameters: the first acts on {self.space.describe()}, "
+                f"the second on {other.space.describe()}"
+            )
+        own = self._plus(other)
+        return Sum([self, other]) if own is None else own
+
+    def __sub__(self, other: Any) -> Operator:
+        """`M − other`."""
+        return self + -1 * other if isinstance(other, Operator) else NotImplemented
+
+    def __rmul__(self, factor: Any) -> Operator:
+        """`factor M`, for a finite number."""
+        if not isinstance(factor, (int, float)):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"a matrix was scaled by {factor}: expected a finite number")
+        return self._scaled(float(factor))
+
+    __mul__ = __rmul__
+
+    # Estimates by products alone -----------------------------------------------------------------------
+
+    def estimate_trace(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:
+        """The trace from `samples` products with random signs (Hutchinson 1990), with its standard error."""
+        from natgrad.linalg.stochastic import estimate_trace
+
+        return estimate_trace(self, samples, generator)
+
+    def estimate_diagonal(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:
+        """The diagonal from `samples` products with random signs (Bekas et al. 2007), with its standard error."""
+        from natgrad.linalg.stochastic import estimate_diagonal
+
+        return estimate_diagonal(self, samples, generator)
+
+    def estimate_logdet(
+        self, damping: float = 0.0, samples: int = 30, steps: int = 50, generator: torch.Generator | None = None
+    ) -> Estimate:
+        """`log det (M + damping I)` by stochastic Lanczos quadrature (Ubaru, Chen & Saad 2017).
+
+        Each of `samples` probes takes `steps` products. The standard error does not hold the error of the
+        quadrature, which falls geometrically with `steps` and faster the better the damped matrix is conditioned.
+        """
+        from natgrad.linalg.stochastic import estimate_logdet
+
+        return estimate_logdet(self, damping, samples, steps, generator)
+
+    # Saving --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The matrix as nested plain dictionaries of tensors, numbers and names; tensors are not copied.
+
+        Raises:
+            TypeError: for a matrix that holds a model and data, as implicit ones do.
+        """
+        from natgrad.linalg.state import dump
+
+        return dump(self)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the matrix to a safetensors file, which `natgrad.load` reads."""
+        from natgrad.linalg.state import save
+
+        save(self, path)
 
     def _form(self, parts: Parts) -> Any:
         if self.space.names is not None:
@@ -101,8 +216,10 @@ class Operator(ABC):
         return type(self).__name__
 
     def _cannot(self, operation: str) -> TypeError:
+        estimate = f", estimate_{operation}(samples=...)" if operation in ("trace", "diagonal", "logdet") else ""
         return TypeError(
-            f"{self._label()} has no exact {operation}; use structure='dense' for a small model, or 'kfac'"
+            f"{self._label()} has no exact {operation}; use structure='dense' for a small model, 'block' or "
+            f"'kfac'{estimate}"
         )
 
     def __repr__(self) -> str:

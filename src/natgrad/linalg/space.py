@@ -62,6 +62,21 @@ class Space:
             parts.append(unvec(piece, (shape[0], shape[1])) if by_columns else piece.reshape(*v.shape[:-1], *shape))
         return tuple(parts)
 
+    def columns_index(self, device: torch.device | None = None) -> Tensor:
+        """For each entry of the `"vec"` order its place in the `"torch"` order."""
+        return self.flatten(self.unflatten(torch.arange(self.size, device=device)), "vec")
+
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """The named parts by the module that holds them: `{"fc1": ("fc1.weight", "fc1.bias")}`.
+
+        A parameter that no submodule holds is a group of its own.
+        """
+        groups: dict[str, tuple[str, ...]] = {}
+        for name in self.names or ():
+            module = name.rpartition(".")[0] or name
+            groups[module] = (*groups.get(module, ()), name)
+        return groups
+
     def describe(self) -> str:
         if self.names is not None:
             return f"a dict with a tensor for each of {_few(self.names)}, or one flat tensor of {self.size}"

@@ -1,15 +1,27 @@
-"""Operators as plain dictionaries of tensors, numbers and strings, and back."""
+"""Operators as plain dictionaries of tensors, numbers and strings, and as safetensors files."""
 
 from __future__ import annotations
 
+import json
+from os import PathLike
 from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.centered import Centered, CenteredInverse, CenteredKronecker
+from natgrad.linalg.combination import Scaled, Sum
 from natgrad.linalg.dense import Dense
+from natgrad.linalg.diagonal import Diagonal
+from natgrad.linalg.exact import ExactBlock, ExactPower
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Space
+
+FORMAT = "1"
 
 # What makes each kind of operator: its constructor's arguments, and the attributes that hold them.
 _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
@@ -20,26 +32,44 @@ _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     Centered: {"weight": "weight", "bias": "bias", "mean": "m"},
     CenteredInverse: {"weight": "weight", "bias": "bias", "mean": "m"},
     Dense: {"matrix": "matrix", "space": "space"},
+    Diagonal: {"values": "values", "space": "space"},
+    ExactBlock: {"h": "h", "g": "g", "bias": "bias", "scale": "scale"},
+    ExactPower: {"block": "block", "exponent": "exponent", "damping": "damping"},
     BlockDiagonal: {"layers": "layers", "space": "space"},
+    Scaled: {"operator": "operator", "factor": "factor"},
+    Sum: {"terms": "terms"},
 }
 _PARTS: dict[type, tuple[str, ...]] = {Space: ("shapes", "names"), Block: ("operator", "names", "transposed")}
 _KINDS = {kind.__name__: kind for kind in (*_ARGUMENTS, *_PARTS)}
 
 
 def dump(value: Any) -> Any:
-    """An operator, or what it is made of, as a dictionary; its tensors are not copied."""
+    """An operator, or what it is made of, as a dictionary; its tensors are not copied.
+
+    Raises:
+        TypeError: for an operator that is more than its tensors.
+    """
     kind = type(value)
     if kind in _ARGUMENTS:
         return {"kind": kind.__name__} | {a: dump(getattr(value, name)) for a, name in _ARGUMENTS[kind].items()}
+    if isinstance(value, Operator):
+        raise TypeError(
+            f"{value._label()} holds a model and data, not a matrix, and cannot be saved; use structure='kfac', "
+            "'ekfac', 'block', 'diagonal' or 'dense'"
+        )
     if kind in _PARTS:
         return {"kind": kind.__name__} | {a: dump(getattr(value, a)) for a in _PARTS[kind]}
     if isinstance(value, dict):
         return {"kind": "dict", "items": [(k, dump(v)) for k, v in value.items()]}
+    if isinstance(value, (tuple, list)):
+        return kind(dump(v) for v in value)
     return value
 
 
 def restore(state: Any) -> Any:
     """What `dump` was given. Raises ValueError for a kind that is not known."""
+    if isinstance(state, (tuple, list)):
+        return type(state)(restore(v) for v in state)
     if not isinstance(state, dict):
         return state
     kind = state.get("kind")
@@ -49,3 +79,82 @@ def restore(state: Any) -> Any:
     if kind not in _KINDS:
         raise ValueError(f"the saved operator is of kind {kind!r}; expected one of {', '.join(_KINDS)}")
     return _KINDS[kind](**arguments)
+
+
+def save(operator: Operator, path: str | PathLike[str]) -> None:
+    """Writes an operator to a safetensors file: its tensors, and in the metadata what they are."""
+    tensors: dict[str, Tensor] = {}
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[str(len(tensors))] = value.detach().contiguous().clone()
+            return {"tensor": len(tensors) - 1}
+        if isinstance(value, dict):
+            return {"dict": [[k, describe(v)] for k, v in value.items()]}
+        if isinstance(value, (tuple, list)):
+            return {type(value).__name__: [describe(v) for v in value]}
+        return value
+
+    structure = json.dumps(describe(dump(operator)))
+    save_file(tensors, path, metadata={"natgrad": structure, "format": FORMAT})
+
+
+def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> Operator:
+    """The matrix that `save` wrote to `path`.
+
+    Args:
+        path: a safetensors file.
+        model: the module it is to be used with; its parameters are checked against the matrix's names and shapes.
+        device: where the tensors go.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no matrix of this library, of a later version of the format, or of another model.
+
+    Example:
+        >>> import tempfile, torch, natgrad
+        >>> path = tempfile.mkdtemp() + "/factor.safetensors"
+        >>> natgrad.linalg.Kronecker(torch.eye(2), 3 * torch.eye(1)).save(path)
+        >>> natgrad.load(path).trace().item()
+        6.0
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}); expected one that save() wrote") from error
+    if "natgrad" not in metadata:
+        raise ValueError(
+            f"{path} holds {len(tensors)} tensors and no natgrad matrix; expected a file that save() wrote"
+        )
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is of format {metadata.get('format')!r} and this version of natgrad reads {FORMAT!r}; "
+            "load it with the version that saved it, or compute the matrix again"
+        )
+
+    def build(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            return tensors[str(content)]
+        if kind == "dict":
+            return {k: build(v) for k, v in content}
+        return (tuple if kind == "tuple" else list)(build(v) for v in content)
+
+    operator: Operator = restore(build(json.loads(metadata["natgrad"])))
+    if model is not None:
+        _check_model(operator.space, model, str(path))
+    return operator
+
+
+def _check_model(space: Space, model: nn.Module, path: str) -> None:
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    for name, shape in zip(space.names or (), space.shapes, strict=False):
+        if shapes.get(name) != shape:
+            has = f"has shape {shapes[name]} in" if name in shapes else "is not a parameter of"
+            raise ValueError(f"{path} is of another model: {name!r}, of shape {shape} there, {has} this one")
+    if space.names is None:
+        raise ValueError(f"{path} has no parameter names; expected the matrix of a model, or leave model= out")

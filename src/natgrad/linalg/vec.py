@@ -1,10 +1,10 @@
 """Flattening a matrix, in the two orders that the field uses."""
 
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 
-def vec(W: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch mn"]:
+def vec(W: Shaped[Tensor, "*batch m n"]) -> Shaped[Tensor, "*batch mn"]:
     """Stack the columns of a matrix: `vec(P V Q) = (Qᵀ ⊗ P) vec(V)`.
 
     PyTorch's `flatten` stacks rows instead, which swaps the factors of a Kronecker product.
@@ -17,7 +17,7 @@ def vec(W: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch mn"]:
     return W.mT.flatten(-2)
 
 
-def unvec(v: Float[Tensor, "*batch mn"], shape: tuple[int, int]) -> Float[Tensor, "*batch m n"]:
+def unvec(v: Shaped[Tensor, "*batch mn"], shape: tuple[int, int]) -> Shaped[Tensor, "*batch m n"]:
     """Undo `vec`: the matrix of the given `(rows, columns)` whose stacked columns are `v`.
 
     Raises:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from natgrad.capture import Recorder, Use
 from natgrad.losses import OutputCurvature
-from natgrad.moments import AffineMoments
 from natgrad.products import tangent
-from natgrad.statistics import Layer
 
 
 @dataclass
@@ -32,14 +31,18 @@ class Forward:
 
 @dataclass
 class Batch:
-    """A batch whose loss was asked for. `scale` is the factor that the user's backward put on that loss."""
+    """A batch whose loss was asked for.
+
+    `statistics` is what the optimizer has taken for its curvature, `scale` the factor that the user's backward put
+    on the loss.
+    """
 
     forward: Forward
     target: Tensor
     shape: torch.Size
     mass: Tensor
     loss: Tensor
-    moments: Mapping[Layer, AffineMoments] | None = None
+    statistics: Any = None
     scale: Tensor | None = None
     fault: str | None = None
     uses: list[Use] = field(default_factory=list)
@@ -97,13 +100,20 @@ class Objective:
     def loss(self) -> float:
         return sum(w * float(b.loss) for w, b in zip(self._weights, self.batches, strict=True))
 
+    @property
+    def shares(self) -> list[float]:
+        """The factor of each batch's sum over cases."""
+        if not self._curvature.is_mean:
+            return self._weights
+        return [w / float(b.mass) for w, b in zip(self._weights, self.batches, strict=True)]
+
     def evaluate(self) -> float:
         """The loss at the parameters as they are now; buffers and random generators stay as they were."""
         buffers = {n: b.clone() for n, b in self._model.named_buffers()}
         total = 0.0
         with torch.no_grad():
             for weight, batch in zip(self._weights, self.batches, strict=True):
-                total += weight * float(self._curvature.module(batch.run(self._model), batch.target))
+                total += weight * float(self._curvature.loss(batch.run(self._model), batch.target))
             for n, b in self._model.named_buffers():
                 b.copy_(buffers[n])
         return total
@@ -111,12 +121,37 @@ class Objective:
     def products(self, directions: list[dict[str, Tensor]]) -> Tensor:
         """The matrix of `d_iᵀ F d_j`, in float64, by forward mode on the batches."""
         Q = torch.zeros(len(directions), len(directions), dtype=torch.float64)
-        for weight, batch in zip(self._weights, self.batches, strict=True):
-            if self._curvature.is_mean:
-                weight = weight / float(batch.mass)
+        for share, batch in zip(self.shares, self.batches, strict=True):
             pushed = [tangent(self._model, batch.run, d, batch.uses) for d in directions]
             for i, (output, Jd) in enumerate(pushed):
                 DJd = self._curvature.product(output, batch.target, Jd)
                 for j in range(i + 1):
-                    Q[i, j] += weight * float(torch.dot(DJd.flatten(), pushed[j][1].flatten()))
+                    Q[i, j] += share * float(torch.dot(DJd.flatten(), pushed[j][1].flatten()))
         return Q + Q.tril(-1).mT
+
+    def product(self, names: Sequence[str]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        """The map `d ↦ F d` on the named parameters, at their values now: the graph of one forward is kept, and each
+        product takes a forward-mode and a reverse-mode pass."""
+        # Copies: a trial step writes to the parameters themselves, and the graph would be lost.
+        values = {n: p.detach().clone().requires_grad_(n in names) for n, p in self._model.named_parameters()}
+        values |= {n: b.clone() for n, b in self._model.named_buffers()}
+        leaves = [values[n] for n in names]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self._model, values, args, kwargs)
+
+        with torch.enable_grad():
+            outputs = [batch.run(forward) for batch in self.batches]
+
+        def product(d: dict[str, Tensor]) -> dict[str, Tensor]:
+            total = {n: torch.zeros_like(d[n]) for n in names}
+            for share, batch, output in zip(self.shares, self.batches, outputs, strict=True):
+                _, Jd = tangent(self._model, batch.run, d, batch.uses)
+                DJd = share * self._curvature.product(output.detach(), batch.target, Jd)
+                gradients = torch.autograd.grad(output, leaves, DJd, retain_graph=True, allow_unused=True)
+                for n, g in zip(names, gradients, strict=True):
+                    if g is not None:
+                        total[n] += g
+            return total
+
+        return product

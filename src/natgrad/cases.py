@@ -1,18 +1,15 @@
-"""From recorded uses and an output to each layer's moments: where cases are formed and summed."""
+"""From recorded uses and an output to each layer's cases: its inputs, and a gradient for each column of `D`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from natgrad.capture import Use
-from natgrad.layers.affine import cases
-from natgrad.moments import AffineMoments
-
-SHARING = ("expand", "reduce")
+from natgrad.layers.affine import rows
 
 
 @dataclass(frozen=True)
@@ -67,16 +64,47 @@ def layers_of(uses: Sequence[Use]) -> dict[Layer, list[Use]]:
     return layers
 
 
-def layer_moments(
-    uses: Sequence[Use],
-    output: Tensor,
-    columns: Iterable[Tensor],
-    mass: Tensor,
-    *,
-    sharing: str = "expand",
-    dtype: torch.dtype | None = None,
-) -> dict[Layer, AffineMoments]:
-    """The moments of every layer on one batch: one pass over inputs, one backward to the outputs per column.
+@dataclass
+class Cases:
+    """One batch: what went into every layer, and column by column the gradient in what came out of it.
+
+    Each is a list with a tensor for every use of the layer, `(example, position, features)`. A layer without a
+    weight has inputs of width zero.
+    """
+
+    h: dict[Layer, list[Tensor]]
+    columns: Iterable[dict[Layer, list[Tensor]]]
+    """The gradients `g`, one dictionary for each column `s_k` of the output, each a backward pass when it is read."""
+    d_out: dict[Layer, int]
+    mass: Tensor
+    """What the loss's mean divides by."""
+    examples: int
+
+    def kept(self) -> Cases:
+        """The same, with all columns in memory, so that they can be read again."""
+        self.columns = list(self.columns)
+        return self
+
+    def by_example(self, layer: Layer, uses: Sequence[Tensor]) -> Tensor:
+        """The uses one after the other along the positions: `(example, all positions, features)`.
+
+        Raises:
+            ValueError: if axis 0 is not that of the output's examples.
+        """
+        for use in uses:
+            if len(use) != self.examples:
+                raise ValueError(
+                    f"layer {layer.name!r} was used on {len(use)} rows where the output has {self.examples} examples: "
+                    "which rows belong together cannot be told. Keep examples on axis 0 and positions on the axes "
+                    "after it, or use structure='kfac' with sharing='expand'"
+                )
+        return torch.cat(list(uses), 1)
+
+
+def read_cases(
+    uses: Sequence[Use], output: Tensor, columns: Iterable[Tensor], mass: Tensor, dtype: torch.dtype | None = None
+) -> Cases:
+    """The cases of every layer on one batch. Each column takes one backward pass, to the layers' outputs alone.
 
     No weight gradient is computed. The graph behind `output` is kept.
 
@@ -86,39 +114,34 @@ def layer_moments(
         ValueError: if an input has no axis of examples.
     """
     layers = layers_of(uses)
-    moments: dict[Layer, AffineMoments] = {}
+    h: dict[Layer, list[Tensor]] = {}
     with torch.no_grad():
         for layer, its_uses in layers.items():
             for use in its_uses:
                 use.check_input()
                 _check_examples(use, output)
-            # A layer without a weight has inputs of width zero.
-            h = _gather([cases(u.h) if layer.weight else cases(u.h)[..., :0] for u in its_uses], sharing, "mean")
-            d_out = its_uses[0].a.shape[-1]
-            moments[layer] = AffineMoments.of_inputs(h.to(dtype or h.dtype), d_out, mass.to(dtype or mass.dtype))
+            inputs = [rows(u.h) if layer.weight else rows(u.h)[..., :0] for u in its_uses]
+            h[layer] = [t.to(dtype or t.dtype) for t in inputs]
+    d_out = {layer: its_uses[0].a.shape[-1] for layer, its_uses in layers.items()}
+    gradients = _gradients(uses, layers, output, columns, dtype)
+    return Cases(h, gradients, d_out, mass.to(dtype or mass.dtype), len(output))
+
+
+def _gradients(
+    uses: Sequence[Use],
+    layers: dict[Layer, list[Use]],
+    output: Tensor,
+    columns: Iterable[Tensor],
+    dtype: torch.dtype | None,
+) -> Iterator[dict[Layer, list[Tensor]]]:
     edges = [use.edge for use in uses]
     for column in columns if edges else ():
         gradients = torch.autograd.grad(output, edges, column.to(output.dtype), retain_graph=True, allow_unused=True)
-        with torch.no_grad():
-            g = {
-                use: torch.zeros_like(use.a) if gu is None else gu.reshape(use.a.shape)
-                for use, gu in zip(uses, gradients, strict=True)
-            }
-            for layer, its_uses in layers.items():
-                rows = _gather([cases(g[use]) for use in its_uses], sharing, "sum")
-                moments[layer].add_gradients(rows.to(dtype or rows.dtype))
-    return moments
-
-
-def merge(
-    parts: Iterable[Mapping[Layer, AffineMoments]],
-) -> dict[Layer, AffineMoments]:
-    """The moments of all cases, from those of the parts."""
-    total: dict[Layer, AffineMoments] = {}
-    for part in parts:
-        for layer, moments in part.items():
-            total[layer] = total[layer] + moments if layer in total else moments
-    return total
+        g = {
+            use: rows(torch.zeros_like(use.a) if gu is None else gu.reshape(use.a.shape)).to(dtype or use.a.dtype)
+            for use, gu in zip(uses, gradients, strict=True)
+        }
+        yield {layer: [g[use] for use in its_uses] for layer, its_uses in layers.items()}
 
 
 def _check_examples(use: Use, output: Tensor) -> None:
@@ -128,11 +151,3 @@ def _check_examples(use: Use, output: Tensor) -> None:
             f"{tuple(output.shape)} counts {len(output)} examples; expected an axis of examples first, in both: "
             "model(x.unsqueeze(0)) for a single one"
         )
-
-
-def _gather(uses: list[Tensor], sharing: str, over: str) -> Tensor:
-    """Rows of all uses: each position a case (`expand`), or positions and uses averaged or summed (`reduce`)."""
-    if sharing == "expand":
-        return torch.cat([u.flatten(0, 1) for u in uses])
-    positions = torch.cat(uses, 1)
-    return positions.mean(1) if over == "mean" else positions.sum(1)

@@ -1,0 +1,84 @@
+"""What the demo found out, and the files that say so."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from natgrad.cli.conditioning import RELATIVE_FLOOR, LayerConditioning
+from natgrad.cli.plots import plot_conditioning, plot_error, plot_reconstructions
+from natgrad.cli.progress import SUMMARY_HEADINGS, summary_rows
+from natgrad.cli.report import finite, write_json, write_page
+from natgrad.cli.tasks import Task
+from natgrad.cli.training import SUBSET, Point, Run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that the demo found out, as the report needs it."""
+
+    task: Task
+    seconds: float
+    seed: int
+    interrupted: bool
+    runs: Sequence[Run]
+    conditioned: Run
+    conditioning: Sequence[LayerConditioning]
+
+
+def write_all(outcome: Outcome, out: Path) -> Path:
+    """Write results.json, the pictures and report.html to `out`; return the report's path."""
+    pictures = {name: out / f"{name}.png" for name in ("error", "reconstructions", "conditioning")}
+    write_results(outcome, out / "results.json")
+    plot_error(outcome.runs, pictures["error"])
+    plot_reconstructions(outcome.runs, outcome.task.images, pictures["reconstructions"])
+    plot_conditioning(outcome.conditioning, pictures["conditioning"])
+    report = out / "report.html"
+    write_page(
+        "demo.html.jinja",
+        pictures,
+        report,
+        outcome=outcome,
+        done=[run for run in outcome.runs if run.final is not None],
+        headings=SUMMARY_HEADINGS,
+        rows=summary_rows(outcome.runs),
+        sizes=[*outcome.task.widths, *reversed(outcome.task.widths[:-1])],
+        subset=min(SUBSET, len(outcome.task.images)),
+        floor=RELATIVE_FLOOR,
+    )
+    return report
+
+
+def write_results(outcome: Outcome, path: Path) -> None:
+    """Write everything that was measured as JSON; numbers that are not finite become null."""
+    results = {
+        "task": outcome.task.name,
+        "seed": outcome.seed,
+        "seconds": outcome.seconds,
+        "interrupted": outcome.interrupted,
+        "images": len(outcome.task.images),
+        "curve_images": min(SUBSET, len(outcome.task.images)),
+        "widths": outcome.task.widths,
+        "runs": [
+            {
+                "optimizer": run.optimizer,
+                "settings": {"batch": run.batch, **run.settings},
+                "curve": [_point(point) for point in run.curve],
+                "final": _point(run.final),
+                "rejected_steps": run.rejected,
+                "diverged": run.diverged,
+            }
+            for run in outcome.runs
+            if run.final is not None
+        ],
+        "condition_numbers": {
+            "model": outcome.conditioned.optimizer,
+            "images": min(SUBSET, len(outcome.task.images)),
+            "relative_floor_per_input": RELATIVE_FLOOR,
+            "layers": [asdict(layer) for layer in outcome.conditioning],
+        },
+    }
+    write_json(results, path)
+
+
+def _point(point: Point | None) -> dict[str, float | int | None] | None:
+    return None if point is None else {name: finite(value) for name, value in asdict(point).items()}

@@ -1,0 +1,155 @@
+"""What a matrix is of: a model, a loss, data, and the parameters that are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture import Recorder
+from natgrad.cases import Cases, read_cases
+from natgrad.losses import output_curvature
+from natgrad.options import Selection, select_parameters
+
+Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+
+
+class Problem:
+    """A model, a loss and data: batch after batch as `(output, target)`, or as the cases of every layer.
+
+    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        data: Any,
+        kind: str = "fisher",
+        estimator: str = "exact",
+        samples: int = 1,
+        params: Selection = None,
+        forward: Forward | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+    ):
+        self.curvature = output_curvature(loss, kind)
+        self.curvature.check_estimator(estimator)
+        if samples < 1:
+            raise ValueError(f"samples={samples} is not usable: expected at least 1")
+        self.model, self.kind, self.estimator, self.samples, self.generator = model, kind, estimator, samples, generator
+        self.parameters = select_parameters(model, params)
+        first = next(iter(self.parameters.values()))
+        self.dtype, self.device = dtype or first.dtype, first.device
+        self._forward, self._progress = forward, progress
+        if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+            data = [data]
+        if not isinstance(data, Iterable):
+            raise ValueError(
+                f"data is a {type(data).__name__}; expected an (input, target) pair or an iterable of them"
+            )
+        # An iterator can be read once only, and an implicit matrix reads the data at every product.
+        self._data: Iterable[Any] = list(data) if isinstance(data, Iterator) else data
+
+    def __iter__(self) -> Iterator[Any]:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "inside of torch.inference_mode() nothing can be differentiated; expected to be called outside of "
+                "it, or under torch.no_grad() in its place"
+            )
+        data: Iterable[Any] = self._data
+        if self._progress:
+            from rich.progress import track
+
+            total = len(self._data) if isinstance(self._data, Sized) else None
+            data = track(self._data, description="curvature", total=total)
+        empty = True
+        for batch in data:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("data is empty: expected at least one (input, target) batch")
+
+    def run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        if self._forward is not None:
+            output, target = self._forward(model, batch)
+        else:
+            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                raise ValueError(
+                    f"a batch is a {type(batch).__name__}; expected an (input, target) pair. For batches of another "
+                    "form pass forward=lambda model, batch: (output, target)"
+                )
+            output, target = model(batch[0]), batch[1]
+        output = self.curvature.join(output)
+        self.curvature.check(output, target)
+        if output.numel() == 0:
+            raise ValueError(f"a batch is empty: the output has shape {tuple(output.shape)}; leave empty batches out")
+        return output, target
+
+    def columns(self, output: Tensor, target: Tensor) -> Iterator[Tensor]:
+        """The columns of `S` on one batch, by the chosen estimator."""
+        return self.curvature.columns(output, target, self.estimator, self.samples, self.generator)
+
+    def signed_columns(self, output: Tensor, target: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The columns with their signs: all positive, but where `D` is indefinite."""
+        if self.estimator == "exact":
+            return self.curvature.signed_columns(output.detach(), target)
+        return ((1, column) for column in self.columns(output, target))
+
+    def recorded(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Recorder, Tensor, Tensor]]:
+        """Each batch's output and target, with what was recorded of the given parameters on the way."""
+        for batch in self:
+            recorder = Recorder(parameters)
+            with torch.enable_grad(), recorder:
+                output, target = self.run(self.model, batch)
+            check_output(output)
+            if not output.requires_grad:
+                raise ValueError(
+                    "the output does not depend on any trainable parameter; expected a model that uses them"
+                )
+            yield recorder, output, target
+
+    def cases(self) -> Iterator[Cases]:
+        """The cases of every layer, batch after batch."""
+        for recorder, output, target in self.recorded(self.parameters):
+            recorder.check(output)
+            mass = self.curvature.normalizer(output, target)
+            yield read_cases(recorder.uses, output, self.columns(output, target), mass, self.dtype)
+
+    def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]:
+        """The cases, `count` times over, with the same random labels each time. One batch alone is kept in memory."""
+        if count == 1:
+            yield from self.cases()
+            return
+        if self.generator is None:
+            self.generator = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
+        state = self.generator.get_state()
+        single = isinstance(self._data, Sized) and len(self._data) == 1
+        kept = [cases.kept() for cases in self.cases()] if single else None
+        for i in range(count):
+            if i:
+                between()
+                self.generator.set_state(state)
+            yield from kept if kept is not None else self.cases()
+
+
+def check_output(output: Tensor) -> None:
+    """Raises ValueError if the output has entries that are not finite."""
+    if not torch.isfinite(output).all():
+        bad = int((~torch.isfinite(output)).sum())
+        raise ValueError(
+            f"{bad} of {output.numel()} entries of the model's output are not finite; look for NaN or inf in the "
+            "batch or in the parameters"
+        )
+
+
+def check_mass(mass: Tensor, is_mean: bool) -> None:
+    """Raises ValueError if the mean has nothing to divide by."""
+    if is_mean and not mass > 0:
+        raise ValueError(
+            f"the loss's mean divides by {float(mass):g}: every target is ignored or has weight zero; "
+            "leave such data out, or use reduction='sum'"
+        )

@@ -1,0 +1,100 @@
+"""Sums and multiples of operators that have no structure of their own in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from natgrad.linalg.krylov import IterativeInverse
+from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.space import Parts
+
+
+class Scaled(Operator):
+    """`factor M` with `factor > 0`: every operation is `M`'s own, with `damping / factor`."""
+
+    def __init__(self, operator: Operator, factor: float):
+        self.operator, self.factor = operator, factor
+        self.space, self.dtype, self.device = operator.space, operator.dtype, operator.device
+
+    def _matmul(self, parts: Parts) -> Parts:
+        return tuple(self.factor * p for p in self.operator._matmul(parts))
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+        check_damping(damping, damping_style)
+        inner = self._positive("inverse").inverse(damping / self.factor, damping_style=damping_style)
+        return (1 / self.factor) * inner
+
+    def power(self, exponent: float, damping: float = 0.0) -> Operator:
+        check_damping(damping)
+        return self.factor**exponent * self._positive("power").power(exponent, damping / self.factor)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        check_damping(damping)
+        inner = self._positive("logdet").logdet(damping / self.factor)
+        return inner + self.space.size * torch.log(inner.new_tensor(self.factor))
+
+    def trace(self) -> Tensor:
+        return self.factor * self.operator.trace()
+
+    def norm(self) -> Tensor:
+        return abs(self.factor) * self.operator.norm()
+
+    def _diagonal(self) -> Parts:
+        return tuple(self.factor * p for p in self.operator._diagonal())
+
+    def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
+        check_damping(damping)
+        inner = self._positive("sample")._inverse_factor(parts, damping / self.factor)
+        return tuple(self.factor**-0.5 * p for p in inner)
+
+    def _scaled(self, factor: float) -> Operator:
+        return Scaled(self.operator, factor * self.factor)
+
+    def _positive(self, operation: str) -> Operator:
+        if not self.factor > 0:
+            raise ValueError(
+                f"a matrix scaled by {self.factor:g} is not positive definite: no {operation}; "
+                "scale by a number above zero"
+            )
+        return self.operator
+
+    def _label(self) -> str:
+        return f"{self.factor:g} * {self.operator._label()}"
+
+
+class Sum(Operator):
+    """`M₁ + M₂ + ...`. `damping` is added to the parameters' own coordinates, whatever the terms are.
+
+    Products, trace and diagonal are exact. `solve` and `inverse` use conjugate gradients; a power, a
+    log-determinant and samples need `Dense(F.to_dense(), F.space)`.
+    """
+
+    damps_parameters = True
+
+    def __init__(self, terms: list[Operator]):
+        self.terms: list[Operator] = [t for term in terms for t in (term.terms if isinstance(term, Sum) else [term])]
+        first = self.terms[0]
+        self.space, self.dtype, self.device = first.space, first.dtype, first.device
+
+    def _matmul(self, parts: Parts) -> Parts:
+        return self._total([t._matmul(parts) for t in self.terms])
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+        check_damping(damping, damping_style)
+        if damping_style == "factored":
+            raise TypeError("a sum has no factors to damp; use damping_style='exact'")
+        return IterativeInverse(self, damping)
+
+    def trace(self) -> Tensor:
+        return torch.stack([t.trace() for t in self.terms]).sum()
+
+    def _diagonal(self) -> Parts:
+        return self._total([t._diagonal() for t in self.terms])
+
+    def _scaled(self, factor: float) -> Operator:
+        return Sum([t._scaled(factor) for t in self.terms])
+
+    @staticmethod
+    def _total(terms: list[Parts]) -> Parts:
+        return tuple(torch.stack(parts).sum(0) for parts in zip(*terms, strict=True))

@@ -1,0 +1,64 @@
+"""A diagonal matrix, over vectors of any form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from natgrad.linalg.eigen import positive
+from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.space import Parts, Space
+
+
+class Diagonal(Operator):
+    """`diag(values)`; `values` are the parts of a vector: one tensor for each of the space's shapes.
+
+    Example:
+        >>> import torch
+        >>> D = Diagonal((torch.tensor([1.0, 3.0]),))
+        >>> D.solve(torch.ones(2), damping=1.0), D.trace().item()
+        (tensor([0.5000, 0.2500]), 4.0)
+    """
+
+    def __init__(self, values: Parts, space: Space | None = None):
+        self.values = tuple(values)
+        self.space = space or Space(tuple(tuple(v.shape) for v in self.values))
+        self.dtype, self.device = self.values[0].dtype, self.values[0].device
+
+    def _matmul(self, parts: Parts) -> Parts:
+        return tuple(v * p for v, p in zip(self.values, parts, strict=True))
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Diagonal:
+        check_damping(damping, damping_style)  # a matrix of one factor: both styles add `damping I` to it
+        return self.power(-1.0, damping)
+
+    def power(self, exponent: float, damping: float = 0.0) -> Diagonal:
+        return Diagonal(tuple(v**exponent for v in self._damped(damping)), self.space)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        return torch.stack([v.log().sum() for v in self._damped(damping)]).sum()
+
+    def trace(self) -> Tensor:
+        return torch.stack([v.sum() for v in self.values]).sum()
+
+    def norm(self) -> Tensor:
+        return torch.stack([v.norm() for v in self.values]).norm()
+
+    def _diagonal(self) -> Parts:
+        return tuple(v.clone() for v in self.values)
+
+    def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
+        return self.power(-0.5, damping)._matmul(parts)
+
+    def _scaled(self, factor: float) -> Diagonal:
+        return Diagonal(tuple(factor * v for v in self.values), self.space)
+
+    def _plus(self, other: Operator) -> Operator | None:
+        if not isinstance(other, Diagonal):
+            return None
+        return Diagonal(tuple(a + b for a, b in zip(self.values, other.values, strict=True)), self.space)
+
+    def _damped(self, damping: float) -> Parts:
+        check_damping(damping)
+        flat = self.space.flatten(self.values) + damping
+        return self.space.unflatten(positive(flat, "the diagonal", damping))

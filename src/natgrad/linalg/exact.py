@@ -1,0 +1,305 @@
+"""One layer's exact block `E[x xᵀ ⊗ Σ_k g_k g_kᵀ]`, held as its cases and never formed unless asked for."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.linalg.dense import Dense
+from natgrad.linalg.eigen import eigh, semidefinite
+from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.space import Parts, Space, check_order
+
+
+class ExactBlock(Operator):
+    """`G = S Sᵀ`, with a column `s_ik = √scale · Σ_t g_ikt ⊗ x_it` for every example `i` and column `k` of `D`.
+
+    `x = [h; 1]` with a bias. It acts on the pair `(W, b)`, on `W` alone, or (inputs of width zero) on `b` alone.
+    Products cost one pass over the cases; inverse, powers, log-determinant and spectrum go through the Gram
+    matrix `SᵀS`, `(n k)²` instead of `(d_in d_out)²` numbers, or through `G` itself where that is smaller.
+
+    Args:
+        h: the inputs, `(examples n, positions t, d_in)`.
+        g: the columns' gradients in the pre-activation, `(n, k, t, d_out)`.
+        bias: whether the layer has one.
+        scale: `1/N` for the mean over cases.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example:
+        >>> import torch
+        >>> h, g = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[[3.0]]]])     # one case: G = (x xᵀ) ⊗ 9
+        >>> G = ExactBlock(h, g, bias=False)
+        >>> G.to_dense().tolist(), G.trace().item()
+        ([[9.0, 18.0], [18.0, 36.0]], 45.0)
+    """
+
+    def __init__(
+        self,
+        h: Float[Tensor, "n t i"],
+        g: Float[Tensor, "n k t o"],
+        *,
+        bias: bool,
+        scale: float | Tensor = 1.0,
+    ):
+        if h.ndim != 3 or g.ndim != 4 or g.shape[0] != h.shape[0] or g.shape[2] != h.shape[1]:
+            raise ValueError(
+                f"h has shape {tuple(h.shape)} and g {tuple(g.shape)}; expected (n, t, d_in) and (n, k, t, d_out)"
+            )
+        self.h, self.g, self.bias, self.scale = h, g, bias, float(scale)
+        self.dtype, self.device = g.dtype, g.device
+        d_in, d_out = h.shape[-1], g.shape[-1]
+        weight = ((d_out, d_in),) if d_in else ()
+        self.space = Space((*weight, (d_out,)) if bias else weight)
+        self._spectrum: tuple[Tensor, Tensor] | None = None
+        self._formed: Dense | None = None
+
+    # Products ------------------------------------------------------------------------------------------
+
+    def _matmul(self, parts: Parts) -> Parts:
+        return tuple(self.scale * p for p in self._outer(self._inner(parts)))
+
+    def _inner(self, parts: Parts) -> Float[Tensor, "*batch n k"]:
+        """`Sᵀ v`, without the scale."""
+        W, b = self._split(parts)
+        a = torch.zeros((), dtype=self.dtype, device=self.device) if W is None else self.h @ W.mT[..., None, :, :]
+        if b is not None:
+            a = a + b[..., None, None, :]
+        return torch.einsum("...nto,nkto->...nk", a.expand(*a.shape[:-3], *self.g[:, 0].shape), self.g)
+
+    def _outer(self, c: Float[Tensor, "*batch n k"]) -> Parts:
+        """`S c`, without the scale."""
+        e = torch.einsum("...nk,nkto->...nto", c, self.g)
+        W = torch.einsum("...nto,nti->...oi", e, self.h)
+        return self._join(W, e.sum((-3, -2)))
+
+    def _split(self, parts: Parts) -> tuple[Tensor | None, Tensor | None]:
+        W = parts[0] if self.h.shape[-1] else None
+        return W, parts[-1] if self.bias else None
+
+    def _join(self, W: Tensor, b: Tensor) -> Parts:
+        return (*([W] if self.h.shape[-1] else []), *([b] if self.bias else []))
+
+    # Spectrum ------------------------------------------------------------------------------------------
+
+    @property
+    def rank_bound(self) -> int:
+        """The number of columns `s_ik`: the rank is at most this."""
+        return self.g.shape[0] * self.g.shape[1]
+
+    def gram(self) -> Float[Tensor, "nk nk"]:
+        """`SᵀS`: `(x_i·x_j)(g_ik·g_jq)` times the scale, summed over the positions of both."""
+        n, k, t, o = self.g.shape
+        if t == 1:
+            inputs = self.h[:, 0] @ self.h[:, 0].mT + float(self.bias)
+            flat = self.g.reshape(n * k, o)
+            gram = (flat @ flat.mT).view(n, k, n, k) * inputs[:, None, :, None]
+            return self.scale * gram.view(n * k, n * k)
+        rows = []
+        for h, g in zip(self.h, self.g, strict=True):  # one example at a time: t² numbers a pair
+            inputs = torch.einsum("ti,nsi->tns", h, self.h) + float(self.bias)
+            rows.append(torch.einsum("tns,kto,nqso->knq", inputs, g, self.g).reshape(k, n * k))
+        return self.scale * torch.cat(rows)
+
+    def columns(self) -> Float[Tensor, "size nk"]:
+        """`S`, in torch order."""
+        g = self.g.flatten(0, 1)
+        h = self.h.repeat_interleave(self.g.shape[1], 0)
+        parts = self._join(torch.einsum("nto,nti->noi", g, h), g.sum(1))
+        return self.scale**0.5 * self.space.flatten(parts).mT
+
+    def spectrum(self) -> Float[Tensor, " r"]:
+        """The eigenvalues, ascending; the `size − n k` further ones are zero where there are fewer columns."""
+        return self._eigen()[0]
+
+    def _is_small(self) -> bool:
+        """Whether `G` has no more rows than the Gram matrix."""
+        return self.space.size <= self.rank_bound
+
+    def _dense_form(self) -> Dense:
+        if self._formed is None:
+            self._formed = Dense(self._form_dense(), self.space)
+        return self._formed
+
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the smaller of `G` and `SᵀS`, and eigenvectors of that."""
+        if self._spectrum is None:
+            M = self._dense_form().matrix if self._is_small() else self.gram()
+            e, Q = eigh(M, "the exact block")
+            self._spectrum = semidefinite(e, "the exact block"), Q
+        return self._spectrum
+
+    # Operations ----------------------------------------------------------------------------------------
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+        """`(G + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v) / λ`, by the eigenvectors of `SᵀS`."""
+        check_damping(damping, damping_style)
+        if damping_style == "factored":
+            raise TypeError("an exact block has no factors to damp; use damping_style='exact', or structure='kfac'")
+        return self.power(-1.0, damping)
+
+    def power(self, exponent: float, damping: float = 0.0) -> Operator:
+        check_damping(damping)
+        if self._is_small():
+            return self._dense_form().power(exponent, damping)
+        return ExactPower(self, exponent, damping)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        check_damping(damping)
+        if self._is_small():
+            return self._dense_form().logdet(damping)
+        if damping == 0:
+            raise self.rank_deficient()
+        e = self.spectrum()
+        return (e + damping).log().sum() + (self.space.size - len(e)) * e.new_tensor(damping).log()
+
+    def trace(self) -> Tensor:
+        return self.scale * self._norms().sum()
+
+    def _norms(self) -> Float[Tensor, "n k"]:
+        """`‖s_ik‖²`, without the scale."""
+        inputs = torch.einsum("nti,nsi->nts", self.h, self.h) + float(self.bias)
+        return torch.einsum("nts,nkto,nkso->nk", inputs, self.g, self.g)
+
+    def norm(self) -> Tensor:
+        return torch.linalg.matrix_norm(self._form_dense() if self._is_small() else self.gram())
+
+    def _diagonal(self) -> Parts:
+        return tuple(self.scale * p for p in squares(self.h, self.g, bias=self.bias))
+
+    def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
+        return self.power(-0.5, damping)._matmul(parts)
+
+    def _form_dense(self) -> Tensor:
+        S = self.columns()
+        return S @ S.mT
+
+    def _scaled(self, factor: float) -> Operator:
+        if factor <= 0:
+            return super()._scaled(factor)
+        return ExactBlock(self.h, self.g, bias=self.bias, scale=factor * self.scale)
+
+    def rank_deficient(self) -> ValueError:
+        return ValueError(
+            f"the exact block has {self.space.size} rows and at most {self.rank_bound} columns' rank: it is singular; "
+            "pass a damping"
+        )
+
+    # The note's parts ----------------------------------------------------------------------------------
+
+    @property
+    def WW(self) -> ExactBlock:
+        """`E[h hᵀ ⊗ Σ g gᵀ]`: the block of the weight with itself, on `W`."""
+        return ExactBlock(self.h, self.g, bias=False, scale=self.scale)
+
+    @property
+    def bb(self) -> Dense:
+        """`B = E[Σ g gᵀ]`: the block of the bias with itself, on `b`."""
+        g = self.g.sum(2).flatten(0, 1)
+        return Dense(self.scale * g.mT @ g)
+
+    @property
+    def Wb(self) -> CrossBlock:
+        """`E[h ⊗ Σ g gᵀ]`, which takes `b` to the weight's coordinates."""
+        return CrossBlock(self, to_weight=True)
+
+    @property
+    def bW(self) -> CrossBlock:
+        """`E[hᵀ ⊗ Σ g gᵀ]`, the transpose of `Wb`."""
+        return CrossBlock(self, to_weight=False)
+
+
+class CrossBlock:
+    """The block between weight and bias: `Wb @ b` is of `W`'s shape, `bW @ W` of `b`'s."""
+
+    def __init__(self, block: ExactBlock, to_weight: bool):
+        self._both = ExactBlock(block.h, block.g, bias=True, scale=block.scale)
+        self.to_weight = to_weight
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        source = self._both.space.shapes[int(self.to_weight)]
+        if tuple(v.shape[-len(source) :]) != source:
+            raise ValueError(f"got a tensor of shape {tuple(v.shape)}, expected {source}")
+        zero = [v.new_zeros(*v.shape[: v.ndim - len(source)], *s) for s in self._both.space.shapes]
+        parts = (zero[0], v) if self.to_weight else (v, zero[1])
+        return self._both._matmul(parts)[0 if self.to_weight else 1]
+
+    @property
+    def mT(self) -> CrossBlock:
+        return CrossBlock(self._both, not self.to_weight)
+
+    def to_dense(self, order: str = "torch") -> Tensor:
+        """`(d_out d_in, d_out)` for `Wb`, its transpose for `bW`; rows of `W` stacked, or its columns (`"vec"`)."""
+        check_order(order)
+        d_out = self._both.space.shapes[1][0]
+        Wb = CrossBlock(self._both, True)
+        W = Wb @ torch.eye(d_out, dtype=self._both.dtype, device=self._both.device)
+        dense = Space((self._both.space.shapes[0],)).flatten((W,), order).mT
+        return dense if self.to_weight else dense.mT
+
+
+class ExactPower(Operator):
+    """`(G + λI)^p = λ^p I + S Q diag(((e + λ)^p − λ^p)/e) Qᵀ Sᵀ`, from `SᵀS = Q diag(e) Qᵀ`."""
+
+    def __init__(self, block: ExactBlock, exponent: float, damping: float):
+        if damping == 0 and exponent < 0:
+            raise block.rank_deficient()
+        self.block, self.exponent, self.damping = block, exponent, damping
+        self.space, self.dtype, self.device = block.space, block.dtype, block.device
+        e, self._Q = block._eigen()
+        self._rest = damping**exponent if damping > 0 else 0.0
+        floor = e[-1] * torch.finfo(e.dtype).eps * len(e)
+        kept = e.where(e > floor, 1.0)
+        change = (kept + damping) ** exponent - self._rest
+        # Below rounding, the derivative in place of the quotient; undamped such directions are not in the range.
+        limit = exponent * damping ** (exponent - 1) if damping > 0 else 0.0
+        self._coefficients = torch.where(e > floor, change / kept, limit)
+
+    def _matmul(self, parts: Parts) -> Parts:
+        c = self.block._inner(parts)
+        inner = (c.flatten(-2) @ self._Q) * self._coefficients @ self._Q.mT
+        change = self.block._outer(inner.view_as(c))
+        return tuple(self._rest * p + self.block.scale * q for p, q in zip(parts, change, strict=True))
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+        check_damping(damping, damping_style)
+        if damping != 0:
+            raise self._cannot("damped inverse")
+        return ExactPower(self.block, -self.exponent, self.damping)
+
+    def power(self, exponent: float, damping: float = 0.0) -> Operator:
+        if damping != 0:
+            raise self._cannot("damped power")
+        return ExactPower(self.block, exponent * self.exponent, self.damping)
+
+    def logdet(self, damping: float = 0.0) -> Tensor:
+        if damping != 0:
+            raise self._cannot("damped logdet")
+        return self.exponent * self.block.logdet(self.damping)
+
+    def trace(self) -> Tensor:
+        e = self.block.spectrum()
+        return ((e + self.damping) ** self.exponent).sum() + (self.space.size - len(e)) * self._rest
+
+    def norm(self) -> Tensor:
+        e = (self.block.spectrum() + self.damping) ** self.exponent
+        return (e.square().sum() + (self.space.size - len(e)) * self._rest**2).sqrt()
+
+
+def squares(h: Float[Tensor, "n t i"], g: Float[Tensor, "n k t o"], *, bias: bool, budget: int = 1 << 25) -> Parts:
+    """`Σ_ik (Σ_t g_ikt x_it)²` of every entry of `(W, b)`: the diagonal of the block, without the scale.
+
+    With several positions at most about `budget` numbers are held at a time.
+    """
+    _, k, t, o = g.shape
+    W = h.new_zeros(o, h.shape[-1])
+    if t == 1:
+        W = torch.einsum("nko,ni->oi", g[:, :, 0].square(), h[:, 0].square())
+    else:
+        step = max(1, budget // max(1, k * o * h.shape[-1]))
+        for part, its_g in zip(h.split(step), g.split(step), strict=True):
+            W += torch.einsum("nkto,nti->nkoi", its_g, part).square().sum((0, 1))
+    b = g.sum(2).square().sum((0, 1))
+    return (*([W] if h.shape[-1] else []), *([b] if bias else []))

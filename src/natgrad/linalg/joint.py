@@ -1,0 +1,172 @@
+"""The exact matrix of a whole network, held as the cases of all its layers."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.linalg.block_diagonal import Block, BlockDiagonal
+from natgrad.linalg.eigen import positive
+from natgrad.linalg.exact import ExactBlock
+from natgrad.linalg.operator import Operator, check_damping, singular
+from natgrad.linalg.space import Parts
+
+
+class Joint(Operator):
+    """`F = S Sᵀ` over all layers, where a column `s_ik` of `S` holds those of every layer one below the other.
+
+    So the layers' exact blocks are the diagonal of `F`, and the sum of their Gram matrices is the Gram matrix
+    `SᵀS`. Solves cost the Cholesky factor of the smaller of the two.
+
+    Args:
+        layers: the layers' exact blocks (`ExactBlock`), with the same examples and columns in all of them.
+
+    Raises:
+        ValueError: if the layers differ in their examples or columns.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg.block_diagonal import Block, BlockDiagonal
+        >>> from natgrad.linalg.space import Space
+        >>> def layer(h, g, name):                      # one case, h g = 2 and 3
+        ...     block = ExactBlock(torch.tensor([[[h]]]), torch.tensor([[[[g]]]]), bias=False)
+        ...     return Block(block, (name,))
+        >>> layers = {"one": layer(1.0, 2.0, "u"), "two": layer(3.0, 1.0, "v")}
+        >>> Joint(BlockDiagonal(layers, Space(((1, 1), (1, 1)), ("u", "v")))).to_dense().tolist()
+        [[4.0, 6.0], [6.0, 9.0]]
+    """
+
+    def __init__(self, layers: BlockDiagonal):
+        self.layers, self.space = layers, layers.space
+        self.dtype, self.device = layers.dtype, layers.device
+        self._blocks: list[tuple[Block, ExactBlock]] = []
+        for name, block in layers.layers.items():
+            op = block.operator
+            if not isinstance(op, ExactBlock) or op.g.shape[:2] != self._first(op).g.shape[:2]:
+                raise ValueError(f"layer {name!r} is {op}; expected exact blocks of the same examples and columns")
+            self._blocks.append((block, op))
+        self._gram: Tensor | None = None
+        self._formed: Tensor | None = None
+
+    def _first(self, otherwise: ExactBlock) -> ExactBlock:
+        return self._blocks[0][1] if self._blocks else otherwise
+
+    @property
+    def rank_bound(self) -> int:
+        """The number of columns `s_ik`: the rank is at most this."""
+        return self._blocks[0][1].rank_bound
+
+    def _matmul(self, parts: Parts) -> Parts:
+        return self.outer(self.inner(parts))
+
+    def inner(self, parts: Parts) -> Float[Tensor, "*batch n k"]:
+        """`Sᵀ v`."""
+        v = self._named(parts)
+        return torch.stack([op.scale**0.5 * op._inner(block.parts(v)) for block, op in self._blocks]).sum(0)
+
+    def outer(self, c: Float[Tensor, "*batch n k"]) -> Parts:
+        """`S c`."""
+        out: dict[str, Tensor] = {}
+        for block, op in self._blocks:
+            out |= block.named(op._outer(op.scale**0.5 * c))
+        return self.layers._ordered(out)
+
+    def gram(self) -> Float[Tensor, "nk nk"]:
+        """`SᵀS`."""
+        if self._gram is None:
+            first, *rest = (op.gram() for _, op in self._blocks)
+            for gram in rest:
+                first += gram
+            self._gram = first
+        return self._gram
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact", form: str | None = None) -> Operator:
+        """`(F + λI)⁻¹`, from the Cholesky factor of `SᵀS + λI` (`form="dual"`) or of `F + λI` (`"primal"`).
+
+        None: whichever is smaller.
+        """
+        check_damping(damping, damping_style)
+        if damping_style == "factored":
+            raise TypeError("an exact matrix has no factors to damp; use damping_style='exact'")
+        if (form or self.smaller_form()) == "primal":
+            return PrimalInverse(self, damping)
+        return DualInverse(self, damping)
+
+    def smaller_form(self) -> str:
+        return "primal" if self.space.size <= self.rank_bound else "dual"
+
+    def trace(self) -> Tensor:
+        return self.layers.trace()
+
+    def _diagonal(self) -> Parts:
+        return self.layers._diagonal()
+
+    def _dense(self) -> Tensor:
+        return self.formed().clone()
+
+    def formed(self, budget: int = 1 << 25) -> Float[Tensor, "size size"]:
+        """`F` itself, with about `budget` numbers of `S` at a time."""
+        if self._formed is None:
+            F = torch.zeros(self.space.size, self.space.size, dtype=self.dtype, device=self.device)
+            n, k = self._blocks[0][1].g.shape[:2]
+            step = max(1, budget // (self.space.size * max(1, k)))
+            for start in range(0, n, step):
+                S = self._rows(slice(start, start + step))
+                F.addmm_(S.mT, S)
+            self._formed = F
+        return self._formed
+
+    def _rows(self, examples: slice) -> Float[Tensor, "columns size"]:
+        """The columns `s_ik` of some examples, as rows."""
+        out: dict[str, Tensor] = {}
+        for block, op in self._blocks:
+            some = ExactBlock(op.h[examples], op.g[examples], bias=op.bias, scale=op.scale)
+            out |= block.named(op.space.unflatten(some.columns().mT))
+        return self.space.flatten(self.layers._ordered(out))
+
+    def _named(self, parts: Parts) -> dict[str, Tensor]:
+        assert self.space.names is not None
+        return dict(zip(self.space.names, parts, strict=True))
+
+
+class DualInverse(Operator):
+    """`(F + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v) / λ`."""
+
+    def __init__(self, matrix: Joint, damping: float):
+        if damping == 0:
+            raise ValueError("the exact matrix has no inverse by way of its Gram matrix without damping; pass one")
+        self.matrix, self.damping = matrix, damping
+        self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
+        self._L = _damped_cholesky(matrix.gram(), damping)
+
+    def _matmul(self, parts: Parts) -> Parts:
+        c = self.matrix.inner(parts)
+        solved = torch.cholesky_solve(c.reshape(-1, len(self._L)).mT, self._L).mT
+        within = self.matrix.outer(solved.reshape(c.shape))
+        return tuple((p - q) / self.damping for p, q in zip(parts, within, strict=True))
+
+
+class PrimalInverse(Operator):
+    """`(F + λI)⁻¹` by the Cholesky factor of `F + λI` itself."""
+
+    def __init__(self, matrix: Joint, damping: float):
+        self.matrix, self.damping = matrix, damping
+        self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
+        self._L = _damped_cholesky(matrix.formed(), damping)
+
+    def _matmul(self, parts: Parts) -> Parts:
+        v = self.space.flatten(parts)
+        solved = torch.cholesky_solve(v.reshape(-1, self.space.size).mT, self._L).mT
+        return self.space.unflatten(solved.reshape(v.shape))
+
+
+def _damped_cholesky(M: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d d"]:
+    """The Cholesky factor of `M + λI`. Raises ValueError where that is not (numerically) positive definite."""
+    damped = M.clone()
+    damped.diagonal().add_(damping)
+    L, info = torch.linalg.cholesky_ex(damped)
+    if info.item():
+        raise singular("the exact matrix", damping, float(torch.linalg.eigvalsh(damped)[0]))
+    positive(L.diagonal().square(), "the exact matrix", damping)
+    return L

@@ -1,0 +1,100 @@
+"""Estimates of a matrix that is only known by its products, each with its standard error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.linalg.operator import Operator, check_damping, singular
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An unbiased estimate and its standard error, of the same form."""
+
+    value: Any
+    standard_error: Any
+
+    def __repr__(self) -> str:
+        if isinstance(self.value, Tensor) and self.value.ndim == 0:
+            return f"Estimate({self.value:.6g} ± {self.standard_error:.2g})"
+        return f"Estimate(value={self.value!r}, standard_error={self.standard_error!r})"
+
+
+def estimate_trace(operator: Operator, samples: int, generator: torch.Generator | None) -> Estimate:
+    """`E[zᵀ M z] = tr M` for random signs `z`."""
+    return _mean_of(torch.stack([z @ _product(operator, z) for z in _probes(operator, samples, generator)]))
+
+
+def estimate_diagonal(operator: Operator, samples: int, generator: torch.Generator | None) -> Estimate:
+    """`E[z ∘ M z] = diag M` for random signs `z`."""
+    mean = torch.zeros(operator.space.size, dtype=operator.dtype, device=operator.device)
+    scatter = torch.zeros_like(mean)
+    for i, z in enumerate(_probes(operator, samples, generator), 1):
+        difference = z * _product(operator, z) - mean
+        mean += difference / i
+        scatter += difference.square() * ((i - 1) / i)
+    error = (scatter / (samples - 1) / samples).sqrt()
+    unflatten = operator.space.unflatten
+    return Estimate(operator._form(unflatten(mean)), operator._form(unflatten(error)))
+
+
+def estimate_logdet(
+    operator: Operator, damping: float, samples: int, steps: int, generator: torch.Generator | None
+) -> Estimate:
+    """`E[zᵀ log(M + λI) z]`, each term by the Gauss quadrature of `steps` Lanczos steps from `z`."""
+    check_damping(damping)
+    if steps < 1:
+        raise ValueError(f"steps={steps} is not usable: expected at least 1")
+    if not operator.damps_parameters:
+        raise TypeError(
+            f"{operator._label()} damps other coordinates than the parameters', and has an exact logdet; use that"
+        )
+    values = []
+    for z in _probes(operator, samples, generator):
+        nodes, weights = _quadrature(operator, z, min(steps, operator.space.size))
+        if not (nodes + damping > 0).all():
+            raise singular(operator._label(), damping, float(nodes.min()))
+        values.append(z.square().sum() * (weights * (nodes + damping).log()).sum())
+    return _mean_of(torch.stack(values))
+
+
+def _quadrature(operator: Operator, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the spectral measure of `z`, by Lanczos with full reorthogonalization."""
+    basis, diagonal, below = [z / z.norm()], [], []
+    for _ in range(steps):
+        w = _product(operator, basis[-1])
+        diagonal.append(basis[-1] @ w)
+        V = torch.stack(basis)
+        for _ in range(2):  # once leaves rounding that grows
+            w = w - V.mT @ (V @ w)
+        below.append(w.norm())
+        if below[-1] <= torch.finfo(w.dtype).eps * max(d.abs() for d in diagonal) * len(z):
+            break  # the space is invariant: the quadrature is exact
+        basis.append(w / below[-1])
+    T = torch.diag(torch.stack(diagonal))
+    if len(diagonal) > 1:
+        off = torch.stack(below[: len(diagonal) - 1])
+        T = T + torch.diag(off, 1) + torch.diag(off, -1)
+    nodes, vectors = torch.linalg.eigh(T)
+    return nodes, vectors[0].square()
+
+
+def _probes(operator: Operator, samples: int, generator: torch.Generator | None) -> Any:
+    if samples < 2:
+        raise ValueError(f"samples={samples} is not usable: a standard error needs at least 2")
+    size = (operator.space.size,)
+    for _ in range(samples):
+        signs = torch.randint(2, size, generator=generator, device=operator.device)
+        yield (2 * signs - 1).to(operator.dtype)
+
+
+def _product(operator: Operator, z: Tensor) -> Tensor:
+    return operator.space.flatten(operator._matmul(operator.space.unflatten(z)))
+
+
+def _mean_of(values: Tensor) -> Estimate:
+    return Estimate(values.mean(), values.std() / len(values) ** 0.5)

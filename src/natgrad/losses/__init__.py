@@ -1,0 +1,61 @@
+"""The output-space curvature `D` of losses: its products, its factors `S Sᵀ = D`, its samples.
+
+Torch's own loss modules have closed forms; `Likelihood` takes any distribution of `torch.distributions`.
+"""
+
+from torch import nn
+
+from natgrad.losses.base import ESTIMATORS, OutputCurvature
+from natgrad.losses.elementwise import Bernoulli, Poisson, SquaredError
+from natgrad.losses.gaussian import Gaussian
+from natgrad.losses.likelihood import Likelihood, LikelihoodCurvature
+from natgrad.losses.softmax import Softmax
+
+__all__ = ["ESTIMATORS", "Likelihood", "OutputCurvature", "output_curvature"]
+
+_KNOWN: dict[type[nn.Module], type[OutputCurvature]] = {
+    nn.CrossEntropyLoss: Softmax,
+    nn.MSELoss: SquaredError,
+    nn.BCEWithLogitsLoss: Bernoulli,
+    nn.PoissonNLLLoss: Poisson,
+    nn.GaussianNLLLoss: Gaussian,
+    Likelihood: LikelihoodCurvature,
+}
+
+
+def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
+    """The output-space curvature of a loss module.
+
+    Args:
+        loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss`,
+            `nn.GaussianNLLLoss` or `natgrad.losses.Likelihood`.
+        kind: `"fisher"`: `D = E[s sᵀ]`, `s` the loss's gradient in the output at a label drawn from the model.
+            `"gauss_newton"`: the loss's Hessian in the output at the target. They are one for canonical links: the
+            first three, and the fourth with log rates.
+
+    Raises:
+        TypeError: if the loss is not an instance of a supported class, or has a forward of its own.
+        ValueError: if the kind is unknown, or the loss's reduction is neither `"mean"` nor `"sum"`.
+
+    Example:
+        >>> import torch
+        >>> rates, counts = torch.tensor([2.0, 4.0]), torch.tensor([4.0, 4.0])
+        >>> loss = nn.PoissonNLLLoss(log_input=False, eps=0.0)
+        >>> v = torch.ones(2)
+        >>> output_curvature(loss).product(rates, counts, v)  # 1/rate
+        tensor([0.5000, 0.2500])
+        >>> output_curvature(loss, "gauss_newton").product(rates, counts, v)  # count/rate²
+        tensor([1.0000, 0.2500])
+
+    Reference: Martens (2014), arXiv:1412.1193, sections 8 and 9.
+    """
+    for known, curvature in _KNOWN.items():
+        if isinstance(loss, known) and type(loss).forward is known.forward:
+            return curvature(loss, kind)
+    came = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
+    if isinstance(loss, tuple(_KNOWN)):
+        came += ", which computes another loss in a forward of its own"
+    names = [f"nn.{k.__name__}()" for k in _KNOWN if k is not Likelihood]
+    raise TypeError(
+        f"loss is {came}; expected an instance of one of {', '.join(names)}, or natgrad.losses.Likelihood(fn)"
+    )

@@ -1,0 +1,164 @@
+"""What every loss says of its curvature in the output."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.options import check_choice
+
+ESTIMATORS = ("exact", "mc", "empirical")
+KINDS = ("fisher", "gauss_newton")
+
+
+class OutputCurvature(ABC):
+    """`D(f, y)` of one loss module, on outputs of the module's own shapes. Axis 0 of the output is the example.
+
+    `kind="fisher"`: `E[s sᵀ]`, `s` the loss's gradient in `f` at a label drawn from the model. `"gauss_newton"`: the
+    loss's Hessian in `f` at the target, which may be indefinite. Everything here belongs to the *sum* over cases;
+    `normalizer` is what the loss's mean divides by.
+    """
+
+    canonical = True
+    """Whether the Hessian is the Fisher information whatever the target, as for canonical links."""
+
+    def __init__(self, module: nn.Module, kind: str = "fisher"):
+        self.module: Any = module
+        self.kind = kind
+        check_choice("kind", kind, KINDS)
+        if module.reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"{type(module).__name__} has reduction={module.reduction!r}; the matrix of an objective needs "
+                "'mean' or 'sum'"
+            )
+
+    @property
+    def is_mean(self) -> bool:
+        return bool(self.module.reduction == "mean")
+
+    @property
+    def is_fisher(self) -> bool:
+        return self.canonical or self.kind == "fisher"
+
+    def check_estimator(self, estimator: str) -> None:
+        """Raises ValueError if the estimator is unknown, or not one of this `D`."""
+        check_choice("estimator", estimator, ESTIMATORS)
+        if estimator != "exact" and not self.is_fisher:
+            raise ValueError(
+                f"estimator={estimator!r} is one of the Fisher information, and the Gauss-Newton matrix of "
+                f"{type(self.module).__name__} is another; use natgrad.fisher, or estimator='exact'"
+            )
+
+    def join(self, output: Any) -> Tensor:
+        """What the model returned, as the one tensor that all of the following take.
+
+        Raises:
+            ValueError: if it is not what the loss takes.
+        """
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"the model returned a {type(output).__name__}; expected a tensor. Pass "
+                "forward=lambda model, batch: (output, target)"
+            )
+        return output
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss itself."""
+        value: Tensor = self.module(output, target)
+        return value
+
+    @abstractmethod
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Raises ValueError if the two do not fit this loss: their shapes, the target's dtype and classes."""
+
+    @abstractmethod
+    def normalizer(self, output: Tensor, target: Tensor) -> Tensor:
+        """What `reduction="mean"` divides the sum by: a scalar."""
+
+    @abstractmethod
+    def product(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
+        """`D v`, in the shape of the output."""
+
+    @abstractmethod
+    def exact_columns(self, output: Tensor, target: Tensor) -> Iterator[Tensor]:
+        """At least one column `s_k` in the shape of the output, with `Σ_k s_k s_kᵀ = D` for every example.
+
+        Raises:
+            ValueError: if `D` is indefinite.
+        """
+
+    def signed_columns(self, output: Tensor, target: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Columns with signs, `Σ_k ± s_k s_kᵀ = D`: also where `D` is indefinite."""
+        for s in self.exact_columns(output, target):
+            yield 1, s
+
+    @abstractmethod
+    def sampled_column(self, output: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One random column `s` with `E[s sᵀ] = D`: the loss's gradient at a label drawn from the model."""
+
+    def case_weight(self, output: Tensor, target: Tensor) -> Tensor:
+        """The weight of each case, broadcastable to the output."""
+        return output.new_ones(())
+
+    def columns(
+        self,
+        output: Tensor,
+        target: Tensor,
+        estimator: str = "exact",
+        samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """The columns `S` of the chosen estimator.
+
+        Monte Carlo columns carry `1/√samples`, so that any number of them has the same expectation `D`.
+        The empirical column is the loss's own gradient, its case weight counted once.
+
+        Raises:
+            ValueError: if the estimator is not one of this `D`, or `D` is indefinite.
+        """
+        self.check_estimator(estimator)
+        output = output.detach()
+        if estimator == "exact":
+            yield from self.exact_columns(output, target)
+        elif estimator == "mc":
+            for _ in range(samples):
+                yield self.sampled_column(output, target, generator) / samples**0.5
+        else:
+            with torch.enable_grad():
+                f = output.requires_grad_()
+                total = self.loss(f, target) * (self.normalizer(output, target) if self.is_mean else 1)
+                (gradient,) = torch.autograd.grad(total, f)
+            weight = self.case_weight(output.detach(), target).expand_as(output)
+            yield torch.where(weight > 0, gradient / weight.sqrt(), 0.0)
+
+    def indefinite(self) -> ValueError:
+        return ValueError(
+            f"the Gauss-Newton matrix of {type(self.module).__name__} is indefinite: the loss's Hessian in the output "
+            "has negative eigenvalues, so it has no factor S Sᵀ. Use natgrad.fisher, which is semidefinite, or "
+            "structure='dense' or 'implicit'"
+        )
+
+    def _same_shape(self, output: Tensor, target: Tensor) -> None:
+        if output.shape != target.shape:
+            raise ValueError(
+                f"{type(self.module).__name__}: output has shape {tuple(output.shape)} and target "
+                f"{tuple(target.shape)}; expected the same shape (reshape the target; nothing is broadcast)"
+            )
+        if output.ndim == 0:
+            raise ValueError(f"{type(self.module).__name__}: expected outputs with an example axis, got a scalar")
+
+    def _wrong_dtype(self, target: Tensor, expected: str) -> ValueError:
+        return ValueError(f"{type(self.module).__name__}: target has dtype {target.dtype}; expected {expected}")
+
+
+def one_by_one(root: Tensor, axes: int = 0) -> Iterator[Tensor]:
+    """For every entry of an example, the column that has that entry of `root` alone; the last `axes` make one entry."""
+    entries = root.reshape(len(root), -1, *root.shape[root.ndim - axes :])
+    for j in range(entries.shape[1]):
+        column = root.new_zeros(entries.shape)
+        column[:, j] = entries[:, j]
+        yield column.view(root.shape)

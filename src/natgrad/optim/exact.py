@@ -1,0 +1,129 @@
+"""The exact Fisher matrix of the pending batches: from their cases, or by its products alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from natgrad.cases import Cases, Layer
+from natgrad.linalg import Operator, Space
+from natgrad.linalg.joint import Joint
+from natgrad.linalg.krylov import Solution, conjugate_gradient
+from natgrad.linalg.operator import check_damping
+from natgrad.linalg.space import Parts
+from natgrad.optim.batch import Objective
+from natgrad.structures import ExactStructure, assemble
+
+
+def from_cases(objective: Objective, parameters: Mapping[str, Tensor]) -> Joint:
+    """`F` over the given parameters, from the cases that were taken of every batch.
+
+    Raises:
+        NotImplementedError: if a parameter is in no layer, or in layers with one bias here and another there.
+        ValueError: if a batch counts negatively.
+    """
+    layers: dict[Layer, tuple[int, int]] = {}
+    for batch in objective.batches:
+        for layer, h in batch.statistics.h.items():
+            layers[layer] = (h[0].shape[-1], batch.statistics.d_out[layer])
+    kept = {layer: _within(layer, parameters) for layer in layers}
+    _check_covered([part for part in kept.values() if part is not None], parameters)
+    structure = ExactStructure()
+    for share, batch in zip(objective.shares, objective.batches, strict=True):
+        if share < 0:
+            raise ValueError(
+                f"a batch counts {share:.3g} times in the objective: the Fisher matrix of a loss with a negative "
+                "factor is not positive semidefinite; expected positive factors"
+            )
+        structure.add(_weighted(batch.statistics, share**0.5, layers, kept))
+    return Joint(assemble(structure.build(is_mean=False), parameters))
+
+
+def _within(layer: Layer, parameters: Mapping[str, Tensor]) -> Layer | None:
+    """What is left of a layer with the given parameters alone."""
+    weight = layer.weight if layer.weight in parameters else None
+    bias = layer.bias if layer.bias in parameters else None
+    return Layer(weight, bias, layer.transposed and weight is not None) if weight or bias else None
+
+
+def _check_covered(layers: Sequence[Layer], parameters: Mapping[str, Tensor]) -> None:
+    covered = [n for layer in set(layers) for n in layer.names]
+    for n in parameters:
+        if n not in covered:
+            raise NotImplementedError(
+                f"{n!r} has a gradient but was not used in any forward that opt.loss followed; expected gradients "
+                "from opt.loss alone. Freeze it with requires_grad_(False)"
+            )
+        if covered.count(n) > 1:
+            raise NotImplementedError(
+                f"{n!r} was used with one partner in one batch and with another in the next: the exact matrix cannot "
+                "be put together from their cases; pass solver='cg'"
+            )
+
+
+def _weighted(
+    cases: Cases, factor: float, layers: Mapping[Layer, tuple[int, int]], kept: Mapping[Layer, Layer | None]
+) -> Cases:
+    """The cases of the layers that are kept, with `factor` times the gradients; zeros where a layer was not used."""
+    examples = cases.examples
+    columns = list(cases.columns)
+    zero = cases.mass
+    h: dict[Layer, list[Tensor]] = {}
+    g: list[dict[Layer, list[Tensor]]] = [{} for _ in columns]
+    d_out: dict[Layer, int] = {}
+    for layer, (d_in, o) in layers.items():
+        part = kept[layer]
+        if part is None:
+            continue
+        width = d_in if part.weight else 0
+        h[part] = [t[..., :width] for t in cases.h.get(layer, [zero.new_zeros(examples, 1, width)])]
+        for its, column in zip(g, columns, strict=True):
+            uses = column.get(layer, [zero.new_zeros(examples, 1, o)])
+            its[part] = [factor * use for use in uses]
+        d_out[part] = o
+    return Cases(h, g, d_out, cases.mass, examples)
+
+
+class ByProducts(Operator):
+    """`F` by a forward-mode and a reverse-mode pass over the pending batches for each product.
+
+    The inverse is by conjugate gradients, to a relative residual of `tolerance` or `max_iterations` products.
+    """
+
+    def __init__(self, objective: Objective, parameters: Mapping[str, Tensor], tolerance: float, max_iterations: int):
+        self.space = Space(tuple(tuple(p.shape) for p in parameters.values()), tuple(parameters))
+        first = next(iter(parameters.values()))
+        self.dtype, self.device = first.dtype, first.device
+        self.tolerance, self.max_iterations = tolerance, max_iterations
+        self._names = tuple(parameters)
+        self._product = objective.product(self._names)
+
+    def _matmul(self, parts: Parts) -> Parts:
+        product = self._product(dict(zip(self._names, parts, strict=True)))
+        return tuple(product[n] for n in self._names)
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> TruncatedInverse:
+        check_damping(damping, damping_style)
+        return TruncatedInverse(self, damping)
+
+
+class TruncatedInverse(Operator):
+    """`(F + λI)⁻¹` as far as conjugate gradients have come; `solution` tells of the last time."""
+
+    solution: Solution
+
+    def __init__(self, matrix: ByProducts, damping: float):
+        self.matrix, self.damping = matrix, damping
+        self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
+
+    def _matmul(self, parts: Parts) -> Parts:
+        def product(v: Tensor) -> Tensor:
+            return self.space.flatten(self.matrix._matmul(self.space.unflatten(v))) + self.damping * v
+
+        tolerance, most = self.matrix.tolerance, self.matrix.max_iterations
+        try:
+            self.solution = conjugate_gradient(product, self.space.flatten(parts), tol=tolerance, max_iter=most)
+        except RuntimeError as error:  # not positive definite
+            raise ValueError(str(error)) from error
+        return self.space.unflatten(self.solution.x)

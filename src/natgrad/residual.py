@@ -1,0 +1,268 @@
+"""What K-FAC leaves out, layer by layer: `R = G_l − A ⊗ B`, and how far inputs and curvature are from independent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from natgrad.cases import Cases, Layer
+from natgrad.curvature import _check_covered, _check_finite
+from natgrad.data import Forward, Problem, check_mass
+from natgrad.independence import SMALLEST_CHUNK, Kernel, dependence, inner
+from natgrad.linalg import ExactBlock
+from natgrad.moments import SHARING, AffineMoments
+from natgrad.options import Selection, check_choice
+from natgrad.residual_report import Condition, LayerResidual, ResidualReport
+from natgrad.structures import ExactStructure, KfacStructure, homogeneous
+
+
+def residual(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    *,
+    estimator: str = "exact",
+    samples: int = 1,
+    centered: bool = True,
+    sharing: str = "expand",
+    params: Selection = None,
+    forward: Forward | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    permutations: int = 200,
+    chunk: int = 2000,
+) -> ResidualReport:
+    """How good K-FAC is on a model and data: for each layer `R = G − A ⊗ B`, its norm and what it comes from.
+
+    `G = E[x xᵀ ⊗ Σ_k g_k g_kᵀ]` is the layer's block of `fisher(..., "block")` and `A ⊗ B` that of
+    `fisher(..., "kfac")`. So `R` is the covariance of `X = x xᵀ` and `Y = Σ_k g_k g_kᵀ`, and its squared norm their
+    HSIC, which needs the cases' kernels only:
+
+        ‖R‖² = E_ij[k̃_x(i, j) k̃_y(i, j)],   k_x(i, j) = (x_i·x_j)²,   k_y(i, j) = Σ_kq (g_ik·g_jq)²
+
+    with each kernel centered, `k̃(i, j) = ⟨X_i − A, X_j − A⟩`. No block is formed. Sums are in float64.
+
+    **Cases** are what K-FAC averages over: each position of each example for `sharing="expand"`, each example for
+    `"reduce"`. Where examples have several positions, `R` is still against the true block `G`, which has the terms
+    between positions. Its norm is then `(‖G‖² − 2⟨G, A ⊗ B⟩ + ‖A ⊗ B‖²)^½`, good to about 1e-8 of `‖G‖`; the spreads,
+    CKA, the unbiased estimate and the p-value are over cases, and know nothing of those terms: there is no `bound`,
+    and as the positions of an example are seldom independent of one another, the p-value is too small.
+
+    **Memory**: the cases of all batches are held, n (d_in + K d_out) numbers a layer for n cases and K columns (one a
+    class for `"exact"` and cross-entropy, one an output for squared error, `samples` for `"mc"`), and twice that
+    while they are put together. **Time**: n² (d_in + K² d_out) for each layer.
+
+    Args:
+        model, loss, data, estimator, samples, sharing, params, forward, progress: as for `fisher`.
+        centered: as for `fisher`; the matrix `A ⊗ B` is the same either way, and so is the report.
+        generator: the source of the labels of `"mc"`, which are those that `fisher` draws, and after them of the
+            permutations and the parts.
+        dtype: that in which cases are held. Default: that of the parameters.
+        permutations: of the test of independence, which gives a p-value of at least 1/(1 + permutations); 0 leaves
+            it out.
+        chunk: how many cases are compared with how many at a time, at least 8. Of more cases than this, the unbiased
+            estimate is the mean over random parts of at most `chunk` cases, and the test takes one such part.
+
+    Returns:
+        A mapping from the layer's name to its `LayerResidual`, with `table()`, `to_dict()` and `plot(path)`.
+
+    Raises:
+        What `fisher` raises, and ValueError for a `chunk` below 8 or a negative number of permutations.
+
+    Example:
+        >>> import torch, natgrad
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> x, y = torch.randn(100, 3), torch.randint(2, (100,))
+        >>> report = natgrad.residual(model, torch.nn.CrossEntropyLoss(), (x, y))
+        >>> list(report), report["0"].norm <= report["0"].bound
+        (['0', '2'], True)
+
+    Reference: Gretton, Bousquet, Smola & Schölkopf (2005), "Measuring Statistical Dependence with Hilbert-Schmidt
+    Norms", for HSIC; Kornblith et al. (2019), arXiv:1905.00414, for CKA.
+    """
+    check_choice("sharing", sharing, SHARING)
+    if chunk < SMALLEST_CHUNK:
+        raise ValueError(f"chunk={chunk} is not usable: expected at least {SMALLEST_CHUNK}")
+    if permutations < 0:
+        raise ValueError(f"permutations={permutations} is not usable: expected 0 or more")
+    problem = Problem(
+        model,
+        loss,
+        data,
+        estimator=estimator,
+        samples=samples,
+        params=params,
+        forward=forward,
+        generator=generator,
+        dtype=dtype,
+        progress=progress,
+    )
+    is_mean = problem.curvature.is_mean
+    kfac, exact, positions = KfacStructure(centered, sharing), ExactStructure(), Positions()
+    for cases in problem.cases():
+        cases.kept()
+        exact.add(cases)
+        positions.add(cases)
+        kfac.add(_in_float64(cases))
+    assert kfac.mass is not None
+    check_mass(kfac.mass, is_mean)
+    factors = kfac.build(is_mean)
+    _check_covered(problem.parameters, factors)
+    _check_finite(factors)
+    blocks = exact.build(is_mean)
+    report = {}
+    for layer in _shown(blocks, progress):
+        block, moments = blocks[layer], kfac.moments[layer]
+        assert isinstance(block, ExactBlock)
+        cases_of_it = positions.cases(layer, block, sharing)
+        report[layer.name] = _of_layer(
+            layer, moments, is_mean, block, *cases_of_it, chunk=chunk, permutations=permutations, generator=generator
+        )
+    return ResidualReport(report)
+
+
+def _of_layer(
+    layer: Layer,
+    moments: AffineMoments,
+    is_mean: bool,
+    block: ExactBlock,
+    h: Float[Tensor, "cases i"],
+    g: Float[Tensor, "cases k o"],
+    *,
+    chunk: int,
+    permutations: int,
+    generator: torch.Generator | None,
+) -> LayerResidual:
+    A, B = homogeneous(moments) if layer.bias else moments.A, moments.B(is_mean)
+    scale = 1 / float(moments.mass) if is_mean else 1.0
+    total = scale * float(moments.count)  # G = scale Σ_i X_i ⊗ Y_i = total E[X ⊗ Y], B = total E[Y]
+    found = dependence(
+        Kernel(_with_one(h, layer).unsqueeze(1), A, chunk),
+        Kernel(g, B / total, chunk),
+        chunk=chunk,
+        permutations=permutations,
+        generator=generator,
+    )
+    input_spread, output_spread, bound = found.x_spread, total * found.y_spread, None
+    if block.h.shape[1] == 1:
+        norm, block_norm, bound = total * found.covariance, total * found.second_moment, input_spread * output_spread
+    else:
+        norm, block_norm = _norms(_with_one(block.h, layer), block.g, scale, A, B, chunk)
+    return LayerResidual(
+        relative=norm / block_norm if block_norm else math.nan,
+        norm=norm,
+        block_norm=block_norm,
+        input_norm=float(torch.linalg.matrix_norm(A)),
+        output_norm=float(torch.linalg.matrix_norm(B)),
+        input_spread=input_spread,
+        output_spread=output_spread,
+        bound=bound,
+        cka=found.cka,
+        hsic_unbiased=total**2 * found.unbiased,
+        p_value=found.p_value,
+        condition=Condition(
+            A=condition_number(A) if layer.weight else None,
+            C=condition_number(moments.C) if layer.weight and layer.bias else None,
+        ),
+        cases=len(h),
+    )
+
+
+class Positions:
+    """Which positions are an example's own: where batches have different numbers of them, the exact block has its
+    shorter examples filled with zeros."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Layer, list[Tensor]] = {}
+
+    def add(self, cases: Cases) -> None:
+        for layer, uses in cases.h.items():
+            count = torch.full((cases.examples,), sum(u.shape[1] for u in uses), device=uses[0].device)
+            self._counts.setdefault(layer, []).append(count)
+
+    def cases(
+        self, layer: Layer, block: ExactBlock, sharing: str
+    ) -> tuple[Float[Tensor, "cases i"], Float[Tensor, "cases k o"]]:
+        """The inputs and gradients that K-FAC averages over."""
+        t = block.h.shape[1]
+        if t == 1:
+            return block.h[:, 0], block.g[:, :, 0]
+        count = torch.cat(self._counts[layer]).unsqueeze(1)
+        if sharing == "reduce":
+            return block.h.sum(1) / count, block.g.sum(2)
+        own = torch.arange(t, device=count.device) < count
+        return block.h[own], block.g.transpose(1, 2)[own]
+
+
+def condition_number(M: Float[Tensor, "d d"]) -> float:
+    """The largest over the smallest eigenvalue of a positive semidefinite matrix; infinite where it is singular to
+    rounding.
+
+    >>> condition_number(torch.diag(torch.tensor([2.0, 8.0]))), condition_number(torch.ones(2, 2))
+    (4.0, inf)
+    """
+    e = torch.linalg.eigvalsh(M)
+    smallest, largest = float(e[0]), float(e[-1])
+    return largest / smallest if smallest > torch.finfo(e.dtype).eps * len(e) * largest else math.inf
+
+
+def _norms(
+    x: Float[Tensor, "n t i"],
+    g: Float[Tensor, "n k t o"],
+    scale: float,
+    A: Float[Tensor, "i i"],
+    B: Float[Tensor, "o o"],
+    chunk: int,
+) -> tuple[float, float]:
+    """`‖G − A ⊗ B‖` and `‖G‖` for examples with several positions.
+
+    `G = scale Σ_ik s_ik s_ikᵀ` with `s_ik = Σ_t x_it ⊗ g_ikt`. `‖G‖²` is that of the Gram matrix,
+    `s_ik·s_jq = Σ_tu (x_it·x_ju)(g_ikt·g_jqu)`, of which at most `chunk` x `chunk` terms, or those of two examples,
+    are held at a time; and `⟨G, A ⊗ B⟩ = scale Σ_ik s_ikᵀ (A ⊗ B) s_ik`.
+    """
+    n, K, t, _ = g.shape
+    parts = torch.arange(n, device=g.device).split(max(1, chunk // t))
+    GG = GK = torch.zeros((), dtype=torch.float64, device=g.device)
+    for i, a in enumerate(parts):
+        xa, ga = x[a].double(), g[a].double()
+        xAx = xa @ A @ xa.mT
+        GK = GK + sum(inner(xAx, ga[:, k] @ B @ ga[:, k].mT) for k in range(K))
+        for b in parts[i:]:
+            xb, gb = x[b].double().flatten(0, 1), g[b].double()
+            inputs = xa.flatten(0, 1) @ xb.mT
+            for k in range(K):
+                for q in range(K):
+                    products = inputs * (ga[:, k].flatten(0, 1) @ gb[:, q].flatten(0, 1).mT)
+                    gram = products.view(len(a), t, len(b), t).sum((1, 3))
+                    GG = GG + gram.square().sum() * (1 if a is b else 2)
+    block = scale**2 * GG
+    kronecker = (torch.linalg.matrix_norm(A) * torch.linalg.matrix_norm(B)).square()
+    rest = block - 2 * scale * GK + kronecker
+    return float(rest.clamp_min(0).sqrt()), float(block.sqrt())  # a sum of squares, below zero by rounding alone
+
+
+def _with_one(h: Float[Tensor, "*n i"], layer: Layer) -> Tensor:
+    """`x = [h; 1]`, or `h` for a layer without a bias."""
+    return torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1) if layer.bias else h
+
+
+def _in_float64(cases: Cases) -> Cases:
+    def cast(uses: dict[Layer, list[Tensor]]) -> dict[Layer, list[Tensor]]:
+        return {layer: [t.double() for t in its] for layer, its in uses.items()}
+
+    return Cases(cast(cases.h), map(cast, cases.columns), cases.d_out, cases.mass.double(), cases.examples)
+
+
+def _shown(layers: Collection[Layer], progress: bool) -> Iterable[Layer]:
+    if not progress:
+        return layers
+    from rich.progress import track
+
+    return track(layers, description="residual")
