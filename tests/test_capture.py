@@ -741,7 +741,7 @@ def by_linear_and_by_hand(order):
     return Mixed()
 
 
-@pytest.mark.parametrize("order", permutations(["linear", "product", "linear, add"]), ids=", then ".join)
+@pytest.mark.parametrize("order", list(permutations(["linear", "product", "linear, add"])), ids=", then ".join)
 def test_recorded_uses_leave_the_tangent_as_it_is(order):
     model, x = by_linear_and_by_hand(order), randn(N, D)
     direction = {n: randn(*p.shape, seed=3) for n, p in model.named_parameters()}
