@@ -175,8 +175,8 @@ def _matrix(problem: Problem, structure: str, centered: bool, sharing: str) -> O
     assert parts.mass is not None
     check_mass(parts.mass, problem.curvature.is_mean)
     layers = parts.build(problem.curvature.is_mean)
-    _check_covered(problem.parameters, layers)
-    _check_finite(layers)
+    check_covered(problem.parameters, layers)
+    check_finite(layers)
     return assemble(layers, problem.parameters)
 
 
@@ -210,7 +210,7 @@ def example_gradients(output: Tensor, column: Tensor, parameters: Mapping[str, T
     )
 
 
-def _check_covered(parameters: Mapping[str, Tensor], layers: Mapping[Layer, Operator]) -> None:
+def check_covered(parameters: Mapping[str, Tensor], layers: Mapping[Layer, Operator]) -> None:
     covered = {n for layer in layers for n in layer.names}
     missing = [n for n in parameters if n not in covered]
     if missing:
@@ -221,7 +221,7 @@ def _check_covered(parameters: Mapping[str, Tensor], layers: Mapping[Layer, Oper
         )
 
 
-def _check_finite(layers: Mapping[Layer, Operator]) -> None:
+def check_finite(layers: Mapping[Layer, Operator]) -> None:
     for layer, op in layers.items():
         if not torch.isfinite(op.trace()):
             raise ValueError(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.cases import Cases, Layer
-from natgrad.curvature import _check_covered, _check_finite
+from natgrad.curvature import check_covered, check_finite
 from natgrad.data import Forward, Problem, check_mass
 from natgrad.independence import SMALLEST_CHUNK, Kernel, dependence, inner
 from natgrad.linalg import ExactBlock
@@ -114,8 +114,8 @@ def residual(
     assert kfac.mass is not None
     check_mass(kfac.mass, is_mean)
     factors = kfac.build(is_mean)
-    _check_covered(problem.parameters, factors)
-    _check_finite(factors)
+    check_covered(problem.parameters, factors)
+    check_finite(factors)
     blocks = exact.build(is_mean)
     report = {}
     for layer in _shown(blocks, progress):

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
-from natgrad.figures import COLOURS, name_bars, new_figure, save
+from natgrad.figures import COLOURS, INK, name_bars, new_figure, save
 from natgrad.residual_report import LayerResidual
 
 Report = Mapping[str, LayerResidual]
@@ -26,18 +26,12 @@ def draw(report: Report, panels: Collection[Panel], path: str | PathLike[str]) -
 
 
 def relative_residuals(report: Report, axes: Axes) -> None:
-    """`‖R‖/‖G‖` of each layer, with the bound where there is one."""
-    places = np.arange(len(report))
-    axes.bar(places, [r.relative for r in report.values()], 0.6, color=COLOURS[1])
-    bounds = [math.nan if r.bound is None or not r.block_norm else r.bound / r.block_norm for r in report.values()]
-    axes.hlines(bounds, places - 0.3, places + 0.3, color=COLOURS[2], linewidth=2)
+    """`‖R‖/‖G‖` of each layer, with its value."""
+    bars = axes.bar(range(len(report)), [r.relative for r in report.values()], 0.6, color=COLOURS[1])
+    axes.bar_label(bars, fmt="{:.2g}", padding=2, color=INK)
     name_bars(axes, list(report))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("relative residual ‖R‖ / ‖G‖")
-    handles = [Patch(color=COLOURS[1], label="‖R‖ / ‖G‖")]
-    if any(map(math.isfinite, bounds)):
-        handles.append(Patch(color=COLOURS[2], label="bound: product of the spreads / ‖G‖"))
-    _legend(axes, handles)
 
 
 def relative_spreads(report: Report, axes: Axes) -> None:

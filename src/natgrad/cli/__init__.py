@@ -13,8 +13,7 @@ app = typer.Typer(add_completion=False)
 
 @app.callback()
 def _commands() -> None:
-    """Natural-gradient optimizers for PyTorch."""
-    # This callback keeps `demo` a subcommand even while it is the only one.
+    """Natural-gradient optimizers for PyTorch, and what their curvature is made of."""
 
 
 @app.command()
@@ -34,6 +33,27 @@ def demo(
     run_demo(task, seconds, seed, out)
 
 
+@app.command()
+def inspect(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help="A function without arguments that returns (model, loss, data); its module is looked for in the "
+            "current directory first.",
+        ),
+    ],
+    estimator: Annotated[str, typer.Option(help="Of the output curvature: exact, mc or empirical.")] = "exact",
+    seed: Annotated[int, typer.Option(help="Seed of torch, of the labels of mc and of the permutations.")] = 0,
+    permutations: Annotated[int, typer.Option(help="Of the test of independence; 0 leaves it out.")] = 200,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-inspect"),
+) -> None:
+    """Measure, layer by layer, what K-FAC leaves out on your own model, and write a report on it."""
+    from natgrad.cli.inspect import run_inspect
+
+    run_inspect(target, estimator, seed, permutations, out)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 if all went well, 2 after one line about a user's mistake."""
     if arguments is None:
@@ -50,7 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
         describe = getattr(error, "format_message", None)
         if describe is None:
             raise
-        _fail(f"{describe().rstrip('.')}. `natgrad demo --help` lists what is accepted.")
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "natgrad"
+        _fail(f"{describe().rstrip('.')}. `{command} --help` lists what is accepted.")
     if status == 130:
         print("natgrad: aborted", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,159 @@
+"""The command `natgrad inspect`: what it reads, its errors and what it writes."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from natgrad.cli import main
+
+PROBLEM = """
+import torch
+from torch import nn
+
+def problem():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3, bias=False))
+    x, y = torch.randn(40, 4), torch.randint(3, (40,))
+    return model, nn.CrossEntropyLoss(), list(zip(x.split(16), y.split(16)))
+
+number = 3
+
+def needs(argument): ...
+
+def nothing(): ...
+
+def pair():
+    return problem()[:2]
+
+def string():
+    return "model", nn.MSELoss(), ()
+
+def function_as_loss():
+    return problem()[0], nn.functional.mse_loss, ()
+
+def unknown_loss():
+    return problem()[0], nn.L1Loss(), (torch.randn(4, 4), torch.randn(4, 3))
+
+def other_width():
+    return problem()[0], nn.CrossEntropyLoss(), (torch.randn(5, 7), torch.zeros(5, dtype=torch.long))
+
+def raises():
+    raise FileNotFoundError("no file\\ncalled data.pt")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current directory, with modules in it that no other test has imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "given.py").write_text(PROBLEM)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "needy.py").write_text("import no_such_package_at_all")
+    before = set(sys.modules)
+    yield tmp_path
+    for name in {"given", "broken", "needy"} & (set(sys.modules) - before):
+        del sys.modules[name]
+
+
+def run_command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["inspect", *arguments])
+    code = exit_info.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def results(out: Path) -> dict[str, dict[str, dict[str, object]]]:
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+def test_it_writes_a_report(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = folder / "a" / "b"
+    assert run_command("given:problem", "--out", str(out), "--permutations", "19") == 0
+    names = {"results.json", "report.html", "residuals.png", "spreads.png", "conditioning.png"}
+    assert {path.name for path in out.iterdir()} == names
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://", page)
+    assert page.count("data:image/png;base64,") == 3
+    found = results(out)
+    assert {"target": "given:problem", "estimator": "exact", "seed": 0, "permutations": 19}.items() <= found.items()
+    assert list(found["layers"]) == ["0", "2"]
+    printed = capfd.readouterr().out
+    for layer in found["layers"].values():
+        share = f"{layer['relative']:.3f}"
+        assert share in printed
+        assert f"<td>{share}</td>" in page
+    assert str(out / "report.html") in printed
+
+
+def test_the_seed_fixes_everything(folder: Path) -> None:
+    def layers(seed: int) -> object:
+        arguments = ("--estimator", "mc", "--seed", str(seed), "--permutations", "9", "--out", str(folder / "out"))
+        assert run_command("given:problem", *arguments) == 0
+        return results(folder / "out")["layers"]
+
+    first = layers(1)
+    assert layers(1) == first
+    assert layers(2) != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["given"], ["'given'", "MODULE:FUNCTION"]),
+        (["given:"], ["'given:'", "MODULE:FUNCTION"]),
+        (["given:a:b"], ["'given:a:b'", "MODULE:FUNCTION"]),
+        (["nowhere:problem"], ["no module 'nowhere'", "PYTHONPATH"]),
+        (["given.inner:problem"], ["no module 'given.inner'"]),
+        (["broken:problem"], ["'broken'", "ZeroDivisionError", "division by zero"]),
+        (["needy:problem"], ["'needy'", "'no_such_package_at_all'", "not installed"]),
+        (["given:nope"], ["'nope' does not exist", "'given'"]),
+        (["given:number"], ["'number' is not a function"]),
+        (["given:needs"], ["given:needs raised TypeError", "argument"]),
+        (["given:raises"], ["given:raises raised FileNotFoundError", "no file called data.pt"]),
+        (["given:nothing"], ["returned a NoneType", "(model, loss, data)"]),
+        (["given:pair"], ["returned a tuple of 2", "(model, loss, data)"]),
+        (["given:string"], ["a str as its model", "torch.nn.Module"]),
+        (["given:function_as_loss"], ["a function as its loss", "torch.nn.Module"]),
+        (["given:problem", "--estimator", "best"], ["--estimator", "'best'", "exact, mc, empirical"]),
+        (["given:problem", "--permutations", "-1"], ["--permutations", "-1"]),
+        (["given:problem", "--seed", "-1"], ["--seed", "-1"]),
+        (["given:problem", "--bogus"], ["--bogus", "natgrad inspect --help"]),
+        ([], ["MODULE:FUNCTION", "natgrad inspect --help"]),
+    ],
+)
+def test_a_mistake_gives_one_line_and_status_2(
+    arguments: list[str], words: list[str], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(*arguments, "--out", str(folder / "new")) == 2
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1
+    assert all(word in errors for word in words), errors
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "words"), [("unknown_loss", ["L1Loss", "CrossEntropyLoss"]), ("other_width", ["5x7", "4x6"])]
+)
+def test_what_cannot_be_inspected_gives_one_line(
+    function: str, words: list[str], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(f"given:{function}", "--out", str(folder / "new")) == 2
+    _, errors = capfd.readouterr()
+    assert errors.count("\n") == 1
+    assert all(word in errors for word in [f"given:{function}", *words]), errors
+
+
+def test_out_that_cannot_be_written(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "file").write_text("kept")
+    assert run_command("given:problem", "--out", str(folder / "file")) == 2
+    _, errors = capfd.readouterr()
+    assert errors.count("\n") == 1
+    assert "file" in errors
+    assert "--out" in errors
+    assert (folder / "file").read_text() == "kept"
