@@ -75,7 +75,7 @@ class Joint(Operator):
     def gram(self) -> Float[Tensor, "nk nk"]:
         """`SᵀS`."""
         if self._gram is None:
-            first, *rest = (op.gram() for _, op in self._blocks)
+            first, *rest = (_gram(op) for _, op in self._blocks)
             for gram in rest:
                 first += gram
             self._gram = first
@@ -159,6 +159,15 @@ class PrimalInverse(Operator):
         v = self.space.flatten(parts)
         solved = torch.cholesky_solve(v.reshape(-1, self.space.size).mT, self._L).mT
         return self.space.unflatten(solved.reshape(v.shape))
+
+
+def _gram(op: ExactBlock) -> Float[Tensor, "nk nk"]:
+    """`SᵀS` of one layer: from `S` itself where that takes fewer products than all pairs of positions do."""
+    t, i, o = op.h.shape[1], op.h.shape[2], op.g.shape[3]
+    if t == 1 or i * o > t * t * (i + o):
+        return op.gram()
+    S = op.columns()
+    return S.mT @ S
 
 
 def _damped_cholesky(M: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d d"]:

@@ -90,7 +90,7 @@ class NaturalGradient(Adaptive):
         max_size: int = 5000,
         tolerance: float | None = None,
         max_iterations: int = 250,
-        damping_decay: float = 0.5,
+        damping_decay: float = 0.2,
         generator: torch.Generator | None = None,
     ):
         if solver is not None:
