@@ -118,10 +118,12 @@ SEQUENTIAL = ("pooled", "sequence")
 
 @dataclass
 class Example:
-    """One example in one layer: `h` at every position `(t, d_in)`, `g` of every column `(k, t, d_out)`."""
+    """One example in one layer: `h` at every position `(t, d_in)`, `g` of every column `(k, t, d_out)`, and whether
+    each position is one of K-FAC's cases `(t,)`."""
 
     h: torch.Tensor
     g: torch.Tensor
+    kept: torch.Tensor
 
 
 @dataclass
@@ -144,20 +146,24 @@ class ByHand:
                 self.mass += normalizer(meant(loss), output, y).item()
             for i in range(len(x)):
                 e, V = torch.linalg.eigh(D[i, :, i])
-                self._add(i, output, uses, (V * e.clamp_min(0).sqrt()).mT)
+                self._add(i, output, uses, (V * e.clamp_min(0).sqrt()).mT, ignored(loss, y)[i].flatten())
         return self
 
-    def _add(self, i, output, uses, columns):
+    def _add(self, i, output, uses, columns, ignored):
         grads = []
         for s in columns:
             grads.append(torch.autograd.grad(output[i], [a for _, _, a in uses], s.view_as(output[i]), True))
         new = {}
         for u, (layer, h, a) in enumerate(uses):
             g = torch.stack([grad[u][i].reshape(-1, a.shape[-1]) for grad in grads])
-            new.setdefault(layer, []).append((h[i].detach().unsqueeze(0).flatten(0, -2), g))
+            t = g.shape[1]
+            # A position without a target is no case, unless other targets depend on it.
+            without = ignored if len(ignored) == t else ignored.all().expand(t)
+            kept = ~without | (g.abs() > 1e-5).any(-1).any(0)  # rounding in the eigenvectors
+            new.setdefault(layer, []).append((h[i].detach().unsqueeze(0).flatten(0, -2), g, kept))
         for layer, parts in new.items():
-            h, g = torch.cat([h for h, _ in parts]), torch.cat([g for _, g in parts], 1)
-            self.examples.setdefault(layer, []).append(Example(h, g))
+            h, g, kept = (torch.cat(its, axis) for its, axis in zip(zip(*parts, strict=True), (0, 1, 0), strict=True))
+            self.examples.setdefault(layer, []).append(Example(h, g, kept))
 
     @property
     def scale(self):
@@ -180,14 +186,15 @@ class ByHand:
         """K-FAC's cases: the inputs, and the gradients of all columns."""
         examples = self.examples[layer]
         if sharing == "reduce":
-            return torch.stack([e.h.mean(0) for e in examples]), torch.cat([e.g.sum(1) for e in examples])
-        return torch.cat([e.h for e in examples]), torch.cat([e.g.flatten(0, 1) for e in examples])
+            averages = [e.h[e.kept].mean(0) for e in examples if e.kept.any()]
+            return _cat(averages, examples[0].h[0], torch.stack), torch.cat([e.g.sum(1) for e in examples])
+        return torch.cat([e.h[e.kept] for e in examples]), torch.cat([e.g.flatten(0, 1) for e in examples])
 
     def factors(self, layer, sharing):
         """The mean of `h`, `A = E[x xᵀ]` (`x = [h; 1]` with a bias), and `B`."""
         h, g = self.rows(layer, sharing)
         x = torch.cat([h, h.new_ones(len(h), 1)], 1) if layer.bias else h
-        return h.mean(0), x.mT @ x / len(x), self.scale * g.mT @ g
+        return h.sum(0) / max(1, len(h)), x.mT @ x / max(1, len(x)), self.scale * g.mT @ g
 
     def kfac(self, layer, sharing="expand"):
         _, A, B = self.factors(layer, sharing)
@@ -235,6 +242,18 @@ class ByHand:
             index = self.index(layer)
             M[index[:, None], index] = of_layer(layer)
         return M
+
+
+def ignored(loss, y):
+    """Which targets the loss leaves out."""
+    index = getattr(loss, "ignore_index", None)
+    if index is None or y.is_floating_point():
+        return torch.zeros(y.shape[:1], dtype=torch.bool)
+    return y == index
+
+
+def _cat(rows, like, join):
+    return join(rows) if rows else like.new_zeros(0, len(like))
 
 
 def _weights_first(basis, columns, d_out):

@@ -115,3 +115,14 @@ def homogeneous_kron(A, B):
     index = torch.arange(d_out * (d_in + 1)).view(d_out, d_in + 1)
     order = torch.cat([index[:, :-1].flatten(), index[:, -1]])
     return torch.kron(B, A)[order][:, order]
+
+
+class Power(nn.Module):
+    """`|x|^exponent`, elementwise: a use of a parameter that is none of the known kinds."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.exponent = nn.Parameter(torch.full((width,), 1.5, dtype=f64))
+
+    def forward(self, x):
+        return x.abs().add(0.1).pow(self.exponent)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natgrad.cases import Layer
+from natgrad.layers import Rows
 from natgrad.moments import AffineMoments, merge
 from oracles import close, f64, randn
 
@@ -21,9 +22,15 @@ def data(n, seed=0, shift=3.0):
     return randn(n, D_IN, seed=seed) + shift, randn(n, D_OUT, seed=seed + 1)
 
 
+def of_inputs(h, d_out, mass):
+    m = AffineMoments.empty(h.shape[1], d_out, mass)
+    m.add_inputs(Rows(h.unsqueeze(1)))
+    return m
+
+
 def moments(h, g, mass=None):
     mass = torch.as_tensor(float(len(h)) if mass is None else mass, dtype=h.dtype)
-    m = AffineMoments.of_inputs(h, g.shape[1], mass)
+    m = of_inputs(h, g.shape[1], mass)
     m.add_gradients(g)
     return m
 
@@ -80,7 +87,7 @@ def test_merging_leaves_its_parts_alone(sizes, seed):
 
 
 def test_merge_keeps_layers_apart():
-    layers = Layer("1.weight", "1.bias", False), Layer("2.weight", None, False)
+    layers = Layer("1.weight", "1.bias"), Layer("2.weight", None)
     _, (a, b, c) = parts([2, 3, 4])
     merged = merge([{layers[0]: a}, {layers[1]: b}, {layers[0]: c}])
     same(merged[layers[0]], a + c, 0)
@@ -169,7 +176,7 @@ def test_A_is_the_second_moment(sizes, seed):
 @given(columns=st.integers(1, 4), seed=seeds, mass=st.floats(0.5, 20))
 def test_B_sums_over_cases_and_columns_and_the_mean_divides_by_the_mass(columns, seed, mass):
     h, g = randn(5, D_IN, seed=seed), randn(columns, 5, D_OUT, seed=seed)
-    m = AffineMoments.of_inputs(h, D_OUT, torch.tensor(mass, dtype=f64))
+    m = of_inputs(h, D_OUT, torch.tensor(mass, dtype=f64))
     for column in g:
         m.add_gradients(column)
     output = sum(torch.outer(gi, gi) for column in g for gi in column)

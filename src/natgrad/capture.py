@@ -12,28 +12,40 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad.layers.affine import PARSERS, AffineCall
+from natgrad.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, VIEWS, Call, Kind, View
+from natgrad.layers.scale import Scale, product, shift
 
 
 @dataclass(eq=False)
 class Use:
-    """One affine use `a = W h + b` of trainable parameters, named; `None` where there is none.
+    """One use of trainable parameters, named; `None` where there is none.
 
+    `kind` says how `a` came of `h` and the parameters. `rows` are the rows of the weight's matrix that are in use, and
+    `bias_rows` those of the bias (None: all).
     `edge` stands for `a` in the autograd graph: its gradient is that of the pre-activation even if an in-place
     function has since overwritten the tensor, with the entries of `a` in its own shape. `sources` are where the
-    graph goes on from `a` beside these parameters. `product` is `W h` alone where a later call added the bias.
+    graph goes on from `a` beside these parameters. `before` is the use as it was until a later call added the bias,
+    or the examples that `W h` is the same for. `direct`: the function was given the parameters themselves.
+
+    Examples are on `example_axis`; or, where `lead` is given, on that axis of what has been flattened to two axes,
+    the first of size `lead`.
     """
 
     weight: str | None
     bias: str | None
-    transposed: bool
+    kind: Kind
+    rows: tuple[int, int] | None
+    bias_rows: tuple[int, int] | None
     function: Any
     h: Tensor
     a: Tensor
     edge: GradientEdge
     sources: tuple[Node, ...]
     versions: tuple[int, int]
-    product: Use | None = None
+    example_axis: int = 0
+    lead: int | None = None
+    direct: bool = True
+    before: Use | None = None
 
     def check_input(self) -> None:
         """Raises RuntimeError if `h` was overwritten since the forward."""
@@ -47,17 +59,37 @@ class Use:
     def a_intact(self) -> bool:
         return self.a._version == self.versions[1]
 
+    def by_example(self, t: Tensor, examples: int) -> Tensor:
+        """`h`, or a tensor of `a`'s shape, with its examples on axis 0 if it can be told where they are."""
+        if self.kind.features == -1:
+            if self.lead is not None and t.ndim == 2 and (self.example_axis == 1 or len(t) != examples):
+                t = t.unflatten(0, (self.lead, -1))
+            if t.ndim > 2 and (self.example_axis == 1 or (len(t) != examples and t.shape[1] == examples)):
+                t = t.transpose(0, 1)
+        return t
+
     def parts(self, reached: Set[Node]) -> list[Use]:
-        """The use itself; or that of the weight and that of the bias, each with a pre-activation of its own, where
-        the graph has reached `W h` without the bias."""
-        if self.product is None or self.product.edge.node not in reached:
+        """The use itself; or, where the graph has reached what was `before`, that, and the bias added since with a
+        pre-activation of its own."""
+        if self.before is None or self.before.edge.node not in reached:
             return [self]
-        bias = replace(self, weight=None, function=torch.add, sources=(self.product.edge.node,), product=None)
-        return [self.product, bias]
+        if self.bias is None:
+            return self.before.parts(reached)
+        bias = replace(self, weight=None, function=torch.add, sources=(self.before.edge.node,), before=None)
+        return [self.before, bias]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A parameter as a function was given it: all of it or some rows, as it is or transposed."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
 
 
 class Recorder(TorchFunctionMode):
-    """Records, while active, every affine use of the given parameters in a forward with gradients enabled.
+    """Records, while active, every use of the given parameters in a forward with gradients enabled.
 
     `check(output)` raises for the parameters that the output depends on by any other way.
     """
@@ -66,76 +98,176 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.uses: list[Use] = []
         self._names = {id(p): n for n, p in parameters.items()}
-        # Transposed views of a parameter (`W.T`), kept alive so that their ids stay theirs.
-        self._views: dict[int, tuple[Tensor, Tensor]] = {}
+        # Other forms of a parameter (`W.T`, `W.chunk(3)`), kept alive so that their ids stay theirs.
+        self._forms: dict[int, tuple[Tensor, Form]] = {id(p): (p, Form(n)) for n, p in parameters.items()}
         # Outputs of uses that have no bias yet: `h @ W.T + b` adds it in a second call.
         self._open: dict[int, Use] = {}
-        # How parameters were used by functions that are no affine maps, and with gradients disabled.
+        # Outputs of uses with one row for all examples, which a sum spreads over them.
+        self._spread: dict[int, Use] = {}
+        # How parameters were used by functions of no kind, and with gradients disabled.
         self._others: dict[str, str] = {}
         self._without_gradients: dict[str, str] = {}
+        self._positions: int | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        composite = COMPOSITES.get(func)
+        tensors = _tensors((args, kwargs))
+        given = [t for t in tensors if id(t) in self._forms]
+        if composite is not None and given and torch.is_grad_enabled():
+            outer, self._positions = self._positions, composite.positions(*args, **kwargs)
+            try:
+                with self:
+                    return composite.function(*args, **kwargs)
+            finally:
+                self._positions = outer
         out = func(*args, **kwargs)
-        given = [t for t in _tensors((args, kwargs)) if id(t) in self._names or id(t) in self._views]
         if given:
             self._note(func, args, kwargs, out, given)
+        elif self._spread and func in ADDITIONS:
+            self._spread_out(args, out)
         return out
 
     def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, given: list[Tensor]) -> None:
-        call, covered, others = None, set[str](), self._without_gradients
+        covered, others, calls = set[str](), self._without_gradients, list[Call]()
         if torch.is_grad_enabled():
             if not any(t.requires_grad for t in _tensors(out)):
                 return
             others = self._others
-            call = PARSERS[func](*args, **kwargs) if func in PARSERS else None
-            if call is not None and call.view_of is not None and id(call.view_of) in self._names:
-                self._views[id(out)] = (out, call.view_of)
+            if self._look_at(VIEWS[func](*args, **kwargs) if func in VIEWS else None, out):
                 return
-            if call is not None:
-                covered = self._record(func, call, out)
+            calls = self._calls(func, args, kwargs)
+            for call in calls:
+                covered |= self._record(func, call, out)
         for t in given:
-            name = self._names[id(self._views[id(t)][1] if id(t) in self._views else t)]
+            name = self._forms[id(t)][1].name
             if name not in covered:
-                how = f" as a bias of shape {tuple(t.shape)}" if call is not None and t is call.bias else ""
+                how = f" as a bias of shape {tuple(t.shape)}" if any(t is call.bias for call in calls) else ""
                 others.setdefault(name, _name(func) + how)
 
-    def _record(self, func: Any, call: AffineCall, out: Tensor) -> set[str]:
+    def _look_at(self, view: View | None, out: Any) -> bool:
+        """Keeps the forms of a parameter that a view gives, if it is one."""
+        held = None if view is None else self._forms.get(id(view.of))
+        if view is None or held is None:
+            return False
+        form = held[1]
+        if (view.rows and form.transposed) or (not view.rows and not view.transposed and form.transposed):
+            return False
+        first = form.rows[0] if form.rows else 0
+        rows = [(first + a, first + b) for a, b in view.rows] if view.rows else [form.rows]
+        for tensor, its_rows in zip(out if isinstance(out, (tuple, list)) else [out], rows, strict=True):
+            self._forms[id(tensor)] = (
+                tensor,
+                replace(form, rows=its_rows, transposed=form.transposed != view.transposed),
+            )
+        return True
+
+    def _calls(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+        """The uses that a call is made of."""
+        if func in PARSERS:
+            calls = PARSERS[func](*args, **kwargs)
+            return calls if isinstance(calls, list) else [calls] if calls is not None else []
+        if func in ADDITIONS or func in PRODUCTS:
+            operands = [*args, *(kwargs[k] for k in ("input", "other") if k in kwargs)]
+            tensors = [t for t in operands if isinstance(t, Tensor)]
+            if len(tensors) == 2 and kwargs.get("alpha", 1) == 1:
+                own = [id(t) in self._forms for t in tensors]
+                if own == [True, False]:
+                    tensors.reverse()
+                if own != [True, True]:
+                    return [(shift if func in ADDITIONS else product)(*tensors)]
+        return []
+
+    def _record(self, func: Any, call: Call, out: Tensor) -> set[str]:
         """Keeps the use that a call is. Returns the names of the parameters it covers."""
-        if call.weight is None:
-            return self._add_bias(call, out)
-        weight, transposed = call.weight, call.transposed
-        if id(weight) in self._views:
-            weight, transposed = self._views[id(weight)][1], not transposed
-        name, bias = self._names.get(id(weight)), self._bias(call.bias, out)
-        untouched = id(call.h) not in self._names and id(call.h) not in self._views
-        if weight.ndim != 2 or not untouched or (name is None and bias is None):
+        if call.weight is None and self._add_bias(call, out):
+            return {self._forms[id(call.bias)][1].name}
+        weight, bias = (self._form(t) for t in (call.weight, call.bias))
+        if bias is not None and not self._fits(call, bias, out):
+            bias = None
+        if weight is None and bias is None:
             return set()
-        others = [call.h, None if name else call.weight, None if bias else call.bias]
-        sources = tuple(get_gradient_edge(t).node for t in others if t is not None and t.requires_grad)
-        versions = (call.h._version, out._version)
-        use = Use(name, bias, transposed, func, call.h.detach(), out, _edge(out), sources, versions)
+        kind = call.kind.oriented(weight is not None and weight.transposed)
+        if kind is None or id(call.h) in self._forms or not self._is_matrix(call, weight, kind, out):
+            return set()
+        kind = kind.kept(weight is not None, bias is not None)
+        others = [call.h, *call.others]
+        others += [t for t, form in ((call.weight, weight), (call.bias, bias)) if form is None and t is not None]
+        use = Use(
+            None if weight is None else weight.name,
+            None if bias is None else bias.name,
+            kind,
+            None if weight is None else _within(weight.rows, call.rows),
+            None if bias is None else _within(bias.rows, call.rows),
+            func,
+            call.h.detach(),
+            out,
+            _edge(out),
+            tuple(get_gradient_edge(t).node for t in others if t.requires_grad),
+            (call.h._version, out._version),
+            0 if self._positions is None else 1,
+            _lead(call.h) if self._positions is None else self._positions,
+            all(t is None or id(t) in self._names for t in (call.weight, call.bias)),
+        )
         self.uses.append(use)
-        if call.bias is None:
+        if call.bias is None and call.weight is not None and kind.features == -1 and not isinstance(kind, Scale):
             self._open[id(out)] = use
-        return {n for n in (name, bias) if n is not None}
+        if len(out) == 1 and out.ndim > 1:
+            self._spread[id(out)] = use
+        return {form.name for form in (weight, bias) if form is not None}
 
-    def _add_bias(self, call: AffineCall, out: Tensor) -> set[str]:
-        use = self._open.get(id(call.h))
-        bias = None if use is None else self._bias(call.bias, use.a)
-        if use is None or bias is None or not use.a_intact:
-            return set()
+    def _form(self, t: Tensor | None) -> Form | None:
+        held = None if t is None else self._forms.get(id(t))
+        return None if held is None else held[1]
+
+    def _fits(self, call: Call, bias: Form, a: Tensor) -> bool:
+        """Whether a bias has an entry for each of `a`'s features, or is spread over them."""
+        assert call.bias is not None
+        if bias.transposed or (isinstance(call.kind, Scale) and not _spreads(call.bias, a)):
+            return False
+        return isinstance(call.kind, Scale) or call.bias.shape == (a.shape[call.kind.features],)
+
+    def _is_matrix(self, call: Call, weight: Form | None, kind: Kind, a: Tensor) -> bool:
+        """Whether the weight is read as its layout says: rows of a matrix that is stored row by row, or all of it."""
+        if weight is None:
+            return True
+        assert call.weight is not None
+        if isinstance(kind, Scale):
+            return weight.rows is None and _spreads(call.weight, a)
+        if weight.rows is not None and (kind.layout.form != "plain" or call.rows is not None):
+            return False
+        return call.weight.ndim > 1
+
+    def _add_bias(self, call: Call, out: Tensor) -> bool:
+        """Gives an affine use the bias that a call adds to its output."""
+        use, bias = self._open.get(id(call.h)), self._form(call.bias)
+        if use is None or bias is None or call.bias is None or not use.a_intact:
+            return False
+        if call.bias.shape != use.a.shape[-1:] or out.shape != use.a.shape:
+            return False
         del self._open[id(call.h)]
-        versions = (use.versions[0], out._version)
-        whole = replace(use, bias=bias, a=out, edge=_edge(out), versions=versions, product=use)
-        self.uses[self.uses.index(use)] = whole
-        return {bias}
+        self._extend(use, out, bias=bias.name, bias_rows=bias.rows)
+        return True
 
-    def _bias(self, b: Tensor | None, a: Tensor) -> str | None:
-        """The name of `b` if it is a parameter with an entry for each of `a`'s features."""
-        return self._names.get(id(b)) if b is not None and b.shape == a.shape[-1:] else None
+    def _spread_out(self, args: Sequence[Any], out: Any) -> None:
+        """A use with one row for all examples, added to what has a row for each: it is a use for each."""
+        operands = [t for t in args if isinstance(t, Tensor)]
+        use = next((self._spread[id(t)] for t in operands if id(t) in self._spread), None)
+        if use is None or len(operands) != 2 or not use.a_intact or out.ndim != use.a.ndim or len(out) == 1:
+            return
+        other = operands[0] if operands[1] is use.a else operands[1]
+        if out.shape[1:] != use.a.shape[1:]:
+            return
+        del self._spread[id(use.a)]
+        more = (get_gradient_edge(other).node,) if other.requires_grad else ()
+        self._extend(use, out, h=use.h.expand(len(out), *use.h.shape[1:]), sources=use.sources + more)
+
+    def _extend(self, use: Use, out: Tensor, **changes: Any) -> None:
+        versions = (use.versions[0], out._version)
+        whole = replace(use, a=out, edge=_edge(out), versions=versions, before=use, **changes)
+        self.uses[self.uses.index(use)] = whole
 
     def check(self, output: Any) -> None:
         """Sees to it that `output` depends on the parameters by the recorded uses alone.
@@ -153,9 +285,9 @@ class Recorder(TorchFunctionMode):
         if missed:
             named = ", ".join(f"{n!r} (used by {missed[n]})" for n in self._names.values() if n in missed)
             raise NotImplementedError(
-                f"no layer kind covers {named}; expected affine maps (linear, addmm, matmul) with a weight of two "
-                "axes and a bias of shape (d_out,). Freeze these parameters with requires_grad_(False), or leave "
-                "them out with params="
+                f"no layer kind covers {named}; expected linear maps, convolutions, embeddings, normalizations, or "
+                "elementwise scales and shifts, with a bias of shape (d_out,). Freeze these parameters with "
+                "requires_grad_(False), or leave them out with params="
             )
         self.uses = [part for use in self.uses for part in use.parts(reached)]
 
@@ -164,7 +296,7 @@ class Recorder(TorchFunctionMode):
 
         A recorded use leads to its `sources` alone; so what is found was used in another way, whatever the function.
         """
-        uses = {part.edge.node: part for use in self.uses for part in (use, use.product) if part is not None}
+        uses = {part.edge.node: part for use in self.uses for part in _chain(use)}
         missed: dict[str, str] = {}
         reached: set[Node] = set()
         left = [("the output", node) for node in roots]
@@ -222,6 +354,31 @@ def _edge(a: Tensor) -> GradientEdge:
     whole = a if a._base is None else a._base
     reshaped = whole.numel() == a.numel() and whole.is_contiguous() and a.is_contiguous()
     return get_gradient_edge(whole if reshaped else a)
+
+
+def _chain(use: Use | None) -> list[Use]:
+    """A use and what it was before."""
+    return [] if use is None else [use, *_chain(use.before)]
+
+
+def _within(outer: tuple[int, int] | None, inner: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Rows of rows."""
+    if outer is None or inner is None:
+        return outer or inner
+    return outer[0] + inner[0], outer[0] + inner[1]
+
+
+def _lead(h: Tensor) -> int | None:
+    """The first axis of what was flattened to the two axes of `h`."""
+    base = h._base
+    if h.ndim != 2 or base is None or base.ndim < 3 or base.numel() != h.numel():
+        return None
+    return len(base) if h.is_contiguous() and base.is_contiguous() and len(h) % len(base) == 0 else None
+
+
+def _spreads(parameter: Tensor, a: Tensor) -> bool:
+    """Whether a parameter is the same for all examples on axis 0 of `a`."""
+    return a.ndim > parameter.ndim or (a.ndim == parameter.ndim > 0 and len(parameter) == 1) or parameter.numel() == 1
 
 
 def _tensors(value: Any) -> list[Tensor]:

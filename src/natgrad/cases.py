@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.capture import Use
-from natgrad.layers.affine import rows
+from natgrad.layers import Inputs, Kind, Rows
+from natgrad.layers.scale import Scale
+from natgrad.linalg.layout import Layout
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The parameters that share a block: a weight, a bias, or a weight with its bias."""
+    """The parameters that share a block: a weight, a bias, or a weight with its bias.
+
+    `layout` is that of the weight, and `rows` those of its matrix and of the bias that are meant (None: all). The
+    coordinates of a `scale` have no matrix. `function` is what torch calls a use of it.
+    """
 
     weight: str | None
     bias: str | None
-    transposed: bool
+    layout: Layout = Layout()
+    rows: tuple[int, int] | None = None
+    scale: bool = False
+    function: str = field(default="linear", compare=False)
 
     @property
     def name(self) -> str:
         """The module's name for its `weight`, else the parameter's own."""
         own = self.weight or self.bias or ""
-        return own.removesuffix(".weight") if self.weight else own
+        return own.removesuffix("weight").rstrip("._") if own.endswith((".weight", "_weight")) else own
+
+    @property
+    def label(self) -> str:
+        """The name, with the rows that are meant."""
+        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -32,53 +47,48 @@ class Layer:
 
 
 def layers_of(uses: Sequence[Use]) -> dict[Layer, list[Use]]:
-    """The uses of each layer. A weight and a bias share a block if they are always used together.
-
-    Raises:
-        NotImplementedError: if a weight is used both as it is and transposed.
-    """
+    """The uses of each layer. A weight and a bias share a block if they are always used together."""
     partners: dict[str, set[str | None]] = {}
     for use in uses:
+        same = use.rows == use.bias_rows
         if use.weight:
-            partners.setdefault(use.weight, set()).add(use.bias)
+            partners.setdefault(use.weight, set()).add(use.bias if same else None)
         if use.bias:
-            partners.setdefault(use.bias, set()).add(use.weight)
+            partners.setdefault(use.bias, set()).add(use.weight if same else None)
     layers: dict[Layer, list[Use]] = {}
-    orientation: dict[str, bool] = {}
     for use in uses:
-        if use.weight and orientation.setdefault(use.weight, use.transposed) != use.transposed:
-            raise NotImplementedError(
-                f"{use.weight!r} is used both as W and as Wᵀ: one Kronecker product cannot hold both. "
-                "Use structure='dense' or 'implicit', or leave it out with params="
-            )
         together = bool(use.weight and use.bias) and (
             partners[use.weight or ""] == {use.bias} and partners[use.bias or ""] == {use.weight}
         )
-        if together:
-            keys = [Layer(use.weight, use.bias, use.transposed)]
-        else:
-            keys = [Layer(use.weight, None, use.transposed)] if use.weight else []
-            keys += [Layer(None, use.bias, False)] if use.bias else []
-        for key in keys:
-            layers.setdefault(key, []).append(use)
+        pairs = [(use.weight, use.bias)] if together else [(use.weight, None), (None, use.bias)]
+        for weight, bias in pairs:
+            if weight or bias:
+                rows = use.rows if weight else use.bias_rows
+                layers.setdefault(_layer(use.kind, weight, bias, rows), []).append(use)
     return layers
+
+
+def _layer(kind: Kind, weight: str | None, bias: str | None, rows: tuple[int, int] | None) -> Layer:
+    return Layer(weight, bias, kind.layout if weight else Layout(), rows, isinstance(kind, Scale), kind.name)
 
 
 @dataclass
 class Cases:
     """One batch: what went into every layer, and column by column the gradient in what came out of it.
 
-    Each is a list with a tensor for every use of the layer, `(example, position, features)`. A layer without a
-    weight has inputs of width zero.
+    Each is a list with an entry for every use of the layer. A layer without a weight has inputs of width zero, and so
+    has a scale: its gradients are those of its coordinates.
     """
 
-    h: dict[Layer, list[Tensor]]
-    columns: Iterable[dict[Layer, list[Tensor]]]
+    h: dict[Layer, list[Inputs]]
+    columns: Iterable[dict[Layer, list[Float[Tensor, "n t o"]]]]
     """The gradients `g`, one dictionary for each column `s_k` of the output, each a backward pass when it is read."""
     d_out: dict[Layer, int]
     mass: Tensor
     """What the loss's mean divides by."""
     examples: int
+    ignored: Bool[Tensor, "n ..."] | None = None
+    """Which of the targets take no part; None: all do."""
 
     def kept(self) -> Cases:
         """The same, with all columns in memory, so that they can be read again."""
@@ -86,45 +96,75 @@ class Cases:
         return self
 
     def by_example(self, layer: Layer, uses: Sequence[Tensor]) -> Tensor:
-        """The uses one after the other along the positions: `(example, all positions, features)`.
+        """The uses one after the other along the positions: `(example, all positions, features)`."""
+        self.check_examples(layer, [len(use) for use in uses])
+        return torch.cat(list(uses), 1)
 
-        Raises:
-            ValueError: if axis 0 is not that of the output's examples.
-        """
-        for use in uses:
-            if len(use) != self.examples:
+    def check_examples(self, layer: Layer, lengths: Iterable[int]) -> None:
+        """Raises ValueError if axis 0 of a use is not that of the output's examples."""
+        for n in lengths:
+            if n != self.examples:
                 raise ValueError(
-                    f"layer {layer.name!r} was used on {len(use)} rows where the output has {self.examples} examples: "
+                    f"layer {layer.name!r} was used on {n} rows where the output has {self.examples} examples: "
                     "which rows belong together cannot be told. Keep examples on axis 0 and positions on the axes "
                     "after it, or use structure='kfac' with sharing='expand'"
                 )
-        return torch.cat(list(uses), 1)
+
+    def without_target(self, n: int, t: int) -> Bool[Tensor, "n t"] | None:
+        """Which of `t` positions of `n` examples have an ignored target of their own, or belong to an example whose
+        targets are all ignored."""
+        if self.ignored is None:
+            return None
+        if self.ignored.numel() == n * t:
+            return self.ignored.reshape(n, t)
+        if len(self.ignored) == n:
+            return self.ignored.reshape(n, -1).all(1, keepdim=True).expand(n, t)
+        return None
 
 
 def read_cases(
-    uses: Sequence[Use], output: Tensor, columns: Iterable[Tensor], mass: Tensor, dtype: torch.dtype | None = None
+    uses: Sequence[Use],
+    output: Tensor,
+    columns: Iterable[Tensor],
+    mass: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    ignored: Tensor | None = None,
+    sampled: bool = True,
 ) -> Cases:
     """The cases of every layer on one batch. Each column takes one backward pass, to the layers' outputs alone.
 
-    No weight gradient is computed. The graph behind `output` is kept.
+    No weight gradient is computed. The graph behind `output` is kept. `sampled`: the columns of different examples
+    are independent and have mean zero, so that a sum of their gradients is no worse than each alone.
 
     Raises:
-        NotImplementedError: if a weight is used both as it is and transposed.
         RuntimeError: if an input was changed in place after its use.
         ValueError: if an input has no axis of examples.
     """
     layers = layers_of(uses)
-    h: dict[Layer, list[Tensor]] = {}
+    h: dict[Layer, list[Inputs]] = {}
+    d_out: dict[Layer, int] = {}
     with torch.no_grad():
         for layer, its_uses in layers.items():
             for use in its_uses:
                 use.check_input()
-                _check_examples(use, output)
-            inputs = [rows(u.h) if layer.weight else rows(u.h)[..., :0] for u in its_uses]
-            h[layer] = [t.to(dtype or t.dtype) for t in inputs]
-    d_out = {layer: its_uses[0].a.shape[-1] for layer, its_uses in layers.items()}
+                _check_examples(use, output, sampled)
+            h[layer] = [_inputs(layer, use, len(output)).to(dtype or use.a.dtype) for use in its_uses]
+            d_out[layer] = _kind(layer, its_uses[0]).width(its_uses[0].a)
     gradients = _gradients(uses, layers, output, columns, dtype)
-    return Cases(h, gradients, d_out, mass.to(dtype or mass.dtype), len(output))
+    return Cases(h, gradients, d_out, mass.to(dtype or mass.dtype), len(output), ignored)
+
+
+def _kind(layer: Layer, use: Use) -> Kind:
+    """A use's kind, of the layer's part of its parameters."""
+    return use.kind.kept(layer.weight is not None, layer.bias is not None)
+
+
+def _inputs(layer: Layer, use: Use, examples: int) -> Inputs:
+    if layer.weight and not layer.scale:
+        return use.kind.inputs(use.by_example(use.h, examples))
+    a = use.by_example(use.a.detach(), examples)
+    return Rows(a.new_empty(*use.kind.positions(a), 0))
 
 
 def _gradients(
@@ -134,20 +174,34 @@ def _gradients(
     columns: Iterable[Tensor],
     dtype: torch.dtype | None,
 ) -> Iterator[dict[Layer, list[Tensor]]]:
-    edges = [use.edge for use in uses]
+    places: dict[tuple[object, int], int] = {}
+    for use in uses:  # the groups of a convolution have one edge
+        places.setdefault((use.edge.node, use.edge.output_nr), len(places))
+    edges = list({(u.edge.node, u.edge.output_nr): u.edge for u in uses}.values())
     for column in columns if edges else ():
         gradients = torch.autograd.grad(output, edges, column.to(output.dtype), retain_graph=True, allow_unused=True)
-        g = {
-            use: rows(torch.zeros_like(use.a) if gu is None else gu.reshape(use.a.shape)).to(dtype or use.a.dtype)
-            for use, gu in zip(uses, gradients, strict=True)
-        }
-        yield {layer: [g[use] for use in its_uses] for layer, its_uses in layers.items()}
+        by_layer: dict[Layer, list[Tensor]] = {}
+        for layer, its_uses in layers.items():
+            by_layer[layer] = []
+            for use in its_uses:
+                g = gradients[places[use.edge.node, use.edge.output_nr]]
+                g = torch.zeros_like(use.a) if g is None else g.reshape(use.a.shape)
+                g = use.by_example(g.to(dtype or use.a.dtype), len(output))
+                by_layer[layer].append(_kind(layer, use).gradients(use.by_example(use.h, len(output)), g))
+        yield by_layer
 
 
-def _check_examples(use: Use, output: Tensor) -> None:
-    if use.h.ndim < 2 and len(output) != 1:
+def _check_examples(use: Use, output: Tensor, sampled: bool) -> None:
+    name = use.weight or use.bias
+    if use.kind.features == -1 and use.a.ndim < 2 and len(output) != 1:
         raise ValueError(
-            f"the input of {use.weight or use.bias!r} has shape {tuple(use.h.shape)}, and the output "
+            f"the input of {name!r} has shape {tuple(use.h.shape)}, and the output "
             f"{tuple(output.shape)} counts {len(output)} examples; expected an axis of examples first, in both: "
             "model(x.unsqueeze(0)) for a single one"
+        )
+    n, t = use.kind.positions(use.by_example(use.a.detach(), len(output)))
+    if not sampled and n < len(output) and n * t < len(output):
+        raise ValueError(
+            f"{name!r} was used on {n * t} rows where the output has {len(output)} examples, so that its gradient is "
+            "a sum over examples; expected a row for each example. Use estimator='mc', or expand its input to one"
         )

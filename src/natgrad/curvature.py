@@ -12,8 +12,8 @@ from natgrad.cases import Layer
 from natgrad.data import Forward, Problem, check_mass
 from natgrad.implicit import ImplicitGaussNewton, ImplicitHessian
 from natgrad.linalg import Dense, Operator, Space
-from natgrad.moments import SHARING
-from natgrad.options import Selection, check_choice
+from natgrad.moments import MAX_DIM, SHARING
+from natgrad.options import Selection, check_choice, check_max_dim
 from natgrad.structures import STRUCTURES, assemble
 
 ALL_STRUCTURES = ("implicit", "dense", *STRUCTURES)
@@ -29,6 +29,7 @@ def fisher(
     samples: int = 1,
     centered: bool = True,
     sharing: str = "expand",
+    max_dim: int = MAX_DIM,
     params: Selection = None,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
@@ -51,6 +52,7 @@ def fisher(
         estimator: `"exact"` (every column of a factor of `D`), `"mc"` (`samples` random labels for each
             case), or `"empirical"` (the gradients at the given targets).
         centered: hold weight and bias apart, with the covariance of the inputs (K-FAC and EKFAC of layers with a bias).
+        max_dim: K-FAC's factors of more rows than this are kept as their diagonals (K-FAC and EKFAC).
         sharing: where a layer is used at several positions, each is a case (`"expand"`), or inputs are
             averaged and gradients summed first (`"reduce"`) (Eschenhagen et al. 2023).
         params: the names of the parameters to take, or a predicate on names. Default: all trainable ones.
@@ -82,7 +84,7 @@ def fisher(
     """
     check_choice("structure", structure, ALL_STRUCTURES)
     problem = Problem(model, loss, data, "fisher", estimator, samples, params, forward, generator, dtype, progress)
-    return _matrix(problem, structure, centered, sharing)
+    return _matrix(problem, structure, centered, sharing, max_dim)
 
 
 def gauss_newton(
@@ -93,6 +95,7 @@ def gauss_newton(
     *,
     centered: bool = True,
     sharing: str = "expand",
+    max_dim: int = MAX_DIM,
     params: Selection = None,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
@@ -120,7 +123,7 @@ def gauss_newton(
     problem = Problem(
         model, loss, data, "gauss_newton", estimator, samples, params, forward, generator, dtype, progress
     )
-    return _matrix(problem, structure, centered, sharing)
+    return _matrix(problem, structure, centered, sharing, max_dim)
 
 
 def hessian(
@@ -158,8 +161,9 @@ def hessian(
     return implicit.formed() if structure == "dense" else implicit.block_diagonal()
 
 
-def _matrix(problem: Problem, structure: str, centered: bool, sharing: str) -> Operator:
+def _matrix(problem: Problem, structure: str, centered: bool, sharing: str, max_dim: int) -> Operator:
     check_choice("sharing", sharing, SHARING)
+    check_max_dim(max_dim)
     if structure == "implicit":
         if problem.estimator != "exact":
             raise ValueError(
@@ -169,7 +173,7 @@ def _matrix(problem: Problem, structure: str, centered: bool, sharing: str) -> O
         return ImplicitGaussNewton(problem)
     if structure == "dense":
         return _dense(problem)
-    parts = STRUCTURES[structure](centered, sharing)
+    parts = STRUCTURES[structure](centered, sharing, max_dim)
     for cases in problem.passes(parts.passes, between=parts.next_pass):
         parts.add(cases)
     assert parts.mass is not None

@@ -117,7 +117,15 @@ class Problem:
         for recorder, output, target in self.recorded(self.parameters):
             recorder.check(output)
             mass = self.curvature.normalizer(output, target)
-            yield read_cases(recorder.uses, output, self.columns(output, target), mass, self.dtype)
+            yield read_cases(
+                recorder.uses,
+                output,
+                self.columns(output, target),
+                mass,
+                self.dtype,
+                ignored=self.curvature.ignored(output, target),
+                sampled=self.estimator == "mc",
+            )
 
     def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]:
         """The cases, `count` times over, with the same random labels each time. One batch alone is kept in memory."""

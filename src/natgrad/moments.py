@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.cases import Cases, Layer
+from natgrad.layers import Inputs, joined, stacked
 
 SHARING = ("expand", "reduce")
+MAX_DIM = 8192
+"""The default width beyond which a factor is kept as its diagonal."""
 
 
 @dataclass
@@ -19,38 +22,52 @@ class AffineMoments:
     """What K-FAC keeps of a layer's cases.
 
     The input side is held as count, mean and scatter around the mean, which merge without cancellation
-    however far the inputs are from zero (Chan, Golub & LeVeque 1979).
+    however far the inputs are from zero (Chan, Golub & LeVeque 1979). A factor that is a diagonal has one axis.
     """
 
     count: Tensor
     """Number of cases n, a scalar."""
     mean: Float[Tensor, " i"]
     """`m = Σ h / n`."""
-    scatter: Float[Tensor, "i i"]
+    scatter: Float[Tensor, i * i]
     """`Σ (h − m)(h − m)ᵀ`."""
-    output: Float[Tensor, "o o"]
+    output: Float[Tensor, o * o]
     """`Σ g gᵀ` over cases and columns."""
     mass: Tensor
     """What the loss's mean divides by, summed over batches: a scalar."""
 
     @classmethod
-    def of_inputs(cls, h: Float[Tensor, "n i"], d_out: int, mass: Tensor) -> AffineMoments:
-        mean = h.mean(0)
-        d = h - mean
-        return cls(h.new_tensor(float(len(h))), mean, d.mT @ d, h.new_zeros(d_out, d_out), mass)
+    def empty(
+        cls, d_in: int, d_out: int, mass: Tensor, *, diagonal: tuple[bool, bool] = (False, False)
+    ) -> AffineMoments:
+        """Of no cases yet; `diagonal`: whether the input factor is one, and the output factor."""
+        scatter, output = (mass.new_zeros([d] * (2 - alone)) for d, alone in zip((d_in, d_out), diagonal, strict=True))
+        return cls(mass.new_zeros(()), mass.new_zeros(d_in), scatter, output, mass)
+
+    def add_inputs(self, inputs: Inputs, kept: Bool[Tensor, "n t"] | None = None) -> None:
+        """Takes in the inputs of all cases, or of those that are kept."""
+        sums = inputs.sums(kept, self.scatter.ndim == 1)
+        zero = torch.zeros_like
+        whole = self + AffineMoments(sums.count, sums.mean, sums.scatter, zero(self.output), zero(self.mass))
+        self.count, self.mean, self.scatter = whole.count, whole.mean, whole.scatter
 
     def add_gradients(self, g: Float[Tensor, "n o"]) -> None:
         g = g.to(self.output.dtype)
-        self.output.addmm_(g.mT, g)
+        if self.output.ndim == 1:
+            self.output.add_(g.square().sum(0))
+        else:
+            self.output.addmm_(g.mT, g)
 
     def __add__(self, other: AffineMoments) -> AffineMoments:
         n = self.count + other.count
         share = torch.where(n > 0, other.count / n, 0.0)
         shift = other.mean - self.mean
+        apart = self.count * share
+        between = shift.square() * apart if self.scatter.ndim == 1 else torch.outer(shift, shift * apart)
         return AffineMoments(
             n,
             self.mean + share * shift,
-            self.scatter + other.scatter + torch.outer(shift, shift * (self.count * share)),
+            self.scatter + other.scatter + between,
             self.output + other.output,
             self.mass + other.mass,
         )
@@ -62,16 +79,16 @@ class AffineMoments:
         )
 
     @property
-    def C(self) -> Float[Tensor, "i i"]:
-        """The covariance of the inputs."""
-        return self.scatter / self.count
+    def C(self) -> Float[Tensor, i * i]:
+        """The covariance of the inputs, or its diagonal."""
+        return torch.where(self.count > 0, self.scatter / self.count, 0.0)
 
     @property
-    def A(self) -> Float[Tensor, "i i"]:
-        """The second moment `E[h hᵀ]`."""
-        return self.C + torch.outer(self.mean, self.mean)
+    def A(self) -> Float[Tensor, i * i]:
+        """The second moment `E[h hᵀ]`, or its diagonal."""
+        return self.C + (self.mean.square() if self.scatter.ndim == 1 else torch.outer(self.mean, self.mean))
 
-    def B(self, is_mean: bool) -> Float[Tensor, "o o"]:
+    def B(self, is_mean: bool) -> Float[Tensor, o * o]:
         """The output factor of the objective: of its mean, or of its sum."""
         return self.output / self.mass if is_mean else self.output
 
@@ -80,31 +97,128 @@ class AffineMoments:
         return torch.isfinite(self.scatter.sum() + self.output.sum() + self.mass + self.mean.sum())
 
 
-def layer_moments(cases: Cases, sharing: str = "expand") -> dict[Layer, AffineMoments]:
-    """The moments of every layer on one batch, in one pass over its columns."""
+@dataclass
+class ScaleMoments:
+    """Sums over examples of the gradients of a layer's scales `w` and shifts `c`, coordinate by coordinate."""
+
+    products: Float[Tensor, "k d"]
+    """`Σ g_w²`, `Σ g_w g_c` and `Σ g_c²` over examples and columns; the one square where there is one parameter."""
+    mass: Tensor
+    """What the loss's mean divides by, summed over batches: a scalar."""
+
+    def add_gradients(self, g: Float[Tensor, "n o"]) -> None:
+        g = g.to(self.products.dtype)
+        if len(self.products) == 1:
+            self.products[0] += g.square().sum(0)
+        else:
+            w, c = g.chunk(2, 1)
+            self.products += torch.stack([w.square().sum(0), (w * c).sum(0), c.square().sum(0)])
+
+    def __add__(self, other: ScaleMoments) -> ScaleMoments:
+        return ScaleMoments(self.products + other.products, self.mass + other.mass)
+
+    def __rmul__(self, factor: float) -> ScaleMoments:
+        """The same averages with `factor` times the weight."""
+        return ScaleMoments(factor * self.products, factor * self.mass)
+
+    def means(self, is_mean: bool) -> Float[Tensor, "k d"]:
+        """The products of the objective: of its mean, or of its sum."""
+        return self.products / self.mass if is_mean else self.products
+
+    def is_finite(self) -> Tensor:
+        """A boolean scalar: nothing in here is NaN or infinite."""
+        return torch.isfinite(self.products.sum() + self.mass)
+
+
+Moments = AffineMoments | ScaleMoments
+
+
+def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM) -> dict[Layer, Moments]:
+    """The moments of every layer on one batch, in one pass over its columns.
+
+    A position whose target is ignored is no case, unless other targets depend on it.
+    """
     with torch.no_grad():
-        moments = {
-            layer: AffineMoments.of_inputs(shared(h, sharing, "mean"), cases.d_out[layer], cases.mass)
-            for layer, h in cases.h.items()
-        }
+        moments = {layer: _empty(cases, layer, max_dim) for layer in cases.h}
+        used: dict[Layer, list[Tensor]] = {}
         for g in cases.columns:
-            for layer, m in moments.items():
-                m.add_gradients(shared(g[layer], sharing, "sum"))
+            for layer, uses in g.items():
+                moments[layer].add_gradients(shared(uses, "reduce" if _one_by_one(layer, uses) else sharing))
+                if cases.ignored is not None:
+                    used[layer] = _used(uses, used.get(layer))
+        for layer, m in moments.items():
+            if isinstance(m, AffineMoments):
+                _add_inputs(m, cases.h[layer], _kept(cases, layer, used.get(layer)), sharing)
     return moments
 
 
-def merge(parts: Iterable[Mapping[Layer, AffineMoments]]) -> dict[Layer, AffineMoments]:
+def _one_by_one(layer: Layer, uses: Sequence[Tensor]) -> bool:
+    """Whether a scale's uses are summed for each example, as the exact block has them."""
+    return layer.scale and len({len(use) for use in uses}) == 1
+
+
+def _empty(cases: Cases, layer: Layer, max_dim: int) -> Moments:
+    d_out = cases.d_out[layer]
+    if layer.scale:
+        both = len(layer.names) == 2
+        return ScaleMoments(cases.mass.new_zeros(3 if both else 1, d_out // len(layer.names)), cases.mass)
+    d_in = cases.h[layer][0].shape[2]
+    diagonal = d_in > max_dim or any(i.diagonal for i in cases.h[layer]), d_out > max_dim
+    return AffineMoments.empty(d_in, d_out, cases.mass, diagonal=diagonal)
+
+
+def kept_positions(cases: Cases, layer: Layer) -> list[Bool[Tensor, "n t"]] | None:
+    """Which positions of each use of a layer are cases; None: all. The columns must be kept in memory."""
+    used: list[Tensor] | None = None
+    for g in cases.columns if cases.ignored is not None else ():
+        used = _used(g[layer], used)
+    return _kept(cases, layer, used)
+
+
+def _used(uses: Sequence[Tensor], before: Sequence[Tensor] | None) -> list[Bool[Tensor, "n t"]]:
+    """The positions that have a gradient, in this column or one before."""
+    now = [(use != 0).any(-1) for use in uses]
+    return now if before is None else [a | b for a, b in zip(before, now, strict=True)]
+
+
+def _kept(cases: Cases, layer: Layer, used: Sequence[Tensor] | None) -> list[Bool[Tensor, "n t"]] | None:
+    """Which positions of each use are cases; None: all."""
+    if cases.ignored is None:
+        return None
+    kept = []
+    for i, use in enumerate(cases.h[layer]):
+        without = cases.without_target(*use.shape[:2])
+        if without is None:
+            kept.append(torch.ones(use.shape[:2], dtype=torch.bool, device=cases.mass.device))
+        else:
+            kept.append(~without if used is None else ~without | used[i])
+    return kept
+
+
+def _add_inputs(m: AffineMoments, uses: Sequence[Inputs], kept: Sequence[Tensor] | None, sharing: str) -> None:
+    if sharing == "reduce":
+        averaged = joined(uses).averaged(None if kept is None else torch.cat(list(kept), 1))
+        some = None if kept is None else torch.cat(list(kept), 1).any(1, keepdim=True)
+        m.add_inputs(averaged, some)
+    elif kept is None:
+        for use in stacked(uses):
+            m.add_inputs(use)
+    else:
+        for use, its_kept in zip(uses, kept, strict=True):
+            m.add_inputs(use, its_kept)
+
+
+def merge(parts: Iterable[Mapping[Layer, Moments]]) -> dict[Layer, Moments]:
     """The moments of all cases, from those of the parts."""
-    total: dict[Layer, AffineMoments] = {}
+    total: dict[Layer, Moments] = {}
     for part in parts:
         for layer, moments in part.items():
-            total[layer] = total[layer] + moments if layer in total else moments
+            total[layer] = total[layer] + moments if layer in total else moments  # type: ignore[operator]
     return total
 
 
-def shared(uses: Sequence[Tensor], sharing: str, over: str) -> Float[Tensor, "n d"]:
-    """Rows of all uses: each position a case (`expand`), or positions and uses averaged or summed (`reduce`)."""
+def shared(uses: Sequence[Tensor], sharing: str) -> Float[Tensor, "n d"]:
+    """Gradients of all uses: each position a case (`expand`), or positions and uses summed (`reduce`)."""
     if sharing == "expand":
         return torch.cat([u.flatten(0, 1) for u in uses])
-    positions = torch.cat(list(uses), 1)
-    return positions.mean(1) if over == "mean" else positions.sum(1)
+    return torch.cat(list(uses), 1).sum(1)

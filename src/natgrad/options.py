@@ -35,3 +35,9 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, T
         if p.is_complex():
             raise ValueError(f"parameter {n!r} is complex ({p.dtype}); expected a real one")
     return trainable
+
+
+def check_max_dim(max_dim: int) -> None:
+    """Raises ValueError unless it is a number of rows."""
+    if max_dim < 1:
+        raise ValueError(f"max_dim={max_dim} is not usable: expected a number of rows, at least 1")

@@ -10,10 +10,12 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from natgrad.capture import Use
-from natgrad.layers.affine import affine
+from natgrad.layers import COMPOSITES
+from natgrad.layers.affine import Affine, affine
 
 
 def tangent(
@@ -39,7 +41,8 @@ def tangent(
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(model, {**duals, **buffers}, args, kwargs)
 
-        with _Replay(duals, uses):
+        # The fused kernels of attention have no forward mode.
+        with _Replay(duals, uses), sdpa_kernel(SDPBackend.MATH):
             output = call(forward)
         primal, Jd = forward_ad.unpack_dual(output)
         return primal, torch.zeros_like(primal) if Jd is None else Jd
@@ -51,10 +54,13 @@ class _Replay(TorchFunctionMode):
     def __init__(self, duals: Mapping[str, Tensor], uses: Sequence[Use]):
         super().__init__()
         self._names = {id(t): n for n, t in duals.items()}
-        self._left = [use.product or use for use in uses if use.function is F.linear]
+        self._left = [first for first in map(_first, uses) if first.function is F.linear and first.direct]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in COMPOSITES:  # fused ones have no forward mode
+            with self:
+                return COMPOSITES[func].function(*args, **kwargs)
         if func is F.linear and self._left:
             out = self._linear(*args, **kwargs)
             if out is not None:
@@ -66,7 +72,7 @@ class _Replay(TorchFunctionMode):
         if names == (None, None):
             return None
         use = self._left[0]
-        if (use.weight, use.bias) != names or use.transposed or not use.a_intact:
+        if (use.weight, use.bias) != names or use.kind != Affine() or not use.a_intact:
             self._left = []  # another path than the recorded one: compute it all
             return None
         del self._left[0]
@@ -81,6 +87,11 @@ class _Replay(TorchFunctionMode):
             a_dot = through if a_dot is None else through.add_(a_dot)
         a = use.a.detach()
         return a if a_dot is None else forward_ad.make_dual(a, a_dot.expand_as(a))
+
+
+def _first(use: Use) -> Use:
+    """A use as the first of the calls that make it has it."""
+    return use if use.before is None else _first(use.before)
 
 
 def gauss_newton_product(

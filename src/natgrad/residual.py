@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,8 +16,8 @@ from natgrad.cases import Cases, Layer
 from natgrad.curvature import check_covered, check_finite
 from natgrad.data import Forward, Problem, check_mass
 from natgrad.independence import SMALLEST_CHUNK, Kernel, dependence, inner
-from natgrad.linalg import ExactBlock
-from natgrad.moments import SHARING, AffineMoments
+from natgrad.linalg import ColumnBlock, ExactBlock, Operator
+from natgrad.moments import SHARING, AffineMoments, kept_positions
 from natgrad.options import Selection, check_choice
 from natgrad.residual_report import Condition, LayerResidual, ResidualReport
 from natgrad.structures import ExactStructure, KfacStructure, homogeneous
@@ -119,8 +121,13 @@ def residual(
     blocks = exact.build(is_mean)
     report = {}
     for layer in _shown(blocks, progress):
-        block, moments = blocks[layer], kfac.moments[layer]
+        block = blocks[layer]
         assert isinstance(block, ExactBlock)
+        if isinstance(block, ColumnBlock):
+            report[layer.name] = _of_columns(block, factors[layer])
+            continue
+        moments = kfac.moments[layer]
+        assert isinstance(moments, AffineMoments)
         cases_of_it = positions.cases(layer, block, sharing)
         report[layer.name] = _of_layer(
             layer, moments, is_mean, block, *cases_of_it, chunk=chunk, permutations=permutations, generator=generator
@@ -175,29 +182,57 @@ def _of_layer(
     )
 
 
+def _of_columns(block: ColumnBlock, kfac: Operator) -> LayerResidual:
+    """Of a layer that is no plain affine map of its inputs, from the columns `s_ik` of its exact block `G = S Sᵀ`:
+    `‖R‖² = ‖G‖² − 2 Σ_ik s_ikᵀ K s_ik + ‖K‖²`, `K` K-FAC's block, which is in float64."""
+    S = block.space.unflatten(block.S.flatten(0, 1).double())
+    inner = block.scale * torch.stack([(s * Ks).sum() for s, Ks in zip(S, kfac._matmul(S), strict=True)]).sum()
+    G = float(block.norm())
+    square = G**2 - 2 * float(inner) + float(kfac.norm()) ** 2
+    norm = max(square, 0.0) ** 0.5  # below zero by rounding alone
+    nan = math.nan
+    return LayerResidual(
+        relative=norm / G if G else nan,
+        norm=norm,
+        block_norm=G,
+        input_norm=nan,
+        output_norm=nan,
+        input_spread=nan,
+        output_spread=nan,
+        bound=None,
+        cka=nan,
+        hsic_unbiased=nan,
+        p_value=nan,
+        condition=Condition(None, None),
+        cases=block.S.shape[0],
+    )
+
+
 class Positions:
-    """Which positions are an example's own: where batches have different numbers of them, the exact block has its
-    shorter examples filled with zeros."""
+    """Which positions are an example's own cases: where batches have different numbers of them, the exact block has
+    its shorter examples filled with zeros, and positions without a target are no cases."""
 
     def __init__(self) -> None:
-        self._counts: dict[Layer, list[Tensor]] = {}
+        self._own: dict[Layer, list[Tensor]] = {}
 
     def add(self, cases: Cases) -> None:
         for layer, uses in cases.h.items():
-            count = torch.full((cases.examples,), sum(u.shape[1] for u in uses), device=uses[0].device)
-            self._counts.setdefault(layer, []).append(count)
+            kept = kept_positions(cases, layer)
+            if kept is None:
+                t = sum(use.shape[1] for use in uses)
+                kept = [torch.ones(cases.examples, t, dtype=torch.bool, device=cases.mass.device)]
+            self._own.setdefault(layer, []).append(torch.cat(kept, 1))
 
     def cases(
         self, layer: Layer, block: ExactBlock, sharing: str
     ) -> tuple[Float[Tensor, "cases i"], Float[Tensor, "cases k o"]]:
         """The inputs and gradients that K-FAC averages over."""
         t = block.h.shape[1]
-        if t == 1:
-            return block.h[:, 0], block.g[:, :, 0]
-        count = torch.cat(self._counts[layer]).unsqueeze(1)
+        own = torch.cat([F.pad(part, (0, t - part.shape[1])) for part in self._own[layer]])
         if sharing == "reduce":
-            return block.h.sum(1) / count, block.g.sum(2)
-        own = torch.arange(t, device=count.device) < count
+            some = own.any(1)
+            own, h, g = own[some], block.h[some], block.g[some]
+            return (own.unsqueeze(1).to(h.dtype) @ h).squeeze(1) / own.sum(1, keepdim=True), g.sum(2)
         return block.h[own], block.g.transpose(1, 2)[own]
 
 
@@ -257,7 +292,8 @@ def _in_float64(cases: Cases) -> Cases:
     def cast(uses: dict[Layer, list[Tensor]]) -> dict[Layer, list[Tensor]]:
         return {layer: [t.double() for t in its] for layer, its in uses.items()}
 
-    return Cases(cast(cases.h), map(cast, cases.columns), cases.d_out, cases.mass.double(), cases.examples)
+    h = {layer: [use.to(torch.float64) for use in uses] for layer, uses in cases.h.items()}
+    return replace(cases, h=h, columns=map(cast, cases.columns), mass=cases.mass.double())
 
 
 def _shown(layers: Collection[Layer], progress: bool) -> Iterable[Layer]:

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from math import prod
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.cases import Cases, Layer
+from natgrad.layers import Inputs, Rows, Sparse, joined
 from natgrad.linalg import (
     Block,
     BlockDiagonal,
     Centered,
     CenteredKronecker,
-    Dense,
+    ColumnBlock,
+    CoordinateBlocks,
     Diagonal,
     ExactBlock,
     Homogeneous,
     Kronecker,
     KroneckerEigen,
+    Layout,
     Operator,
     Space,
+    factor,
 )
-from natgrad.linalg.eigen import eigh
+from natgrad.linalg import Rows as RowBlocks
+from natgrad.linalg.centered import matrix_of
 from natgrad.linalg.exact import squares
 from natgrad.linalg.space import Parts
-from natgrad.moments import AffineMoments, layer_moments, merge
+from natgrad.moments import MAX_DIM, AffineMoments, Moments, ScaleMoments, layer_moments, merge
 
 
 class Structure(ABC):
@@ -59,35 +68,38 @@ class Structure(ABC):
 class KfacStructure(Structure):
     """`A ⊗ B` from the layers' moments."""
 
-    def __init__(self, centered: bool, sharing: str):
+    def __init__(self, centered: bool = True, sharing: str = "expand", max_dim: int = MAX_DIM):
         super().__init__()
-        self.centered, self.sharing = centered, sharing
-        self.moments: dict[Layer, AffineMoments] = {}
+        self.centered, self.sharing, self.max_dim = centered, sharing, max_dim
+        self.moments: dict[Layer, Moments] = {}
 
     def add(self, cases: Cases) -> None:
         self._add_mass(cases)
-        self.moments = merge([self.moments, layer_moments(cases, self.sharing)])
+        self.moments = merge([self.moments, layer_moments(cases, self.sharing, self.max_dim)])
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
-        return {layer: kfac_block(layer, m, is_mean, self.centered) for layer, m in self.moments.items()}
+        return kfac_blocks(self.moments, is_mean, self.centered)
 
 
 class EkfacStructure(KfacStructure):
     """K-FAC's eigenbases, with the second moments of the gradients in them (George et al. 2018, arXiv:1806.03884).
 
     The first pass is K-FAC's. In the second, with `z = U_Cᵀ (h − m)` and `p = U_Bᵀ g`, the values are
-    `E[Σ_k (Σ_t p z)²]`, over the positions `t` of an example whatever the sharing: the best in this basis.
+    `E[Σ_k (Σ_t p z)²]`, over the positions `t` of an example whatever the sharing: the best in this basis. Scales, and
+    weights that are used both as W and as Wᵀ, keep K-FAC's blocks.
     """
 
     passes = 2
 
     def next_pass(self) -> None:
-        self._bases: dict[Layer, tuple[Tensor, Tensor]] = {}
+        self._bases: dict[Layer, tuple[factor.Basis, factor.Basis]] = {}
         self._values: dict[Layer, Parts] = {}
         for layer, m in self.moments.items():
-            inputs = m.C if self._is_centered(layer) else homogeneous(m) if layer.bias and layer.weight else m.A
-            U_A = eigh(inputs, f"the input factor of layer {layer.name!r}")[1] if layer.weight else inputs
-            self._bases[layer] = U_A, eigh(m.B(is_mean=False), f"the output factor of layer {layer.name!r}")[1]
+            if isinstance(m, AffineMoments) and not has_rival(layer, self.moments):
+                inputs = m.C if self._is_centered(layer) else homogeneous(m) if layer.bias and layer.weight else m.A
+                U_A = factor.eigen(inputs, f"the input factor of layer {layer.label!r}")[1] if layer.weight else None
+                U_B = factor.eigen(m.B(is_mean=False), f"the output factor of layer {layer.label!r}")[1]
+                self._bases[layer] = U_A, U_B
 
     def _is_centered(self, layer: Layer) -> bool:
         return bool(self.centered and layer.weight and layer.bias)
@@ -96,34 +108,42 @@ class EkfacStructure(KfacStructure):
         if not hasattr(self, "_bases"):
             super().add(cases)
             return
-        z = {layer: self._inputs(layer, cases.by_example(layer, h)) for layer, h in cases.h.items()}
+        z = {layer: self._inputs(layer, cases) for layer in self._bases}
         for g in cases.columns:
-            for layer, uses in g.items():
-                p = cases.by_example(layer, uses) @ self._bases[layer][1]
+            for layer, (_, U_B) in self._bases.items():
+                p = cases.by_example(layer, g[layer])
+                p = p if U_B is None else p @ U_B
                 both = self._is_centered(layer) or not layer.weight
-                new = squares(z[layer], p.unsqueeze(1), bias=both)
-                old = self._values.get(layer)
-                self._values[layer] = new if old is None else tuple(a.add_(b) for a, b in zip(old, new, strict=True))
+                _accumulate(self._values, layer, _squares(z[layer], p.unsqueeze(1), bias=both))
 
-    def _inputs(self, layer: Layer, h: Tensor) -> Tensor:
-        if not layer.weight:
-            return h
+    def _inputs(self, layer: Layer, cases: Cases) -> Inputs:
+        """`U_Cᵀ (h − m)`."""
+        x, U_A = joined_examples(cases, layer), self._bases[layer][0]
+        if not layer.weight or isinstance(x, Sparse):
+            return x
+        h, m = x.dense(), self.moments[layer]
+        assert isinstance(m, AffineMoments)
         if self._is_centered(layer):
-            h = h - self.moments[layer].mean
+            h = h - m.mean
         elif layer.bias:
             h = torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1)
-        return h @ self._bases[layer][0]
+        return Rows(h if U_A is None else h @ U_A)
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
-        return {layer: self._block(layer, self._scale(is_mean)) for layer in self.moments}
+        rest = {layer: m for layer, m in self.moments.items() if layer not in self._bases}
+        own = {layer: self._block(layer, self._scale(is_mean)) for layer in self._bases}
+        return tiled(own) | kfac_blocks(rest, is_mean, self.centered)
 
     def _block(self, layer: Layer, scale: Tensor | float) -> Operator:
         U_A, U_B = self._bases[layer]
         *weight, last = (v * scale for v in self._values[layer])
-        if not layer.weight:
-            return Dense((U_B * last) @ U_B.mT)
-        if self._is_centered(layer):
-            return Centered(KroneckerEigen(U_A, U_B, weight[0]), Dense((U_B * last) @ U_B.mT), self.moments[layer].mean)
+        if not layer.weight or self._is_centered(layer):
+            bias = matrix_of(last if U_B is None else (U_B * last) @ U_B.mT)
+            if not layer.weight:
+                return bias
+            m = self.moments[layer]
+            assert isinstance(m, AffineMoments)
+            return Centered(KroneckerEigen(U_A, U_B, weight[0]), bias, m.mean)
         whole = KroneckerEigen(U_A, U_B, last)
         return Homogeneous(whole) if layer.bias else whole
 
@@ -137,65 +157,232 @@ class DiagonalStructure(Structure):
 
     def add(self, cases: Cases) -> None:
         self._add_mass(cases)
-        h = {layer: cases.by_example(layer, uses) for layer, uses in cases.h.items()}
+        h = {layer: joined_examples(cases, layer) for layer in cases.h}
         for g in cases.columns:
-            for layer, uses in g.items():
-                new = squares(h[layer], cases.by_example(layer, uses).unsqueeze(1), bias=layer.bias is not None)
-                old = self._values.get(layer)
-                self._values[layer] = new if old is None else tuple(a.add_(b) for a, b in zip(old, new, strict=True))
+            for layers in groups(cases.h):
+                if any(has_rival(layer, cases.h) for layer in layers):
+                    parts = example_gradients(cases, layers, g)
+                    _accumulate(self._values, whole(layers), tuple(p.square().sum(0) for p in parts))
+                    continue
+                for layer in layers:
+                    its_g = cases.by_example(layer, g[layer]).unsqueeze(1)
+                    new = _squares(h[layer], its_g, bias=layer.scale or layer.bias is not None)
+                    _accumulate(self._values, layer, _coordinates(new[0], layer) if layer.scale else new)
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         scale = self._scale(is_mean)
-        return {layer: Diagonal(tuple(v * scale for v in values)) for layer, values in self._values.items()}
+        return tiled({layer: Diagonal(tuple(v * scale for v in values)) for layer, values in self._values.items()})
 
 
 class ExactStructure(Structure):
-    """The exact block of every layer, held as its cases."""
+    """The exact block of every group of layers that share parameters, held as its cases or as its columns."""
 
     def __init__(self) -> None:
         super().__init__()
         self._h: dict[Layer, list[Tensor]] = {}
         self._g: dict[Layer, list[Tensor]] = {}
+        self._columns: dict[Layer, list[Tensor]] = {}
+        self._shapes: dict[Layer, tuple[tuple[int, ...], ...]] = {}
 
     def add(self, cases: Cases) -> None:
         self._add_mass(cases)
         columns = list(cases.columns)
-        for layer, uses in cases.h.items():
-            h = cases.by_example(layer, uses)
-            g = [cases.by_example(layer, column[layer]) for column in columns]
-            self._h.setdefault(layer, []).append(h)
-            self._g.setdefault(layer, []).append(
-                torch.stack(g, 1) if g else h.new_zeros(len(h), 0, h.shape[1], cases.d_out[layer])
-            )
+        for layers in groups(cases.h):
+            (first, *others), uses = layers, cases.h[layers[0]]
+            if not others and not first.scale and all(isinstance(use, Rows) for use in uses):
+                self._add_cases(cases, first, columns)
+            elif columns:
+                self._add_columns(cases, layers, columns)
+
+    def _add_cases(self, cases: Cases, layer: Layer, columns: Sequence[Mapping[Layer, list[Tensor]]]) -> None:
+        h = joined_examples(cases, layer).dense()
+        g = [cases.by_example(layer, column[layer]) for column in columns]
+        self._h.setdefault(layer, []).append(h)
+        self._g.setdefault(layer, []).append(
+            torch.stack(g, 1) if g else h.new_zeros(len(h), 0, h.shape[1], cases.d_out[layer])
+        )
+
+    def _add_columns(
+        self, cases: Cases, layers: Sequence[Layer], columns: Sequence[Mapping[Layer, list[Tensor]]]
+    ) -> None:
+        key = whole(layers)
+        parts = [example_gradients(cases, layers, g) for g in columns]
+        self._shapes[key] = tuple(tuple(p.shape[1:]) for p in parts[0])
+        flat = [torch.cat([p.flatten(1) for p in its], 1) for its in parts]
+        self._columns.setdefault(key, []).append(torch.stack(flat, 1))
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         scale = self._scale(is_mean)
-        return {
-            layer: ExactBlock(_stacked(self._h[layer]), _stacked(self._g[layer]), bias=bool(layer.bias), scale=scale)
-            for layer in self._h
-        }
+        blocks: dict[Layer, Operator] = {}
+        for layer, h in self._h.items():
+            g = _stacked(self._g[layer])
+            blocks[layer] = ExactBlock(_stacked(h), g, bias=bool(layer.bias), scale=scale)
+        for layer, columns in self._columns.items():
+            blocks[layer] = ColumnBlock(_stacked(columns), self._shapes[layer], scale=scale)
+        return blocks
 
 
-STRUCTURES: dict[str, Callable[[bool, str], Structure]] = {
-    "block": lambda centered, sharing: ExactStructure(),
+STRUCTURES: dict[str, Callable[[bool, str, int], Structure]] = {
+    "block": lambda centered, sharing, max_dim: ExactStructure(),
     "kfac": KfacStructure,
     "ekfac": EkfacStructure,
-    "diagonal": lambda centered, sharing: DiagonalStructure(),
+    "diagonal": lambda centered, sharing, max_dim: DiagonalStructure(),
 }
 
 
+# Layers that share parameters ----------------------------------------------------------------------------
+
+
+def groups(layers: Iterable[Layer]) -> list[list[Layer]]:
+    """The layers by their parameters: one, or the rows of one weight, or one weight in several layouts."""
+    found: dict[tuple[str, ...], list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(layer.names, []).append(layer)
+    return [sorted(group, key=lambda layer: layer.rows or (0, 0)) for group in found.values()]
+
+
+def has_rival(layer: Layer, layers: Iterable[Layer]) -> bool:
+    """Whether the layer's weight is used in another layout too: as `W` and as `Wᵀ`."""
+    return any(other.names == layer.names and other.layout != layer.layout for other in layers)
+
+
+def whole(layers: Sequence[Layer]) -> Layer:
+    """The layer of all the parameters that a group shares.
+
+    Raises:
+        NotImplementedError: if the rows in use are not all, each once.
+    """
+    first = layers[0]
+    function = " + ".join(dict.fromkeys(layer.function for layer in layers))
+    layouts = {layer.layout for layer in layers}
+    if len(layouts) > 1 and not all(layer.rows is None and layer.layout.groups == 1 for layer in layers):
+        raise NotImplementedError(
+            f"{first.names[0]!r} is used in several layouts and by some of its rows; use structure='dense' or "
+            "'implicit', or leave it out with params="
+        )
+    if first.rows is not None or len(layers) > len(layouts):
+        end = 0
+        for layer in layers:
+            start, stop = layer.rows or (0, 0)
+            if start != end:
+                raise NotImplementedError(
+                    f"the rows of {first.names[0]!r} that are used are {[layer.rows for layer in layers]}; expected "
+                    "them to follow one another without overlap. Use structure='dense' or 'implicit', or leave it "
+                    "out with params="
+                )
+            end = stop
+    return replace(first, rows=None, layout=layouts.pop() if len(layouts) == 1 else Layout(), function=function)
+
+
+def tiled(operators: Mapping[Layer, Operator]) -> dict[Layer, Operator]:
+    """The operators of whole layers: those of some rows each, one below the other."""
+    return {
+        whole(layers): RowBlocks([operators[layer] for layer in layers]) if layers[0].rows else operators[layers[0]]
+        for layers in groups(operators)
+    }
+
+
+def example_gradients(cases: Cases, layers: Sequence[Layer], g: Mapping[Layer, list[Tensor]]) -> Parts:
+    """The gradient of every example in the parameters of a group, `(n, *shape)` each, as the whole layer has them."""
+    parts = [_example_gradient(cases, layer, g[layer]) for layer in layers]
+    if len(layers) == 1:
+        return parts[0]
+    if layers[0].rows is not None:
+        return tuple(torch.cat(column, 1) for column in zip(*parts, strict=True))
+    plain = [W.mT if layer.layout.form == "transposed" else W for layer, (W, *_) in zip(layers, parts, strict=True)]
+    return (torch.stack(plain).sum(0),)
+
+
+def _example_gradient(cases: Cases, layer: Layer, uses: list[Tensor]) -> Parts:
+    g = cases.by_example(layer, uses)
+    if layer.scale:
+        return _coordinates(g.sum(1), layer)
+    bias = (g.sum(1),) if layer.bias else ()
+    if not layer.weight:
+        return bias
+    x = joined_examples(cases, layer)
+    step = _step(x)
+    W = [
+        torch.einsum("nto,nti->noi", its_g, x.part(start, start + step).dense())
+        for start, its_g in zip(range(0, len(g), step), g.split(step), strict=True)
+    ]
+    return (torch.cat(W), *bias)
+
+
+def _coordinates(values: Float[Tensor, "*n p"], layer: Layer) -> Parts:
+    """The parts of a scale layer's coordinates."""
+    return tuple(values.chunk(len(layer.names), -1))
+
+
+def joined_examples(cases: Cases, layer: Layer) -> Inputs:
+    """All uses of a layer, one after the other along the positions."""
+    cases.check_examples(layer, [use.shape[0] for use in cases.h[layer]])
+    return joined(cases.h[layer])
+
+
+def _squares(x: Inputs, g: Float[Tensor, "n k t o"], *, bias: bool) -> Parts:
+    """`Σ_ik (Σ_t g_ikt x_it)²` of every entry of `(W, b)`."""
+    if isinstance(x, Sparse):
+        return (x.squares(g), *([g.sum(2).square().sum((0, 1))] if bias else []))
+    step = _step(x)
+    parts = [
+        squares(x.part(start, start + step).dense(), its_g, bias=bias)
+        for start, its_g in zip(range(0, len(g), step), g.split(step), strict=True)
+    ]
+    return tuple(torch.stack(column).sum(0) for column in zip(*parts, strict=True))
+
+
+def _step(x: Inputs, budget: int = 1 << 25) -> int:
+    """How many examples are written out at a time."""
+    return max(1, budget // max(1, x.shape[1] * x.shape[2]))
+
+
+def _accumulate(values: dict[Layer, Parts], layer: Layer, new: Parts) -> None:
+    old = values.get(layer)
+    values[layer] = new if old is None else tuple(a.add_(b) for a, b in zip(old, new, strict=True))
+
+
+# Building ------------------------------------------------------------------------------------------------
+
+
 def assemble(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tensor]) -> BlockDiagonal:
-    """The matrix of all layers, over the parameters that they have, in the parameters' order."""
-    blocks = {layer.name: Block(op, layer.names, layer.transposed) for layer, op in layers.items()}
+    """The matrix of all layers, over the parameters that they have, in the parameters' order.
+
+    Raises:
+        NotImplementedError: if some rows of a parameter are in no layer.
+    """
+    blocks = {}
+    for layer, op in layers.items():
+        shapes = tuple(tuple(parameters[n].shape) for n in layer.names)
+        if sum(map(prod, shapes)) != op.space.size:
+            raise NotImplementedError(
+                f"{layer.names[0]!r} has shape {shapes[0]} and only some of its rows are used for the output; "
+                "use structure='dense' or 'implicit', or leave it out with params="
+            )
+        blocks[layer.name] = Block(op, layer.names, layer.layout, shapes, layer.function)
     names = tuple(n for n in parameters if any(n in layer.names for layer in layers))
     return BlockDiagonal(blocks, Space(tuple(tuple(parameters[n].shape) for n in names), names))
 
 
-def kfac_block(layer: Layer, moments: AffineMoments, is_mean: bool, centered: bool) -> Operator:
-    """`A ⊗ B` of one layer."""
+def kfac_blocks(moments: Mapping[Layer, Moments], is_mean: bool, centered: bool) -> dict[Layer, Operator]:
+    """K-FAC's operator of every whole layer."""
+    blocks: dict[Layer, Operator] = {}
+    for layers in groups(moments):
+        if len({layer.layout for layer in layers}) > 1:
+            blocks[whole(layers)] = pooled({layer: moments[layer] for layer in layers}, is_mean)
+        else:
+            blocks |= tiled({layer: kfac_block(layer, moments[layer], is_mean, centered) for layer in layers})
+    return blocks
+
+
+def kfac_block(layer: Layer, moments: Moments, is_mean: bool, centered: bool) -> Operator:
+    """`A ⊗ B` of one layer, or the blocks of a scale's coordinates."""
+    if isinstance(moments, ScaleMoments):
+        products = moments.means(is_mean)
+        return Diagonal((products[0],)) if len(products) == 1 else CoordinateBlocks.of_products(*products)
     B = moments.B(is_mean)
     if layer.weight is None:
-        return Dense(B)
+        return matrix_of(B)
     if layer.bias is None:
         return Kronecker(moments.A, B)
     if centered:
@@ -203,9 +390,32 @@ def kfac_block(layer: Layer, moments: AffineMoments, is_mean: bool, centered: bo
     return Homogeneous(Kronecker(homogeneous(moments), B))
 
 
+def pooled(moments: Mapping[Layer, Moments], is_mean: bool) -> Kronecker:
+    """One Kronecker product for a weight that is used both as `W` and as `Wᵀ`.
+
+    Every use `u` is a product `L_u ⊗ R_u` of a factor of the rows and one of the columns. Their sum has no inverse of
+    this form; in its place stands the product with the same partial traces, and so the same trace:
+    `(Σ L_u tr R_u) ⊗ (Σ R_u tr L_u) / Σ tr L_u tr R_u`.
+    """
+    lefts, rights, traces = [], [], []
+    for layer, m in moments.items():
+        assert isinstance(m, AffineMoments)
+        left, right = (m.A, m.B(is_mean)) if layer.layout.form == "transposed" else (m.B(is_mean), m.A)
+        l, r = factor.diagonal(left).sum(), factor.diagonal(right).sum()
+        lefts.append(r * left)
+        rights.append(l * right)
+        traces.append(l * r)
+    total = torch.stack(traces).sum()
+    share = torch.where(total > 0, 1 / total, 0.0)
+    return Kronecker(share * reduce(factor.add, rights), reduce(factor.add, lefts))
+
+
 def homogeneous(moments: AffineMoments) -> Tensor:
-    """`A = E[x xᵀ]` for `x = [h; 1]`."""
-    x = torch.cat([moments.mean, moments.mean.new_ones(1)])
+    """`A = E[x xᵀ]` for `x = [h; 1]`, or its diagonal."""
+    one = moments.mean.new_ones(1)
+    if moments.scatter.ndim == 1:
+        return torch.cat([moments.A, one])
+    x = torch.cat([moments.mean, one])
     return torch.block_diag(moments.C, x.new_zeros(1, 1)) + torch.outer(x, x)
 
 
@@ -215,7 +425,7 @@ def _stacked(parts: list[Tensor]) -> Tensor:
     sizes = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
     padded = []
     for p in parts:
-        whole = p.new_zeros(len(p), *sizes)
-        whole[tuple(slice(n) for n in p.shape)] = p
-        padded.append(p if p.shape == whole.shape else whole)
+        filled = p.new_zeros(len(p), *sizes)
+        filled[tuple(slice(n) for n in p.shape)] = p
+        padded.append(p if p.shape == filled.shape else filled)
     return torch.cat(padded)

@@ -14,6 +14,7 @@ from natgrad.linalg import (
     Dense,
     Homogeneous,
     Kronecker,
+    Layout,
     Operator,
     Space,
 )
@@ -62,7 +63,7 @@ def block_diagonal(d_out, d_in, seed):
     middle, lone = centered(d_out, d_in, seed + 2), spd(d_out, seed + 4)
     blocks = {
         "late": Block(Dense(lone), ("c",)),
-        "first": Block(Kronecker(A, B), ("v",), transposed=True),
+        "first": Block(Kronecker(A, B), ("v",), layout=Layout("transposed")),
         "middle": Block(middle.op, ("w", "b")),
     }
     space = Space(((d_in, d_out), (d_out, d_in), (d_out,), (d_out,)), ("v", "w", "b", "c"))

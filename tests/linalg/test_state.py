@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Dense, Homogeneous, Kronecker, Space
+from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Dense, Homogeneous, Kronecker, Layout, Space
 from natgrad.linalg.state import dump, restore
 from oracles import f64, randn, spd
 
@@ -20,7 +20,7 @@ def centered():
 def block_diagonal(name="0"):
     blocks = {
         name: Block(centered(), ("w", "b")),
-        "1": Block(Kronecker(C, B), ("v",), transposed=True),
+        "1": Block(Kronecker(C, B), ("v",), layout=Layout("transposed")),
         "space": Block(Dense(B), ("c",)),
     }
     shapes = ((D_OUT, D_IN), (D_OUT,), (D_IN, D_OUT), (D_OUT,))

@@ -2,12 +2,16 @@
 
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.centered import Centered, CenteredKronecker, homogeneous_inverse
+from natgrad.linalg.columns import ColumnBlock
 from natgrad.linalg.combination import Scaled, Sum
+from natgrad.linalg.coordinates import CoordinateBlocks
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
+from natgrad.linalg.layout import Layout
 from natgrad.linalg.operator import Operator
+from natgrad.linalg.rows import Rows
 from natgrad.linalg.space import Space
 from natgrad.linalg.state import load
 from natgrad.linalg.stochastic import Estimate
@@ -18,6 +22,8 @@ __all__ = [
     "BlockDiagonal",
     "Centered",
     "CenteredKronecker",
+    "ColumnBlock",
+    "CoordinateBlocks",
     "Dense",
     "Diagonal",
     "Estimate",
@@ -25,7 +31,9 @@ __all__ = [
     "Homogeneous",
     "Kronecker",
     "KroneckerEigen",
+    "Layout",
     "Operator",
+    "Rows",
     "Scaled",
     "Space",
     "Sum",

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from natgrad.linalg.layout import Layout
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
 
 
 @dataclass(frozen=True)
 class Block:
-    """One layer's operator, and the parameters it acts on: their names, and whether the weight is stored
-    as `(d_in, d_out)` (as `addmm` takes it) where the operator takes `(d_out, d_in)`."""
+    """One layer's operator, the parameters it acts on with their shapes, and how the weight's tensor is its matrix.
+
+    `shapes` that are left out are the operator's own, through the layout. `function` is what torch calls the layer.
+    """
 
     operator: Operator
     names: tuple[str, ...]
-    transposed: bool = False
+    layout: Layout = Layout()
+    shapes: tuple[tuple[int, ...], ...] = ()
+    function: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.shapes:
+            first, *rest = self.operator.space.shapes
+            first = first[::-1] if self.layout.form == "transposed" else first
+            object.__setattr__(self, "shapes", (first, *rest))
 
     def parts(self, v: Mapping[str, Tensor]) -> Parts:
-        first, *rest = (v[n] for n in self.names)
-        return (first.mT if self.transposed else first, *rest)
+        return tuple(layout.to_operator(v[n], own, its) for n, layout, own, its in self._ways())
 
     def named(self, parts: Parts) -> dict[str, Tensor]:
-        first, *rest = parts
-        return dict(zip(self.names, (first.mT if self.transposed else first, *rest), strict=True))
+        return {
+            n: layout.to_parameter(part, own, its)
+            for part, (n, layout, own, its) in zip(parts, self._ways(), strict=True)
+        }
+
+    def with_operator(self, operator: Operator) -> Block:
+        return replace(self, operator=operator)
+
+    def _ways(self) -> Iterator[tuple[str, Layout, tuple[int, ...], tuple[int, ...]]]:
+        layouts = (self.layout, *[Layout()] * (len(self.names) - 1))
+        return zip(self.names, layouts, self.shapes, self.operator.space.shapes, strict=True)
 
 
 class BlockDiagonal(Operator):
@@ -41,8 +60,21 @@ class BlockDiagonal(Operator):
 
     @property
     def blocks(self) -> dict[str, Operator]:
-        """Each layer's operator by the layer's name; a weight stored as `(d_in, d_out)` acts transposed."""
-        return {name: block.operator for name, block in self.layers.items()}
+        """Each layer's operator by the layer's name, acting on its parameters.
+
+        One whose weight is a matrix in another form than its tensor's (`addmm`'s, a kernel) is a matrix of named parts.
+        """
+        return {name: self._alone(name, block) for name, block in self.layers.items()}
+
+    def _alone(self, name: str, block: Block) -> Operator:
+        if block.layout == Layout() and block.shapes == block.operator.space.shapes:
+            return block.operator
+        return BlockDiagonal({name: block}, Space(block.shapes, block.names))
+
+    @property
+    def operators(self) -> list[Operator]:
+        """The layers' operators, each on vectors of its own form."""
+        return [block.operator for block in self.layers.values()]
 
     def _matmul(self, parts: Parts) -> Parts:
         return self._each(parts, lambda op, p: op._matmul(p))
@@ -54,13 +86,13 @@ class BlockDiagonal(Operator):
         return self._map(lambda op: op.power(exponent, damping))
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        return torch.stack([op.logdet(damping) for op in self.blocks.values()]).sum()
+        return torch.stack([op.logdet(damping) for op in self.operators]).sum()
 
     def trace(self) -> Tensor:
-        return torch.stack([op.trace() for op in self.blocks.values()]).sum()
+        return torch.stack([op.trace() for op in self.operators]).sum()
 
     def norm(self) -> Tensor:
-        return torch.stack([op.norm() for op in self.blocks.values()]).norm()
+        return torch.stack([op.norm() for op in self.operators]).norm()
 
     def _diagonal(self) -> Parts:
         out: dict[str, Tensor] = {}
@@ -78,7 +110,7 @@ class BlockDiagonal(Operator):
         if not isinstance(other, BlockDiagonal) or _arrangement(self) != _arrangement(other):
             return None
         summed = {
-            name: Block(block.operator + other.layers[name].operator, block.names, block.transposed)
+            name: block.with_operator(block.operator + other.layers[name].operator)
             for name, block in self.layers.items()
         }
         return BlockDiagonal(summed, self.space)
@@ -108,11 +140,11 @@ class BlockDiagonal(Operator):
         changed = {}
         for name, block in self.layers.items():
             try:
-                changed[name] = Block(change(block.operator), block.names, block.transposed)
+                changed[name] = block.with_operator(change(block.operator))
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
         return BlockDiagonal(changed, self.space)
 
 
-def _arrangement(operator: BlockDiagonal) -> list[tuple[str, tuple[str, ...], bool]]:
-    return sorted((name, block.names, block.transposed) for name, block in operator.layers.items())
+def _arrangement(operator: BlockDiagonal) -> list[tuple[str, tuple[str, ...], str]]:
+    return sorted((name, block.names, repr(block.layout)) for name, block in operator.layers.items())

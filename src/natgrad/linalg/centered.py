@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.linalg import factor
 from natgrad.linalg.dense import Dense
+from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.eigen import inverse_from_cholesky
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen, factored_inverses
 from natgrad.linalg.operator import Operator, check_damping
@@ -21,9 +23,9 @@ class CenteredKronecker(Operator):
     the damped solve, as a change of the layer's function, then does not depend on a shift of its inputs.
 
     Args:
-        covariance: `C = cov(h)`, `(d_in, d_in)`.
+        covariance: `C = cov(h)`, `(d_in, d_in)`, or its diagonal.
         mean: `m = E[h]`, `(d_in,)`.
-        output: `B`, `(d_out, d_out)`.
+        output: `B`, `(d_out, d_out)`, or its diagonal.
 
     Raises:
         ValueError: if the shapes do not fit together.
@@ -39,14 +41,14 @@ class CenteredKronecker(Operator):
     damps_parameters = False
 
     def __init__(self, *, covariance: Tensor, mean: Tensor, output: Tensor):
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        if mean.ndim != 1 or covariance.shape not in ((len(mean), len(mean)), (len(mean),)):
             raise ValueError(
                 f"covariance has shape {tuple(covariance.shape)} and mean {tuple(mean.shape)}; "
-                "expected (d_in, d_in) and (d_in,)"
+                "expected (d_in, d_in), or a diagonal of (d_in,), and (d_in,)"
             )
         self.C, self.m, self.B = covariance, mean, output
         weight = Kronecker(covariance, output)
-        self._centered = Centered(weight, Dense(output), mean)
+        self._centered = Centered(weight, matrix_of(output), mean)
         self.space, self.dtype, self.device = self._centered.space, weight.dtype, weight.device
 
     def _matmul(self, parts: Parts) -> Parts:
@@ -62,7 +64,7 @@ class CenteredKronecker(Operator):
         if damping_style == "exact" or damping == 0:
             return self._centered.inverse(damping)
         weight = Kronecker(*factored_inverses(self.C, self.B, damping))
-        return CenteredInverse(weight, Dense(self.B).inverse(damping), self.m)
+        return CenteredInverse(weight, matrix_of(self.B).inverse(damping), self.m)
 
     def power(self, exponent: float, damping: float = 0.0) -> Operator:
         """`(A ⊗ B)^exponent`; damped, only the exponent −1 has this structure."""
@@ -80,26 +82,25 @@ class CenteredKronecker(Operator):
         return self._centered.logdet(damping)
 
     def trace(self) -> Tensor:
-        return self.A.trace() * self.B.trace()
+        return self._centered.trace()
 
     def norm(self) -> Tensor:
-        return torch.linalg.matrix_norm(self.A) * torch.linalg.matrix_norm(self.B)
+        return self._centered.norm()
 
     def _diagonal(self) -> Parts:
-        b = self.B.diagonal()
-        return torch.outer(b, self.C.diagonal() + self.m.square()), b
+        return self._centered._diagonal()
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self._centered._inverse_factor(parts, damping)
 
-    def _scaled(self, factor: float) -> CenteredKronecker:
-        return CenteredKronecker(covariance=self.C, mean=self.m, output=factor * self.B)
+    def _scaled(self, scale: float) -> CenteredKronecker:
+        return CenteredKronecker(covariance=self.C, mean=self.m, output=scale * self.B)
 
     @property
     def A(self) -> Tensor:
         """The homogeneous second moment `E[x xᵀ]`, `x = [h; 1]`."""
         m = torch.cat([self.m, self.m.new_ones(1)])
-        return torch.block_diag(self.C, self.m.new_zeros(1, 1)) + torch.outer(m, m)
+        return torch.block_diag(factor.full(self.C), self.m.new_zeros(1, 1)) + torch.outer(m, m)
 
 
 class Centered(Operator):
@@ -136,7 +137,7 @@ class Centered(Operator):
 
     def norm(self) -> Tensor:
         """`‖·‖² = ‖weight‖² + 2 ⟨weight, m mᵀ ⊗ bias⟩ + (1 + ‖m‖²)² ‖bias‖²`."""
-        inner = self.weight.inner(torch.outer(self.m, self.m), self.bias._dense())
+        inner = self.weight.inner(self.m, factor_of(self.bias))
         scale = 1 + self.m @ self.m
         return (self.weight.norm().square() + 2 * inner + (scale * self.bias.norm()).square()).sqrt()
 
@@ -186,6 +187,16 @@ class CenteredInverse(Operator):
 
     def _scaled(self, factor: float) -> CenteredInverse:
         return CenteredInverse(self.weight._scaled(factor), self.bias._scaled(factor), self.m)
+
+
+def matrix_of(F: Tensor) -> Dense | Diagonal:
+    """A factor as an operator on vectors."""
+    return Diagonal((F,)) if F.ndim == 1 else Dense(F)
+
+
+def factor_of(operator: Operator) -> Tensor:
+    """What `matrix_of` was given."""
+    return operator.values[0] if isinstance(operator, Diagonal) else operator._dense()
 
 
 def homogeneous_inverse(C: Float[Tensor, "d d"], m: Float[Tensor, " d"]) -> Float[Tensor, "d+1 d+1"]:

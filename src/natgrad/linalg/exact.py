@@ -82,6 +82,10 @@ class ExactBlock(Operator):
     def _join(self, W: Tensor, b: Tensor) -> Parts:
         return (*([W] if self.h.shape[-1] else []), *([b] if self.bias else []))
 
+    def part(self, examples: slice) -> ExactBlock:
+        """The block of some of the examples, with the same scale."""
+        return ExactBlock(self.h[examples], self.g[examples], bias=self.bias, scale=self.scale)
+
     # Spectrum ------------------------------------------------------------------------------------------
 
     @property

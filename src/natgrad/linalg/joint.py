@@ -121,7 +121,7 @@ class Joint(Operator):
         """The columns `s_ik` of some examples, as rows."""
         out: dict[str, Tensor] = {}
         for block, op in self._blocks:
-            some = ExactBlock(op.h[examples], op.g[examples], bias=op.bias, scale=op.scale)
+            some = op.part(examples)
             out |= block.named(op.space.unflatten(some.columns().mT))
         return self.space.flatten(self.layers._ordered(out))
 

@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.linalg.eigen import eigh, inverse_from_cholesky, positive, semidefinite
+from natgrad.linalg import factor
+from natgrad.linalg.eigen import positive, semidefinite
+from natgrad.linalg.factor import Factor
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space
 
@@ -14,7 +16,7 @@ from natgrad.linalg.space import Parts, Space
 class Kronecker(Operator):
     """`A ⊗ B`, acting on `(d_out, d_in)` matrices as `V ↦ B V Aᵀ`; `A`, `B` symmetric positive semidefinite.
 
-    `to_dense("vec")` is `kron(A, B)`; `to_dense("torch")` is `kron(B, A)`.
+    A factor that is a diagonal may be given as a vector. `to_dense("vec")` is `kron(A, B)`; `to_dense("torch")` is `kron(B, A)`.
 
     Raises:
         ValueError: if a factor is not square.
@@ -30,16 +32,16 @@ class Kronecker(Operator):
     """
 
     def __init__(self, A: Tensor, B: Tensor):
-        for name, factor in (("A", A), ("B", B)):
-            if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
-                raise ValueError(f"{name} has shape {tuple(factor.shape)}, expected a square matrix")
+        for name, F in (("A", A), ("B", B)):
+            if F.ndim not in (1, 2) or F.shape[0] != F.shape[-1]:
+                raise ValueError(f"{name} has shape {tuple(F.shape)}, expected a square matrix, or its diagonal")
         self.A, self.B = A, B
         self.space = Space(((B.shape[0], A.shape[0]),))
         self.dtype, self.device = A.dtype, A.device
         self._eigen: KroneckerEigen | None = None
 
     def _matmul(self, parts: Parts) -> Parts:
-        return (self.B @ parts[0] @ self.A.mT,)
+        return (factor.from_right(factor.from_left(self.B, parts[0]), self.A),)
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Kronecker | KroneckerEigen:
         """`(A ⊗ B + damping I)⁻¹` exactly, or `(A + π√λ I)⁻¹ ⊗ (B + √λ/π I)⁻¹` with `damping_style="factored"`.
@@ -49,8 +51,8 @@ class Kronecker(Operator):
         check_damping(damping, damping_style)
         if damping == 0:
             return Kronecker(
-                inverse_from_cholesky(self.A, "the factor A", 0.0),
-                inverse_from_cholesky(self.B, "the factor B", 0.0),
+                factor.inverse(self.A, "the factor A", 0.0),
+                factor.inverse(self.B, "the factor B", 0.0),
             )
         if damping_style == "factored":
             return Kronecker(*factored_inverses(self.A, self.B, damping))
@@ -64,47 +66,53 @@ class Kronecker(Operator):
 
     def trace(self) -> Tensor:
         """`tr A · tr B`."""
-        return self.A.trace() * self.B.trace()
+        return factor.diagonal(self.A).sum() * factor.diagonal(self.B).sum()
 
     def norm(self) -> Tensor:
         """`‖A‖ ‖B‖` (Frobenius)."""
-        return torch.linalg.matrix_norm(self.A) * torch.linalg.matrix_norm(self.B)
+        return self.A.norm() * self.B.norm()
 
     def _diagonal(self) -> Parts:
-        return (torch.outer(self.B.diagonal(), self.A.diagonal()),)
+        return (torch.outer(factor.diagonal(self.B), factor.diagonal(self.A)),)
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self.power(-0.5, damping)._matmul(parts)
 
-    def inner(self, P: Tensor, Q: Tensor) -> Tensor:
-        """The Frobenius inner product with `P ⊗ Q`, `P` and `Q` symmetric: `⟨A, P⟩ ⟨B, Q⟩`."""
-        return (self.A * P).sum() * (self.B * Q).sum()
+    def inner(self, m: Float[Tensor, " i"], Q: Factor) -> Tensor:
+        """The Frobenius inner product with `m mᵀ ⊗ Q`: `mᵀ A m ⟨B, Q⟩`."""
+        return factor.along(self.A, m) * factor.inner(self.B, Q)
 
-    def _scaled(self, factor: float) -> Kronecker:
-        return Kronecker(self.A, factor * self.B)
+    def _scaled(self, scale: float) -> Kronecker:
+        return Kronecker(self.A, scale * self.B)
 
     def _dense(self) -> Tensor:
-        return torch.kron(self.B, self.A)
+        return torch.kron(factor.full(self.B), factor.full(self.A))
 
     def eigen(self) -> KroneckerEigen:
         """The same matrix in its eigenbasis, computed once."""
         if self._eigen is None:
-            (e, U_A), (f, U_B) = eigh(self.A, "the factor A"), eigh(self.B, "the factor B")
+            (e, U_A), (f, U_B) = factor.eigen(self.A, "the factor A"), factor.eigen(self.B, "the factor B")
             values = torch.outer(semidefinite(f, "the factor B"), semidefinite(e, "the factor A"))
             self._eigen = KroneckerEigen(U_A, U_B, values)
         return self._eigen
 
 
 class KroneckerEigen(Operator):
-    """`(U_A ⊗ U_B) diag(values) (U_A ⊗ U_B)ᵀ`, acting on `(d_out, d_in)` matrices; `values` has their shape."""
+    """`(U_A ⊗ U_B) diag(values) (U_A ⊗ U_B)ᵀ`, acting on `(d_out, d_in)` matrices; `values` has their shape.
 
-    def __init__(self, U_A: Float[Tensor, "i i"], U_B: Float[Tensor, "o o"], values: Float[Tensor, "o i"]):
+    A basis that is None is that of the identity.
+    """
+
+    def __init__(
+        self, U_A: Float[Tensor, "i i"] | None, U_B: Float[Tensor, "o o"] | None, values: Float[Tensor, "o i"]
+    ):
         self.U_A, self.U_B, self.values = U_A, U_B, values
         self.space = Space((tuple(values.shape),))
         self.dtype, self.device = values.dtype, values.device
 
     def _matmul(self, parts: Parts) -> Parts:
-        return (self.U_B @ ((self.U_B.mT @ parts[0] @ self.U_A) * self.values) @ self.U_A.mT,)
+        inside = factor.rotate(parts[0], self.U_B, self.U_A) * self.values
+        return (factor.rotate(inside, self.U_B, self.U_A, back=True),)
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> KroneckerEigen:
         check_damping(damping, damping_style)
@@ -123,18 +131,20 @@ class KroneckerEigen(Operator):
         return self.values.norm()
 
     def _diagonal(self) -> Parts:
-        return (self.U_B.square() @ self.values @ self.U_A.square().mT,)
+        squared = (None if U is None else U.square() for U in (self.U_B, self.U_A))
+        return (factor.rotate(self.values, *squared, back=True),)
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self.power(-0.5, damping)._matmul(parts)
 
-    def inner(self, P: Tensor, Q: Tensor) -> Tensor:
-        """The Frobenius inner product with `P ⊗ Q`, `P` and `Q` symmetric, by their diagonals in the eigenbases."""
-        p, q = ((U * (M @ U)).sum(0) for U, M in ((self.U_A, P), (self.U_B, Q)))
+    def inner(self, m: Float[Tensor, " i"], Q: Factor) -> Tensor:
+        """The Frobenius inner product with `m mᵀ ⊗ Q`, by their diagonals in the eigenbases."""
+        p = (m if self.U_A is None else m @ self.U_A).square()
+        q = factor.diagonal(Q) if self.U_B is None else (self.U_B * factor.from_left(Q, self.U_B)).sum(0)
         return q @ self.values @ p
 
-    def _scaled(self, factor: float) -> KroneckerEigen:
-        return KroneckerEigen(self.U_A, self.U_B, factor * self.values)
+    def _scaled(self, scale: float) -> KroneckerEigen:
+        return KroneckerEigen(self.U_A, self.U_B, scale * self.values)
 
     def _damped(self, damping: float) -> Tensor:
         check_damping(damping)
@@ -180,13 +190,13 @@ class Homogeneous(Operator):
 
 def factored_inverses(A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """`(A + π√λ I)⁻¹` and `(B + √λ/π I)⁻¹`, `π² = (tr A / d_in) / (tr B / d_out)`."""
-    pi = (A.diagonal().mean() / B.diagonal().mean()).sqrt()
+    pi = (factor.diagonal(A).mean() / factor.diagonal(B).mean()).sqrt()
     if not (torch.isfinite(pi) and pi > 0):
         pi = torch.ones_like(pi)  # a factor that is zero has no scale to share
     root = damping**0.5
     return (
-        inverse_from_cholesky(A + torch.diag_embed((pi * root).expand(len(A))), "the factor A", damping),
-        inverse_from_cholesky(B + torch.diag_embed((root / pi).expand(len(B))), "the factor B", damping),
+        factor.inverse(factor.add_to_diagonal(A, pi * root), "the factor A", damping),
+        factor.inverse(factor.add_to_diagonal(B, root / pi), "the factor B", damping),
     )
 
 

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.centered import Centered, CenteredInverse, CenteredKronecker
+from natgrad.linalg.columns import ColumnBlock
 from natgrad.linalg.combination import Scaled, Sum
+from natgrad.linalg.coordinates import CoordinateBlocks, CoordinateInverse
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.exact import ExactBlock, ExactPower
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
+from natgrad.linalg.layout import Layout
 from natgrad.linalg.operator import Operator
+from natgrad.linalg.rows import Rows
 from natgrad.linalg.space import Space
 
 FORMAT = "1"
@@ -36,10 +40,18 @@ _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     ExactBlock: {"h": "h", "g": "g", "bias": "bias", "scale": "scale"},
     ExactPower: {"block": "block", "exponent": "exponent", "damping": "damping"},
     BlockDiagonal: {"layers": "layers", "space": "space"},
+    ColumnBlock: {"columns": "S", "shapes": "shapes", "scale": "scale"},
+    CoordinateBlocks: {"scale": "v", "mean": "m", "shift": "s"},
+    CoordinateInverse: {"scale": "v", "mean": "m", "shift": "s"},
+    Rows: {"parts": "parts"},
     Scaled: {"operator": "operator", "factor": "factor"},
     Sum: {"terms": "terms"},
 }
-_PARTS: dict[type, tuple[str, ...]] = {Space: ("shapes", "names"), Block: ("operator", "names", "transposed")}
+_PARTS: dict[type, tuple[str, ...]] = {
+    Space: ("shapes", "names"),
+    Layout: ("form", "groups"),
+    Block: ("operator", "names", "layout", "shapes", "function"),
+}
 _KINDS = {kind.__name__: kind for kind in (*_ARGUMENTS, *_PARTS)}
 
 

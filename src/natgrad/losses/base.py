@@ -100,6 +100,10 @@ class OutputCurvature(ABC):
     def sampled_column(self, output: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:
         """One random column `s` with `E[s sᵀ] = D`: the loss's gradient at a label drawn from the model."""
 
+    def ignored(self, output: Tensor, target: Tensor) -> Tensor | None:
+        """Which targets take no part in the loss, of the target's shape; None if all do."""
+        return None
+
     def case_weight(self, output: Tensor, target: Tensor) -> Tensor:
         """The weight of each case, broadcastable to the output."""
         return output.new_ones(())

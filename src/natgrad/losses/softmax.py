@@ -97,6 +97,12 @@ class Softmax(OutputCurvature):
         label = (output.log_softmax(1) + noise).argmax(1, keepdim=True)
         return (p - torch.zeros_like(p).scatter_(1, label, 1.0)) * self.case_weight(output, target).sqrt()
 
+    def ignored(self, output: Tensor, target: Tensor) -> Tensor | None:
+        if target.is_floating_point():
+            return None
+        kept, _ = self._classes(target)
+        return None if kept.all() else ~kept
+
     def case_weight(self, output: Tensor, target: Tensor) -> Tensor:
         C = output.shape[1]
         weight = output.new_ones(C) if self.module.weight is None else self.module.weight.to(output)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from natgrad.cases import Cases, Layer
+from natgrad.layers import Inputs, Rows
 from natgrad.linalg import Operator, Space
 from natgrad.linalg.joint import Joint
 from natgrad.linalg.krylov import Solution, conjugate_gradient
@@ -23,10 +25,10 @@ def from_cases(objective: Objective, parameters: Mapping[str, Tensor]) -> Joint:
         NotImplementedError: if a parameter is in no layer, or in layers with one bias here and another there.
         ValueError: if a batch counts negatively.
     """
-    layers: dict[Layer, tuple[int, int]] = {}
+    layers: dict[Layer, tuple[Inputs, int]] = {}
     for batch in objective.batches:
         for layer, h in batch.statistics.h.items():
-            layers[layer] = (h[0].shape[-1], batch.statistics.d_out[layer])
+            layers[layer] = (h[0], batch.statistics.d_out[layer])
     kept = {layer: _within(layer, parameters) for layer in layers}
     _check_covered([part for part in kept.values() if part is not None], parameters)
     structure = ExactStructure()
@@ -44,11 +46,11 @@ def _within(layer: Layer, parameters: Mapping[str, Tensor]) -> Layer | None:
     """What is left of a layer with the given parameters alone."""
     weight = layer.weight if layer.weight in parameters else None
     bias = layer.bias if layer.bias in parameters else None
-    return Layer(weight, bias, layer.transposed and weight is not None) if weight or bias else None
+    return replace(layer, weight=weight, bias=bias) if weight or bias else None
 
 
 def _check_covered(layers: Sequence[Layer], parameters: Mapping[str, Tensor]) -> None:
-    covered = [n for layer in set(layers) for n in layer.names]
+    covered = [n for names in {layer.names for layer in layers} for n in names]
     for n in parameters:
         if n not in covered:
             raise NotImplementedError(
@@ -63,26 +65,31 @@ def _check_covered(layers: Sequence[Layer], parameters: Mapping[str, Tensor]) ->
 
 
 def _weighted(
-    cases: Cases, factor: float, layers: Mapping[Layer, tuple[int, int]], kept: Mapping[Layer, Layer | None]
+    cases: Cases, factor: float, layers: Mapping[Layer, tuple[Inputs, int]], kept: Mapping[Layer, Layer | None]
 ) -> Cases:
     """The cases of the layers that are kept, with `factor` times the gradients; zeros where a layer was not used."""
-    examples = cases.examples
     columns = list(cases.columns)
-    zero = cases.mass
-    h: dict[Layer, list[Tensor]] = {}
+    h: dict[Layer, list[Inputs]] = {}
     g: list[dict[Layer, list[Tensor]]] = [{} for _ in columns]
     d_out: dict[Layer, int] = {}
-    for layer, (d_in, o) in layers.items():
+    for layer, (template, width) in layers.items():
         part = kept[layer]
         if part is None:
             continue
-        width = d_in if part.weight else 0
-        h[part] = [t[..., :width] for t in cases.h.get(layer, [zero.new_zeros(examples, 1, width)])]
+        uses = cases.h.get(layer, [template.blank(cases.examples)])
+        h[part] = uses if part.weight else [Rows(cases.mass.new_zeros(*use.shape[:2], 0)) for use in uses]
         for its, column in zip(g, columns, strict=True):
-            uses = column.get(layer, [zero.new_zeros(examples, 1, o)])
-            its[part] = [factor * use for use in uses]
-        d_out[part] = o
-    return Cases(h, g, d_out, cases.mass, examples)
+            gradients = column.get(layer, [cases.mass.new_zeros(*use.shape[:2], width) for use in uses])
+            its[part] = [factor * _of(part, layer, use) for use in gradients]
+        d_out[part] = _of(part, layer, cases.mass.new_empty(width)).shape[-1]
+    return Cases(h, g, d_out, cases.mass, cases.examples)
+
+
+def _of(part: Layer, layer: Layer, g: Tensor) -> Tensor:
+    """The gradients of what is left of a layer: of a scale's coordinates, those of the scale or of the shift."""
+    if not layer.scale or part.names == layer.names:
+        return g
+    return g.chunk(2, -1)[0 if part.weight else 1]
 
 
 class ByProducts(Operator):

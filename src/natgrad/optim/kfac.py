@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 import torch
@@ -11,16 +12,15 @@ from torch import Tensor, nn
 
 from natgrad.capture import Recorder
 from natgrad.cases import Layer, read_cases
-from natgrad.linalg import BlockDiagonal
-from natgrad.linalg.centered import CenteredInverse
+from natgrad.linalg import BlockDiagonal, Layout
 from natgrad.linalg.state import dump, restore
-from natgrad.moments import SHARING, AffineMoments, layer_moments, merge
+from natgrad.moments import MAX_DIM, SHARING, AffineMoments, Moments, ScaleMoments, layer_moments, merge
 from natgrad.optim.adaptive import Adaptive, check_number
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt
 from natgrad.optim.vectors import Vector
-from natgrad.options import check_choice
-from natgrad.structures import assemble, kfac_block
+from natgrad.options import check_choice, check_max_dim
+from natgrad.structures import assemble, kfac_blocks
 
 
 class KFAC(Adaptive):
@@ -55,6 +55,7 @@ class KFAC(Adaptive):
         damping_decay: the least factor per step by which the damping may fall.
         damping_floor: the damping falls no further than this share of the mean of the curvature's diagonal.
         decay: the weight of the past in the moving average of the moments, each time they are updated.
+        max_dim: factors of more rows than this are kept as their diagonals.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
 
     Raises:
@@ -102,6 +103,7 @@ class KFAC(Adaptive):
         damping_decay: float = 0.8,
         damping_floor: float = 0.03,
         decay: float = 0.8,
+        max_dim: int = MAX_DIM,
         generator: torch.Generator | None = None,
     ):
         damping_style = damping_style or ("factored" if centered else "exact")
@@ -123,6 +125,7 @@ class KFAC(Adaptive):
         if not 0 < damping_decay <= 1:
             raise ValueError(f"damping_decay={damping_decay} is not usable: expected a number in (0, 1]")
         check_number("damping_floor", damping_floor)
+        check_max_dim(max_dim)
         super().__init__(
             model,
             loss,
@@ -136,9 +139,9 @@ class KFAC(Adaptive):
         )
         self._rule = LevenbergMarquardt(damping_decay**adapt_every, damping_floor)
         self.centered, self.bias_update, self.damping_style = centered, bias_update, damping_style
-        self.sharing, self.decay = sharing, decay
+        self.sharing, self.decay, self.max_dim = sharing, decay, max_dim
         self.statistics_every, self.inverses_every = statistics_every, inverses_every
-        self._moments: dict[Layer, AffineMoments] = {}
+        self._moments: dict[Layer, Moments] = {}
         self._inverse: BlockDiagonal | None = None
         self._inverse_age = 0
 
@@ -147,7 +150,16 @@ class KFAC(Adaptive):
 
     def _observe(self, batch: Batch, recorder: Recorder, output: Tensor) -> None:
         columns = self._curvature.columns(output, batch.target, self.estimator, generator=self._generator)
-        batch.statistics = layer_moments(read_cases(recorder.uses, output, columns, batch.mass), self.sharing)
+        cases = read_cases(
+            recorder.uses,
+            output,
+            columns,
+            batch.mass,
+            next(iter(self._parameters.values())).dtype,
+            ignored=self._curvature.ignored(output.detach(), batch.target),
+            sampled=self.estimator == "mc",
+        )
+        batch.statistics = layer_moments(cases, self.sharing, self.max_dim)
         if not all(m.is_finite() for m in batch.statistics.values()):
             batch.fault = "the statistics are not finite"
 
@@ -156,7 +168,7 @@ class KFAC(Adaptive):
         self.diagnostics["statistics"] = bool(new)
         for layer, moments in new.items():
             past = self._moments.get(layer)
-            self._moments[layer] = moments if past is None else self.decay * past + moments
+            self._moments[layer] = moments if past is None else self.decay * past + moments  # type: ignore[operator]
         covered = {n for layer in self._moments for n in layer.names}
         for n in gradients:
             if n not in covered:
@@ -190,7 +202,7 @@ class KFAC(Adaptive):
             if not all(n in g for n in block.names):
                 continue  # frozen, or not part of this loss
             op, parts = block.operator, block.parts(g)
-            simple = self.bias_update == "simple" and isinstance(op, CenteredInverse)
+            simple = self.bias_update == "simple" and hasattr(op, "apart")
             out |= block.named(op.apart(parts) if simple else op._matmul(parts))  # type: ignore[attr-defined]
         return {n: v for n, v in out.items() if self._parameters[n].requires_grad}
 
@@ -202,8 +214,7 @@ class KFAC(Adaptive):
         """
         if not self._moments:
             raise RuntimeError("there is no curvature before the first step; take one")
-        blocks = {layer: kfac_block(layer, m, True, self.centered) for layer, m in self._moments.items()}
-        return assemble(blocks, self._parameters)
+        return assemble(kfac_blocks(self._moments, True, self.centered), self._parameters)
 
     def _scale(self) -> float:
         matrix = self.curvature()
@@ -219,7 +230,7 @@ class KFAC(Adaptive):
         }
 
     def _load_own_state(self, saved: dict[str, Any]) -> None:
-        self._moments = {Layer(**layer): AffineMoments(**m) for layer, m in saved["moments"]}
+        self._moments = {_layer(layer): _moments(layer, m) for layer, m in saved["moments"]}
         self._inverse, self._inverse_age = restore(saved["inverse"]), saved["inverse_age"]
 
     def _check_own_state(self, saved: dict[str, Any]) -> None:
@@ -227,13 +238,19 @@ class KFAC(Adaptive):
         unknown = [n for n in unknown if n not in self._parameters]
         if unknown:
             raise ValueError(f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here")
-        for layer, m in saved["moments"]:
-            self._check_shape(Layer(**layer), len(m["output"]), len(m["mean"]))
+        for layer, op in kfac_blocks({_layer(s): _moments(s, m) for s, m in saved["moments"]}, True, True).items():
+            shapes = [tuple(self._parameters[n].shape) for n in layer.names]
+            if sum(map(prod, shapes)) != op.space.size:
+                raise ValueError(
+                    f"the state has moments for {layer.names[0]!r} with matrices of {op.space.shapes}; here it has "
+                    f"shape {shapes[0]}"
+                )
 
-    def _check_shape(self, layer: Layer, d_out: int, d_in: int) -> None:
-        expected = (d_in, d_out) if layer.transposed else (d_out, d_in)
-        if layer.weight is not None and tuple(self._parameters[layer.weight].shape) != expected:
-            raise ValueError(
-                f"the state has moments for {layer.weight!r} of shape {expected}; here it has shape "
-                f"{tuple(self._parameters[layer.weight].shape)}"
-            )
+
+def _layer(state: dict[str, Any]) -> Layer:
+    rows = state["rows"]
+    return Layer(**state | {"layout": Layout(**state["layout"]), "rows": None if rows is None else tuple(rows)})
+
+
+def _moments(layer: dict[str, Any], state: dict[str, Tensor]) -> Moments:
+    return ScaleMoments(**state) if layer["scale"] else AffineMoments(**state)

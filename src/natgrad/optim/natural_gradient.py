@@ -155,7 +155,9 @@ class NaturalGradient(Adaptive):
             return
         columns = self._curvature.columns(output, batch.target, self.estimator, generator=self._generator)
         # The matrix squares the condition of J: float64, whatever the parameters are.
-        cases = read_cases(recorder.uses, output, columns, batch.mass, torch.float64).kept()
+        cases = read_cases(
+            recorder.uses, output, columns, batch.mass, torch.float64, sampled=self.estimator == "mc"
+        ).kept()
         if not all(torch.isfinite(g.sum()) for column in cases.columns for uses in column.values() for g in uses):
             batch.fault = "the curvature is not finite"
         batch.statistics = cases

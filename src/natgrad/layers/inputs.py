@@ -1,0 +1,199 @@
+"""What goes into a layer, example by example and position by position, in the form that costs least."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+DENSE_BUDGET = 1 << 28
+"""The most numbers that sparse inputs are written out to."""
+
+
+@dataclass
+class InputSums:
+    """Count, mean and scatter around the mean of inputs; the scatter's diagonal alone where that is asked for."""
+
+    count: Tensor
+    mean: Float[Tensor, " i"]
+    scatter: Float[Tensor, "*square"]
+
+
+class Inputs(ABC):
+    """The inputs of one use of a layer: `n` examples with `t` positions each, of width `d`."""
+
+    shape: tuple[int, int, int]
+    diagonal = False
+    """Whether the second moment is kept as a diagonal whatever its size."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "n t i"]:
+        """Written out."""
+
+    @abstractmethod
+    def sums(self, kept: Bool[Tensor, "n t"] | None = None, diagonal: bool = False) -> InputSums:
+        """The sums over all cases, or over those that are kept."""
+
+    @abstractmethod
+    def averaged(self, kept: Bool[Tensor, "n t"] | None = None) -> Inputs:
+        """The mean over the positions of each example, `t = 1`."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same in another precision."""
+
+    @abstractmethod
+    def part(self, start: int, stop: int) -> Inputs:
+        """Some of the examples."""
+
+    @abstractmethod
+    def blank(self, n: int) -> Inputs:
+        """Inputs of `n` examples that are all zero, in the same form."""
+
+
+@dataclass
+class Rows(Inputs):
+    """Inputs as they are."""
+
+    x: Float[Tensor, "n t i"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        n, t, d = self.x.shape
+        return n, t, d
+
+    def dense(self) -> Tensor:
+        return self.x
+
+    def sums(self, kept: Tensor | None = None, diagonal: bool = False) -> InputSums:
+        x = self.x.flatten(0, 1)
+        if kept is None:
+            count = x.new_tensor(float(len(x)))
+            mean = x.mean(0)
+            d = x - mean
+        else:
+            weight = kept.flatten().to(x.dtype)
+            count = weight.sum()
+            mean = weight @ x / count.clamp_min(1)
+            d = (x - mean) * weight.unsqueeze(1)
+        return InputSums(count, mean, d.square().sum(0) if diagonal else d.mT @ d)
+
+    def averaged(self, kept: Tensor | None = None) -> Rows:
+        if kept is None:
+            return Rows(self.x.mean(1, keepdim=True))
+        weight = kept.to(self.x.dtype)
+        return Rows((weight.unsqueeze(1) @ self.x) / weight.sum(1).clamp_min(1)[:, None, None])
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        return Rows(self.x.to(dtype))
+
+    def part(self, start: int, stop: int) -> Rows:
+        return Rows(self.x[start:stop])
+
+    def blank(self, n: int) -> Rows:
+        return Rows(self.x.new_zeros(n, 1, self.x.shape[2]))
+
+
+@dataclass
+class Sparse(Inputs):
+    """Inputs with few entries that are not zero: entry `e` adds `value[e]` at `column[e]` of case `row[e]`.
+
+    Rows are cases, counted example by example. Their second moment is kept as a diagonal: it is one for one-hot
+    inputs, and else its other entries are left out.
+    """
+
+    row: Int[Tensor, " e"]
+    column: Int[Tensor, " e"]
+    value: Float[Tensor, " e"]
+    shape: tuple[int, int, int]
+
+    diagonal = True
+
+    def dense(self) -> Tensor:
+        n, t, d = self.shape
+        if n * t * d > DENSE_BUDGET:
+            raise ValueError(
+                f"{n} x {t} inputs over {d} columns of an embedding are too many to write out, which this structure "
+                "needs; use structure='kfac', or fewer examples"
+            )
+        out = self.value.new_zeros(n * t, d)
+        out.index_put_((self.row, self.column), self.value, accumulate=True)
+        return out.view(n, t, d)
+
+    def merged(self) -> Sparse:
+        """The same with one entry for each place."""
+        place, which = torch.unique(self.row * self.shape[2] + self.column, return_inverse=True)
+        value = self.value.new_zeros(len(place)).index_add_(0, which, self.value)
+        return Sparse(place // self.shape[2], place % self.shape[2], value, self.shape)
+
+    def sums(self, kept: Tensor | None = None, diagonal: bool = True) -> InputSums:
+        n, t, d = self.shape
+        its = self.merged()
+        weight = None if kept is None else kept.flatten().to(self.value.dtype)
+        share = its.value if weight is None else its.value * weight[its.row]
+        count = self.value.new_tensor(float(n * t)) if weight is None else weight.sum()
+        total = self.value.new_zeros(d).index_add_(0, its.column, share)
+        second = self.value.new_zeros(d).index_add_(0, its.column, share * its.value)
+        mean = total / count.clamp_min(1)
+        return InputSums(count, mean, second - count * mean.square())
+
+    def averaged(self, kept: Tensor | None = None) -> Sparse:
+        n, t, d = self.shape
+        if kept is None:
+            weight = self.value.new_full((n, t), 1 / t)
+        else:
+            weight = kept.to(self.value.dtype)
+            weight = weight / weight.sum(1, keepdim=True).clamp_min(1)
+        return Sparse(self.row // t, self.column, self.value * weight.flatten()[self.row], (n, 1, d))
+
+    def to(self, dtype: torch.dtype) -> Sparse:
+        return Sparse(self.row, self.column, self.value.to(dtype), self.shape)
+
+    def part(self, start: int, stop: int) -> Sparse:
+        n, t, d = self.shape
+        first, last = start * t, min(stop, n) * t
+        own = (self.row >= first) & (self.row < last)
+        return Sparse(self.row[own] - first, self.column[own], self.value[own], (min(stop, n) - start, t, d))
+
+    def blank(self, n: int) -> Sparse:
+        return Sparse(self.row[:0], self.column[:0], self.value[:0], (n, 1, self.shape[2]))
+
+    def squares(self, p: Float[Tensor, "n k t o"]) -> Float[Tensor, "o i"]:
+        """`Σ_nk (Σ_t p_nkto x_nti)²`."""
+        n, t, d = self.shape
+        terms = p.movedim(2, 1).flatten(0, 1)[self.row] * self.value[:, None, None]
+        place, which = torch.unique(self.row // t * d + self.column, return_inverse=True)
+        sums = terms.new_zeros(len(place), *terms.shape[1:]).index_add_(0, which, terms)
+        return p.new_zeros(d, p.shape[-1]).index_add_(0, place % d, sums.square().sum(1)).mT
+
+
+def joined(inputs: Sequence[Inputs]) -> Inputs:
+    """Several uses on the same examples, one after the other along the positions."""
+    if len(inputs) == 1:
+        return inputs[0]
+    if all(isinstance(i, Sparse) for i in inputs):
+        return _joined_sparse([i for i in inputs if isinstance(i, Sparse)])
+    return Rows(torch.cat([i.dense() for i in inputs], 1))
+
+
+def _joined_sparse(inputs: Sequence[Sparse]) -> Sparse:
+    n, _, d = inputs[0].shape
+    t = sum(i.shape[1] for i in inputs)
+    rows, before = [], 0
+    for i in inputs:
+        its = i.shape[1]
+        rows.append(i.row // its * t + i.row % its + before)
+        before += its
+    column, value = torch.cat([i.column for i in inputs]), torch.cat([i.value for i in inputs])
+    return Sparse(torch.cat(rows), column, value, (n, t, d))
+
+
+def stacked(inputs: Sequence[Inputs]) -> list[Inputs]:
+    """Uses as cases of their own, plain ones in one tensor."""
+    plain = [i.x.flatten(0, 1) for i in inputs if isinstance(i, Rows)]
+    rest: list[Inputs] = [i for i in inputs if not isinstance(i, Rows)]
+    return [Rows(torch.cat(plain).unsqueeze(1)), *rest] if plain else rest

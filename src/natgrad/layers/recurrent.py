@@ -1,0 +1,121 @@
+"""Recurrent networks step by step: what torch's fused functions compute, as affine maps that can be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+Weights = Sequence[Tensor | None]
+
+
+def _elman(nonlinearity: Callable[[Tensor], Tensor]) -> Callable[..., State]:
+    def step(a: Tensor, hidden: State, weights: Weights) -> State:
+        return (nonlinearity(a + F.linear(hidden[0], *_recurrent(weights))),)
+
+    return step
+
+
+def _lstm(a: Tensor, hidden: State, weights: Weights) -> State:
+    h, c = hidden
+    i, f, g, o = (a + F.linear(h, *_recurrent(weights))).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    if len(weights) == 5 and weights[4] is not None:  # a projection
+        h = F.linear(h, weights[4])
+    return h, c
+
+
+def _gru(a: Tensor, hidden: State, weights: Weights) -> State:
+    (h,) = hidden
+    r, z, n = F.linear(h, *_recurrent(weights)).chunk(3, -1)
+    a_r, a_z, a_n = a.chunk(3, -1)
+    reset, update = (a_r + r).sigmoid(), (a_z + z).sigmoid()
+    new = (a_n + reset * n).tanh()
+    return (new + update * (h - new),)
+
+
+def _recurrent(weights: Weights) -> tuple[Any, Any]:
+    return weights[1], weights[3]
+
+
+def _network(step: Callable[..., State]) -> Callable[..., Any]:
+    """`torch._VF.lstm` and its like for padded sequences: all layers and directions, one time step after the other."""
+
+    def run(
+        input: Tensor,
+        hidden: Any,
+        params: Sequence[Tensor],
+        has_biases: Any,
+        num_layers: Any,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: Any = None,
+    ) -> Any:
+        if batch_first is None:
+            raise NotImplementedError(
+                "a recurrent layer was given a PackedSequence, which is not followed; expected padded sequences: pad "
+                "them, and leave the padding out of the loss with ignore_index"
+            )
+        states = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
+        x = input if batch_first else input.transpose(0, 1)
+        directions = 2 if bidirectional else 1
+        each = len(params) // (num_layers * directions)
+        last: list[State] = []
+        for layer in range(num_layers):
+            outputs = []
+            for direction in range(directions):
+                k = layer * directions + direction
+                own: list[Tensor | None] = list(params[k * each : (k + 1) * each])
+                if not has_biases:
+                    own[2:2] = [None, None]
+                out, state = _layer(step, x, tuple(s[k] for s in states), own, backwards=direction == 1)
+                outputs.append(out)
+                last.append(state)
+            x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+            if dropout and train and layer < num_layers - 1:
+                x = F.dropout(x, dropout)
+        ends = tuple(torch.stack(s) for s in zip(*last, strict=True))
+        return (x if batch_first else x.transpose(0, 1), *ends)
+
+    return run
+
+
+def _layer(
+    step: Callable[..., State], x: Tensor, state: State, weights: Weights, backwards: bool
+) -> tuple[Tensor, State]:
+    """One layer in one direction, `x` of shape `(N, T, d)`."""
+    a = F.linear(x, weights[0], weights[2])  # type: ignore[arg-type]
+    outputs = []
+    for t in reversed(range(x.shape[1])) if backwards else range(x.shape[1]):
+        state = step(a[:, t], state, weights)
+        outputs.append(state[0])
+    return torch.stack(outputs[::-1] if backwards else outputs, 1), state
+
+
+def _cell(step: Callable[..., State]) -> Callable[..., Any]:
+    """`torch._VF.lstm_cell` and its like."""
+
+    def run(input: Tensor, hidden: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
+        single = isinstance(hidden, Tensor)
+        state = step(F.linear(input, w_ih, b_ih), (hidden,) if single else tuple(hidden), (w_ih, w_hh, b_ih, b_hh))
+        return state[0] if single else state
+
+    return run
+
+
+UNROLLED: dict[Any, Callable[..., Any]] = {
+    torch._VF.rnn_tanh: _network(_elman(torch.tanh)),
+    torch._VF.rnn_relu: _network(_elman(torch.relu)),
+    torch._VF.lstm: _network(_lstm),
+    torch._VF.gru: _network(_gru),
+    torch._VF.rnn_tanh_cell: _cell(_elman(torch.tanh)),
+    torch._VF.rnn_relu_cell: _cell(_elman(torch.relu)),
+    torch._VF.lstm_cell: _cell(_lstm),
+    torch._VF.gru_cell: _cell(_gru),
+}

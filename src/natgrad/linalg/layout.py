@@ -1,0 +1,43 @@
+"""How a parameter's tensor is the matrix `(d_out, d_in)` that its layer multiplies with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+FORMS = ("plain", "transposed", "deconvolution")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The way from a parameter's own tensor to the operator's and back; leading axes stay.
+
+    A `"plain"` one is read row by row: `(d_out, d_in)`, or a convolution's kernel `(d_out, channels, *space)`. A
+    `"transposed"` one is `(d_in, d_out)`. The kernel of a transposed convolution, `(channels, d_out / groups, *space)`,
+    belongs to a convolution with the kernel turned round.
+    """
+
+    form: str = "plain"
+    groups: int = 1
+
+    def to_operator(self, t: Tensor, own: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """From a parameter's shape `own` to the operator's `shape`."""
+        lead = t.shape[: t.ndim - len(own)]
+        if self.form == "transposed":
+            return t.reshape(*lead, *shape[::-1]).mT
+        if self.form == "deconvolution":
+            space = range(-len(own) + 2, 0)
+            t = t.unflatten(len(lead), (self.groups, own[0] // self.groups)).flip([*space])
+            t = t.transpose(len(lead) + 1, len(lead) + 2)
+        return t.reshape(*lead, *shape)
+
+    def to_parameter(self, t: Tensor, own: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Undoes `to_operator`."""
+        lead = t.shape[: t.ndim - len(shape)]
+        if self.form == "transposed":
+            return t.mT.reshape(*lead, *own)
+        if self.form == "deconvolution":
+            t = t.reshape(*lead, self.groups, own[1], own[0] // self.groups, *own[2:])
+            t = t.transpose(len(lead) + 1, len(lead) + 2).flip([*range(-len(own) + 2, 0)])
+        return t.reshape(*lead, *own)
