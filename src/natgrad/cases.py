@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from natgrad.capture import Use
 from natgrad.layers import Inputs, Kind, Rows
 from natgrad.layers.scale import Scale
-from natgrad.linalg.layout import Layout
+from natgrad.linalg.layout import PLAIN, Layout
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Layer:
 
     weight: str | None
     bias: str | None
-    layout: Layout = Layout()
+    layout: Layout = PLAIN
     rows: tuple[int, int] | None = None
     scale: bool = False
     function: str = field(default="linear", compare=False)
@@ -69,7 +69,7 @@ def layers_of(uses: Sequence[Use]) -> dict[Layer, list[Use]]:
 
 
 def _layer(kind: Kind, weight: str | None, bias: str | None, rows: tuple[int, int] | None) -> Layer:
-    return Layer(weight, bias, kind.layout if weight else Layout(), rows, isinstance(kind, Scale), kind.name)
+    return Layer(weight, bias, kind.layout if weight else PLAIN, rows, isinstance(kind, Scale), kind.name)
 
 
 @dataclass
@@ -81,8 +81,9 @@ class Cases:
     """
 
     h: dict[Layer, list[Inputs]]
-    columns: Iterable[dict[Layer, list[Float[Tensor, "n t o"]]]]
-    """The gradients `g`, one dictionary for each column `s_k` of the output, each a backward pass when it is read."""
+    columns: Iterable[dict[Layer, list[Tensor]]]
+    """The gradients `g`, `(n, t, o)` each: a dictionary for each column `s_k` of the output, each a backward pass when
+    it is read."""
     d_out: dict[Layer, int]
     mass: Tensor
     """What the loss's mean divides by."""

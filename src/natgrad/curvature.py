@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from natgrad.cases import Layer
 from natgrad.data import Forward, Problem, check_mass
 from natgrad.implicit import ImplicitGaussNewton, ImplicitHessian
-from natgrad.linalg import Dense, Operator, Space
+from natgrad.linalg import BlockDiagonal, Dense, Operator, Space
 from natgrad.moments import MAX_DIM, SHARING
 from natgrad.options import Selection, check_choice, check_max_dim
 from natgrad.structures import STRUCTURES, assemble
@@ -171,8 +171,11 @@ def _matrix(problem: Problem, structure: str, centered: bool, sharing: str, max_
                 "such as 'dense' or 'kfac'"
             )
         return ImplicitGaussNewton(problem)
-    if structure == "dense":
-        return _dense(problem)
+    with torch.autocast(problem.device.type, enabled=False):  # the model's own precision is the problem's affair
+        return _dense(problem) if structure == "dense" else _of_layers(problem, structure, centered, sharing, max_dim)
+
+
+def _of_layers(problem: Problem, structure: str, centered: bool, sharing: str, max_dim: int) -> BlockDiagonal:
     parts = STRUCTURES[structure](centered, sharing, max_dim)
     for cases in problem.passes(parts.passes, between=parts.next_pass):
         parts.add(cases)

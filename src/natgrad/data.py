@@ -44,7 +44,9 @@ class Problem:
         self.parameters = select_parameters(model, params)
         first = next(iter(self.parameters.values()))
         self.dtype, self.device = dtype or first.dtype, first.device
-        self._forward, self._progress = forward, progress
+        self._forward, self.progress = forward, progress
+        lowered = torch.is_autocast_enabled(self.device.type)
+        self._precision = torch.get_autocast_dtype(self.device.type) if lowered else None
         if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
             data = [data]
         if not isinstance(data, Iterable):
@@ -61,7 +63,7 @@ class Problem:
                 "it, or under torch.no_grad() in its place"
             )
         data: Iterable[Any] = self._data
-        if self._progress:
+        if self.progress:
             from rich.progress import track
 
             total = len(self._data) if isinstance(self._data, Sized) else None
@@ -74,6 +76,11 @@ class Problem:
             raise ValueError("data is empty: expected at least one (input, target) batch")
 
     def run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """The model's output on a batch, in the precision that was in force when the matrix was asked for."""
+        with torch.autocast(self.device.type, self._precision, enabled=self._precision is not None):
+            return self._run(model, batch)
+
+    def _run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
         if self._forward is not None:
             output, target = self._forward(model, batch)
         else:
@@ -84,6 +91,8 @@ class Problem:
                 )
             output, target = model(batch[0]), batch[1]
         output = self.curvature.join(output)
+        if output.dtype in (torch.bfloat16, torch.float16):
+            output = output.float()
         self.curvature.check(output, target)
         if output.numel() == 0:
             raise ValueError(f"a batch is empty: the output has shape {tuple(output.shape)}; leave empty batches out")
@@ -103,7 +112,8 @@ class Problem:
         """Each batch's output and target, with what was recorded of the given parameters on the way."""
         for batch in self:
             recorder = Recorder(parameters)
-            with torch.enable_grad(), recorder:
+            # Compiled code has no function modes.
+            with torch.compiler.set_stance("force_eager"), torch.enable_grad(), recorder:
                 output, target = self.run(self.model, batch)
             check_output(output)
             if not output.requires_grad:

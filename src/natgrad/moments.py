@@ -29,9 +29,9 @@ class AffineMoments:
     """Number of cases n, a scalar."""
     mean: Float[Tensor, " i"]
     """`m = Σ h / n`."""
-    scatter: Float[Tensor, i * i]
+    scatter: Float[Tensor, "*inputs"]
     """`Σ (h − m)(h − m)ᵀ`."""
-    output: Float[Tensor, o * o]
+    output: Float[Tensor, "*outputs"]
     """`Σ g gᵀ` over cases and columns."""
     mass: Tensor
     """What the loss's mean divides by, summed over batches: a scalar."""
@@ -79,18 +79,24 @@ class AffineMoments:
         )
 
     @property
-    def C(self) -> Float[Tensor, i * i]:
+    def C(self) -> Float[Tensor, "*inputs"]:
         """The covariance of the inputs, or its diagonal."""
         return torch.where(self.count > 0, self.scatter / self.count, 0.0)
 
     @property
-    def A(self) -> Float[Tensor, i * i]:
+    def A(self) -> Float[Tensor, "*inputs"]:
         """The second moment `E[h hᵀ]`, or its diagonal."""
         return self.C + (self.mean.square() if self.scatter.ndim == 1 else torch.outer(self.mean, self.mean))
 
-    def B(self, is_mean: bool) -> Float[Tensor, o * o]:
+    def B(self, is_mean: bool) -> Float[Tensor, "*outputs"]:
         """The output factor of the objective: of its mean, or of its sum."""
         return self.output / self.mass if is_mean else self.output
+
+    @property
+    def diagonals(self) -> tuple[str, ...]:
+        """Which of the factors, `"input"` and `"output"`, are kept as diagonals."""
+        held = {"input": self.scatter, "output": self.output}
+        return tuple(name for name, factor in held.items() if factor.ndim == 1)
 
     def is_finite(self) -> Tensor:
         """A boolean scalar: nothing in here is NaN or infinite."""

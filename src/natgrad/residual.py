@@ -106,6 +106,11 @@ def residual(
         dtype=dtype,
         progress=progress,
     )
+    with torch.autocast(problem.device.type, enabled=False):  # the model's own precision is the problem's affair
+        return _report(problem, centered, sharing, permutations, chunk)
+
+
+def _report(problem: Problem, centered: bool, sharing: str, permutations: int, chunk: int) -> ResidualReport:
     is_mean = problem.curvature.is_mean
     kfac, exact, positions = KfacStructure(centered, sharing), ExactStructure(), Positions()
     for cases in problem.cases():
@@ -120,7 +125,7 @@ def residual(
     check_finite(factors)
     blocks = exact.build(is_mean)
     report = {}
-    for layer in _shown(blocks, progress):
+    for layer in _shown(blocks, problem.progress):
         block = blocks[layer]
         assert isinstance(block, ExactBlock)
         if isinstance(block, ColumnBlock):
@@ -130,7 +135,14 @@ def residual(
         assert isinstance(moments, AffineMoments)
         cases_of_it = positions.cases(layer, block, sharing)
         report[layer.name] = _of_layer(
-            layer, moments, is_mean, block, *cases_of_it, chunk=chunk, permutations=permutations, generator=generator
+            layer,
+            moments,
+            is_mean,
+            block,
+            *cases_of_it,
+            chunk=chunk,
+            permutations=permutations,
+            generator=problem.generator,
         )
     return ResidualReport(report)
 

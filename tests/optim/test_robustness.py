@@ -163,7 +163,7 @@ class TestBadInput:
 
     def test_another_tensor_than_the_model_returned(self):
         model, opt = made()
-        with pytest.raises(ValueError, match="not given the tensor that the model returned"):
+        with pytest.raises(ValueError, match="not given a tensor that the model returned"):
             opt.loss(model(X) * 2, LABELS)
 
     def test_a_target_that_does_not_match(self):

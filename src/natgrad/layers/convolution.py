@@ -234,8 +234,8 @@ def _stuffed(h: Tensor, stride: tuple[int, ...]) -> Tensor:
     """`stride − 1` zeros between neighbours along every spatial axis."""
     sizes = [s * (size - 1) + 1 for s, size in zip(stride, h.shape[2:], strict=True)]
     out = h.new_zeros(*h.shape[:2], *sizes)
-    places = tuple(slice(None, None, s) for s in stride)
-    out[(slice(None), slice(None), *places)] = h
+    places = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+    out[places] = h
     return out
 
 

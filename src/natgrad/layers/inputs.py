@@ -164,7 +164,7 @@ class Sparse(Inputs):
 
     def squares(self, p: Float[Tensor, "n k t o"]) -> Float[Tensor, "o i"]:
         """`Σ_nk (Σ_t p_nkto x_nti)²`."""
-        n, t, d = self.shape
+        _, t, d = self.shape
         terms = p.movedim(2, 1).flatten(0, 1)[self.row] * self.value[:, None, None]
         place, which = torch.unique(self.row // t * d + self.column, return_inverse=True)
         sums = terms.new_zeros(len(place), *terms.shape[1:]).index_add_(0, which, terms)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from natgrad.linalg.layout import Layout
+from natgrad.linalg.layout import PLAIN, Layout
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
 
@@ -22,7 +22,7 @@ class Block:
 
     operator: Operator
     names: tuple[str, ...]
-    layout: Layout = Layout()
+    layout: Layout = PLAIN
     shapes: tuple[tuple[int, ...], ...] = ()
     function: str = ""
 
@@ -45,7 +45,7 @@ class Block:
         return replace(self, operator=operator)
 
     def _ways(self) -> Iterator[tuple[str, Layout, tuple[int, ...], tuple[int, ...]]]:
-        layouts = (self.layout, *[Layout()] * (len(self.names) - 1))
+        layouts = (self.layout, *[PLAIN] * (len(self.names) - 1))
         return zip(self.names, layouts, self.shapes, self.operator.space.shapes, strict=True)
 
 
@@ -67,9 +67,20 @@ class BlockDiagonal(Operator):
         return {name: self._alone(name, block) for name, block in self.layers.items()}
 
     def _alone(self, name: str, block: Block) -> Operator:
-        if block.layout == Layout() and block.shapes == block.operator.space.shapes:
+        if block.layout == PLAIN and block.shapes == block.operator.space.shapes:
             return block.operator
         return BlockDiagonal({name: block}, Space(block.shapes, block.names))
+
+    def __repr__(self) -> str:
+        thinned = [f"{name} ({what})" for name, what in self.diagonal_factors().items()]
+        more = f", diagonal factors: {', '.join(thinned)}" if thinned else ""
+        return f"{super().__repr__()[:-1]}{more})"
+
+    def diagonal_factors(self) -> dict[str, str]:
+        """The layers of which a factor is kept as its diagonal, and which: `{"head": "B 50257 (diagonal)"}`."""
+        described = {name: block.operator.describe().split(", ") for name, block in self.layers.items()}
+        found = {name: [part for part in parts if part.endswith("(diagonal)")] for name, parts in described.items()}
+        return {name: ", ".join(parts) for name, parts in found.items() if parts}
 
     @property
     def operators(self) -> list[Operator]:

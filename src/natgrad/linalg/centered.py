@@ -51,6 +51,9 @@ class CenteredKronecker(Operator):
         self._centered = Centered(weight, matrix_of(output), mean)
         self.space, self.dtype, self.device = self._centered.space, weight.dtype, weight.device
 
+    def describe(self) -> str:
+        return f"C ⊗ B and B, centered, {factor.describe('C', self.C)}, {factor.describe('B', self.B)}"
+
     def _matmul(self, parts: Parts) -> Parts:
         return self._centered._matmul(parts)
 
@@ -112,6 +115,9 @@ class Centered(Operator):
         self.weight, self.bias, self.m = weight, bias, mean
         self.space = Space((weight.space.shapes[0], bias.space.shapes[0]))
         self.dtype, self.device = weight.dtype, weight.device
+
+    def describe(self) -> str:
+        return f"{self.weight.describe()} and {self.bias.describe()}, centered"
 
     def _matmul(self, parts: Parts) -> Parts:
         W, b = parts

@@ -35,6 +35,9 @@ class CoordinateBlocks(Operator):
         # Not below zero but for rounding, by Cauchy and Schwarz.
         return cls((ww - m * wc).clamp_min(0), m, cc)
 
+    def describe(self) -> str:
+        return "2 x 2 for each coordinate, centered"
+
     def _matmul(self, parts: Parts) -> Parts:
         w, c = parts
         c = self.s * (c + self.m * w)

@@ -25,6 +25,9 @@ class Dense(Operator):
         self.dtype, self.device = matrix.dtype, matrix.device
         self._eigh: tuple[Tensor, Tensor] | None = None
 
+    def describe(self) -> str:
+        return f"dense {len(self.matrix)}"
+
     def _matmul(self, parts: Parts) -> Parts:
         return self.space.unflatten(self.space.flatten(parts) @ self.matrix)
 

@@ -25,6 +25,9 @@ class Diagonal(Operator):
         self.space = space or Space(tuple(tuple(v.shape) for v in self.values))
         self.dtype, self.device = self.values[0].dtype, self.values[0].device
 
+    def describe(self) -> str:
+        return "diagonal"
+
     def _matmul(self, parts: Parts) -> Parts:
         return tuple(v * p for v, p in zip(self.values, parts, strict=True))
 

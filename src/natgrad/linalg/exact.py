@@ -56,6 +56,9 @@ class ExactBlock(Operator):
         self._spectrum: tuple[Tensor, Tensor] | None = None
         self._formed: Dense | None = None
 
+    def describe(self) -> str:
+        return f"exact, {self.rank_bound} columns"
+
     # Products ------------------------------------------------------------------------------------------
 
     def _matmul(self, parts: Parts) -> Parts:

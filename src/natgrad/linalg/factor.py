@@ -13,6 +13,11 @@ Basis = Float[Tensor, "d d"] | None
 """Orthonormal columns; None for those of the identity."""
 
 
+def describe(name: str, F: Tensor) -> str:
+    """`A 768`, or `A 50257 (diagonal)`."""
+    return f"{name} {len(F)}" + (" (diagonal)" if F.ndim == 1 else "")
+
+
 def from_left(F: Tensor, V: Tensor) -> Tensor:
     """`F V`."""
     return F.unsqueeze(-1) * V if F.ndim == 1 else F @ V

@@ -16,7 +16,8 @@ from natgrad.linalg.space import Parts, Space
 class Kronecker(Operator):
     """`A ⊗ B`, acting on `(d_out, d_in)` matrices as `V ↦ B V Aᵀ`; `A`, `B` symmetric positive semidefinite.
 
-    A factor that is a diagonal may be given as a vector. `to_dense("vec")` is `kron(A, B)`; `to_dense("torch")` is `kron(B, A)`.
+    A factor that is a diagonal may be given as a vector. `to_dense("vec")` is `kron(A, B)`, and `to_dense("torch")`
+    `kron(B, A)`.
 
     Raises:
         ValueError: if a factor is not square.
@@ -39,6 +40,9 @@ class Kronecker(Operator):
         self.space = Space(((B.shape[0], A.shape[0]),))
         self.dtype, self.device = A.dtype, A.device
         self._eigen: KroneckerEigen | None = None
+
+    def describe(self) -> str:
+        return f"A ⊗ B, {factor.describe('A', self.A)}, {factor.describe('B', self.B)}"
 
     def _matmul(self, parts: Parts) -> Parts:
         return (factor.from_right(factor.from_left(self.B, parts[0]), self.A),)
@@ -110,6 +114,10 @@ class KroneckerEigen(Operator):
         self.space = Space((tuple(values.shape),))
         self.dtype, self.device = values.dtype, values.device
 
+    def describe(self) -> str:
+        names = (f"{n} of the identity" for n, U in (("U_A", self.U_A), ("U_B", self.U_B)) if U is None)
+        return ", ".join(["(U_A ⊗ U_B) diag (U_A ⊗ U_B)ᵀ", *names])
+
     def _matmul(self, parts: Parts) -> Parts:
         inside = factor.rotate(parts[0], self.U_B, self.U_A) * self.values
         return (factor.rotate(inside, self.U_B, self.U_A, back=True),)
@@ -159,6 +167,9 @@ class Homogeneous(Operator):
         d_out, d_in = stacked.space.shapes[0]
         self.space = Space(((d_out, d_in - 1), (d_out,)))
         self.dtype, self.device = stacked.dtype, stacked.device
+
+    def describe(self) -> str:
+        return f"{self.stacked.describe()}, homogeneous"
 
     def _matmul(self, parts: Parts) -> Parts:
         return _unstack(self.stacked._matmul(_stack(parts)))

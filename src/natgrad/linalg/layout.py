@@ -41,3 +41,6 @@ class Layout:
             t = t.reshape(*lead, self.groups, own[1], own[0] // self.groups, *own[2:])
             t = t.transpose(len(lead) + 1, len(lead) + 2).flip([*range(-len(own) + 2, 0)])
         return t.reshape(*lead, *own)
+
+
+PLAIN = Layout()

@@ -13,6 +13,7 @@ from torch import Tensor
 from natgrad.linalg.space import Parts, Space, check_order
 
 if TYPE_CHECKING:
+    from natgrad.linalg.coverage import Coverage
     from natgrad.linalg.stochastic import Estimate
 
 DAMPING_STYLES = ("exact", "factored")
@@ -206,6 +207,30 @@ class Operator(ABC):
         from natgrad.linalg.state import save
 
         save(self, path)
+
+    # What it is --------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """The structure in a few words."""
+        return self._label()
+
+    def coverage(self) -> Coverage:
+        """A table of every parameter: how it is used, the structure that holds it, its memory.
+
+        Example:
+            >>> import torch, natgrad
+            >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 2), torch.nn.Flatten(), torch.nn.Linear(6, 2))
+            >>> data = torch.arange(6).view(2, 3), torch.tensor([0, 1])
+            >>> print(natgrad.fisher(model, torch.nn.CrossEntropyLoss(), data).coverage())
+            parameter  shape  use        structure                        memory
+            0.weight   9 x 2  embedding  A ⊗ B, A 9 (diagonal), B 2       52 B
+            2.weight   2 x 6  linear     C ⊗ B and B, centered, C 6, B 2  184 B
+            2.bias     2      linear     C ⊗ B and B, centered, C 6, B 2
+            all                                                           236 B
+        """
+        from natgrad.linalg.coverage import coverage_of
+
+        return coverage_of(self)
 
     def _form(self, parts: Parts) -> Any:
         if self.space.names is not None:

@@ -23,6 +23,10 @@ class Rows(Operator):
         self.dtype, self.device = first.dtype, first.device
         self.damps_parameters = all(op.damps_parameters for op in self.parts)
 
+    def describe(self) -> str:
+        kinds = dict.fromkeys(op.describe() for op in self.parts)
+        return f"{len(self.parts)} x ({'; '.join(kinds)})"
+
     def _matmul(self, parts: Parts) -> Parts:
         return self._each(lambda op, p: op._matmul(p), parts)
 

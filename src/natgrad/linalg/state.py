@@ -78,6 +78,23 @@ def dump(value: Any) -> Any:
     return value
 
 
+def nbytes(operator: Operator) -> int:
+    """The memory of an operator's tensors; none for one that holds a model and data."""
+    tensors: dict[tuple[int, int], int] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors[value.data_ptr(), value.numel()] = value.numel() * value.element_size()
+        for v in value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ():
+            walk(v)
+
+    try:
+        walk(dump(operator))
+    except TypeError:
+        return 0
+    return sum(tensors.values())
+
+
 def restore(state: Any) -> Any:
     """What `dump` was given. Raises ValueError for a kind that is not known."""
     if isinstance(state, (tuple, list)):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from natgrad.capture import Recorder
 from natgrad.linalg.operator import check_damping
 from natgrad.losses import ESTIMATORS, output_curvature
-from natgrad.optim.batch import Batch, Forward, Objective
+from natgrad.optim.batch import Batch, Forward, Objective, full_precision
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
+from natgrad.optim.output import Way
 from natgrad.optim.quadratic import Minimum, minimize
 from natgrad.optim.vectors import Vector, combine, copied, dot, finite, gram
 from natgrad.optim.watch import Watch
@@ -49,6 +50,7 @@ class Adaptive(torch.optim.Optimizer, ABC):
         weight_decay: float,
         estimator: str,
         adapt_every: int,
+        output: Way | None,
         generator: torch.Generator | None,
     ):
         self._curvature = output_curvature(loss)
@@ -67,7 +69,7 @@ class Adaptive(torch.optim.Optimizer, ABC):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([{"params": list(self._parameters.values())}], defaults)
 
-        self.model = model
+        self.model, self._output = model, output
         self.estimator, self.adapt_every = estimator, adapt_every
         device = next(iter(self._parameters.values())).device
         self._generator = generator or torch.Generator(device).manual_seed(torch.initial_seed())
@@ -145,15 +147,16 @@ class Adaptive(torch.optim.Optimizer, ABC):
         group = self.param_groups[0]
         return self._adaptive_damping or group["lr"] is None or group["momentum"] is None
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss module's value on `output`, which the last forward of the model returned.
+    def loss(self, output: Any, target: Tensor) -> Tensor:
+        """The loss module's value on `output`: a tensor that the last forward of the model returned (also one in an
+        object or a dictionary), a view of it, or all that was returned where the optimizer has an `output=`.
 
         Backward from it, scaled or summed over microbatches as you like, then call `step`.
 
         Raises:
-            RuntimeError: if no forward in training mode with gradients enabled came before, or it ran under autocast.
+            RuntimeError: if no forward in training mode with gradients enabled came before.
             ValueError: if output and target do not fit the loss, or the batch is empty.
-            NotImplementedError: if the output depends on a parameter by anything but affine maps; it is named.
+            NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
         """
         forward = self._watch.take()
         if forward is None:
@@ -162,26 +165,41 @@ class Adaptive(torch.optim.Optimizer, ABC):
                 "none since the last opt.loss; call model.train() and model(x) first, and for evaluation the "
                 "loss module itself"
             )
-        if forward.autocast:
-            raise RuntimeError(
-                "the forward ran under torch.autocast, whose lower precision the statistics do not support; "
-                "run it outside, in one dtype"
+        output, way = self._read(output, forward)
+        with torch.autocast(output.device.type, enabled=False):
+            return self._loss(forward, output, way, target)
+
+    def _read(self, output: Any, forward: Forward) -> tuple[Tensor, Way | None]:
+        """The loss's input, and how it came from what the model returned."""
+        returned = forward.returned
+        assert returned is not None
+        if self._output is not None and output is returned.value:
+            return full_precision(self._output(output)), self._output
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"opt.loss was given a {type(output).__name__}; expected the tensor that the loss takes. Give it one "
+                "of those that the model returned, or pass output= (how to make it of what the model returns) to "
+                f"{type(self).__name__} and give opt.loss all that the model returned"
             )
+        return full_precision(output), returned.way_to(output)
+
+    def _loss(self, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
         self._curvature.check(output, target)
         if output.numel() == 0:
             raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")
-        if self._runs_again() and not _is_returned(output, forward):
+        if self._runs_again() and way is None:
             raise ValueError(
-                "opt.loss was not given the tensor that the model returned, but the adaptive step runs the model "
-                "again and needs it; let the model return the loss's input, or fix lr, momentum and damping (and the "
-                "solver of a NaturalGradient)"
+                "opt.loss was not given a tensor that the model returned, or a view of one, but the adaptive step runs "
+                f"the model again and needs it; pass output= to {type(self).__name__}, say output=lambda returned: "
+                "returned.logits[:, :-1].flatten(0, 1), and give opt.loss all that the model returned. Or fix lr, "
+                "momentum and damping (and the solver of a NaturalGradient)"
             )
         recorder, forward.recorder = forward.recorder, None
         if recorder is not None:
             self._check_recorded(recorder, output)
         loss = self._curvature.loss(output, target)
         mass = self._curvature.normalizer(output.detach(), target)
-        batch = Batch(forward, target, output.shape, mass, loss.detach())
+        batch = Batch(forward, target, output.shape, way, mass, loss.detach())
         if not torch.isfinite(loss):
             batch.fault = "the loss is not finite: look for NaN or inf in the batch"
         elif recorder is not None:
@@ -226,7 +244,7 @@ class Adaptive(torch.optim.Optimizer, ABC):
                 "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
             )
         self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "damping": self._damping}
-        with self._watch.suspended():
+        with self._watch.suspended(), torch.autocast(pending[0].target.device.type, enabled=False):
             fault = self._step(pending, gradients)
         if fault is not None:
             self._reject(fault)
@@ -459,15 +477,6 @@ class Adaptive(torch.optim.Optimizer, ABC):
                 "model that has grown"
             )
         super().add_param_group(param_group)
-
-
-def _is_returned(output: Tensor, forward: Forward) -> bool:
-    """Whether `output` is what the model returned, untouched, as it is or in another shape."""
-    returned = forward.returned
-    if not isinstance(returned, Tensor) or returned._version != forward.version:
-        return False
-    reshaped = output.numel() == returned.numel() and output.is_contiguous() and returned.is_contiguous()
-    return output is returned or (reshaped and output.data_ptr() == returned.data_ptr())
 
 
 def check_number(name: str, value: float | None) -> None:

@@ -13,33 +13,37 @@ from torch.func import functional_call
 
 from natgrad.capture import Recorder, Use
 from natgrad.losses import OutputCurvature
+from natgrad.optim.output import Returned, Way
 from natgrad.products import tangent
 
 
 @dataclass
 class Forward:
-    """A forward of the model: its arguments, its random state, what it returned and what was recorded."""
+    """A forward of the model: its arguments, its random state, what it returned and what was recorded.
+
+    `autocast` is the lower precision it ran in, if it did.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rng: RandomState
     recorder: Recorder | None = None
-    returned: Any = None
-    version: int = 0
-    autocast: bool = False
+    returned: Returned | None = None
+    autocast: torch.dtype | None = None
 
 
 @dataclass
 class Batch:
     """A batch whose loss was asked for.
 
-    `statistics` is what the optimizer has taken for its curvature, `scale` the factor that the user's backward put
-    on the loss.
+    `way` leads from what the model returns to the loss's input; None where no forward is to be run again. `statistics`
+    is what the optimizer has taken for its curvature, `scale` the factor that the user's backward put on the loss.
     """
 
     forward: Forward
     target: Tensor
     shape: torch.Size
+    way: Way | None
     mass: Tensor
     loss: Tensor
     statistics: Any = None
@@ -53,10 +57,21 @@ class Batch:
         self.scale = gradient if self.scale is None else self.scale + gradient
 
     def run(self, forward: Callable[..., Any]) -> Tensor:
-        """The output of `forward` on this batch, in the shape the loss took it, with the same random numbers."""
-        with self.forward.rng.restored():
-            output: Tensor = forward(*self.forward.args, **self.forward.kwargs)
-        return output.reshape(self.shape)
+        """The loss's input from `forward` on this batch, with the same random numbers and in the same precision."""
+        assert self.way is not None
+        precision = self.forward.autocast
+        device = self.target.device.type
+        with (
+            self.forward.rng.restored(),
+            torch.autocast(device, precision, enabled=precision is not None, cache_enabled=False),
+        ):
+            output = self.way(forward(*self.forward.args, **self.forward.kwargs))
+        return full_precision(output)
+
+
+def full_precision(output: Tensor) -> Tensor:
+    """The output as the loss takes it: not in half the precision."""
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
 
 class RandomState:

@@ -18,6 +18,7 @@ from natgrad.moments import MAX_DIM, SHARING, AffineMoments, Moments, ScaleMomen
 from natgrad.optim.adaptive import Adaptive, check_number
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt
+from natgrad.optim.output import Way
 from natgrad.optim.vectors import Vector
 from natgrad.options import check_choice, check_max_dim
 from natgrad.structures import assemble, kfac_blocks
@@ -56,6 +57,8 @@ class KFAC(Adaptive):
         damping_floor: the damping falls no further than this share of the mean of the curvature's diagonal.
         decay: the weight of the past in the moving average of the moments, each time they are updated.
         max_dim: factors of more rows than this are kept as their diagonals.
+        output: how the loss's input is made of what the model returns, say `lambda r: r.logits.transpose(1, 2)`;
+            needed where that is neither one of the tensors returned nor a view of one.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
 
     Raises:
@@ -104,6 +107,7 @@ class KFAC(Adaptive):
         damping_floor: float = 0.03,
         decay: float = 0.8,
         max_dim: int = MAX_DIM,
+        output: Way | None = None,
         generator: torch.Generator | None = None,
     ):
         damping_style = damping_style or ("factored" if centered else "exact")
@@ -134,6 +138,7 @@ class KFAC(Adaptive):
             damping=damping,
             weight_decay=weight_decay,
             estimator=estimator,
+            output=output,
             adapt_every=adapt_every,
             generator=generator,
         )
@@ -169,6 +174,8 @@ class KFAC(Adaptive):
         for layer, moments in new.items():
             past = self._moments.get(layer)
             self._moments[layer] = moments if past is None else self.decay * past + moments  # type: ignore[operator]
+        thinned = {layer.label: m.diagonals for layer, m in self._moments.items() if isinstance(m, AffineMoments)}
+        self.diagnostics["diagonal_factors"] = {label: factors for label, factors in thinned.items() if factors}
         covered = {n for layer in self._moments for n in layer.names}
         for n in gradients:
             if n not in covered:

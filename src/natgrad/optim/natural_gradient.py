@@ -13,6 +13,7 @@ from natgrad.optim.adaptive import Adaptive
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt
 from natgrad.optim.exact import ByProducts, TruncatedInverse, from_cases
+from natgrad.optim.output import Way
 from natgrad.optim.vectors import Vector
 from natgrad.options import check_choice
 
@@ -48,6 +49,7 @@ class NaturalGradient(Adaptive):
         max_iterations: their most products; what they have by then is the direction, with the residual in
             `diagnostics`.
         damping_decay: the factor of the damping after a step that the quadratic model predicted well.
+        output: how the loss's input is made of what the model returns, as for `KFAC`.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
 
     Raises:
@@ -91,6 +93,7 @@ class NaturalGradient(Adaptive):
         tolerance: float | None = None,
         max_iterations: int = 250,
         damping_decay: float = 0.2,
+        output: Way | None = None,
         generator: torch.Generator | None = None,
     ):
         if solver is not None:
@@ -112,6 +115,7 @@ class NaturalGradient(Adaptive):
             damping=damping,
             weight_decay=weight_decay,
             estimator=estimator,
+            output=output,
             adapt_every=1,
             generator=generator,
         )

@@ -15,6 +15,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 
 from natgrad.capture import Recorder, Tap
 from natgrad.optim.batch import Forward, RandomState
+from natgrad.optim.output import Returned
 
 
 class Watch:
@@ -57,7 +58,8 @@ class Watch:
         """Within, forwards of the model are not looked at."""
         self._suspended = True
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             self._suspended = False
 
@@ -68,6 +70,7 @@ class Watch:
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             _leave(recorder)
+            self._stance.__exit__(None, None, None)
 
     def _before(self, args: Any, kwargs: Any) -> None:
         if self._suspended:
@@ -83,11 +86,13 @@ class Watch:
         if model is None or not (model.training and torch.is_grad_enabled()):
             return
         device = next(iter(self._parameters.values())).device
-        autocast = torch.is_autocast_enabled(device.type)
-        self._forward = Forward(args, kwargs, RandomState(device), autocast=autocast)
+        lowered = torch.is_autocast_enabled(device.type)
+        precision = torch.get_autocast_dtype(device.type) if lowered else None
+        self._forward = Forward(args, kwargs, RandomState(device), autocast=precision)
         if self.recording:
             self._recorder = Recorder(self._parameters)
             self._recorder.__enter__()
+            self._stance = torch.compiler.set_stance("force_eager")  # compiled code has no function modes
 
     def _after(self, output: Any) -> None:
         if self._suspended:
@@ -101,8 +106,7 @@ class Watch:
         if self._forward is None or output is None:
             self._forward = None
             return
-        self._forward.returned = output
-        self._forward.version = output._version if isinstance(output, Tensor) else 0
+        self._forward.returned = Returned(output)
         self._forward.recorder = recorder
 
 

@@ -1,0 +1,86 @@
+"""What a matrix holds of every parameter: how it is used, by which structure it is held, in how much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from natgrad.linalg.block_diagonal import Block, BlockDiagonal
+from natgrad.linalg.operator import Operator
+from natgrad.linalg.state import nbytes
+
+HEADINGS = ("parameter", "shape", "use", "structure", "memory")
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One parameter. `bytes` are those of its block, which it shares with the others of its layer (`layer`)."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    layer: str
+    use: str
+    structure: str
+    bytes: int
+
+
+class Coverage:
+    """A row for each parameter, in the model's order; printed, a table."""
+
+    def __init__(self, rows: list[CoverageRow]):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[CoverageRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """The rows, ready for JSON."""
+        return [asdict(row) for row in self.rows]
+
+    def table(self) -> str:
+        """A line for each parameter; a block's memory stands with its first parameter. The last line has the sum."""
+        lines, seen = [HEADINGS], set[str]()
+        for row in self.rows:
+            memory = "" if row.layer in seen else _size(row.bytes)
+            seen.add(row.layer)
+            shape = " x ".join(map(str, row.shape)) or "scalar"
+            lines.append((row.parameter, shape, row.use, row.structure, memory))
+        total = sum({row.layer: row.bytes for row in self.rows}.values())
+        lines.append(("all", "", "", "", _size(total)))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+    __repr__ = table
+
+
+def coverage_of(operator: Operator) -> Coverage:
+    """The coverage of a matrix over named parameters."""
+    names, shapes = operator.space.names or (), operator.space.shapes
+    if isinstance(operator, BlockDiagonal):
+        layers = {n: (name, block) for name, block in operator.layers.items() for n in block.names}
+        rows = [_row(n, shape, *layers[n]) for n, shape in zip(names, shapes, strict=True)]
+    else:
+        whole = nbytes(operator)
+        rows = [
+            CoverageRow(n, shape, "all", "any", operator.describe(), whole)
+            for n, shape in zip(names, shapes, strict=True)
+        ]
+    return Coverage(rows)
+
+
+def _row(name: str, shape: tuple[int, ...], layer: str, block: Block) -> CoverageRow:
+    return CoverageRow(name, shape, layer, block.function, block.operator.describe(), nbytes(block.operator))
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.1f} GiB"
