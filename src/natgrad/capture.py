@@ -371,9 +371,10 @@ def _within(outer: tuple[int, int] | None, inner: tuple[int, int] | None) -> tup
 def _lead(h: Tensor) -> int | None:
     """The first axis of what was flattened to the two axes of `h`."""
     base = h._base
-    if h.ndim != 2 or base is None or base.ndim < 3 or base.numel() != h.numel():
+    if h.ndim != 2 or base is None or base.ndim < 3 or base.numel() != h.numel() or len(h) % len(base):
         return None
-    return len(base) if h.is_contiguous() and base.is_contiguous() and len(h) % len(base) == 0 else None
+    outermost = base.stride(0) * len(base) == base.numel()  # of the base's axes in memory
+    return len(base) if h.is_contiguous() and outermost else None
 
 
 def _spreads(parameter: Tensor, a: Tensor) -> bool:

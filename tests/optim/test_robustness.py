@@ -216,6 +216,43 @@ class TestBadInput:
             made(**options)
 
 
+class TestAStepTooFar:
+    """Between measurements a step may raise the loss; the next batch shows it."""
+
+    def one_more(self, model, opt, y=None):
+        loss = opt.loss(model(X), LABELS if y is None else y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        return loss.item()
+
+    def after_some_steps(self):
+        model, opt = made()
+        for _ in range(3):
+            before = self.one_more(model, opt)
+        return model, opt, before
+
+    def test_is_undone_where_the_loss_without_it_is_lower(self):
+        model, opt, before = self.after_some_steps()
+        for p in model.parameters():  # as if the last step had gone the other way, and far
+            p.data += (far := 100 * torch.randn_like(p))
+            opt.state[p]["delta"] = opt.state[p]["delta"] + far
+        damping = opt.diagnostics["damping"]
+        previous = [p.detach() - opt.state[p]["delta"] for p in model.parameters()]
+        with pytest.warns(RuntimeWarning, match="risen to .* by the last step, which is undone"):
+            assert self.one_more(model, opt) > 2 * before
+        assert not opt.diagnostics["accepted"]
+        assert opt.diagnostics["damping"] > damping
+        for p, q in zip(model.parameters(), previous, strict=True):
+            torch.testing.assert_close(p.detach(), q)
+
+    def test_is_kept_where_the_batch_is_to_blame(self):
+        model, opt, before = self.after_some_steps()
+        wrong = (model(X).argmin(1)).detach()
+        assert self.one_more(model, opt, wrong) > 1.5 * before
+        assert opt.diagnostics["accepted"]
+
+
 class TestResuming:
     @pytest.mark.parametrize("options", [{}, FIXED, {"centered": False}, {"damping_style": "exact"}], ids=str)
     def test_state_dict_resumes_bit_for_bit(self, options):

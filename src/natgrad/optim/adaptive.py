@@ -79,6 +79,7 @@ class Adaptive(torch.optim.Optimizer, ABC):
         self._steps = 0
         self._combination: list[float] | None = None
         self._rejections = 0  # in a row
+        self._loss_before: float | None = None
         self._pending: list[Batch] = []
         self._watch = Watch(model, self._parameters)
 
@@ -271,7 +272,16 @@ class Adaptive(torch.optim.Optimizer, ABC):
         self.diagnostics["loss"] = loss
         if self._damping is None:
             self._calibrate(objective, g, eta)
+        elif self._was_too_far(objective.loss) and self._undo_last(objective, objective.loss):
+            return f"the loss had risen to {objective.loss:.4g} by the last step, which is undone"
+        self._loss_before = objective.loss
         return self._move(objective, g, eta, loss)
+
+    def _was_too_far(self, loss: float) -> bool:
+        """Whether the loss is so much above that of the step before that it is worth a forward to know why: the
+        batch, or a step that was not measured."""
+        before = self._loss_before
+        return self._adaptive_damping and before is not None and loss > before + self._tolerated_rise * abs(before)
 
     def _gradient(self, gradients: Vector, scale: float, eta: float) -> Vector:
         """The objective's gradient per unit of the loss's mean."""
@@ -374,14 +384,15 @@ class Adaptive(torch.optim.Optimizer, ABC):
         self._expire()
         warnings.warn(f"{type(self).__name__} rejected step {self._steps}: {fault}", RuntimeWarning, stacklevel=4)
 
-    def _undo_last(self, objective: Objective) -> bool:
-        """Takes the last step back if the loss is finite without it."""
+    def _undo_last(self, objective: Objective, loss: float = math.inf) -> bool:
+        """Takes the last step back if it has raised this batch's loss to `loss` by more than what is tolerated."""
         delta = {n: s["delta"] for n, p in self._parameters.items() if "delta" in (s := self.state[p])}
         if not delta:
             return False
         before = self._snapshot()
         self._add(delta, -1)
-        if math.isfinite(objective.evaluate()):
+        without = objective.evaluate()
+        if math.isfinite(without) and loss > without + self._tolerated_rise * abs(without):
             return True
         self._return_to(before)
         return False
@@ -436,6 +447,7 @@ class Adaptive(torch.optim.Optimizer, ABC):
             "damping": self._damping,
             "combination": self._combination,
             "rejections": self._rejections,
+            "loss_before": self._loss_before,
             "generator": self._generator.get_state(),
         }
         return super().state_dict() | {self._key: own | self._own_state()}
@@ -463,7 +475,7 @@ class Adaptive(torch.optim.Optimizer, ABC):
         super().load_state_dict({k: v for k, v in state_dict.items() if k != self._key})
         saved = copied(saved, next(iter(self._parameters.values())).device)
         self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
-        self._rejections = saved["rejections"]
+        self._rejections, self._loss_before = saved["rejections"], saved["loss_before"]
         self._generator.set_state(saved["generator"].cpu())
         self._load_own_state(saved)
         self._pending = []
