@@ -3,8 +3,19 @@
 from natgrad import linalg, losses
 from natgrad.curvature import fisher, gauss_newton, hessian
 from natgrad.linalg import load
-from natgrad.optim import KFAC, NaturalGradient
+from natgrad.optim import KFAC, PRONG, NaturalGradient
 from natgrad.residual import residual
 
 __version__ = "0.1.0"
-__all__ = ["KFAC", "NaturalGradient", "fisher", "gauss_newton", "hessian", "linalg", "load", "losses", "residual"]
+__all__ = [
+    "KFAC",
+    "PRONG",
+    "NaturalGradient",
+    "fisher",
+    "gauss_newton",
+    "hessian",
+    "linalg",
+    "load",
+    "losses",
+    "residual",
+]

@@ -156,6 +156,17 @@ def read_cases(
     return Cases(h, gradients, d_out, mass.to(dtype or mass.dtype), len(output), ignored)
 
 
+def read_inputs(layer: Layer, uses: Sequence[Use], dtype: torch.dtype) -> list[Inputs]:
+    """The inputs of a layer's uses alone, each row a case.
+
+    Raises:
+        RuntimeError: if an input was changed in place after its use.
+    """
+    for use in uses:
+        use.check_input()
+    return [_inputs(layer, use, len(use.a)).to(dtype) for use in uses]
+
+
 def _kind(layer: Layer, use: Use) -> Kind:
     """A use's kind, of the layer's part of its parameters."""
     return use.kind.kept(layer.weight is not None, layer.bias is not None)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.blocks import assemble
 from natgrad.cases import Layer
 from natgrad.data import Forward, Problem, check_mass
 from natgrad.implicit import ImplicitGaussNewton, ImplicitHessian
 from natgrad.linalg import BlockDiagonal, Dense, Operator, Space
 from natgrad.moments import MAX_DIM, SHARING
 from natgrad.options import Selection, check_choice, check_max_dim
-from natgrad.structures import STRUCTURES, assemble
+from natgrad.structures import STRUCTURES
 
 ALL_STRUCTURES = ("implicit", "dense", *STRUCTURES)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from natgrad.cases import Cases, Layer
 from natgrad.layers import Inputs, joined, stacked
+from natgrad.linalg.layout import Layout
 
 SHARING = ("expand", "reduce")
 MAX_DIM = 8192
@@ -221,6 +223,21 @@ def merge(parts: Iterable[Mapping[Layer, Moments]]) -> dict[Layer, Moments]:
         for layer, moments in part.items():
             total[layer] = total[layer] + moments if layer in total else moments  # type: ignore[operator]
     return total
+
+
+def state_of_moments(moments: Mapping[Layer, Moments]) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Plain dictionaries of tensors, numbers and names, which `moments_of_state` reads; tensors are not copied."""
+    return [(asdict(layer), vars(m)) for layer, m in moments.items()]
+
+
+def moments_of_state(state: Iterable[tuple[dict[str, Any], dict[str, Tensor]]]) -> dict[Layer, Moments]:
+    """Undoes `state_of_moments`."""
+    moments: dict[Layer, Moments] = {}
+    for its_layer, its_moments in state:
+        rows = its_layer["rows"]
+        layer = Layer(**its_layer | {"layout": Layout(**its_layer["layout"]), "rows": rows and tuple(rows)})
+        moments[layer] = ScaleMoments(**its_moments) if layer.scale else AffineMoments(**its_moments)
+    return moments
 
 
 def shared(uses: Sequence[Tensor], sharing: str) -> Float[Tensor, "n d"]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from natgrad.blocks import homogeneous
 from natgrad.cases import Cases, Layer
 from natgrad.curvature import check_covered, check_finite
 from natgrad.data import Forward, Problem, check_mass
@@ -20,7 +21,7 @@ from natgrad.linalg import ColumnBlock, ExactBlock, Operator
 from natgrad.moments import SHARING, AffineMoments, kept_positions
 from natgrad.options import Selection, check_choice
 from natgrad.residual_report import Condition, LayerResidual, ResidualReport
-from natgrad.structures import ExactStructure, KfacStructure, homogeneous
+from natgrad.structures import ExactStructure, KfacStructure
 
 
 def residual(

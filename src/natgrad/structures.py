@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import reduce
-from math import prod
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.blocks import homogeneous, kfac_blocks
 from natgrad.cases import Cases, Layer
-from natgrad.layers import Inputs, Rows, Sparse, joined
-from natgrad.linalg import (
-    Block,
-    BlockDiagonal,
-    Centered,
-    CenteredKronecker,
-    ColumnBlock,
-    CoordinateBlocks,
-    Diagonal,
-    ExactBlock,
-    Homogeneous,
-    Kronecker,
-    KroneckerEigen,
-    Layout,
-    Operator,
-    Space,
-    factor,
-)
-from natgrad.linalg import Rows as RowBlocks
+from natgrad.groups import coordinates, example_gradients, groups, has_rival, joined_examples, step_of, tiled, whole
+from natgrad.layers import Inputs, Rows, Sparse
+from natgrad.linalg import Centered, ColumnBlock, Diagonal, ExactBlock, Homogeneous, KroneckerEigen, Operator, factor
 from natgrad.linalg.centered import matrix_of
 from natgrad.linalg.exact import squares
 from natgrad.linalg.space import Parts
-from natgrad.moments import MAX_DIM, AffineMoments, Moments, ScaleMoments, layer_moments, merge
+from natgrad.moments import MAX_DIM, AffineMoments, Moments, layer_moments, merge
 
 
 class Structure(ABC):
@@ -167,7 +149,7 @@ class DiagonalStructure(Structure):
                 for layer in layers:
                     its_g = cases.by_example(layer, g[layer]).unsqueeze(1)
                     new = _squares(h[layer], its_g, bias=layer.scale or layer.bias is not None)
-                    _accumulate(self._values, layer, _coordinates(new[0], layer) if layer.scale else new)
+                    _accumulate(self._values, layer, coordinates(new[0], layer) if layer.scale else new)
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         scale = self._scale(is_mean)
@@ -230,101 +212,11 @@ STRUCTURES: dict[str, Callable[[bool, str, int], Structure]] = {
 }
 
 
-# Layers that share parameters ----------------------------------------------------------------------------
-
-
-def groups(layers: Iterable[Layer]) -> list[list[Layer]]:
-    """The layers by their parameters: one, or the rows of one weight, or one weight in several layouts."""
-    found: dict[tuple[str, ...], list[Layer]] = {}
-    for layer in layers:
-        found.setdefault(layer.names, []).append(layer)
-    return [sorted(group, key=lambda layer: layer.rows or (0, 0)) for group in found.values()]
-
-
-def has_rival(layer: Layer, layers: Iterable[Layer]) -> bool:
-    """Whether the layer's weight is used in another layout too: as `W` and as `Wᵀ`."""
-    return any(other.names == layer.names and other.layout != layer.layout for other in layers)
-
-
-def whole(layers: Sequence[Layer]) -> Layer:
-    """The layer of all the parameters that a group shares.
-
-    Raises:
-        NotImplementedError: if the rows in use are not all, each once.
-    """
-    first = layers[0]
-    function = " + ".join(dict.fromkeys(layer.function for layer in layers))
-    layouts = {layer.layout for layer in layers}
-    if len(layouts) > 1 and not all(layer.rows is None and layer.layout.groups == 1 for layer in layers):
-        raise NotImplementedError(
-            f"{first.names[0]!r} is used in several layouts and by some of its rows; use structure='dense' or "
-            "'implicit', or leave it out with params="
-        )
-    if first.rows is not None or len(layers) > len(layouts):
-        end = 0
-        for layer in layers:
-            start, stop = layer.rows or (0, 0)
-            if start != end:
-                raise NotImplementedError(
-                    f"the rows of {first.names[0]!r} that are used are {[layer.rows for layer in layers]}; expected "
-                    "them to follow one another without overlap. Use structure='dense' or 'implicit', or leave it "
-                    "out with params="
-                )
-            end = stop
-    return replace(first, rows=None, layout=layouts.pop() if len(layouts) == 1 else Layout(), function=function)
-
-
-def tiled(operators: Mapping[Layer, Operator]) -> dict[Layer, Operator]:
-    """The operators of whole layers: those of some rows each, one below the other."""
-    return {
-        whole(layers): RowBlocks([operators[layer] for layer in layers]) if layers[0].rows else operators[layers[0]]
-        for layers in groups(operators)
-    }
-
-
-def example_gradients(cases: Cases, layers: Sequence[Layer], g: Mapping[Layer, list[Tensor]]) -> Parts:
-    """The gradient of every example in the parameters of a group, `(n, *shape)` each, as the whole layer has them."""
-    parts = [_example_gradient(cases, layer, g[layer]) for layer in layers]
-    if len(layers) == 1:
-        return parts[0]
-    if layers[0].rows is not None:
-        return tuple(torch.cat(column, 1) for column in zip(*parts, strict=True))
-    plain = [W.mT if layer.layout.form == "transposed" else W for layer, (W, *_) in zip(layers, parts, strict=True)]
-    return (torch.stack(plain).sum(0),)
-
-
-def _example_gradient(cases: Cases, layer: Layer, uses: list[Tensor]) -> Parts:
-    g = cases.by_example(layer, uses)
-    if layer.scale:
-        return _coordinates(g.sum(1), layer)
-    bias = (g.sum(1),) if layer.bias else ()
-    if not layer.weight:
-        return bias
-    x = joined_examples(cases, layer)
-    step = _step(x)
-    W = [
-        torch.einsum("nto,nti->noi", its_g, x.part(start, start + step).dense())
-        for start, its_g in zip(range(0, len(g), step), g.split(step), strict=True)
-    ]
-    return (torch.cat(W), *bias)
-
-
-def _coordinates(values: Float[Tensor, "*n p"], layer: Layer) -> Parts:
-    """The parts of a scale layer's coordinates."""
-    return tuple(values.chunk(len(layer.names), -1))
-
-
-def joined_examples(cases: Cases, layer: Layer) -> Inputs:
-    """All uses of a layer, one after the other along the positions."""
-    cases.check_examples(layer, [use.shape[0] for use in cases.h[layer]])
-    return joined(cases.h[layer])
-
-
 def _squares(x: Inputs, g: Float[Tensor, "n k t o"], *, bias: bool) -> Parts:
     """`Σ_ik (Σ_t g_ikt x_it)²` of every entry of `(W, b)`."""
     if isinstance(x, Sparse):
         return (x.squares(g), *([g.sum(2).square().sum((0, 1))] if bias else []))
-    step = _step(x)
+    step = step_of(x)
     parts = [
         squares(x.part(start, start + step).dense(), its_g, bias=bias)
         for start, its_g in zip(range(0, len(g), step), g.split(step), strict=True)
@@ -332,91 +224,9 @@ def _squares(x: Inputs, g: Float[Tensor, "n k t o"], *, bias: bool) -> Parts:
     return tuple(torch.stack(column).sum(0) for column in zip(*parts, strict=True))
 
 
-def _step(x: Inputs, budget: int = 1 << 25) -> int:
-    """How many examples are written out at a time."""
-    return max(1, budget // max(1, x.shape[1] * x.shape[2]))
-
-
 def _accumulate(values: dict[Layer, Parts], layer: Layer, new: Parts) -> None:
     old = values.get(layer)
     values[layer] = new if old is None else tuple(a.add_(b) for a, b in zip(old, new, strict=True))
-
-
-# Building ------------------------------------------------------------------------------------------------
-
-
-def assemble(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tensor]) -> BlockDiagonal:
-    """The matrix of all layers, over the parameters that they have, in the parameters' order.
-
-    Raises:
-        NotImplementedError: if some rows of a parameter are in no layer.
-    """
-    blocks = {}
-    for layer, op in layers.items():
-        shapes = tuple(tuple(parameters[n].shape) for n in layer.names)
-        if sum(map(prod, shapes)) != op.space.size:
-            raise NotImplementedError(
-                f"{layer.names[0]!r} has shape {shapes[0]} and only some of its rows are used for the output; "
-                "use structure='dense' or 'implicit', or leave it out with params="
-            )
-        blocks[layer.name] = Block(op, layer.names, layer.layout, shapes, layer.function)
-    names = tuple(n for n in parameters if any(n in layer.names for layer in layers))
-    return BlockDiagonal(blocks, Space(tuple(tuple(parameters[n].shape) for n in names), names))
-
-
-def kfac_blocks(moments: Mapping[Layer, Moments], is_mean: bool, centered: bool) -> dict[Layer, Operator]:
-    """K-FAC's operator of every whole layer."""
-    blocks: dict[Layer, Operator] = {}
-    for layers in groups(moments):
-        if len({layer.layout for layer in layers}) > 1:
-            blocks[whole(layers)] = pooled({layer: moments[layer] for layer in layers}, is_mean)
-        else:
-            blocks |= tiled({layer: kfac_block(layer, moments[layer], is_mean, centered) for layer in layers})
-    return blocks
-
-
-def kfac_block(layer: Layer, moments: Moments, is_mean: bool, centered: bool) -> Operator:
-    """`A ⊗ B` of one layer, or the blocks of a scale's coordinates."""
-    if isinstance(moments, ScaleMoments):
-        products = moments.means(is_mean)
-        return Diagonal((products[0],)) if len(products) == 1 else CoordinateBlocks.of_products(*products)
-    B = moments.B(is_mean)
-    if layer.weight is None:
-        return matrix_of(B)
-    if layer.bias is None:
-        return Kronecker(moments.A, B)
-    if centered:
-        return CenteredKronecker(covariance=moments.C, mean=moments.mean, output=B)
-    return Homogeneous(Kronecker(homogeneous(moments), B))
-
-
-def pooled(moments: Mapping[Layer, Moments], is_mean: bool) -> Kronecker:
-    """One Kronecker product for a weight that is used both as `W` and as `Wᵀ`.
-
-    Every use `u` is a product `L_u ⊗ R_u` of a factor of the rows and one of the columns. Their sum has no inverse of
-    this form; in its place stands the product with the same partial traces, and so the same trace:
-    `(Σ L_u tr R_u) ⊗ (Σ R_u tr L_u) / Σ tr L_u tr R_u`.
-    """
-    lefts, rights, traces = [], [], []
-    for layer, m in moments.items():
-        assert isinstance(m, AffineMoments)
-        left, right = (m.A, m.B(is_mean)) if layer.layout.form == "transposed" else (m.B(is_mean), m.A)
-        l, r = factor.diagonal(left).sum(), factor.diagonal(right).sum()
-        lefts.append(r * left)
-        rights.append(l * right)
-        traces.append(l * r)
-    total = torch.stack(traces).sum()
-    share = torch.where(total > 0, 1 / total, 0.0)
-    return Kronecker(share * reduce(factor.add, rights), reduce(factor.add, lefts))
-
-
-def homogeneous(moments: AffineMoments) -> Tensor:
-    """`A = E[x xᵀ]` for `x = [h; 1]`, or its diagonal."""
-    one = moments.mean.new_ones(1)
-    if moments.scatter.ndim == 1:
-        return torch.cat([moments.A, one])
-    x = torch.cat([moments.mean, one])
-    return torch.block_diag(moments.C, x.new_zeros(1, 1)) + torch.outer(x, x)
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

@@ -2,5 +2,6 @@
 
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.natural_gradient import NaturalGradient
+from natgrad.optim.prong import PRONG
 
-__all__ = ["KFAC", "NaturalGradient"]
+__all__ = ["KFAC", "PRONG", "NaturalGradient"]

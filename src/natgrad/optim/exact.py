@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from natgrad.blocks import assemble
 from natgrad.cases import Cases, Layer
 from natgrad.layers import Inputs, Rows
 from natgrad.linalg import Operator, Space
@@ -15,7 +16,7 @@ from natgrad.linalg.krylov import Solution, conjugate_gradient
 from natgrad.linalg.operator import check_damping
 from natgrad.linalg.space import Parts
 from natgrad.optim.batch import Objective
-from natgrad.structures import ExactStructure, assemble
+from natgrad.structures import ExactStructure
 
 
 def from_cases(objective: Objective, parameters: Mapping[str, Tensor]) -> Joint:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from natgrad.blocks import assemble, kfac_blocks
 from natgrad.capture import Recorder
 from natgrad.cases import Layer, read_cases
-from natgrad.linalg import BlockDiagonal, Layout
+from natgrad.linalg import BlockDiagonal
 from natgrad.linalg.state import dump, restore
-from natgrad.moments import MAX_DIM, SHARING, AffineMoments, Moments, ScaleMoments, layer_moments, merge
+from natgrad.moments import (
+    MAX_DIM,
+    SHARING,
+    AffineMoments,
+    Moments,
+    layer_moments,
+    merge,
+    moments_of_state,
+    state_of_moments,
+)
 from natgrad.optim.adaptive import Adaptive, check_number
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt
 from natgrad.optim.output import Way
 from natgrad.optim.vectors import Vector
 from natgrad.options import check_choice, check_max_dim
-from natgrad.structures import assemble, kfac_blocks
 
 
 class KFAC(Adaptive):
@@ -231,13 +239,13 @@ class KFAC(Adaptive):
 
     def _own_state(self) -> dict[str, Any]:
         return {
-            "moments": [(asdict(layer), vars(m)) for layer, m in self._moments.items()],
+            "moments": state_of_moments(self._moments),
             "inverse": None if self._inverse is None else dump(self._inverse),
             "inverse_age": self._inverse_age,
         }
 
     def _load_own_state(self, saved: dict[str, Any]) -> None:
-        self._moments = {_layer(layer): _moments(layer, m) for layer, m in saved["moments"]}
+        self._moments = moments_of_state(saved["moments"])
         self._inverse, self._inverse_age = restore(saved["inverse"]), saved["inverse_age"]
 
     def _check_own_state(self, saved: dict[str, Any]) -> None:
@@ -245,19 +253,10 @@ class KFAC(Adaptive):
         unknown = [n for n in unknown if n not in self._parameters]
         if unknown:
             raise ValueError(f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here")
-        for layer, op in kfac_blocks({_layer(s): _moments(s, m) for s, m in saved["moments"]}, True, True).items():
+        for layer, op in kfac_blocks(moments_of_state(saved["moments"]), True, True).items():
             shapes = [tuple(self._parameters[n].shape) for n in layer.names]
             if sum(map(prod, shapes)) != op.space.size:
                 raise ValueError(
                     f"the state has moments for {layer.names[0]!r} with matrices of {op.space.shapes}; here it has "
                     f"shape {shapes[0]}"
                 )
-
-
-def _layer(state: dict[str, Any]) -> Layer:
-    rows = state["rows"]
-    return Layer(**state | {"layout": Layout(**state["layout"]), "rows": None if rows is None else tuple(rows)})
-
-
-def _moments(layer: dict[str, Any], state: dict[str, Tensor]) -> Moments:
-    return ScaleMoments(**state) if layer["scale"] else AffineMoments(**state)

@@ -22,11 +22,12 @@ class Watch:
     """Keeps the last forward of `model` in training mode with gradients enabled.
 
     While `recording`, the uses of the parameters in it are kept too. Forwards of the model inside of its own
-    forward belong to the outermost. Nothing keeps the optimizer alive, and a copy of the model is not watched.
+    forward belong to the outermost. A forward in evaluation puts an end to what is kept, but where it is to be kept
+    `beyond_evaluation`. Nothing keeps the optimizer alive, and a copy of the model is not watched.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]):
-        self.recording = True
+    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], *, beyond_evaluation: bool = False):
+        self.recording, self._beyond_evaluation = True, beyond_evaluation
         self._model, self._parameters = weakref.ref(model), dict(parameters)
         self._forward: Forward | None = None
         self._recorder: Recorder | None = None
@@ -45,8 +46,12 @@ class Watch:
             if watch is not None and module is watch._model():
                 watch._after(output)
 
-        for handle in Tap(before, after).attach(model):
-            weakref.finalize(self, handle.remove)
+        self._handles = [weakref.finalize(self, handle.remove) for handle in Tap(before, after).attach(model)]
+
+    def detach(self) -> None:
+        """Takes the hooks off the model."""
+        for remove in self._handles:
+            remove()
 
     def take(self) -> Forward | None:
         """The last forward, once."""
@@ -80,10 +85,12 @@ class Watch:
         self._depth += 1
         if self._depth > 1:
             return
-        self._forward = None
         self._outermost = _calling_frame()
         model = self._model()
-        if model is None or not (model.training and torch.is_grad_enabled()):
+        trains = model is not None and model.training and torch.is_grad_enabled()
+        if trains or not self._beyond_evaluation:
+            self._forward = None
+        if not trains:
             return
         device = next(iter(self._parameters.values())).device
         lowered = torch.is_autocast_enabled(device.type)
@@ -102,6 +109,8 @@ class Watch:
             return
         recorder = self._recorder
         self.clear()
+        if self._forward is not None and self._forward.returned is not None:
+            return  # one before this, which was in evaluation
         # A forward that raised returns nothing, and cannot be followed by a loss.
         if self._forward is None or output is None:
             self._forward = None
