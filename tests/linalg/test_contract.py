@@ -1,81 +1,19 @@
 """One contract for every operator: each operation against the dense matrix, formed independently."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from cases import CASES, INVERSE_ALONE, UNIT_METRIC, block_diagonal, centered
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.linalg import (
-    Block,
-    BlockDiagonal,
-    CenteredKronecker,
-    Dense,
-    Homogeneous,
-    Kronecker,
-    Layout,
-    Operator,
-    Space,
-)
-from oracles import centering, close, f64, homogeneous, homogeneous_kron, randn, spd
+import natgrad
+from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Kronecker, Space
+from oracles import close, f64, randn, spd
 
 TOL = 1e-8
-
-
-@dataclass
-class Case:
-    """An operator, its dense matrix in torch order, and what `damping` multiplies in that order."""
-
-    op: Operator
-    dense: torch.Tensor
-    metric: torch.Tensor
-
-    def damped(self, damping):
-        return self.dense + damping * self.metric
-
-
-def kronecker(d_out, d_in, seed):
-    A, B = spd(d_in, seed), spd(d_out, seed + 1)
-    return Case(Kronecker(A, B), torch.kron(B, A), torch.eye(d_in * d_out, dtype=f64))
-
-
-def centered(d_out, d_in, seed):
-    C, B, m = spd(d_in, seed), spd(d_out, seed + 1), randn(d_in, seed=seed)
-    T = centering(m, d_out)
-    return Case(CenteredKronecker(covariance=C, mean=m, output=B), homogeneous_kron(homogeneous(C, m), B), T.mT @ T)
-
-
-def homogeneous_(d_out, d_in, seed):
-    A, B = spd(d_in + 1, seed), spd(d_out, seed + 1)
-    return Case(Homogeneous(Kronecker(A, B)), homogeneous_kron(A, B), torch.eye((d_in + 1) * d_out, dtype=f64))
-
-
-def dense(d_out, d_in, seed):
-    M = spd(d_out * d_in + d_out, seed)
-    space = Space(((d_out, d_in), (d_out,)))
-    return Case(Dense(M, space), M, torch.eye(len(M), dtype=f64))
-
-
-def block_diagonal(d_out, d_in, seed):
-    """A weight stored transposed, then a centered layer, then a lone bias."""
-    A, B = spd(d_in, seed), spd(d_out, seed + 1)
-    middle, lone = centered(d_out, d_in, seed + 2), spd(d_out, seed + 4)
-    blocks = {
-        "late": Block(Dense(lone), ("c",)),
-        "first": Block(Kronecker(A, B), ("v",), layout=Layout("transposed")),
-        "middle": Block(middle.op, ("w", "b")),
-    }
-    space = Space(((d_in, d_out), (d_out, d_in), (d_out,), (d_out,)), ("v", "w", "b", "c"))
-    matrix = torch.block_diag(torch.kron(A, B), middle.dense, lone)
-    metric = torch.block_diag(torch.eye(len(A) * len(B), dtype=f64), middle.metric, torch.eye(d_out, dtype=f64))
-    return Case(BlockDiagonal(blocks, space), matrix, metric)
-
-
-CASES = [kronecker, centered, homogeneous_, dense, block_diagonal]
-UNIT_METRIC = [kronecker, homogeneous_, dense]
 sizes, seeds, dampings = st.integers(1, 5), st.integers(0, 10_000), st.sampled_from([0.0, 1e-4, 0.3, 20.0])
 every_operator = pytest.mark.parametrize("make", CASES)
+powerful = pytest.mark.parametrize("make", [make for make in CASES if make not in INVERSE_ALONE])
 
 
 def vector(case, seed=7):
@@ -95,7 +33,7 @@ def columns_order(space):
     for shape in space.shapes:
         n = torch.Size(shape).numel()
         index = torch.arange(start, start + n).view(shape)
-        order.append(index.t().flatten() if len(shape) == 2 else index)
+        order.append((index.t() if len(shape) == 2 else index).flatten())
         start += n
     return torch.cat(order)
 
@@ -164,13 +102,49 @@ def matrix_power(M, exponent):
     return (U * e**exponent) @ U.mT
 
 
-@every_operator
+@powerful
 @pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.5, 2.0])
 @given(d_out=sizes, d_in=sizes, seed=seeds)
 def test_power(make, exponent, d_out, d_in, seed):
     case = make(d_out, d_in, seed)
     close(case.op.power(exponent).to_dense(), matrix_power(case.dense, exponent), TOL)
+
+
+@every_operator
+@given(d_out=sizes, d_in=sizes, seed=seeds)
+def test_the_power_minus_one_is_the_inverse(make, d_out, d_in, seed):
+    case = make(d_out, d_in, seed)
     close(case.op.power(-1.0, 0.3).to_dense(), torch.linalg.inv(case.damped(0.3)), TOL)
+
+
+@pytest.mark.parametrize("make", INVERSE_ALONE)
+def test_another_power_than_the_inverse_says_what_has_it(make):
+    with pytest.raises(TypeError, match=r"structure='dense'|'dense'"):
+        make(2, 3, 0).op.power(0.5)
+
+
+@every_operator
+@given(d_out=sizes, d_in=sizes, seed=seeds, factor=st.sampled_from([0.5, 3]))
+def test_sums_and_multiples(make, d_out, d_in, seed, factor):
+    case, other = make(d_out, d_in, seed), make(d_out, d_in, seed + 1)
+    flat, _ = vector(case)
+    close((factor * case.op).to_dense(), factor * case.dense, TOL)
+    close((case.op * factor).trace(), factor * case.dense.trace(), TOL)
+    close((case.op + other.op) @ flat, (case.dense + other.dense) @ flat, TOL)
+    close((case.op - other.op).to_dense(), case.dense - other.dense, TOL)
+
+
+@every_operator
+def test_saved_and_loaded_it_is_the_same_bit_for_bit(make, tmp_path):
+    op = make(3, 2, 0).op
+    op.save(tmp_path / "matrix.safetensors")
+    again = natgrad.load(tmp_path / "matrix.safetensors")
+    v = randn(op.space.size)
+    assert torch.equal(again @ v, op @ v)
+    assert torch.equal(again.solve(v, 0.1), op.solve(v, 0.1))
+    assert again.space == op.space
+    assert repr(again) == repr(op)
+    assert again.describe() == op.describe()
 
 
 @pytest.mark.parametrize("make", UNIT_METRIC)

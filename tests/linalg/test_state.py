@@ -3,8 +3,12 @@
 import io
 
 import pytest
+import safetensors
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
+import natgrad
 from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Dense, Homogeneous, Kronecker, Layout, Space
 from natgrad.linalg.state import dump, restore
 from oracles import f64, randn, spd
@@ -94,3 +98,47 @@ def test_an_unknown_kind_is_named_with_those_known():
     state["stacked"]["kind"] = "Toeplitz"
     with pytest.raises(ValueError, match="'Toeplitz'"):
         restore(state)
+
+
+class TestLoading:
+    def test_no_such_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+            natgrad.load(tmp_path / "none.safetensors")
+
+    def test_another_kind_of_file(self, tmp_path):
+        (tmp_path / "matrix").write_text("not a matrix")
+        with pytest.raises(ValueError, match=r"matrix is not a safetensors file .*expected one that save\(\) wrote"):
+            natgrad.load(tmp_path / "matrix")
+
+    def test_tensors_of_something_else(self, tmp_path):
+        save_file({"a": torch.ones(2), "b": torch.ones(1)}, tmp_path / "weights")
+        with pytest.raises(ValueError, match="holds 2 tensors and no natgrad matrix"):
+            natgrad.load(tmp_path / "weights")
+
+    def test_a_later_format(self, tmp_path):
+        Dense(B).save(tmp_path / "matrix")
+        with safetensors.safe_open(tmp_path / "matrix", framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        save_file(tensors, tmp_path / "matrix", metadata | {"format": "2"})
+        with pytest.raises(
+            ValueError, match=r"of format '2' and this version of natgrad reads '1'.*compute the matrix"
+        ):
+            natgrad.load(tmp_path / "matrix")
+
+    def test_the_matrix_of_another_model(self, tmp_path):
+        model, other = nn.Linear(D_IN, D_OUT, dtype=f64), nn.Linear(D_IN, D_OUT + 1, dtype=f64)
+        data = (randn(5, D_IN), randn(5, D_OUT))
+        natgrad.fisher(model, nn.MSELoss(), data).save(tmp_path / "matrix")
+        assert natgrad.load(tmp_path / "matrix", model=model).space.size == D_OUT * (D_IN + 1)
+        with pytest.raises(
+            ValueError, match=r"of another model: 'weight', of shape \(3, 4\) there, has shape \(4, 4\)"
+        ):
+            natgrad.load(tmp_path / "matrix", model=other)
+        with pytest.raises(ValueError, match=r"'weight', of shape .* is not a parameter of"):
+            natgrad.load(tmp_path / "matrix", model=nn.Sequential(model))
+
+    def test_what_holds_a_model_is_not_saved(self, tmp_path):
+        data = (randn(5, D_IN), randn(5, D_OUT))
+        implicit = natgrad.fisher(nn.Linear(D_IN, D_OUT, dtype=f64), nn.MSELoss(), data, "implicit")
+        with pytest.raises(TypeError, match=r"holds a model and data.*structure='kfac'"):
+            implicit.save(tmp_path / "matrix")

@@ -90,7 +90,7 @@ class Kronecker(Operator):
         return Kronecker(self.A, scale * self.B)
 
     def _dense(self) -> Tensor:
-        return torch.kron(factor.full(self.B), factor.full(self.A))
+        return torch.kron(factor.full(self.B).contiguous(), factor.full(self.A).contiguous())
 
     def eigen(self) -> KroneckerEigen:
         """The same matrix in its eigenbasis, computed once."""
