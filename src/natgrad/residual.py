@@ -18,7 +18,7 @@ from natgrad.curvature import check_covered, check_finite
 from natgrad.data import Forward, Problem, check_mass
 from natgrad.independence import SMALLEST_CHUNK, Kernel, dependence, inner
 from natgrad.linalg import ColumnBlock, ExactBlock, Operator
-from natgrad.moments import SHARING, AffineMoments, kept_positions
+from natgrad.moments import SHARING, AffineMoments, Moments, kept_positions
 from natgrad.options import Selection, check_choice
 from natgrad.residual_report import Condition, LayerResidual, ResidualReport
 from natgrad.structures import ExactStructure, KfacStructure
@@ -126,11 +126,11 @@ def _report(problem: Problem, centered: bool, sharing: str, permutations: int, c
     check_finite(factors)
     blocks = exact.build(is_mean)
     report = {}
-    for layer in _shown(blocks, problem.progress):
+    for layer in _shown([layer for layer in factors if layer in blocks], problem.progress):
         block = blocks[layer]
         assert isinstance(block, ExactBlock)
         if isinstance(block, ColumnBlock):
-            report[layer.name] = _of_columns(block, factors[layer])
+            report[layer.name] = _of_columns(block, factors[layer], _condition(layer, kfac.moments.get(layer)))
             continue
         moments = kfac.moments[layer]
         assert isinstance(moments, AffineMoments)
@@ -187,15 +187,20 @@ def _of_layer(
         cka=found.cka,
         hsic_unbiased=total**2 * found.unbiased,
         p_value=found.p_value,
-        condition=Condition(
-            A=condition_number(A) if layer.weight else None,
-            C=condition_number(moments.C) if layer.weight and layer.bias else None,
-        ),
+        condition=_condition(layer, moments),
         cases=len(h),
     )
 
 
-def _of_columns(block: ColumnBlock, kfac: Operator) -> LayerResidual:
+def _condition(layer: Layer, moments: Moments | None) -> Condition:
+    """The condition numbers of a layer's input factors, where it has one and it is a matrix."""
+    if not isinstance(moments, AffineMoments) or not layer.weight or moments.scatter.ndim == 1:
+        return Condition(None, None)
+    A = homogeneous(moments) if layer.bias else moments.A
+    return Condition(condition_number(A), condition_number(moments.C) if layer.bias else None)
+
+
+def _of_columns(block: ColumnBlock, kfac: Operator, condition: Condition) -> LayerResidual:
     """Of a layer that is no plain affine map of its inputs, from the columns `s_ik` of its exact block `G = S Sᵀ`:
     `‖R‖² = ‖G‖² − 2 Σ_ik s_ikᵀ K s_ik + ‖K‖²`, `K` K-FAC's block, which is in float64."""
     S = block.space.unflatten(block.S.flatten(0, 1).double())
@@ -216,7 +221,7 @@ def _of_columns(block: ColumnBlock, kfac: Operator) -> LayerResidual:
         cka=nan,
         hsic_unbiased=nan,
         p_value=nan,
-        condition=Condition(None, None),
+        condition=condition,
         cases=block.S.shape[0],
     )
 
