@@ -2,9 +2,12 @@
 
     pip install curvlinops-for-pytorch nngeometry      # those not installed are left out, and named
     python benchmarks/factors.py
+    python benchmarks/factors.py --model cnn
 
-The model is the multilayer perceptron 784-1000-500-10, the data 1,000 random examples of ten classes. The floor is
-what any method must do: a forward, a backward to the layers' outputs alone, and the products of the factors.
+The model is the multilayer perceptron 784-1000-500-10, or a small convolutional network; the data are 1,000 random
+examples of ten classes. The floor is what is done by hand: a forward, a backward to the layers' outputs alone, and the
+products of the factors, those of convolutions with their patches written out. Peak memory is that of one computation
+in a process of its own, above what the process had before.
 """
 
 from __future__ import annotations
@@ -12,11 +15,15 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -27,31 +34,70 @@ CLASSES = 10
 Timed = Callable[[], object]
 
 
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 500), nn.ReLU(), nn.Linear(500, CLASSES))
+
+
+def cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(3136, 128),
+        nn.ReLU(),
+        nn.Linear(128, CLASSES),
+    )
+
+
+MODELS = {"mlp": (mlp, (784,)), "cnn": (cnn, (1, 28, 28))}
+
+
+def pass_through(model: nn.Module, x: Tensor, y: Tensor) -> Timed:
+    """One ordinary forward and backward."""
+
+    def compute() -> None:
+        nn.CrossEntropyLoss()(model(x), y).backward()
+        model.zero_grad()
+
+    return compute
+
+
 def floor(model: nn.Sequential, x: Tensor, exact: bool) -> Timed:
     """Factors by hand, one column for a sample and ten for the exact `D`."""
 
     def compute() -> list[tuple[Tensor, Tensor]]:
-        inputs, outputs, h = [], [], x
+        A, outputs, h = [], [], x
         for module in model:
-            if isinstance(module, nn.Linear):
-                inputs.append(h.detach())
-                h = module(h)
+            before, h = h, module(h)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                rows = patches(module, before.detach())
+                A.append(rows.mT @ rows / len(rows))
                 outputs.append(h)
-            else:
-                h = module(h)
         p = h.detach().softmax(1)
         if exact:
             columns = [p[:, c : c + 1].sqrt() * (torch.eye(CLASSES)[c] - p) for c in range(CLASSES)]
         else:
-            columns = [p - nn.functional.one_hot(torch.multinomial(p, 1).squeeze(1), CLASSES)]
-        A = [h.mT @ h / len(x) for h in inputs]
+            columns = [p - F.one_hot(torch.multinomial(p, 1).squeeze(1), CLASSES)]
         B = [torch.zeros(a.shape[1], a.shape[1]) for a in outputs]
         for column in columns:
             for total, g in zip(B, torch.autograd.grad(h, outputs, column, retain_graph=True), strict=True):
-                total.addmm_(g.mT, g)
+                rows = g if g.ndim == 2 else g.flatten(2).mT.flatten(0, 1)
+                total.addmm_(rows.mT, rows)
         return list(zip(A, B, strict=True))
 
     return compute
+
+
+def patches(module: nn.Module, h: Tensor) -> Tensor:
+    """What a layer's weight is multiplied with, `(cases, d_in)`."""
+    if isinstance(module, nn.Linear):
+        return h
+    assert isinstance(module, nn.Conv2d)
+    return F.unfold(h, module.kernel_size, module.dilation, module.padding, module.stride).mT.flatten(0, 1)
 
 
 def ours(model: nn.Module, x: Tensor, y: Tensor, structure: str, estimator: str) -> Timed:
@@ -88,31 +134,70 @@ def nngeometry(model: nn.Module, x: Tensor, y: Tensor) -> Timed:
     return lambda: FIM(model=model, loader=loader, representation=PMatKFAC, variant="classif_logits", device="cpu")
 
 
+CANDIDATES: dict[str, Callable[[nn.Sequential, Tensor, Tensor], Timed]] = {
+    "forward and backward": pass_through,
+    "floor, one sample": lambda model, x, y: floor(model, x, exact=False),
+    "natgrad K-FAC, one sample": lambda model, x, y: ours(model, x, y, "kfac", "mc"),
+    "curvlinops K-FAC, one sample": lambda model, x, y: curvlinops(model, x, y, "kfac", "MC"),
+    "floor, exact": lambda model, x, y: floor(model, x, exact=True),
+    "natgrad K-FAC, exact": lambda model, x, y: ours(model, x, y, "kfac", "exact"),
+    "curvlinops K-FAC, exact": lambda model, x, y: curvlinops(model, x, y, "kfac", "TYPE2"),
+    "nngeometry K-FAC, exact": lambda model, x, y: nngeometry(model, x, y),
+    "natgrad EKFAC, one sample": lambda model, x, y: ours(model, x, y, "ekfac", "mc"),
+    "curvlinops EKFAC, one sample": lambda model, x, y: curvlinops(model, x, y, "ekfac", "MC"),
+}
+
+
+def problem(options: argparse.Namespace) -> tuple[nn.Sequential, Tensor, Tensor]:
+    make, shape = MODELS[options.model]
+    torch.manual_seed(0)
+    return make(), torch.randn(options.examples, *shape), torch.randint(CLASSES, (options.examples,))
+
+
+def peak(options: argparse.Namespace, name: str) -> float:
+    """The peak of one computation in a process of its own, MiB above what the process had before."""
+    command = [sys.executable, __file__, "--model", options.model, "--examples", str(options.examples)]
+    run = subprocess.run([*command, "--peak-of", name], capture_output=True, text=True, check=True)
+    return float(run.stdout.split()[-1])
+
+
+def print_peak(options: argparse.Namespace) -> None:
+    model, x, y = problem(options)
+    compute = CANDIDATES[options.peak_of](model, x[:2], y[:2])
+    compute()  # imports and threads
+    compute = CANDIDATES[options.peak_of](model, x, y)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+    compute()
+    print((memory("VmHWM") - before) / 1024)
+
+
+def memory(what: str) -> int:
+    """KiB, from Linux's account of the process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{what}:")[2].split()[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="mlp")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--skip", nargs="*", default=[], help="words; candidates whose name has one are left out")
+    parser.add_argument("--peak-of", choices=list(CANDIDATES), help="print the peak memory of one alone")
     options = parser.parse_args()
+    if options.peak_of:
+        print_peak(options)
+        return
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 500), nn.ReLU(), nn.Linear(500, CLASSES))
-    x, y = torch.randn(options.examples, 784), torch.randint(CLASSES, (options.examples,))
-    candidates: dict[str, Callable[[], Timed]] = {
-        "floor, one sample": lambda: floor(model, x, exact=False),
-        "natgrad K-FAC, one sample": lambda: ours(model, x, y, "kfac", "mc"),
-        "curvlinops K-FAC, one sample": lambda: curvlinops(model, x, y, "kfac", "MC"),
-        "floor, exact": lambda: floor(model, x, exact=True),
-        "natgrad K-FAC, exact": lambda: ours(model, x, y, "kfac", "exact"),
-        "curvlinops K-FAC, exact": lambda: curvlinops(model, x, y, "kfac", "TYPE2"),
-        "nngeometry K-FAC, exact": lambda: nngeometry(model, x, y),
-        "natgrad EKFAC, one sample": lambda: ours(model, x, y, "ekfac", "mc"),
-        "curvlinops EKFAC, one sample": lambda: curvlinops(model, x, y, "ekfac", "MC"),
-    }
+    model, x, y = problem(options)
     console = Console()
     timed: dict[str, Timed] = {}
-    for name, make in candidates.items():
+    for name, make in CANDIDATES.items():
+        if any(word in name for word in options.skip):
+            continue
         try:
-            timed[name] = make()
+            timed[name] = make(model, x, y)
             timed[name]()  # warms up
         except Exception as error:
             console.print(f"left out: {name}: {type(error).__name__}: {error}", highlight=False)
@@ -129,13 +214,14 @@ def main() -> None:
     machine = (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    table = Table(title=f"MLP 784-1000-500-10, {options.examples} examples ({machine})")
-    for column in ("", "ms (median)", "of the floor"):
+    table = Table(title=f"{options.model}, {options.examples} examples ({machine})")
+    for column in ("", "ms (median)", "of the floor", "peak, MiB"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in times.items():
         base = times["floor, exact" if "exact" in name else "floor, one sample"]
         ratio = statistics.median(v / b for v, b in zip(values, base, strict=True))
-        table.add_row(name, f"{1e3 * statistics.median(values):.0f}", f"{ratio:.2f}")
+        memory = f"{peak(options, name):.0f}"
+        table.add_row(name, f"{1e3 * statistics.median(values):.0f}", f"{ratio:.2f}", memory)
     console.print(table)
 
 

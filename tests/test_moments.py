@@ -31,7 +31,7 @@ def of_inputs(h, d_out, mass):
 def moments(h, g, mass=None):
     mass = torch.as_tensor(float(len(h)) if mass is None else mass, dtype=h.dtype)
     m = of_inputs(h, g.shape[1], mass)
-    m.add_gradients(g)
+    m.add_gradients(g.unsqueeze(1))
     return m
 
 
@@ -178,7 +178,7 @@ def test_B_sums_over_cases_and_columns_and_the_mean_divides_by_the_mass(columns,
     h, g = randn(5, D_IN, seed=seed), randn(columns, 5, D_OUT, seed=seed)
     m = of_inputs(h, D_OUT, torch.tensor(mass, dtype=f64))
     for column in g:
-        m.add_gradients(column)
+        m.add_gradients(column.unsqueeze(1))
     output = sum(torch.outer(gi, gi) for column in g for gi in column)
     close(m.B(is_mean=False), output, 1e-11)
     close(m.B(is_mean=True), output / mass, 1e-11)

@@ -47,6 +47,10 @@ class Use:
     direct: bool = True
     before: Use | None = None
 
+    def forget_output(self) -> None:
+        """Lets go of the memory of `a`; its shape stays."""
+        self.a, self.before = self.a.new_empty(()).expand(self.a.shape), None
+
     def check_input(self) -> None:
         """Raises RuntimeError if `h` was overwritten since the forward."""
         if self.h._version != self.versions[0]:

@@ -200,7 +200,9 @@ def _gradients(
                 g = torch.zeros_like(use.a) if g is None else g.reshape(use.a.shape)
                 g = use.by_example(g.to(dtype or use.a.dtype), len(output))
                 by_layer[layer].append(_kind(layer, use).gradients(use.by_example(use.h, len(output)), g))
+        del gradients, g
         yield by_layer
+        del by_layer
 
 
 def _check_examples(use: Use, output: Tensor, sampled: bool) -> None:

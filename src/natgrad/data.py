@@ -126,6 +126,8 @@ class Problem:
         """The cases of every layer, batch after batch."""
         for recorder, output, target in self.recorded(self.parameters):
             recorder.check(output)
+            for use in recorder.uses:
+                use.forget_output()
             mass = self.curvature.normalizer(output, target)
             yield read_cases(
                 recorder.uses,

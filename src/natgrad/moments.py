@@ -53,12 +53,16 @@ class AffineMoments:
         whole = self + AffineMoments(sums.count, sums.mean, sums.scatter, zero(self.output), zero(self.mass))
         self.count, self.mean, self.scatter = whole.count, whole.mean, whole.scatter
 
-    def add_gradients(self, g: Float[Tensor, "n o"]) -> None:
+    def add_gradients(self, g: Float[Tensor, "n t o"]) -> None:
+        """Takes in one column's gradients: every position is a case."""
         g = g.to(self.output.dtype)
         if self.output.ndim == 1:
-            self.output.add_(g.square().sum(0))
+            self.output.add_(g.square().sum((0, 1)))
+        elif g.shape[1] > 1 and g.stride(2) != 1:  # a convolution's: its features are not side by side in memory
+            self.output.addbmm_(g.mT, g)
         else:
-            self.output.addmm_(g.mT, g)
+            rows = g.flatten(0, 1)
+            self.output.addmm_(rows.mT, rows)
 
     def __add__(self, other: AffineMoments) -> AffineMoments:
         n = self.count + other.count
@@ -114,8 +118,9 @@ class ScaleMoments:
     mass: Tensor
     """What the loss's mean divides by, summed over batches: a scalar."""
 
-    def add_gradients(self, g: Float[Tensor, "n o"]) -> None:
-        g = g.to(self.products.dtype)
+    def add_gradients(self, g: Float[Tensor, "n 1 o"]) -> None:
+        """Takes in one column's gradients in the coordinates, summed over the places of an example."""
+        g = g.squeeze(1).to(self.products.dtype)
         if len(self.products) == 1:
             self.products[0] += g.square().sum(0)
         else:
@@ -151,9 +156,11 @@ def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM)
         used: dict[Layer, list[Tensor]] = {}
         for g in cases.columns:
             for layer, uses in g.items():
-                moments[layer].add_gradients(shared(uses, "reduce" if _one_by_one(layer, uses) else sharing))
+                for summed in shared(uses, "reduce" if _one_by_one(layer, uses) else sharing):
+                    moments[layer].add_gradients(summed)
                 if cases.ignored is not None:
                     used[layer] = _used(uses, used.get(layer))
+            del g, uses  # before the next ones are made
         for layer, m in moments.items():
             if isinstance(m, AffineMoments):
                 _add_inputs(m, cases.h[layer], _kept(cases, layer, used.get(layer)), sharing)
@@ -240,8 +247,6 @@ def moments_of_state(state: Iterable[tuple[dict[str, Any], dict[str, Tensor]]]) 
     return moments
 
 
-def shared(uses: Sequence[Tensor], sharing: str) -> Float[Tensor, "n d"]:
-    """Gradients of all uses: each position a case (`expand`), or positions and uses summed (`reduce`)."""
-    if sharing == "expand":
-        return torch.cat([u.flatten(0, 1) for u in uses])
-    return torch.cat(list(uses), 1).sum(1)
+def shared(uses: Sequence[Tensor], sharing: str) -> list[Tensor]:
+    """Gradients of all uses, `(n, t, o)`: as they are (`expand`), or positions and uses summed (`reduce`)."""
+    return list(uses) if sharing == "expand" else [torch.cat(list(uses), 1).sum(1, keepdim=True)]
