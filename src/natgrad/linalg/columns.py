@@ -52,6 +52,8 @@ class ColumnBlock(ExactBlock):
 
     @property
     def bb(self) -> Dense:
+        if len(self.shapes) < 2:
+            raise ValueError(f"this block is of one parameter, of shape {self.shapes[0]}, and has no bb; expected two")
         b = self.space.unflatten(self.S)[-1].flatten(0, 1).flatten(1)
         return Dense(self.scale * b.mT @ b)
 

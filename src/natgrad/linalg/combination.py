@@ -27,7 +27,8 @@ class Scaled(Operator):
 
     def power(self, exponent: float, damping: float = 0.0) -> Operator:
         check_damping(damping)
-        return self.factor**exponent * self._positive("power").power(exponent, damping / self.factor)
+        operator = self._positive("power")
+        return self.factor**exponent * operator.power(exponent, damping / self.factor)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         check_damping(damping)

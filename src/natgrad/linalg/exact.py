@@ -11,6 +11,9 @@ from natgrad.linalg.eigen import eigh, semidefinite
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space, check_order
 
+COLUMNS = 64
+"""How many vectors of the block's own size are held at a time."""
+
 
 class ExactBlock(Operator):
     """`G = S Sᵀ`, with a column `s_ik = √scale · Σ_t g_ikt ⊗ x_it` for every example `i` and column `k` of `D`.
@@ -198,7 +201,12 @@ class ExactBlock(Operator):
 
     @property
     def WW(self) -> ExactBlock:
-        """`E[h hᵀ ⊗ Σ g gᵀ]`: the block of the weight with itself, on `W`."""
+        """`E[h hᵀ ⊗ Σ g gᵀ]`: the block of the weight with itself, on `W`.
+
+        Raises:
+            ValueError: as `Wb`, `bW` do too, if the block is a lone bias's.
+        """
+        self._check_weight("WW")
         return ExactBlock(self.h, self.g, bias=False, scale=self.scale)
 
     @property
@@ -210,12 +218,20 @@ class ExactBlock(Operator):
     @property
     def Wb(self) -> CrossBlock:
         """`E[h ⊗ Σ g gᵀ]`, which takes `b` to the weight's coordinates."""
+        self._check_weight("Wb")
         return CrossBlock(self, to_weight=True)
 
     @property
     def bW(self) -> CrossBlock:
         """`E[hᵀ ⊗ Σ g gᵀ]`, the transpose of `Wb`."""
+        self._check_weight("bW")
         return CrossBlock(self, to_weight=False)
+
+    def _check_weight(self, part: str) -> None:
+        if not self.h.shape[-1]:
+            raise ValueError(
+                f"this block is of a bias alone and has no {part}; expected a layer with a weight, or use bb"
+            )
 
 
 class CrossBlock:
@@ -293,6 +309,18 @@ class ExactPower(Operator):
     def norm(self) -> Tensor:
         e = (self.block.spectrum() + self.damping) ** self.exponent
         return (e.square().sum() + (self.space.size - len(e)) * self._rest**2).sqrt()
+
+    def _diagonal(self) -> Parts:
+        """`λ^p + Σ_j c_j (S q_j)²`, with some of the columns `S q_j` at a time."""
+        n, k = self.block.g.shape[:2]
+        total = [torch.full(s, self._rest, dtype=self.dtype, device=self.device) for s in self.space.shapes]
+        for Q, c in zip(self._Q.mT.split(COLUMNS), self._coefficients.split(COLUMNS), strict=True):
+            for part, Sq in zip(total, self.block._outer(Q.reshape(-1, n, k)), strict=True):
+                part += self.block.scale * torch.tensordot(c, Sq.square(), 1)
+        return tuple(total)
+
+    def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
+        return self.power(-0.5, damping)._matmul(parts)
 
 
 def squares(h: Float[Tensor, "n t i"], g: Float[Tensor, "n k t o"], *, bias: bool, budget: int = 1 << 25) -> Parts:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts
 
@@ -81,19 +82,7 @@ class IterativeInverse(Operator):
         check_damping(damping, damping_style)
         if damping != 0:
             raise self._cannot("damped inverse")
-        return Damped(self.matrix, self.damping)
-
-
-class Damped(Operator):
-    """`M + damping I`, by products."""
-
-    def __init__(self, matrix: Operator, damping: float):
-        self.matrix, self.damping = matrix, damping
-        self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
-
-    def _matmul(self, parts: Parts) -> Parts:
-        return tuple(m + self.damping * p for m, p in zip(self.matrix._matmul(parts), parts, strict=True))
-
-    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
-        check_damping(damping, damping_style)
-        return IterativeInverse(self.matrix, self.damping + damping)
+        if self.damping == 0:
+            return self.matrix
+        values = tuple(torch.full(s, self.damping, dtype=self.dtype, device=self.device) for s in self.space.shapes)
+        return self.matrix + Diagonal(values, self.space)

@@ -20,8 +20,10 @@ from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.exact import ExactBlock, ExactPower
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
+from natgrad.linalg.krylov import IterativeInverse
 from natgrad.linalg.layout import Layout
 from natgrad.linalg.operator import Operator
+from natgrad.linalg.restriction import Restriction
 from natgrad.linalg.rows import Rows
 from natgrad.linalg.space import Space
 
@@ -44,6 +46,8 @@ _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     CoordinateBlocks: {"scale": "v", "mean": "m", "shift": "s"},
     CoordinateInverse: {"scale": "v", "mean": "m", "shift": "s"},
     Rows: {"parts": "parts"},
+    IterativeInverse: {"matrix": "matrix", "damping": "damping", "tol": "tol", "max_iter": "max_iter"},
+    Restriction: {"whole": "whole", "names": "names"},
     Scaled: {"operator": "operator", "factor": "factor"},
     Sum: {"terms": "terms"},
 }
