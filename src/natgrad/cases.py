@@ -111,16 +111,26 @@ class Cases:
                     "after it, or use structure='kfac' with sharing='expand'"
                 )
 
-    def without_target(self, n: int, t: int) -> Bool[Tensor, "n t"] | None:
-        """Which of `t` positions of `n` examples have an ignored target of their own, or belong to an example whose
-        targets are all ignored."""
-        if self.ignored is None:
-            return None
+    def without_target(self, sizes: Sequence[tuple[int, int]]) -> list[Bool[Tensor, "n t"]]:
+        """Which positions have an ignored target, for uses of `n` examples and `t` positions each.
+
+        A position's target is its own where a use has as many positions as targets, or all uses together have (the
+        time steps of a recurrent layer); else those of its example are all ignored.
+        """
+        assert self.ignored is not None
+        ignored, (n, _) = self.ignored, sizes[0]
+        together = [t for _, t in sizes]
+        if len(sizes) > 1 and {m for m, _ in sizes} == {n} and ignored.numel() == n * sum(together):
+            return list(ignored.reshape(n, -1).split(together, 1))
+        return [self._without_target(*size) for size in sizes]
+
+    def _without_target(self, n: int, t: int) -> Bool[Tensor, "n t"]:
+        assert self.ignored is not None
         if self.ignored.numel() == n * t:
             return self.ignored.reshape(n, t)
         if len(self.ignored) == n:
             return self.ignored.reshape(n, -1).all(1, keepdim=True).expand(n, t)
-        return None
+        return torch.zeros(n, t, dtype=torch.bool, device=self.ignored.device)
 
 
 def read_cases(

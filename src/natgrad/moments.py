@@ -201,12 +201,8 @@ def _kept(cases: Cases, layer: Layer, used: Sequence[Tensor] | None) -> list[Boo
     if cases.ignored is None:
         return None
     kept = []
-    for i, use in enumerate(cases.h[layer]):
-        without = cases.without_target(*use.shape[:2])
-        if without is None:
-            kept.append(torch.ones(use.shape[:2], dtype=torch.bool, device=cases.mass.device))
-        else:
-            kept.append(~without if used is None else ~without | used[i])
+    for i, without in enumerate(cases.without_target([use.shape[:2] for use in cases.h[layer]])):
+        kept.append(~without if used is None else ~without | used[i])
     return kept
 
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from natgrad.capture import Use
 from natgrad.layers import COMPOSITES
 from natgrad.layers.affine import Affine, affine
+from natgrad.layers.embedding import embedding_bag
 
 
 def tangent(
@@ -61,6 +62,8 @@ class _Replay(TorchFunctionMode):
         if func in COMPOSITES:  # fused ones have no forward mode
             with self:
                 return COMPOSITES[func].function(*args, **kwargs)
+        if func is F.embedding_bag:  # nor has this
+            return embedding_bag(*args, **kwargs)
         if func is F.linear and self._left:
             out = self._linear(*args, **kwargs)
             if out is not None:

@@ -122,6 +122,24 @@ def _embedding_bag(
     return Call(kind, input, weight, others=others)
 
 
+def embedding_bag(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.embedding_bag` by functions that have a forward mode.
+
+    Raises:
+        NotImplementedError: for the maximum of a bag, or renormalized embeddings.
+    """
+    call = _embedding_bag(input, weight, *args, **kwargs)
+    if call is None:
+        raise NotImplementedError(
+            "embedding_bag with mode='max', max_norm or scale_grad_by_freq has no forward mode; use mode='sum' or "
+            "'mean', or give lr, momentum and damping as numbers"
+        )
+    x = call.kind.inputs(input)
+    assert isinstance(x, Sparse)
+    terms = weight[x.column] * x.value.to(weight.dtype).unsqueeze(1)
+    return weight.new_zeros(x.shape[0], weight.shape[1]).index_add(0, x.row, terms)
+
+
 def _index(padding: int | None, tokens: int) -> int | None:
     return padding + tokens if padding is not None and padding < 0 else padding
 

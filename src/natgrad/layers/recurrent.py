@@ -49,15 +49,15 @@ def _network(step: Callable[..., State]) -> Callable[..., Any]:
     def run(
         input: Tensor,
         hidden: Any,
-        params: Sequence[Tensor],
+        params: Any,
         has_biases: Any,
         num_layers: Any,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: Any = None,
+        dropout: Any,
+        train: Any,
+        bidirectional: Any,
+        batch_first: Any,
     ) -> Any:
-        if batch_first is None:
+        if isinstance(hidden, Tensor) and not hidden.is_floating_point():  # the sizes of a packed sequence's batches
             raise NotImplementedError(
                 "a recurrent layer was given a PackedSequence, which is not followed; expected padded sequences: pad "
                 "them, and leave the padding out of the loss with ignore_index"

@@ -25,22 +25,22 @@ class Layout:
         """From a parameter's shape `own` to the operator's `shape`."""
         lead = t.shape[: t.ndim - len(own)]
         if self.form == "transposed":
-            return t.reshape(*lead, *shape[::-1]).mT
+            return t.reshape((*lead, *shape[::-1])).mT
         if self.form == "deconvolution":
             space = range(-len(own) + 2, 0)
             t = t.unflatten(len(lead), (self.groups, own[0] // self.groups)).flip([*space])
             t = t.transpose(len(lead) + 1, len(lead) + 2)
-        return t.reshape(*lead, *shape)
+        return t.reshape((*lead, *shape))
 
     def to_parameter(self, t: Tensor, own: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """Undoes `to_operator`."""
         lead = t.shape[: t.ndim - len(shape)]
         if self.form == "transposed":
-            return t.mT.reshape(*lead, *own)
+            return t.mT.reshape((*lead, *own))
         if self.form == "deconvolution":
             t = t.reshape(*lead, self.groups, own[1], own[0] // self.groups, *own[2:])
             t = t.transpose(len(lead) + 1, len(lead) + 2).flip([*range(-len(own) + 2, 0)])
-        return t.reshape(*lead, *own)
+        return t.reshape((*lead, *own))
 
 
 PLAIN = Layout()

@@ -51,7 +51,7 @@ class Space:
         flat = []
         for part, shape in zip(parts, self.shapes, strict=True):
             by_columns = order == "vec" and len(shape) == 2
-            flat.append(vec(part) if by_columns else part.reshape(*part.shape[: part.ndim - len(shape)], -1))
+            flat.append(vec(part) if by_columns else part.reshape((*part.shape[: part.ndim - len(shape)], -1)))
         return torch.cat(flat, -1)
 
     def unflatten(self, v: Tensor, order: str = "torch") -> Parts:
@@ -59,7 +59,7 @@ class Space:
         parts = []
         for piece, shape in zip(v.split([prod(s) for s in self.shapes], -1), self.shapes, strict=True):
             by_columns = order == "vec" and len(shape) == 2
-            parts.append(unvec(piece, (shape[0], shape[1])) if by_columns else piece.reshape(*v.shape[:-1], *shape))
+            parts.append(unvec(piece, (shape[0], shape[1])) if by_columns else piece.reshape((*v.shape[:-1], *shape)))
         return tuple(parts)
 
     def columns_index(self, device: torch.device | None = None) -> Tensor:

@@ -1,0 +1,93 @@
+"""Padding of sequences, left out of the loss, leaves the matrix as it is."""
+
+import pytest
+import torch
+from torch import nn
+
+import natgrad
+from oracles import close, f64
+
+TOKENS, PAD, WIDTH = 9, 0, 4
+LENGTHS = [5, 3, 4, 1, 5, 2]  # more examples than features: a covariance of full rank
+
+
+class Model(nn.Module):
+    """Embeddings, attention, normalization, a tied head. Causal, or with the padding masked."""
+
+    def __init__(self, causal):
+        super().__init__()
+        self.embed = nn.Embedding(TOKENS, WIDTH)
+        self.place = nn.Embedding(12, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.norm, self.linear, self.causal = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), causal
+
+    def forward(self, x):
+        h = self.embed(x) + self.place(torch.arange(x.shape[1]).unsqueeze(0))
+        if self.causal:
+            mask = {"attn_mask": torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)}
+        else:
+            mask = {"key_padding_mask": x == PAD}
+        h = h + self.attention(h, h, h, **mask)[0]
+        return (self.linear(self.norm(h)).tanh() @ self.embed.weight.T).transpose(1, 2)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, causal):
+        super().__init__()
+        self.embed, self.rnn = nn.Embedding(TOKENS, WIDTH), nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.head = nn.Linear(WIDTH, TOKENS)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.embed(x))[0]).transpose(1, 2)
+
+
+def sequences():
+    g = torch.Generator().manual_seed(0)
+    return [
+        (torch.randint(1, TOKENS, (1, n), generator=g), torch.randint(1, TOKENS, (1, n), generator=g)) for n in LENGTHS
+    ]
+
+
+def padded(length):
+    """All in one batch."""
+    x = torch.full((len(LENGTHS), length), PAD)
+    y = torch.full((len(LENGTHS), length), -100)
+    for i, (its_x, its_y) in enumerate(sequences()):
+        x[i, : its_x.shape[1]], y[i, : its_y.shape[1]] = its_x, its_y
+    return [(x, y)]
+
+
+# Summed over positions the gradients of keys vanish, so that EKFAC's basis by "reduce" is not unique with attention.
+COMBINATIONS = [
+    (make, causal, structure, options)
+    for make, causal in ((Model, True), (Model, False), (Recurrent, True))
+    for structure in ("kfac", "ekfac", "block", "diagonal")
+    for options in ({}, {"sharing": "reduce"}, {"centered": False})
+    if not (make is Model and structure == "ekfac" and "sharing" in options)
+]
+
+
+@pytest.mark.parametrize(("make", "causal", "structure", "options"), COMBINATIONS)
+def test_any_padding_gives_the_matrix_of_none(make, causal, structure, options):
+    torch.manual_seed(0)
+    model, loss = make(causal).to(f64), nn.CrossEntropyLoss()
+    alone = natgrad.fisher(model, loss, sequences(), structure, **options).to_dense()
+    for length in (5, 8):
+        close(natgrad.fisher(model, loss, padded(length), structure, **options).to_dense(), alone, 1e-9)
+
+
+def test_a_token_without_a_target_that_others_see_is_a_case():
+    """A prompt: its own target is ignored, but later ones depend on it."""
+    torch.manual_seed(0)
+    model = Model(causal=True).to(f64)
+    ((x, y),) = padded(5)
+    y[0, :2] = -100
+    F = natgrad.fisher(model, nn.CrossEntropyLoss(), [(x, y)])
+    h = model.embed(x) + model.place(torch.arange(5).unsqueeze(0))
+    real = torch.zeros(len(LENGTHS), 5, dtype=torch.bool)
+    for i, n in enumerate(LENGTHS):
+        real[i, :n] = True
+    close(F.layers["attention.in_proj"].operator.m, h[real].detach().mean(0), 1e-10)
+    real[0, :2] = False
+    inner = model.norm(h + model.attention(h, h, h, attn_mask=torch.ones(5, 5, dtype=torch.bool).triu(1))[0])
+    close(F.layers["linear"].operator.m, inner[real].detach().mean(0), 1e-10)
