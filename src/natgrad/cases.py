@@ -159,9 +159,11 @@ def read_cases(
         for layer, its_uses in layers.items():
             for use in its_uses:
                 use.check_input()
-                _check_examples(use, output, sampled)
+                _check_examples(use, output)
             h[layer] = [_inputs(layer, use, len(output)).to(dtype or use.a.dtype) for use in its_uses]
             d_out[layer] = _kind(layer, its_uses[0]).width(its_uses[0].a)
+    if not sampled:
+        _check_apart(uses, output)
     gradients = _gradients(uses, layers, output, columns, dtype)
     return Cases(h, gradients, d_out, mass.to(dtype or mass.dtype), len(output), ignored)
 
@@ -215,7 +217,7 @@ def _gradients(
         del by_layer
 
 
-def _check_examples(use: Use, output: Tensor, sampled: bool) -> None:
+def _check_examples(use: Use, output: Tensor) -> None:
     name = use.weight or use.bias
     if use.kind.features == -1 and use.a.ndim < 2 and len(output) != 1:
         raise ValueError(
@@ -223,9 +225,25 @@ def _check_examples(use: Use, output: Tensor, sampled: bool) -> None:
             f"{tuple(output.shape)} counts {len(output)} examples; expected an axis of examples first, in both: "
             "model(x.unsqueeze(0)) for a single one"
         )
-    n, t = use.kind.positions(use.by_example(use.a.detach(), len(output)))
-    if not sampled and n < len(output) and n * t < len(output):
-        raise ValueError(
-            f"{name!r} was used on {n * t} rows where the output has {len(output)} examples, so that its gradient is "
-            "a sum over examples; expected a row for each example. Use estimator='mc', or expand its input to one"
-        )
+
+
+def _check_apart(uses: Sequence[Use], output: Tensor) -> None:
+    """Raises ValueError if several of the output's examples depend on one position of a use, as where positions that
+    see one another are flattened to examples: a column, which is of all examples at once, would mix them.
+
+    It is seen from the last and the first example that share a row.
+    """
+    shared = [u for u in uses if u.kind.positions(u.by_example(u.a.detach(), len(output)))[0] < len(output)]
+    for use in shared:
+        n, t = use.kind.positions(use.by_example(use.a.detach(), len(output)))
+        for row in {len(output) // n - 1, 0}:
+            (g,) = torch.autograd.grad(output[row].sum(), use.edge, retain_graph=True, allow_unused=True)
+            g = use.a.new_zeros(use.a.shape) if g is None else g.reshape(use.a.shape)
+            touched = use.kind.gradients(use.h, g).abs().sum(-1) > 0
+            if n * t < len(output) or int(touched.sum()) > 1:
+                raise ValueError(
+                    f"{use.weight or use.bias!r} was used on {n} examples of {t} positions where the output has "
+                    f"{len(output)} examples, which see one another: a column would mix them. Give the loss outputs "
+                    "with examples on axis 0 and positions after the classes, (N, C, T) in place of (N·T, C), or use "
+                    "estimator='mc'"
+                )

@@ -91,3 +91,42 @@ def test_a_token_without_a_target_that_others_see_is_a_case():
     real[0, :2] = False
     inner = model.norm(h + model.attention(h, h, h, attn_mask=torch.ones(5, 5, dtype=torch.bool).triu(1))[0])
     close(F.layers["linear"].operator.m, inner[real].detach().mean(0), 1e-10)
+
+
+class TestFlattened:
+    """Positions as examples of the output: fine where they do not see one another, or where labels are drawn."""
+
+    def matrix(self, model, estimator, **options):
+        x, y = torch.randint(1, TOKENS, (4, 5)), torch.randint(1, TOKENS, (4, 5))
+
+        def flattened(model, batch):
+            return model(batch[0]).transpose(1, 2).flatten(0, 1), batch[1].flatten()
+
+        return natgrad.fisher(
+            model, nn.CrossEntropyLoss(), [(x, y)], estimator=estimator, forward=flattened, **options
+        ), natgrad.fisher(model, nn.CrossEntropyLoss(), [(x, y)], estimator=estimator, **options)
+
+    @pytest.mark.parametrize("make", [Model, Recurrent])
+    @pytest.mark.parametrize("estimator", ["exact", "empirical"])
+    def test_those_that_see_one_another_are_refused(self, make, estimator):
+        with pytest.raises(ValueError, match=r"see one another.*\(N, C, T\)"):
+            self.matrix(make(causal=True).to(f64), estimator)
+
+    def test_others_give_the_same(self):
+        class Apart(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed, self.head = nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, TOKENS)
+
+            def forward(self, x):
+                return self.head(self.embed(x).tanh()).transpose(1, 2)
+
+        torch.manual_seed(0)
+        flat, positions = self.matrix(Apart().to(f64), "exact")
+        close(flat.to_dense(), positions.to_dense(), 1e-10)
+
+    def test_with_labels_drawn_it_is_the_same_on_average(self):
+        torch.manual_seed(0)
+        model, generator = Model(causal=True).to(f64), torch.Generator().manual_seed(0)
+        flat, positions = self.matrix(model, "mc", samples=300, generator=generator)
+        assert abs(flat.trace() / positions.trace() - 1) < 0.1
