@@ -6,16 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.blocks import homogeneous, kfac_blocks
+from natgrad.blocks import kfac_blocks
 from natgrad.cases import Cases, Layer
-from natgrad.groups import coordinates, example_gradients, groups, has_rival, joined_examples, step_of, tiled, whole
-from natgrad.layers import Inputs, Rows, Sparse
-from natgrad.linalg import Centered, ColumnBlock, Diagonal, ExactBlock, Homogeneous, KroneckerEigen, Operator, factor
-from natgrad.linalg.centered import matrix_of
-from natgrad.linalg.exact import squares
+from natgrad.eigenbasis import accumulate, bases_of, example_squares, squares_in
+from natgrad.groups import coordinates, example_gradients, groups, has_rival, joined_examples, tiled, whole
+from natgrad.layers import Rows
+from natgrad.linalg import ColumnBlock, Diagonal, ExactBlock, Operator
 from natgrad.linalg.space import Parts
 from natgrad.moments import MAX_DIM, AffineMoments, Moments, layer_moments, merge
 
@@ -74,60 +72,25 @@ class EkfacStructure(KfacStructure):
     passes = 2
 
     def next_pass(self) -> None:
-        self._bases: dict[Layer, tuple[factor.Basis, factor.Basis]] = {}
+        self._bases = bases_of(self.moments, self.centered)
         self._values: dict[Layer, Parts] = {}
-        for layer, m in self.moments.items():
-            if isinstance(m, AffineMoments) and not has_rival(layer, self.moments):
-                inputs = m.C if self._is_centered(layer) else homogeneous(m) if layer.bias and layer.weight else m.A
-                U_A = factor.eigen(inputs, f"the input factor of layer {layer.label!r}")[1] if layer.weight else None
-                U_B = factor.eigen(m.B(is_mean=False), f"the output factor of layer {layer.label!r}")[1]
-                self._bases[layer] = U_A, U_B
-
-    def _is_centered(self, layer: Layer) -> bool:
-        return bool(self.centered and layer.weight and layer.bias)
 
     def add(self, cases: Cases) -> None:
         if not hasattr(self, "_bases"):
             super().add(cases)
             return
-        z = {layer: self._inputs(layer, cases) for layer in self._bases}
-        for g in cases.columns:
-            for layer, (_, U_B) in self._bases.items():
-                p = cases.by_example(layer, g[layer])
-                p = p if U_B is None else p @ U_B
-                both = self._is_centered(layer) or not layer.weight
-                _accumulate(self._values, layer, _squares(z[layer], p.unsqueeze(1), bias=both))
-
-    def _inputs(self, layer: Layer, cases: Cases) -> Inputs:
-        """`U_Cᵀ (h − m)`."""
-        x, U_A = joined_examples(cases, layer), self._bases[layer][0]
-        if not layer.weight or isinstance(x, Sparse):
-            return x
-        h, m = x.dense(), self.moments[layer]
-        assert isinstance(m, AffineMoments)
-        if self._is_centered(layer):
-            h = h - m.mean
-        elif layer.bias:
-            h = torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1)
-        return Rows(h if U_A is None else h @ U_A)
+        for layer, values in squares_in(self._bases, self.moments, cases).items():
+            accumulate(self._values, layer, values)
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         rest = {layer: m for layer, m in self.moments.items() if layer not in self._bases}
-        own = {layer: self._block(layer, self._scale(is_mean)) for layer in self._bases}
-        return tiled(own) | kfac_blocks(rest, is_mean, self.centered)
-
-    def _block(self, layer: Layer, scale: Tensor | float) -> Operator:
-        U_A, U_B = self._bases[layer]
-        *weight, last = (v * scale for v in self._values[layer])
-        if not layer.weight or self._is_centered(layer):
-            bias = matrix_of(last if U_B is None else (U_B * last) @ U_B.mT)
-            if not layer.weight:
-                return bias
+        scale = self._scale(is_mean)
+        own = {}
+        for layer, basis in self._bases.items():
             m = self.moments[layer]
             assert isinstance(m, AffineMoments)
-            return Centered(KroneckerEigen(U_A, U_B, weight[0]), bias, m.mean)
-        whole = KroneckerEigen(U_A, U_B, last)
-        return Homogeneous(whole) if layer.bias else whole
+            own[layer] = basis.block(tuple(v * scale for v in self._values[layer]), m)
+        return tiled(own) | kfac_blocks(rest, is_mean, self.centered)
 
 
 class DiagonalStructure(Structure):
@@ -139,17 +102,8 @@ class DiagonalStructure(Structure):
 
     def add(self, cases: Cases) -> None:
         self._add_mass(cases)
-        h = {layer: joined_examples(cases, layer) for layer in cases.h}
-        for g in cases.columns:
-            for layers in groups(cases.h):
-                if any(has_rival(layer, cases.h) for layer in layers):
-                    parts = example_gradients(cases, layers, g)
-                    _accumulate(self._values, whole(layers), tuple(p.square().sum(0) for p in parts))
-                    continue
-                for layer in layers:
-                    its_g = cases.by_example(layer, g[layer]).unsqueeze(1)
-                    new = _squares(h[layer], its_g, bias=layer.scale or layer.bias is not None)
-                    _accumulate(self._values, layer, coordinates(new[0], layer) if layer.scale else new)
+        for layer, values in diagonal_squares(cases).items():
+            accumulate(self._values, layer, values)
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         scale = self._scale(is_mean)
@@ -212,21 +166,21 @@ STRUCTURES: dict[str, Callable[[bool, str, int], Structure]] = {
 }
 
 
-def _squares(x: Inputs, g: Float[Tensor, "n k t o"], *, bias: bool) -> Parts:
-    """`Σ_ik (Σ_t g_ikt x_it)²` of every entry of `(W, b)`."""
-    if isinstance(x, Sparse):
-        return (x.squares(g), *([g.sum(2).square().sum((0, 1))] if bias else []))
-    step = step_of(x)
-    parts = [
-        squares(x.part(start, start + step).dense(), its_g, bias=bias)
-        for start, its_g in zip(range(0, len(g), step), g.split(step), strict=True)
-    ]
-    return tuple(torch.stack(column).sum(0) for column in zip(*parts, strict=True))
-
-
-def _accumulate(values: dict[Layer, Parts], layer: Layer, new: Parts) -> None:
-    old = values.get(layer)
-    values[layer] = new if old is None else tuple(a.add_(b) for a, b in zip(old, new, strict=True))
+def diagonal_squares(cases: Cases) -> dict[Layer, Parts]:
+    """The sums over a batch's examples and columns of the squared gradients, `Σ_k (Σ_t g x)²`."""
+    sums: dict[Layer, Parts] = {}
+    h = {layer: joined_examples(cases, layer) for layer in cases.h}
+    for g in cases.columns:
+        for layers in groups(cases.h):
+            if any(has_rival(layer, cases.h) for layer in layers):
+                parts = example_gradients(cases, layers, g)
+                accumulate(sums, whole(layers), tuple(p.square().sum(0) for p in parts))
+                continue
+            for layer in layers:
+                its_g = cases.by_example(layer, g[layer]).unsqueeze(1)
+                new = example_squares(h[layer], its_g, bias=layer.scale or layer.bias is not None)
+                accumulate(sums, layer, coordinates(new[0], layer) if layer.scale else new)
+    return sums
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
