@@ -62,6 +62,7 @@ def kfac_block(layer: Layer, moments: Moments, is_mean: bool, centered: bool) ->
     if isinstance(moments, ScaleMoments):
         products = moments.means(is_mean)
         return Diagonal((products[0],)) if len(products) == 1 else CoordinateBlocks.of_products(*products)
+    assert isinstance(moments, AffineMoments)
     B = moments.B(is_mean)
     if layer.weight is None:
         return matrix_of(B)

@@ -96,6 +96,20 @@ class Cases:
         self.columns = list(self.columns)
         return self
 
+    def first(self, examples: int, mass: Tensor) -> Cases:
+        """The cases of the first examples alone; `mass` is theirs."""
+
+        def kept(n: int) -> int:
+            return n * examples // self.examples
+
+        def columns() -> Iterator[dict[Layer, list[Tensor]]]:
+            for column in self.columns:
+                yield {layer: [g[: kept(len(g))] for g in uses] for layer, uses in column.items()}
+
+        h = {layer: [use.part(0, kept(use.shape[0])) for use in uses] for layer, uses in self.h.items()}
+        ignored = None if self.ignored is None else self.ignored[:examples]
+        return Cases(h, columns(), self.d_out, mass.to(self.mass.dtype), examples, ignored)
+
     def by_example(self, layer: Layer, uses: Sequence[Tensor]) -> Tensor:
         """The uses one after the other along the positions: `(example, all positions, features)`."""
         self.check_examples(layer, [len(use) for use in uses])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from natgrad.cases import Cases, Layer
 from natgrad.layers import Inputs, joined, stacked
 from natgrad.linalg.layout import Layout
+from natgrad.linalg.space import Parts
 
 SHARING = ("expand", "reduce")
 MAX_DIM = 8192
@@ -143,7 +144,31 @@ class ScaleMoments:
         return torch.isfinite(self.products.sum() + self.mass)
 
 
-Moments = AffineMoments | ScaleMoments
+@dataclass
+class DiagonalMoments:
+    """Sums over examples and columns of squared gradients, in the parameters or in some basis."""
+
+    values: Parts
+    mass: Tensor
+    """What the loss's mean divides by, summed over batches: a scalar."""
+
+    def __add__(self, other: DiagonalMoments) -> DiagonalMoments:
+        values = tuple(a + b for a, b in zip(self.values, other.values, strict=True))
+        return DiagonalMoments(values, self.mass + other.mass)
+
+    def __rmul__(self, factor: float) -> DiagonalMoments:
+        """The same averages with `factor` times the weight."""
+        return DiagonalMoments(tuple(factor * v for v in self.values), factor * self.mass)
+
+    def means(self) -> Parts:
+        return tuple(v / self.mass for v in self.values)
+
+    def is_finite(self) -> Tensor:
+        """A boolean scalar: nothing in here is NaN or infinite."""
+        return torch.isfinite(torch.stack([v.sum() for v in self.values]).sum() + self.mass)
+
+
+Moments = AffineMoments | ScaleMoments | DiagonalMoments
 
 
 def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM) -> dict[Layer, Moments]:
@@ -152,18 +177,31 @@ def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM)
     A position whose target is ignored is no case, unless other targets depend on it.
     """
     with torch.no_grad():
-        moments = {layer: _empty(cases, layer, max_dim) for layer in cases.h}
+        moments: dict[Layer, AffineMoments | ScaleMoments] = {layer: _empty(cases, layer, max_dim) for layer in cases.h}
         used: dict[Layer, list[Tensor]] = {}
         for g in cases.columns:
             for layer, uses in g.items():
+                m = moments[layer]
                 for summed in shared(uses, "reduce" if _one_by_one(layer, uses) else sharing):
-                    moments[layer].add_gradients(summed)
+                    m.add_gradients(summed)
                 if cases.ignored is not None:
                     used[layer] = _used(uses, used.get(layer))
             del g, uses  # before the next ones are made
         for layer, m in moments.items():
             if isinstance(m, AffineMoments):
                 _add_inputs(m, cases.h[layer], _kept(cases, layer, used.get(layer)), sharing)
+    return dict(moments)
+
+
+def input_moments(cases: Cases, layers: Iterable[Layer], sharing: str, max_dim: int) -> dict[Layer, Moments]:
+    """The moments of some affine layers' inputs alone; the output factors are zero, and diagonals."""
+    moments: dict[Layer, Moments] = {}
+    with torch.no_grad():
+        for layer in layers:
+            d_in = cases.h[layer][0].shape[2]
+            m = AffineMoments.empty(d_in, cases.d_out[layer], cases.mass, diagonal=(d_in > max_dim, True))
+            _add_inputs(m, cases.h[layer], _kept(cases, layer, None), sharing)
+            moments[layer] = m
     return moments
 
 
@@ -172,7 +210,7 @@ def _one_by_one(layer: Layer, uses: Sequence[Tensor]) -> bool:
     return layer.scale and len({len(use) for use in uses}) == 1
 
 
-def _empty(cases: Cases, layer: Layer, max_dim: int) -> Moments:
+def _empty(cases: Cases, layer: Layer, max_dim: int) -> AffineMoments | ScaleMoments:
     d_out = cases.d_out[layer]
     if layer.scale:
         both = len(layer.names) == 2
@@ -239,8 +277,13 @@ def moments_of_state(state: Iterable[tuple[dict[str, Any], dict[str, Tensor]]]) 
     for its_layer, its_moments in state:
         rows = its_layer["rows"]
         layer = Layer(**its_layer | {"layout": Layout(**its_layer["layout"]), "rows": rows and tuple(rows)})
-        moments[layer] = ScaleMoments(**its_moments) if layer.scale else AffineMoments(**its_moments)
+        kind = next(k for k in (AffineMoments, ScaleMoments, DiagonalMoments) if its_moments.keys() == _names(k))
+        moments[layer] = kind(**its_moments)  # type: ignore[arg-type]
     return moments
+
+
+def _names(kind: type[Moments]) -> set[str]:
+    return {field.name for field in fields(kind)}
 
 
 def shared(uses: Sequence[Tensor], sharing: str) -> list[Tensor]:

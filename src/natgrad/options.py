@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -41,3 +42,9 @@ def check_max_dim(max_dim: int) -> None:
     """Raises ValueError unless it is a number of rows."""
     if max_dim < 1:
         raise ValueError(f"max_dim={max_dim} is not usable: expected a number of rows, at least 1")
+
+
+def check_number(name: str, value: float | None) -> None:
+    """Raises ValueError unless it is a finite number that is not negative, or None."""
+    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value!r} is not usable: expected a number >= 0")

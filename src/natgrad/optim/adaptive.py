@@ -1,35 +1,42 @@
-"""The step that the optimizers share: follow the forwards, find a direction, choose its length, adapt the damping."""
+"""The step that the optimizers share: find a direction, choose its length, adapt the damping."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from natgrad.capture import Recorder
 from natgrad.linalg.operator import check_damping
-from natgrad.losses import ESTIMATORS, output_curvature
-from natgrad.optim.batch import Batch, Forward, Objective, full_precision
+from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
+from natgrad.optim.decay import Decay
+from natgrad.optim.follow import Following
+from natgrad.optim.move import Part, Step
 from natgrad.optim.output import Way
+from natgrad.optim.parameter_groups import Groups
+from natgrad.optim.precision import check_precision
 from natgrad.optim.quadratic import Minimum, minimize
 from natgrad.optim.vectors import Vector, combine, copied, dot, finite, gram
-from natgrad.optim.watch import Watch
-from natgrad.options import check_choice, select_parameters
 
 
-class Adaptive(torch.optim.Optimizer, ABC):
+class Adaptive(Following):
     """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`, everything adaptive by default:
 
         θ ← θ − α Δ + μ δ
 
     with `δ` the previous step. `α` and `μ` minimize the quadratic model with the exact Fisher of the batch, and `λ`
-    follows how well that model predicts the loss. A subclass says what `F` is, and how it is inverted.
+    follows how well that model predicts the loss. Where both are numbers, the step is that of `torch.optim.SGD` on a
+    preconditioned gradient:
+
+        v ← μ v + ∇        θ ← θ − α (F + λI)⁻¹ v
+
+    A subclass says what `F` is, and how it is inverted.
     """
 
     _key: ClassVar[str]
@@ -44,66 +51,55 @@ class Adaptive(torch.optim.Optimizer, ABC):
         model: nn.Module,
         loss: nn.Module,
         *,
+        params: Groups,
         lr: float | None,
         momentum: float | None,
         damping: float | None,
         weight_decay: float,
+        decoupled_weight_decay: bool,
+        max_kl: float | None,
         estimator: str,
         adapt_every: int,
+        matmul_precision: str | None,
         output: Way | None,
         generator: torch.Generator | None,
+        more: dict[str, Any] | None = None,
     ):
-        self._curvature = output_curvature(loss)
-        if isinstance(loss, nn.GaussianNLLLoss):
-            raise TypeError(
-                f"{type(self).__name__} follows models that return one tensor, and nn.GaussianNLLLoss takes two; let "
-                "the model return one, with natgrad.losses.Likelihood(lambda f: Normal(f[..., 0], f[..., 1].exp()))"
-            )
-        self._parameters = select_parameters(model)
-        check_number("lr", lr)
-        check_number("momentum", momentum)
-        check_number("weight_decay", weight_decay)
         if damping is not None:
             check_damping(damping)
-        check_choice("estimator", estimator, ESTIMATORS)
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([{"params": list(self._parameters.values())}], defaults)
-
-        self.model, self._output = model, output
-        self.estimator, self.adapt_every = estimator, adapt_every
-        device = next(iter(self._parameters.values())).device
-        self._generator = generator or torch.Generator(device).manual_seed(torch.initial_seed())
-
+        check_precision(matmul_precision)
+        if max_kl is not None and not max_kl > 0:
+            raise ValueError(f"max_kl={max_kl} is not usable: expected a number > 0, or None for no bound")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            **(more or {}),
+        }
+        super().__init__(model, loss, params, defaults, estimator=estimator, output=output, generator=generator)
+        self.adapt_every, self.max_kl, self.matmul_precision = adapt_every, max_kl, matmul_precision
         self.diagnostics: dict[str, Any] = {}
         self._damping, self._adaptive_damping = damping, damping is None
         self._steps = 0
         self._combination: list[float] | None = None
         self._rejections = 0  # in a row
+        self._faults: Counter[str] = Counter()
         self._loss_before: float | None = None
-        self._pending: list[Batch] = []
-        self._watch = Watch(model, self._parameters)
 
     # What a subclass supplies --------------------------------------------------------------------------
-
-    @abstractmethod
-    def _statistics_due(self) -> bool:
-        """Whether the next batches' statistics are wanted."""
-
-    @abstractmethod
-    def _observe(self, batch: Batch, recorder: Recorder, output: Tensor) -> None:
-        """Takes the statistics of a batch, or notes its fault."""
 
     @abstractmethod
     def _take_in(self, objective: Objective, gradients: Vector) -> None:
         """Makes the curvature of the pending batches, for the parameters that have gradients."""
 
     @abstractmethod
-    def _refresh(self, damping: float) -> None:
+    def _refresh(self, damping: float, decay: Decay) -> None:
         """Inverts the damped curvature. Raises ValueError where that cannot be done."""
 
     @abstractmethod
-    def _direction(self, g: Vector) -> Vector:
-        """`Δ`, by the inverse as it is."""
+    def _direction(self, v: Vector) -> Vector:
+        """`(F + λI)⁻¹ v`, by the inverse as it is."""
 
     @abstractmethod
     def _scale(self) -> float:
@@ -119,9 +115,9 @@ class Adaptive(torch.optim.Optimizer, ABC):
     def _check_own_state(self, saved: dict[str, Any]) -> None:
         """Raises ValueError if it is of other parameters."""
 
-    def _prepare(self, damping: float) -> None:
+    def _prepare(self, damping: float, decay: Decay) -> None:
         """Sees to it that there is an inverse for the next step."""
-        self._refresh(damping)
+        self._refresh(damping, decay)
 
     def _expire(self) -> None:
         """The inverse is not to be used again."""
@@ -130,94 +126,46 @@ class Adaptive(torch.optim.Optimizer, ABC):
         """The parameters that move."""
         return list(gradients)
 
-    def _check_recorded(self, recorder: Recorder, output: Tensor) -> None:
-        """Raises NotImplementedError for a parameter that the curvature does not cover."""
-        recorder.check(output)
+    def _see_gradient(self, g: Vector) -> None:
+        """Takes note of the step's gradient."""
 
-    # Between forward and step --------------------------------------------------------------------------
+    def _with_momentum(self, g: Vector) -> Vector:
+        """`v ← μ v + ∇`, as `torch.optim.SGD` has it."""
+        v = dict(g)
+        for group, names in self._by_group(g):
+            if group["momentum"] == 0:
+                continue
+            for n in names:
+                state = self.state[self._parameters[n]]
+                if "momentum_buffer" in state:
+                    state["momentum_buffer"].mul_(group["momentum"]).add_(g[n])
+                else:
+                    state["momentum_buffer"] = g[n].clone()
+                v[n] = state["momentum_buffer"]
+        return v
 
-    def _arm(self) -> None:
-        """Sets whether the next forward is recorded."""
-        self._watch.recording = self._statistics_due() or self._runs_again()
+    def _model_damping(self, damping: float) -> float:
+        """The damping in the quadratic model."""
+        return damping
+
+    # When ----------------------------------------------------------------------------------------------
+
+    def _is_fixed(self) -> bool:
+        """Whether step size and momentum are given."""
+        return all(group["lr"] is not None and group["momentum"] is not None for group in self.param_groups)
 
     def _runs_again(self) -> bool:
-        """Whether the step runs the model again."""
-        return self._uses_quadratic_model()
+        return not self._is_fixed() or self._measures()
 
-    def _uses_quadratic_model(self) -> bool:
-        group = self.param_groups[0]
-        return self._adaptive_damping or group["lr"] is None or group["momentum"] is None
+    def _may_run_again(self) -> bool:
+        return not self._is_fixed() or self._adaptive_damping
 
-    def loss(self, output: Any, target: Tensor) -> Tensor:
-        """The loss module's value on `output`: a tensor that the last forward of the model returned (also one in an
-        object or a dictionary), a view of it, or all that was returned where the optimizer has an `output=`.
+    def _measures(self) -> bool:
+        """Whether this step's loss is measured, whatever the model promises."""
+        return self._adaptive_damping and (self._adaptation_due() or self._rejections > 0 or self._damping is None)
 
-        Backward from it, scaled or summed over microbatches as you like, then call `step`.
-
-        Raises:
-            RuntimeError: if no forward in training mode with gradients enabled came before.
-            ValueError: if output and target do not fit the loss, or the batch is empty.
-            NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
-        """
-        forward = self._watch.take()
-        if forward is None:
-            raise RuntimeError(
-                "opt.loss follows a forward of the model in training mode with gradients enabled, and there was "
-                "none since the last opt.loss; call model.train() and model(x) first, and for evaluation the "
-                "loss module itself"
-            )
-        output, way = self._read(output, forward)
-        with torch.autocast(output.device.type, enabled=False):
-            return self._loss(forward, output, way, target)
-
-    def _read(self, output: Any, forward: Forward) -> tuple[Tensor, Way | None]:
-        """The loss's input, and how it came from what the model returned."""
-        returned = forward.returned
-        assert returned is not None
-        if self._output is not None and output is returned.value:
-            return full_precision(self._output(output)), self._output
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"opt.loss was given a {type(output).__name__}; expected the tensor that the loss takes. Give it one "
-                "of those that the model returned, or pass output= (how to make it of what the model returns) to "
-                f"{type(self).__name__} and give opt.loss all that the model returned"
-            )
-        return full_precision(output), returned.way_to(output)
-
-    def _loss(self, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
-        self._curvature.check(output, target)
-        if output.numel() == 0:
-            raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")
-        if self._runs_again() and way is None:
-            raise ValueError(
-                "opt.loss was not given a tensor that the model returned, or a view of one, but the adaptive step runs "
-                f"the model again and needs it; pass output= to {type(self).__name__}, say output=lambda returned: "
-                "returned.logits[:, :-1].flatten(0, 1), and give opt.loss all that the model returned. Or fix lr, "
-                "momentum and damping (and the solver of a NaturalGradient)"
-            )
-        recorder, forward.recorder = forward.recorder, None
-        if recorder is not None:
-            self._check_recorded(recorder, output)
-        loss = self._curvature.loss(output, target)
-        mass = self._curvature.normalizer(output.detach(), target)
-        batch = Batch(forward, target, output.shape, way, mass, loss.detach())
-        if not torch.isfinite(loss):
-            batch.fault = "the loss is not finite: look for NaN or inf in the batch"
-        elif recorder is not None:
-            if self._statistics_due():
-                self._observe(batch, recorder, output)
-            if self._runs_again():
-                batch.uses = recorder.uses
-        forward.returned = None
-        if loss.requires_grad:
-            loss.register_hook(batch.observe)
-        self._pending.append(batch)
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients, and with them the batches whose backward is in them."""
-        self._pending = [b for b in self._pending if b.scale is None]
-        super().zero_grad(set_to_none)
+    def _adaptation_due(self) -> bool:
+        return (self._steps + 1) % self.adapt_every == 0
 
     # The step ------------------------------------------------------------------------------------------
 
@@ -245,37 +193,48 @@ class Adaptive(torch.optim.Optimizer, ABC):
                 "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
             )
         self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "damping": self._damping}
+        if self._overflowed():
+            self.diagnostics |= {
+                "accepted": False,
+                "reason": "the scaled gradients overflowed, as their GradScaler found",
+            }
+            return value
+        assert self._watch is not None
         with self._watch.suspended(), torch.autocast(pending[0].target.device.type, enabled=False):
             fault = self._step(pending, gradients)
         if fault is not None:
             self._reject(fault)
+        self.diagnostics["faults"] = dict(self._faults)
         self._steps += 1
         self._arm()
         return value
 
     def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
-        objective = Objective(self.model, self._curvature, pending)
+        objective = Objective(self.model, self._curvature, pending, self.matmul_precision)
+        objective.scale /= self._unscaled_by()
         fault = next((b.fault for b in pending if b.fault), None)
         if fault is not None:
             undone = not math.isfinite(objective.loss) and self._undo_last(objective)
             return "the loss is not finite after the last step, which is undone" if undone else fault
-        eta = self.param_groups[0]["weight_decay"] / objective.scale if objective.scale else math.inf
         if not (objective.scale > 0 and math.isfinite(objective.scale)):
             return f"the loss was scaled by {objective.scale} before backward"
         self._take_in(objective, gradients)
-        g = self._gradient(gradients, objective.scale, eta)
-        if not finite(g):
+        decay = self._decay(objective.scale)
+        g = self._gradient(gradients, objective.scale, decay)
+        square = dot(g, g)
+        if not (math.isfinite(square) or finite(g)):
             return "the gradient is not finite"
-        if dot(g, g) == 0:
+        if square == 0 and not self._is_fixed():
             return None  # nothing to do, and no direction to do it in
-        loss = objective.loss + 0.5 * eta * self._square()
+        self._see_gradient(g)
+        loss = objective.loss + decay.value(self._parameters)
         self.diagnostics["loss"] = loss
         if self._damping is None:
-            self._calibrate(objective, g, eta)
+            self._calibrate(objective, g, decay)
         elif self._was_too_far(objective.loss) and self._undo_last(objective, objective.loss):
             return f"the loss had risen to {objective.loss:.4g} by the last step, which is undone"
         self._loss_before = objective.loss
-        return self._move(objective, g, eta, loss)
+        return self._move(objective, g, decay, loss)
 
     def _was_too_far(self, loss: float) -> bool:
         """Whether the loss is so much above that of the step before that it is worth a forward to know why: the
@@ -283,34 +242,41 @@ class Adaptive(torch.optim.Optimizer, ABC):
         before = self._loss_before
         return self._adaptive_damping and before is not None and loss > before + self._tolerated_rise * abs(before)
 
-    def _gradient(self, gradients: Vector, scale: float, eta: float) -> Vector:
+    def _decay(self, scale: float) -> Decay:
+        """Weight decay that is part of the objective."""
+        eta = {
+            n: group["weight_decay"] / scale
+            for group, names in self._by_group(self._parameters)
+            if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]
+            for n in names
+        }
+        return Decay(eta)
+
+    def _gradient(self, gradients: Vector, scale: float, decay: Decay) -> Vector:
         """The objective's gradient per unit of the loss's mean."""
         names = self._names(gradients)
         values = [gradients[n] if n in gradients else torch.zeros_like(self._parameters[n]) for n in names]
-        values = list(torch._foreach_mul(values, 1 / scale))
-        if eta:
-            torch._foreach_add_(values, [self._parameters[n] for n in names], alpha=eta)
-        return dict(zip(names, values, strict=True))
+        g = dict(zip(names, torch._foreach_mul(values, 1 / scale), strict=True))
+        decay.add_gradient(g, self._parameters)
+        return g
 
-    def _move(self, objective: Objective, g: Vector, eta: float, loss: float) -> str | None:
+    def _move(self, objective: Objective, g: Vector, decay: Decay, loss: float) -> str | None:
         damping = self._damping
         assert damping is not None
         try:
-            self._prepare(damping + eta)
-            direction = self._direction(g)
+            self._prepare(damping, decay)
+            step, change = self._propose(objective, g, damping, decay)
         except ValueError as error:
             if not self._adaptive_damping:
                 raise
             return f"{self._what_is_inverted} could not be inverted: {error}"
-        proposal = self._propose(objective, g, direction, damping + eta)
-        if proposal is None:
+        if step is None:
             return "the quadratic model has no finite minimum"
-        delta, change = proposal
-        measured = self._adaptive_damping and (self._adaptation_due() or self._is_doubtful(loss, change))
+        measured = self._measures() or (self._adaptive_damping and self._is_doubtful(loss, change))
         before = self._snapshot() if measured else {}
-        self._add(delta)
+        step.take(self._parameters)
         if measured:
-            after = objective.evaluate() + 0.5 * eta * self._square()
+            after = objective.evaluate() + decay.value(self._parameters)
             if not after <= loss + self._tolerated_rise * abs(loss):
                 self._return_to(before)
                 return f"the loss would have risen from {loss:.4g} to {after:.4g}"
@@ -319,23 +285,53 @@ class Adaptive(torch.optim.Optimizer, ABC):
             self.diagnostics |= {"reduction_ratio": ratio, "loss_after": after}
         self._rejections = 0
         self.diagnostics["damping"] = self._damping
-        for n, d in delta.items():
+        for n, d in step.delta.items():
             self.state[self._parameters[n]]["delta"] = d
         return None
 
-    def _adaptation_due(self) -> bool:
-        return (self._steps + 1) % self.adapt_every == 0
-
     def _is_doubtful(self, loss: float, change: float) -> bool:
-        """After a rejection, and where the model promises most of the loss: it does on saturated outputs, which
-        have next to no curvature."""
-        return self._rejections > 0 or -change > 0.5 * abs(loss)
+        """Where the model promises most of the loss: it does on saturated outputs, which have next to no curvature."""
+        return -change > 0.5 * abs(loss)
 
-    def _propose(
-        self, objective: Objective, g: Vector, direction: Vector, total_damping: float
-    ) -> tuple[Vector, float] | None:
-        """The step `−α Δ + μ δ` and the quadratic model's change."""
-        group = self.param_groups[0]
+    def _propose(self, objective: Objective, g: Vector, damping: float, decay: Decay) -> tuple[Step | None, float]:
+        """The step and the quadratic model's change, zero where that is not asked for."""
+        if self._is_fixed():
+            return self._fixed_step(objective, g, damping, decay)
+        return self._adaptive_step(objective, g, damping, decay)
+
+    def _fixed_step(self, objective: Objective, g: Vector, damping: float, decay: Decay) -> tuple[Step | None, float]:
+        past = any("momentum_buffer" in self.state[self._parameters[n]] for n in g)
+        v = self._with_momentum(g)
+        direction = self._direction(v)
+        names = {n: d for n, d in direction.items() if n in g}
+        steps = [(group, own) for group, own in self._by_group(names)]
+        share = 1.0
+        if self.max_kl is not None:
+            # (F + λI) Δ = v, so that the step's ½ δᵀFδ is at most this.
+            lengths = [(group["lr"], own) for group, own in steps]
+            kl = sum(0.5 * lr**2 * dot({n: v[n] for n in own}, {n: names[n] for n in own}) for lr, own in lengths)
+            share = self._share_within(kl)
+        parts = [Part(own, -group["lr"] * share, _shrink(group, group["lr"])) for group, own in steps]
+        step = Step(names, parts)
+        first = self.param_groups[0]
+        self.diagnostics |= {
+            "lr": first["lr"] * share,
+            "momentum": first["momentum"] if past else 0.0,
+            "predicted_change": 0.0,
+        }
+        if not (self._measures() or self._damping is None):
+            return step, 0.0
+        minimum = self._minimum(objective, g, [step.delta], damping, decay, {0: 1.0})
+        if minimum is None:
+            return None, 0.0
+        self.diagnostics["predicted_change"] = minimum.change
+        return step, minimum.change
+
+    def _adaptive_step(
+        self, objective: Objective, g: Vector, damping: float, decay: Decay
+    ) -> tuple[Step | None, float]:
+        """`−α Δ + μ δ`, with what is free of `α` and `μ` from the quadratic model."""
+        group, direction = self.param_groups[0], self._direction(g)
         directions = [direction]
         g = {n: g[n] for n in direction}
         previous = {n: s["delta"] for n in g if "delta" in (s := self.state[self._parameters[n]])}
@@ -347,35 +343,54 @@ class Adaptive(torch.optim.Optimizer, ABC):
         if group["momentum"] is not None and len(directions) > 1:
             fixed[1] = group["momentum"]
         along = self._combination
-        if not self._uses_quadratic_model():
-            coefficients, change = list(fixed.values()), 0.0
-        elif along is not None and len(directions) == 2 and not fixed and not self._adaptation_due():
+        if along is not None and len(directions) == 2 and not fixed and not self._adaptation_due():
             # Between adaptations α and μ keep their ratio: the length alone takes one forward-mode pass, not two.
-            minimum = self._minimum(objective, g, [combine(along, directions)], total_damping, {})
+            minimum = self._minimum(objective, g, [combine(along, directions)], damping, decay, {})
             if minimum is None:
-                return None
-            coefficients, change = [minimum.coefficients[0] * c for c in along], minimum.change
+                return None, 0.0
+            coefficients = [minimum.coefficients[0] * c for c in along]
         else:
-            minimum = self._minimum(objective, g, directions, total_damping, fixed)
+            minimum = self._minimum(objective, g, directions, damping, decay, fixed)
             if minimum is None:
-                return None
-            coefficients, change = minimum.coefficients, minimum.change
+                return None, 0.0
+            coefficients = minimum.coefficients
             self._combination = coefficients if len(directions) == 2 else None
+        change = minimum.change
         self.diagnostics |= {"lr": -coefficients[0], "momentum": (*coefficients, 0.0)[1], "predicted_change": change}
         delta = combine(coefficients, directions)
-        return (delta, change) if finite(delta) else None
+        if not finite(delta):
+            return None, 0.0
+        parts = [Part(own, 1.0, _shrink(group, -coefficients[0])) for group, own in self._by_group(delta)]
+        return Step(delta, parts), change
+
+    def _share_within(self, kl: float) -> float:
+        """How much of a step keeps it within `max_kl`."""
+        if self.max_kl is None or not kl > self.max_kl:
+            return 1.0
+        return math.sqrt(self.max_kl / kl)
 
     def _minimum(
-        self, objective: Objective, g: Vector, directions: list[Vector], total_damping: float, fixed: dict[int, float]
+        self,
+        objective: Objective,
+        g: Vector,
+        directions: list[Vector],
+        damping: float,
+        decay: Decay,
+        fixed: dict[int, float],
     ) -> Minimum | None:
-        Q = objective.products(directions) + total_damping * gram(directions)
+        F = objective.products(directions)
+        Q = F + self._model_damping(damping) * gram(directions) + decay.gram(directions)
         slope = torch.tensor([dot(g, d) for d in directions], dtype=torch.float64)
-        return minimize(Q, slope, fixed)
+        minimum = minimize(Q, slope, fixed)
+        if minimum is not None and not self._is_fixed():
+            c = torch.tensor(minimum.coefficients, dtype=torch.float64)
+            minimum = minimum.shortened(self._share_within(0.5 * float(c @ F @ c)))
+        return minimum
 
     def _reject(self, fault: str) -> None:
         self.diagnostics |= {"accepted": False, "reason": fault}
-        for p in self._parameters.values():
-            self.state[p].pop("delta", None)
+        self._faults["rejected"] += 1
+        self._forget_momentum()
         self._combination = None
         self._rejections += 1
         if self._adaptive_damping and self._damping is not None:
@@ -387,37 +402,42 @@ class Adaptive(torch.optim.Optimizer, ABC):
     def _undo_last(self, objective: Objective, loss: float = math.inf) -> bool:
         """Takes the last step back if it has raised this batch's loss to `loss` by more than what is tolerated."""
         delta = {n: s["delta"] for n, p in self._parameters.items() if "delta" in (s := self.state[p])}
-        if not delta:
+        if not delta or not objective.runs_again:
             return False
         before = self._snapshot()
-        self._add(delta, -1)
+        torch._foreach_sub_([self._parameters[n] for n in delta], list(delta.values()))
         without = objective.evaluate()
         if math.isfinite(without) and loss > without + self._tolerated_rise * abs(without):
             return True
         self._return_to(before)
         return False
 
-    def _calibrate(self, objective: Objective, g: Vector, eta: float) -> None:
+    def _calibrate(self, objective: Objective, g: Vector, decay: Decay) -> None:
         """Chooses the first damping: the one whose step lowers the loss most."""
         scale = self._scale()
 
         def loss_after(damping: float) -> float:
             try:
-                self._refresh(damping + eta)
-                direction = self._direction(g)
+                self._refresh(damping, decay)
+                step, _ = self._propose(objective, g, damping, decay)
             except ValueError:
                 return math.inf
-            proposal = self._propose(objective, g, direction, damping + eta)
-            if proposal is None:
+            self._forget_momentum()
+            if step is None:
                 return math.inf
-            self._add(proposal[0])
-            after = objective.evaluate() + 0.5 * eta * self._square()
+            step.take(self._parameters)
+            after = objective.evaluate() + decay.value(self._parameters)
             self._return_to(before)
             return after if math.isfinite(after) else math.inf
 
         before = self._snapshot()
         self._damping = calibrate(scale if scale > 0 else 1.0, loss_after)
         self._expire()
+
+    def _forget_momentum(self) -> None:
+        for p in self._parameters.values():
+            for past in ("delta", "momentum_buffer", "momentum_weight"):
+                self.state[p].pop(past, None)
 
     def _snapshot(self) -> Vector:
         return {n: p.clone() for n, p in self._parameters.items()}
@@ -426,14 +446,6 @@ class Adaptive(torch.optim.Optimizer, ABC):
         """The parameters as they were: adding a step and taking it away would leave rounding behind."""
         for n, p in self._parameters.items():
             p.copy_(before[n])
-
-    def _add(self, delta: Vector, sign: int = 1) -> None:
-        torch._foreach_add_([self._parameters[n] for n in delta], list(delta.values()), alpha=sign)
-
-    def _square(self) -> float:
-        if self.param_groups[0]["weight_decay"] == 0:
-            return 0.0
-        return sum(float(p.square().sum()) for p in self._parameters.values())
 
     # Saving --------------------------------------------------------------------------------------------
 
@@ -447,17 +459,11 @@ class Adaptive(torch.optim.Optimizer, ABC):
             "damping": self._damping,
             "combination": self._combination,
             "rejections": self._rejections,
+            "faults": dict(self._faults),
             "loss_before": self._loss_before,
             "generator": self._generator.get_state(),
         }
         return super().state_dict() | {self._key: own | self._own_state()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Raises TypeError: a copy would not be attached to any model."""
-        raise TypeError(
-            f"a {type(self).__name__} optimizer cannot be copied or pickled; make one for the new model and load "
-            "state_dict()"
-        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes from what `state_dict` gave, for a model of the same parameters.
@@ -476,21 +482,13 @@ class Adaptive(torch.optim.Optimizer, ABC):
         saved = copied(saved, next(iter(self._parameters.values())).device)
         self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
         self._rejections, self._loss_before = saved["rejections"], saved["loss_before"]
+        self._faults = Counter(saved["faults"])
         self._generator.set_state(saved["generator"].cpu())
         self._load_own_state(saved)
         self._pending = []
         self._arm()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raises NotImplementedError: the parameters are those of the model, in one group."""
-        if self.param_groups:
-            raise NotImplementedError(
-                f"{type(self).__name__} trains the parameters of its model in one group; make a new optimizer for a "
-                "model that has grown"
-            )
-        super().add_param_group(param_group)
 
-
-def check_number(name: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}={value!r} is not usable: expected a number >= 0")
+def _shrink(group: dict[str, Any], length: float) -> float:
+    """What decoupled weight decay multiplies the parameters by, for a step of this length."""
+    return 1 - length * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from natgrad.capture import Recorder, Use
 from natgrad.losses import OutputCurvature
 from natgrad.optim.output import Returned, Way
+from natgrad.optim.precision import matmul_precision
 from natgrad.products import tangent
 
 
@@ -100,8 +101,10 @@ class Objective:
     size or the number of microbatches. `scale` is the user's gradient over this objective's gradient.
     """
 
-    def __init__(self, model: nn.Module, curvature: OutputCurvature, batches: list[Batch]):
-        self._model, self._curvature, self.batches = model, curvature, batches
+    def __init__(
+        self, model: nn.Module, curvature: OutputCurvature, batches: list[Batch], precision: str | None = None
+    ):
+        self._model, self._curvature, self.batches, self._precision = model, curvature, batches, precision
         if all(b.scale is None for b in batches):  # gradients that were set by hand
             share = 1.0 / len(batches) if curvature.is_mean else 1.0
             factors = [share for _ in batches]
@@ -122,6 +125,11 @@ class Objective:
             return self._weights
         return [w / float(b.mass) for w, b in zip(self._weights, self.batches, strict=True)]
 
+    @property
+    def runs_again(self) -> bool:
+        """Whether the way from the model to the loss is known for all batches."""
+        return all(batch.way is not None for batch in self.batches)
+
     def evaluate(self) -> float:
         """The loss at the parameters as they are now; buffers and random generators stay as they were."""
         buffers = {n: b.clone() for n, b in self._model.named_buffers()}
@@ -137,7 +145,8 @@ class Objective:
         """The matrix of `d_iᵀ F d_j`, in float64, by forward mode on the batches."""
         Q = torch.zeros(len(directions), len(directions), dtype=torch.float64)
         for share, batch in zip(self.shares, self.batches, strict=True):
-            pushed = [tangent(self._model, batch.run, d, batch.uses) for d in directions]
+            with matmul_precision(self._precision):
+                pushed = [tangent(self._model, batch.run, d, batch.uses) for d in directions]
             for i, (output, Jd) in enumerate(pushed):
                 DJd = self._curvature.product(output, batch.target, Jd)
                 for j in range(i + 1):

@@ -1,7 +1,8 @@
-"""K-FAC: the natural gradient with a Kronecker-factored, centered curvature."""
+"""K-FAC: the natural gradient with a Kronecker-factored, centered curvature, and its relatives."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -9,27 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.blocks import assemble, kfac_blocks
+from natgrad.blocks import assemble
 from natgrad.capture import Recorder
-from natgrad.cases import Layer, read_cases
+from natgrad.cases import read_cases
 from natgrad.linalg import BlockDiagonal
 from natgrad.linalg.state import dump, restore
-from natgrad.moments import (
-    MAX_DIM,
-    SHARING,
-    AffineMoments,
-    Moments,
-    layer_moments,
-    merge,
-    moments_of_state,
-    state_of_moments,
-)
-from natgrad.optim.adaptive import Adaptive, check_number
+from natgrad.moments import MAX_DIM, SHARING, AffineMoments
+from natgrad.optim.adaptive import Adaptive
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt
+from natgrad.optim.decay import Decay
+from natgrad.optim.ladder import Ladder
+from natgrad.optim.orthogonal import nesterov, orthogonal_direction, take_in_square
 from natgrad.optim.output import Way
+from natgrad.optim.parameter_groups import Groups
+from natgrad.optim.running import RUNNING
 from natgrad.optim.vectors import Vector
-from natgrad.options import check_choice, check_max_dim
+from natgrad.options import check_choice, check_max_dim, check_number
+
+RELATIVE_DAMPING = 0.3
+"""`ε` of the one-sided structure, in units of the mean eigenvalue of a layer's input factor."""
 
 
 class KFAC(Adaptive):
@@ -42,29 +42,47 @@ class KFAC(Adaptive):
     with `δ` the previous step. `α` and `μ` minimize the quadratic model with the exact Fisher of the batch.
 
     Args:
-        model: the module to train. Every trainable parameter must belong to an affine map.
+        model: the module to train. Every trainable parameter must belong to a layer of some kind (`docs/layers.md`).
         loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss` or
             `natgrad.losses.Likelihood`.
+        params: which parameters to train: None for all that are trainable, names, a predicate on names, tensors, or a
+            list of groups, `{"params": ..., "lr": ..., "momentum": ..., "weight_decay": ...}`.
         lr: the step size `α`; None: from the quadratic model, at every step.
-        momentum: `μ`; None: from the quadratic model, at every step.
+        momentum: `μ`; None: from the quadratic model, at every step. Where `lr` and `momentum` are both numbers, the
+            step is that of `torch.optim.SGD` on a preconditioned gradient, `v ← μ v + ∇`, `θ ← θ − α F⁻¹ v`.
         damping: `λ`, in units of the loss's mean whatever the reduction; None: calibrated on the first batch,
-            then Levenberg-Marquardt.
+            then Levenberg-Marquardt. With `structure="input"` it is `ε`, in units of the inputs' second moment; None:
+            in units of its mean eigenvalue, 0.3 where `lr` and `momentum` are numbers, else adapted likewise.
         weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it.
+        decoupled_weight_decay: multiply by `1 − α η` at each step instead, as AdamW does.
+        structure: `"kfac"`; `"ekfac"`: K-FAC's eigenbases, every `bases_every` steps, with the second moments of the
+            gradients in them; `"diagonal"`; `"input"`: `C ⊗ I`, which needs no backward pass of its own,
+            `ΔW = (∇_W − ∇_b mᵀ)(C + εI)⁻¹`, and plain gradients for parameters of no such layer; `"identity"`: no
+            preconditioning.
+        orthogonalize: of `structure="input"`, replace every `ΔW` by the nearest orthogonal matrix, times
+            `0.2 √max(d_out, d_in)`, which makes it as long as AdamW's; all that has no input factor, biases and
+            embeddings, takes Adam's step. A group may have its own `"orthogonalize"`.
         centered: hold weight and bias apart, with the covariance of the inputs.
         bias_update: `"exact"`, or `"simple"`: `Δb = B⁻¹ ∇_b`, whatever the weights do.
         damping_style: `"factored"` (two Cholesky factorizations a layer) or `"exact"` (two eigenbases, twice the
             products). None: factored where centered; else exact, as the homogeneous factors then damp the bias
             by the weight's share and stall it.
+        max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step, which is shortened to keep it.
         estimator: `"mc"` (labels drawn from the model), `"exact"` or `"empirical"`.
         sharing: `"expand"` or `"reduce"`, for layers used at several positions.
         statistics_every: steps between updates of the moments. None: 10 where centered, else 5, as the
-            homogeneous input factor holds the mean of the inputs, which moves faster than their covariance.
-        inverses_every: steps between updates of the inverses. None: 10 where centered, else 5.
+            homogeneous input factor holds the mean of the inputs, which moves faster than their covariance; 4 for
+            `"input"`.
+        statistics_share: the share of a batch's examples that the moments are of.
+        inverses_every: steps between updates of the inverses. None: 20 where centered or for `"input"`, else 5.
+        bases_every: steps between new bases of `"ekfac"`. None: 100.
         adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`.
         damping_decay: the least factor per step by which the damping may fall.
         damping_floor: the damping falls no further than this share of the mean of the curvature's diagonal.
         decay: the weight of the past in the moving average of the moments, each time they are updated.
         max_dim: factors of more rows than this are kept as their diagonals.
+        matmul_precision: of the quadratic model's float32 products, as in `torch.set_float32_matmul_precision`: step
+            sizes need few digits. None: as torch is set.
         output: how the loss's input is made of what the model returns, say `lambda r: r.logits.transpose(1, 2)`;
             needed where that is neither one of the tensors returned nor a view of one.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
@@ -99,35 +117,50 @@ class KFAC(Adaptive):
         model: nn.Module,
         loss: nn.Module,
         *,
+        params: Groups = None,
         lr: float | None = None,
         momentum: float | None = None,
         damping: float | None = None,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        structure: str = "kfac",
+        orthogonalize: bool = False,
         centered: bool = True,
         bias_update: str = "exact",
         damping_style: str | None = None,
+        max_kl: float | None = None,
         estimator: str = "mc",
         sharing: str = "expand",
         statistics_every: int | None = None,
+        statistics_share: float = 1.0,
         inverses_every: int | None = None,
+        bases_every: int | None = None,
         adapt_every: int = 8,
         damping_decay: float = 0.8,
         damping_floor: float = 0.03,
         decay: float = 0.8,
         max_dim: int = MAX_DIM,
+        matmul_precision: str | None = "medium",
         output: Way | None = None,
         generator: torch.Generator | None = None,
     ):
-        damping_style = damping_style or ("factored" if centered else "exact")
-        interval = 10 if centered else 5
-        statistics_every = interval if statistics_every is None else statistics_every
-        inverses_every = interval if inverses_every is None else inverses_every
+        check_choice("structure", structure, tuple(RUNNING))
         check_choice("bias_update", bias_update, ("exact", "simple"))
-        check_choice("damping_style", damping_style, ("exact", "factored"))
         check_choice("sharing", sharing, SHARING)
+        one_sided = structure == "input"
+        if orthogonalize and not one_sided:
+            raise ValueError(f"orthogonalize=True needs structure='input'; got structure={structure!r}")
+        damping_style = damping_style or ("factored" if centered else "exact")
+        check_choice("damping_style", damping_style, ("exact", "factored"))
+        if statistics_every is None:
+            statistics_every = 4 if one_sided else 10 if centered else 5
+        if inverses_every is None:
+            inverses_every = 20 if one_sided or centered else 5
+        bases_every = 100 if bases_every is None else bases_every
         for name, every in (
             ("statistics_every", statistics_every),
             ("inverses_every", inverses_every),
+            ("bases_every", bases_every),
             ("adapt_every", adapt_every),
         ):
             if every < 1:
@@ -136,55 +169,85 @@ class KFAC(Adaptive):
             raise ValueError(f"decay={decay} is not usable: expected a number in [0, 1)")
         if not 0 < damping_decay <= 1:
             raise ValueError(f"damping_decay={damping_decay} is not usable: expected a number in (0, 1]")
+        if not 0 < statistics_share <= 1:
+            raise ValueError(f"statistics_share={statistics_share} is not usable: expected a number in (0, 1]")
         check_number("damping_floor", damping_floor)
         check_max_dim(max_dim)
+        self._relative = damping is None and one_sided
+        if damping is None and structure in ("input", "identity") and None not in (lr, momentum):
+            damping = RELATIVE_DAMPING
         super().__init__(
             model,
             loss,
+            params=params,
             lr=lr,
             momentum=momentum,
             damping=damping,
             weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            max_kl=max_kl,
             estimator=estimator,
-            output=output,
             adapt_every=adapt_every,
+            matmul_precision=matmul_precision,
+            output=output,
             generator=generator,
+            more={"orthogonalize": orthogonalize},
         )
+        if max_kl is not None and orthogonalize and self._is_fixed():
+            raise ValueError("max_kl needs the quadratic model where orthogonalize=True; leave out lr, or max_kl")
         self._rule = LevenbergMarquardt(damping_decay**adapt_every, damping_floor)
+        self.structure, self.orthogonalize = structure, orthogonalize
         self.centered, self.bias_update, self.damping_style = centered, bias_update, damping_style
         self.sharing, self.decay, self.max_dim = sharing, decay, max_dim
-        self.statistics_every, self.inverses_every = statistics_every, inverses_every
-        self._moments: dict[Layer, Moments] = {}
+        self.statistics_every, self.statistics_share = statistics_every, statistics_share
+        self.inverses_every, self.bases_every = inverses_every, bases_every
+        self._running = RUNNING[structure](centered, sharing, max_dim)
         self._inverse: BlockDiagonal | None = None
         self._inverse_age = 0
+        self._bases_age: int | None = None
+
+    # Statistics ----------------------------------------------------------------------------------------
 
     def _statistics_due(self) -> bool:
-        return self._steps % self.statistics_every == 0 or not self._moments
+        if self.structure == "identity":
+            return False
+        return self._steps % self.statistics_every == 0 or not self._running.layers
+
+    def _check_recorded(self, recorder: Recorder, output: Tensor) -> None:
+        if self.structure not in ("input", "identity"):  # they take what they have no layer for as it is
+            super()._check_recorded(recorder, output)
 
     def _observe(self, batch: Batch, recorder: Recorder, output: Tensor) -> None:
-        columns = self._curvature.columns(output, batch.target, self.estimator, generator=self._generator)
+        draws = self._running.reads_gradients
         cases = read_cases(
             recorder.uses,
             output,
-            columns,
+            self._curvature.columns(output, batch.target, self.estimator, generator=self._generator) if draws else (),
             batch.mass,
             next(iter(self._parameters.values())).dtype,
             ignored=self._curvature.ignored(output.detach(), batch.target),
-            sampled=self.estimator == "mc",
+            sampled=self.estimator == "mc" or not draws,
         )
-        batch.statistics = layer_moments(cases, self.sharing, self.max_dim)
-        if not all(m.is_finite() for m in batch.statistics.values()):
+        examples = math.ceil(self.statistics_share * len(output))
+        if examples < len(output):
+            cases = cases.first(
+                examples, self._curvature.normalizer(output[:examples].detach(), batch.target[:examples])
+            )
+        batch.statistics = self._running.observe(cases)
+        if not batch.statistics.finite():
             batch.fault = "the statistics are not finite"
 
     def _take_in(self, objective: Objective, gradients: Vector) -> None:
-        new = merge(b.statistics for b in objective.batches if b.statistics is not None)
-        self.diagnostics["statistics"] = bool(new)
-        for layer, moments in new.items():
-            past = self._moments.get(layer)
-            self._moments[layer] = moments if past is None else self.decay * past + moments  # type: ignore[operator]
-        thinned = {layer.label: m.diagonals for layer, m in self._moments.items() if isinstance(m, AffineMoments)}
-        self.diagnostics["diagonal_factors"] = {label: factors for label, factors in thinned.items() if factors}
-        covered = {n for layer in self._moments for n in layer.names}
+        new = [b.statistics for b in objective.batches if b.statistics is not None]
+        self.diagnostics["statistics"] = self._running.take_in(new, self.decay)
+        layers = self._running.total.moments
+        thinned = {layer.label: m.diagonals for layer, m in layers.items() if isinstance(m, AffineMoments)}
+        if self._running.reads_gradients:
+            self.diagnostics["diagonal_factors"] = {label: factors for label, factors in thinned.items() if factors}
+            self._check_covered(gradients)
+
+    def _check_covered(self, gradients: Vector) -> None:
+        covered = {n for layer in self._running.layers for n in layer.names}
         for n in gradients:
             if n not in covered:
                 raise NotImplementedError(
@@ -194,44 +257,89 @@ class KFAC(Adaptive):
 
     def _names(self, gradients: Vector) -> Sequence[str]:
         """Those that have a gradient, and the others of their layers: a layer moves as a whole, or not at all."""
-        partners = {n for layer in self._moments if any(m in gradients for m in layer.names) for n in layer.names}
+        layers = self._running.layers
+        partners = {n for layer in layers if any(m in gradients for m in layer.names) for n in layer.names}
         return [n for n in self._parameters if n in gradients or n in partners]
 
-    def _prepare(self, damping: float) -> None:
+    # Inverses ------------------------------------------------------------------------------------------
+
+    def _prepare(self, damping: float, decay: Decay) -> None:
+        if self._bases_age is not None:
+            self._bases_age += 1
         if self._inverse is None or self._inverse_age >= self.inverses_every:
-            self._refresh(damping)
+            self._refresh(damping, decay)
         self._inverse_age += 1
 
-    def _refresh(self, damping: float) -> None:
+    def _refresh(self, damping: float, decay: Decay) -> None:
         self.diagnostics["inverses"] = True
-        self._inverse = self.curvature().inverse(damping, damping_style=self.damping_style)
         self._inverse_age = 0
+        if not self._running.layers:
+            return
+        if self.structure == "ekfac" and (self._bases_age is None or self._bases_age >= self.bases_every):
+            self._running.turn()
+            self._bases_age = 0
+        matrix, before = self.curvature(), self._inverse.layers if self._inverse else {}
+        style = "relative" if self._relative else self.damping_style
+        inverses = {}
+        for name, block in matrix.layers.items():
+            its_damping = damping + (decay.of(block.names[0]) if self._running.reads_gradients else 0.0)
+            last = before[name].operator if name in before else None
+            ladder = Ladder(lambda op, λ: self._running.inverse(op, λ, style), self._faults)
+            inverses[name] = block.with_operator(ladder.inverse(name, block.operator, its_damping, last))
+        self._inverse = BlockDiagonal(inverses, matrix.space)
 
     def _expire(self) -> None:
         self._inverse_age = self.inverses_every
 
-    def _direction(self, g: Vector) -> Vector:
-        assert self._inverse is not None
-        out: Vector = {}
-        for block in self._inverse.layers.values():
-            if not all(n in g for n in block.names):
-                continue  # frozen, or not part of this loss
-            op, parts = block.operator, block.parts(g)
-            simple = self.bias_update == "simple" and hasattr(op, "apart")
-            out |= block.named(op.apart(parts) if simple else op._matmul(parts))  # type: ignore[attr-defined]
-        return {n: v for n, v in out.items() if self._parameters[n].requires_grad}
+    def _model_damping(self, damping: float) -> float:
+        return 0.0 if self.structure == "input" else damping  # there it is in units of the inputs
+
+    # Direction -----------------------------------------------------------------------------------------
+
+    def _see_gradient(self, g: Vector) -> None:
+        if self.orthogonalize:
+            for n, gradient in g.items():
+                take_in_square(gradient, self.state[self._parameters[n]])
+
+    def _with_momentum(self, g: Vector) -> Vector:
+        v = super()._with_momentum(g)
+        return nesterov(v, g, self._by_group(g), self._state_of) if self.orthogonalize else v
+
+    def _state_of(self, name: str) -> dict[str, Any]:
+        return self.state[self._parameters[name]]
+
+    def _direction(self, v: Vector) -> Vector:
+        blocks = [] if self._inverse is None else list(self._inverse.layers.values())
+        # Others are frozen, or not part of this loss.
+        blocks = [block for block in blocks if all(n in v for n in block.names)]
+        if self.orthogonalize:
+            chosen = {n for group, names in self._by_group(v) if group["orthogonalize"] for n in names}
+            blocks = [block for block in blocks if block.names[0] in chosen]
+            out = orthogonal_direction(v, blocks, self._state_of, simple=self.bias_update == "simple")
+        else:
+            out = {} if self._running.reads_gradients else dict(v)
+            for block in blocks:
+                op, parts = block.operator, block.parts(v)
+                simple = self.bias_update == "simple" and hasattr(op, "apart")
+                out |= block.named(op.apart(parts) if simple else op._matmul(parts))  # type: ignore[attr-defined]
+        return {n: d for n, d in out.items() if self._parameters[n].requires_grad}
 
     def curvature(self) -> BlockDiagonal:
-        """The running K-FAC matrix, per unit of the loss's mean and without damping.
+        """The running matrix, per unit of the loss's mean and without damping.
 
         Raises:
             RuntimeError: before the first step.
+            TypeError: with `structure="identity"`, which has none.
         """
-        if not self._moments:
+        if self.structure == "identity":
+            raise TypeError("structure='identity' keeps no curvature; choose another structure")
+        if not self._running.layers:
             raise RuntimeError("there is no curvature before the first step; take one")
-        return assemble(kfac_blocks(self._moments, True, self.centered), self._parameters)
+        return assemble(self._running.blocks(), self._parameters)
 
     def _scale(self) -> float:
+        if not self._running.reads_gradients:
+            return 1.0  # the damping is relative
         matrix = self.curvature()
         return float(matrix.trace()) / matrix.space.size
 
@@ -239,21 +347,31 @@ class KFAC(Adaptive):
 
     def _own_state(self) -> dict[str, Any]:
         return {
-            "moments": state_of_moments(self._moments),
+            "structure": self.structure,
+            "running": self._running.state(),
             "inverse": None if self._inverse is None else dump(self._inverse),
             "inverse_age": self._inverse_age,
+            "bases_age": self._bases_age,
         }
 
     def _load_own_state(self, saved: dict[str, Any]) -> None:
-        self._moments = moments_of_state(saved["moments"])
+        self._running.load(saved["running"])
         self._inverse, self._inverse_age = restore(saved["inverse"]), saved["inverse_age"]
+        self._bases_age = saved["bases_age"]
 
     def _check_own_state(self, saved: dict[str, Any]) -> None:
-        unknown = [n for layer, _ in saved["moments"] for n in (layer["weight"], layer["bias"]) if n is not None]
-        unknown = [n for n in unknown if n not in self._parameters]
-        if unknown:
-            raise ValueError(f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here")
-        for layer, op in kfac_blocks(moments_of_state(saved["moments"]), True, True).items():
+        if saved["structure"] != self.structure:
+            raise ValueError(
+                f"the state is of structure={saved['structure']!r}, and this optimizer has {self.structure!r}; make it "
+                "with the same"
+            )
+        for layer, _ in saved["running"]["moments"]:
+            unknown = [n for n in (layer["weight"], layer["bias"]) if n is not None and n not in self._parameters]
+            if unknown:
+                raise ValueError(f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here")
+        running = RUNNING[self.structure](self.centered, self.sharing, self.max_dim)
+        running.load(saved["running"])
+        for layer, op in running.blocks().items():
             shapes = [tuple(self._parameters[n].shape) for n in layer.names]
             if sum(map(prod, shapes)) != op.space.size:
                 raise ValueError(

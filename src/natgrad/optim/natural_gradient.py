@@ -12,8 +12,10 @@ from natgrad.linalg.joint import Joint
 from natgrad.optim.adaptive import Adaptive
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt
+from natgrad.optim.decay import Decay
 from natgrad.optim.exact import ByProducts, TruncatedInverse, from_cases
 from natgrad.optim.output import Way
+from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.vectors import Vector
 from natgrad.options import check_choice
 
@@ -34,13 +36,17 @@ class NaturalGradient(Adaptive):
         model: the module to train. Unless the solver is `"cg"`, every trainable parameter must belong to an affine
             map, and axis 0 of every layer's input must be the example.
         loss: an instance of one of torch's losses that `natgrad.fisher` takes.
+        params: which parameters to train, as for `KFAC`.
         lr: the step size `α`; None: from the quadratic model, where it is 1 up to rounding with the exact estimator
             and no momentum.
         momentum: `μ`, for a step `−α Δ + μ δ` with `δ` the step before. The quadratic model, which None asks, sees
             no use in it with the exact estimator: its minimum is `−Δ`.
         damping: `λ`, in units of the loss's mean whatever the reduction; None: calibrated on the first batch,
             then Levenberg-Marquardt at every step.
-        weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it.
+        weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it; the same in all groups, unless
+            decoupled.
+        decoupled_weight_decay: multiply by `1 − α η` at each step instead.
+        max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step, which is shortened to keep it.
         estimator: `"exact"`, `"mc"` (one label for each case, drawn from the model) or `"empirical"`.
         solver: `"dual"` (by `SᵀS`), `"primal"` (by `F`), `"cg"`; None: the smaller of the first two, or the last
             where both are larger than `max_size`.
@@ -83,10 +89,13 @@ class NaturalGradient(Adaptive):
         model: nn.Module,
         loss: nn.Module,
         *,
+        params: Groups = None,
         lr: float | None = None,
         momentum: float | None = 0.0,
         damping: float | None = None,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        max_kl: float | None = None,
         estimator: str = "exact",
         solver: str | None = None,
         max_size: int = 5000,
@@ -110,13 +119,17 @@ class NaturalGradient(Adaptive):
         super().__init__(
             model,
             loss,
+            params=params,
             lr=lr,
             momentum=momentum,
             damping=damping,
             weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            max_kl=max_kl,
             estimator=estimator,
-            output=output,
             adapt_every=1,
+            matmul_precision=None,
+            output=output,
             generator=generator,
         )
         self.solver, self.max_size, self.max_iterations = solver, max_size, max_iterations
@@ -137,6 +150,9 @@ class NaturalGradient(Adaptive):
 
     def _runs_again(self) -> bool:
         return self.solver in (None, "cg") or super()._runs_again()
+
+    def _may_run_again(self) -> bool:
+        return self.solver in (None, "cg") or super()._may_run_again()
 
     def _takes_cases(self, output: Tensor) -> bool:
         """Whether this batch, with those before it, is to be solved for by its cases."""
@@ -187,10 +203,10 @@ class NaturalGradient(Adaptive):
                 "max_size"
             )
 
-    def _move(self, objective: Objective, g: Vector, eta: float, loss: float) -> str | None:
+    def _move(self, objective: Objective, g: Vector, decay: Decay, loss: float) -> str | None:
         """The step; where it fails and the damping is free, again with more damping and the same matrix."""
         for tries in range(1, self._tries + 1):
-            fault = super()._move(objective, g, eta, loss)
+            fault = super()._move(objective, g, decay, loss)
             self.diagnostics["tries"] = tries
             if fault is None or not self._adaptive_damping:
                 break
@@ -198,8 +214,9 @@ class NaturalGradient(Adaptive):
             self._damping = self._rule.after_rejection(self._damping, tries)
         return fault
 
-    def _refresh(self, damping: float) -> None:
+    def _refresh(self, damping: float, decay: Decay) -> None:
         assert self._matrix is not None
+        damping += decay.same(self._parameters)
         if isinstance(self._matrix, Joint):
             form = self.solver or self._matrix.smaller_form()
             self._inverse = self._matrix.inverse(damping, form=form)
@@ -208,14 +225,14 @@ class NaturalGradient(Adaptive):
             self._inverse = self._matrix.inverse(damping)
         self.diagnostics["solver"] = form
 
-    def _direction(self, g: Vector) -> Vector:
+    def _direction(self, v: Vector) -> Vector:
         assert self._inverse is not None
         names = self._inverse.space.names or ()
-        solved = self._inverse._matmul(tuple(g[n].to(self._inverse.dtype) for n in names))
+        solved = self._inverse._matmul(tuple(v[n].to(self._inverse.dtype) for n in names))
         if isinstance(self._inverse, TruncatedInverse):
             _, residual, products = self._inverse.solution
             self.diagnostics |= {"residual": residual, "products": products}
-        return {n: d.to(g[n].dtype) for n, d in zip(names, solved, strict=True)}
+        return {n: d.to(v[n].dtype) for n, d in zip(names, solved, strict=True)}
 
     def _scale(self) -> float:
         assert self._matrix is not None

@@ -16,10 +16,9 @@ from natgrad.cases import Layer, layers_of, read_inputs
 from natgrad.linalg import factor
 from natgrad.linalg.eigen import semidefinite
 from natgrad.moments import MAX_DIM, AffineMoments, moments_of_state, state_of_moments
-from natgrad.optim.adaptive import check_number
 from natgrad.optim.vectors import copied, finite
 from natgrad.optim.watch import Watch
-from natgrad.options import check_max_dim, select_parameters
+from natgrad.options import check_max_dim, check_number, select_parameters
 
 
 @dataclass(frozen=True)

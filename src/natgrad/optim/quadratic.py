@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Minimum:
-    """Coefficients of the directions, and the model's change there (negative: a decrease)."""
+    """Coefficients of the directions, and what the model's change there is made of: the slope along the step, and half
+    its curvature."""
 
     coefficients: list[float]
-    change: float
+    slope: float
+    curvature: float
+
+    @property
+    def change(self) -> float:
+        """Of the objective, by the model; negative: a decrease."""
+        return self.slope + self.curvature
+
+    def shortened(self, share: float) -> Minimum:
+        """A part of the way there."""
+        return Minimum([share * c for c in self.coefficients], share * self.slope, share**2 * self.curvature)
 
 
 def minimize(Q: Tensor, slope: Tensor, fixed: dict[int, float]) -> Minimum | None:
@@ -45,7 +57,5 @@ def minimize(Q: Tensor, slope: Tensor, fixed: dict[int, float]) -> Minimum | Non
             c[free[0]] = rhs[0] / unit[0]
         else:
             c[free] = torch.linalg.solve(correlation, rhs) / unit
-    change = 0.5 * c @ Q @ c + slope @ c
-    if not (torch.isfinite(c).all() and torch.isfinite(change)):
-        return None
-    return Minimum(c.tolist(), float(change))
+    found = Minimum(c.tolist(), float(slope @ c), float(0.5 * c @ Q @ c))
+    return found if torch.isfinite(c).all() and math.isfinite(found.change) else None

@@ -53,6 +53,10 @@ class Watch:
         for remove in self._handles:
             remove()
 
+    def follow(self, parameters: Mapping[str, Tensor]) -> None:
+        """Records the uses of these from the next forward on."""
+        self._parameters = dict(parameters)
+
     def take(self) -> Forward | None:
         """The last forward, once."""
         forward, self._forward = self._forward, None

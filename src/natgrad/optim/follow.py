@@ -1,0 +1,206 @@
+"""An optimizer that follows its model's forwards, and knows what each loss was made of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture import Recorder
+from natgrad.losses import ESTIMATORS, output_curvature
+from natgrad.optim.batch import Batch, Forward, full_precision
+from natgrad.optim.output import Way
+from natgrad.optim.parameter_groups import Groups, as_group, check_alike, parameter_groups
+from natgrad.optim.scaler import scaler_in_charge
+from natgrad.optim.watch import Watch
+from natgrad.options import check_choice, check_number
+
+
+class Following(torch.optim.Optimizer, ABC):
+    """Between a forward of the model and the step: `loss` takes what the model returned, keeps what the step will need,
+    and notes by which factor the user's backward weighs it."""
+
+    _step_supports_amp_scaling = True
+    """A `GradScaler` leaves the gradients to the step, which knows their scale."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        params: Groups,
+        defaults: dict[str, Any],
+        *,
+        estimator: str,
+        output: Way | None,
+        generator: torch.Generator | None,
+    ):
+        self._curvature = output_curvature(loss)
+        if isinstance(loss, nn.GaussianNLLLoss):
+            raise TypeError(
+                f"{type(self).__name__} follows models that return one tensor, and nn.GaussianNLLLoss takes two; let "
+                "the model return one, with natgrad.losses.Likelihood(lambda f: Normal(f[..., 0], f[..., 1].exp()))"
+            )
+        check_choice("estimator", estimator, ESTIMATORS)
+        self.model, self._output, self.estimator = model, output, estimator
+        self._parameters: dict[str, Tensor] = {}
+        self._watch: Watch | None = None
+        super().__init__(parameter_groups(model, params), defaults)
+        device = next(iter(self._parameters.values())).device
+        self._generator = generator or torch.Generator(device).manual_seed(torch.initial_seed())
+        self._pending: list[Batch] = []
+        self._watch = Watch(model, self._parameters)
+
+    # What a subclass supplies --------------------------------------------------------------------------
+
+    @abstractmethod
+    def _statistics_due(self) -> bool:
+        """Whether the next batches' statistics are wanted."""
+
+    @abstractmethod
+    def _runs_again(self) -> bool:
+        """Whether the next step runs the model again."""
+
+    @abstractmethod
+    def _may_run_again(self) -> bool:
+        """Whether some step to come does."""
+
+    @abstractmethod
+    def _observe(self, batch: Batch, recorder: Recorder, output: Tensor) -> None:
+        """Takes the statistics of a batch, or notes its fault."""
+
+    def _check_recorded(self, recorder: Recorder, output: Tensor) -> None:
+        """Raises NotImplementedError for a parameter that the curvature does not cover."""
+        recorder.check(output)
+
+    # Groups --------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of the model's parameters, say of layers that were frozen until now.
+
+        Raises:
+            ValueError: if one is not the model's, is in a group already, or a setting is out of range.
+        """
+        super().add_param_group(as_group(self.model, param_group))
+        try:
+            self._check_groups()
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        self._parameters = {n: p for n, p in self.model.named_parameters() if id(p) in own}
+        if self._watch is not None:
+            self._watch.follow(self._parameters)
+
+    def _check_groups(self) -> None:
+        for group in self.param_groups:
+            for name in ("lr", "momentum", "weight_decay"):
+                check_number(name, group[name])
+        for name in ("lr", "momentum"):
+            check_alike(self.param_groups, name)
+
+    def _by_group(self, names: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
+        """Every group with those of its parameters that are named."""
+        group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        found: list[list[str]] = [[] for _ in self.param_groups]
+        for n in names:
+            found[group_of[id(self._parameters[n])]].append(n)
+        return [(group, own) for group, own in zip(self.param_groups, found, strict=True) if own]
+
+    # Between forward and step --------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Sets whether the next forward is recorded."""
+        assert self._watch is not None
+        self._watch.recording = self._statistics_due() or self._runs_again()
+
+    def loss(self, output: Any, target: Tensor) -> Tensor:
+        """The loss module's value on `output`: a tensor that the last forward of the model returned (also one in an
+        object or a dictionary), a view of it, or all that was returned where the optimizer has an `output=`.
+
+        Backward from it, scaled or summed over microbatches as you like, then call `step`.
+
+        Raises:
+            RuntimeError: if no forward in training mode with gradients enabled came before.
+            ValueError: if output and target do not fit the loss, or the batch is empty.
+            NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
+        """
+        assert self._watch is not None
+        forward = self._watch.take()
+        if forward is None:
+            raise RuntimeError(
+                "opt.loss follows a forward of the model in training mode with gradients enabled, and there was "
+                "none since the last opt.loss; call model.train() and model(x) first, and for evaluation the "
+                "loss module itself"
+            )
+        output, way = self._read(output, forward)
+        with torch.autocast(output.device.type, enabled=False):
+            return self._loss(forward, output, way, target)
+
+    def _read(self, output: Any, forward: Forward) -> tuple[Tensor, Way | None]:
+        """The loss's input, and how it came from what the model returned."""
+        returned = forward.returned
+        assert returned is not None
+        if self._output is not None and output is returned.value:
+            return full_precision(self._output(output)), self._output
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"opt.loss was given a {type(output).__name__}; expected the tensor that the loss takes. Give it one "
+                "of those that the model returned, or pass output= (how to make it of what the model returns) to "
+                f"{type(self).__name__} and give opt.loss all that the model returned"
+            )
+        return full_precision(output), returned.way_to(output)
+
+    def _loss(self, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
+        self._curvature.check(output, target)
+        if output.numel() == 0:
+            raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")
+        if self._may_run_again() and way is None:
+            raise ValueError(
+                "opt.loss was not given a tensor that the model returned, or a view of one, but the adaptive step runs "
+                f"the model again and needs it; pass output= to {type(self).__name__}, say output=lambda returned: "
+                "returned.logits[:, :-1].flatten(0, 1), and give opt.loss all that the model returned. Or fix lr, "
+                "momentum and damping (and the solver of a NaturalGradient)"
+            )
+        recorder, forward.recorder = forward.recorder, None
+        if recorder is not None:
+            self._check_recorded(recorder, output)
+        loss = self._curvature.loss(output, target)
+        mass = self._curvature.normalizer(output.detach(), target)
+        batch = Batch(forward, target, output.shape, way, mass, loss.detach())
+        if not torch.isfinite(loss):
+            batch.fault = "the loss is not finite: look for NaN or inf in the batch"
+        elif recorder is not None:
+            if self._statistics_due():
+                self._observe(batch, recorder, output)
+            if self._runs_again():
+                batch.uses = recorder.uses
+        forward.returned = None
+        if loss.requires_grad:
+            loss.register_hook(batch.observe)
+        self._pending.append(batch)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, and with them the batches whose backward is in them."""
+        self._pending = [b for b in self._pending if b.scale is None]
+        super().zero_grad(set_to_none)
+
+    def _overflowed(self) -> bool:
+        """Whether a `GradScaler` calls, and has found gradients that are not finite."""
+        found = getattr(self, "found_inf", None)
+        return found is not None and bool(found)
+
+    def _unscaled_by(self) -> float:
+        """By how much a `GradScaler` has scaled the losses but no longer the gradients: those unscaled by hand."""
+        by_hand = getattr(self, "found_inf", None) is not None and getattr(self, "grad_scale", None) is None
+        return scaler_in_charge().get_scale() if by_hand else 1.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises TypeError: a copy would not be attached to any model."""
+        raise TypeError(
+            f"a {type(self).__name__} optimizer cannot be copied or pickled; make one for the new model and load "
+            "state_dict()"
+        )

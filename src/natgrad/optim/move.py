@@ -1,0 +1,45 @@
+"""A step that has been decided on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from natgrad.optim.vectors import Vector
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some parameters, by which factor of the direction they move, and what they are multiplied by before."""
+
+    names: Sequence[str]
+    factor: float
+    shrink: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """`θ ← shrink θ + factor Δ`, part by part."""
+
+    direction: Vector
+    parts: Sequence[Part]
+
+    def take(self, parameters: Mapping[str, Tensor]) -> None:
+        for part in self.parts:
+            own = [parameters[n] for n in part.names]
+            if part.shrink != 1:
+                torch._foreach_mul_(own, part.shrink)
+            torch._foreach_add_(own, [self.direction[n] for n in part.names], alpha=part.factor)
+
+    @cached_property
+    def delta(self) -> Vector:
+        """What is added to the parameters, apart from their shrinking."""
+        delta: Vector = {}
+        for part in self.parts:
+            scaled = torch._foreach_mul([self.direction[n] for n in part.names], part.factor)
+            delta |= dict(zip(part.names, scaled, strict=True))
+        return delta

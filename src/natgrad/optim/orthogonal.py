@@ -1,0 +1,119 @@
+"""Orthogonalized steps: the nearest orthogonal matrix of a direction, and Adam's step where there is no matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.linalg import Block, Operator, Rows
+from natgrad.linalg.centered import CenteredInverse
+from natgrad.linalg.space import Parts
+from natgrad.optim.vectors import Vector
+
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+STEPS = 5
+RMS = 0.2
+"""The root mean square of AdamW's steps, to which an orthogonalized one is scaled (Liu et al. 2025)."""
+SECOND_MOMENT_DECAY = 0.95
+
+
+def newton_schulz(V: Float[Tensor, "*batch o i"]) -> Float[Tensor, "*batch o i"]:
+    """`U Wᵀ` of the singular value decomposition `V = U S Wᵀ`, roughly: five steps of an iteration that moves the
+    singular values to between 0.7 and 1.2, in bfloat16 unless `V` is in float64.
+
+    Example:
+        >>> import torch
+        >>> V = torch.diag(torch.tensor([5.0, 1.0, 0.5], dtype=torch.float64))
+        >>> ((newton_schulz(V).diagonal() - 1).abs() < 0.35).all().item()
+        True
+
+    Reference: Jordan et al. (2024), "Muon: an optimizer for hidden layers in neural networks"; the iteration is
+    Kovarik's (1970) and Björck & Bowie's (1971), with Jordan's coefficients.
+    """
+    a, b, c = COEFFICIENTS
+    X = V if V.dtype == torch.float64 else V.bfloat16()
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    for _ in range(STEPS):
+        S = X @ X.mT
+        X = a * X + (b * S + c * S @ S) @ X
+    return (X.mT if tall else X).to(V.dtype)
+
+
+def orthogonalized(matrices: Sequence[Float[Tensor, "_ _"]]) -> list[Tensor]:
+    """Each matrix's orthogonal factor times `0.2 √max(d_out, d_in)`, so that its root mean square is that of AdamW's
+    steps. Those of one shape are done together."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, V in enumerate(matrices):
+        by_shape.setdefault(V.shape, []).append(i)
+    out: list[Tensor] = list(matrices)
+    for shape, places in by_shape.items():
+        size = RMS * max(shape) ** 0.5
+        for i, O in zip(places, newton_schulz(torch.stack([matrices[i] for i in places])), strict=True):
+            out[i] = size * O
+    return out
+
+
+def take_in_square(gradient: Tensor, state: dict[str, Tensor]) -> None:
+    """The moving average of the squared gradient, and the weight of what is in it: nothing at first."""
+    if "second_moment" not in state:
+        state["second_moment"], state["second_weight"] = torch.zeros_like(gradient), gradient.new_zeros(())
+    state["second_moment"].lerp_(gradient.square(), 1 - SECOND_MOMENT_DECAY)
+    state["second_weight"].lerp_(torch.ones_like(state["second_weight"]), 1 - SECOND_MOMENT_DECAY)
+
+
+def adam(v: Tensor, state: dict[str, Tensor], eps: float = 1e-8) -> Tensor:
+    """Adam's direction for a first moment `v` (Kingma & Ba 2015, arXiv:1412.6980)."""
+    return v / ((state["second_moment"] / state["second_weight"]).sqrt() + eps)
+
+
+def nesterov(
+    v: Vector, g: Vector, groups: Iterable[tuple[dict[str, Any], list[str]]], state_of: Callable[[str], dict[str, Any]]
+) -> Vector:
+    """`(∇ + μ v) / (1 + μ Σ μᵗ)`: Nesterov's momentum as an average, on the scale of a gradient from the start."""
+    out = dict(v)
+    for group, names in groups:
+        mu = group["momentum"]
+        for n in names if mu else ():
+            state = state_of(n)
+            weight = state["momentum_weight"] = mu * state.get("momentum_weight", 0.0) + 1
+            out[n] = (g[n] + mu * v[n]) / (1 + mu * weight)
+    return out
+
+
+def orthogonal_direction(
+    v: Vector, blocks: Sequence[Block], state_of: Callable[[str], dict[str, Any]], *, simple: bool
+) -> Vector:
+    """The orthogonalized `v C⁻¹` of the blocks, and Adam's direction of all else, in centered blocks as the change of
+    the mean pre-activation `b + W m` (with `simple`, of `b`)."""
+    matrices: list[Tensor] = []
+
+    def collect(op: Operator, parts: Parts) -> Parts:
+        matrices.append(op.apart(parts)[0] if isinstance(op, CenteredInverse) else op._matmul(parts)[0])
+        return parts
+
+    for block in blocks:
+        _through(block.operator, block.parts(v), collect)
+    found = iter(orthogonalized(matrices))
+
+    def replace(op: Operator, parts: Parts) -> Parts:
+        W, rest = next(found), parts[1:]
+        if isinstance(op, CenteredInverse) and not simple:
+            rest = tuple(c - W @ op.m for c in rest)
+        return (W, *rest)
+
+    weights = {block.names[0] for block in blocks}
+    out = {n: d if n in weights else adam(d, state_of(n)) for n, d in v.items()}
+    for block in blocks:
+        out |= block.named(_through(block.operator, block.parts(out), replace))
+    return out
+
+
+def _through(op: Operator, parts: Parts, apply: Callable[[Operator, Parts], Parts]) -> Parts:
+    """Applies to every operator on rows of its own."""
+    return op._each(lambda o, p: _through(o, p, apply), parts) if isinstance(op, Rows) else apply(op, parts)

@@ -1,0 +1,63 @@
+"""Which parameters of a model an optimizer trains, in groups with settings of their own, as torch's optimizers have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from natgrad.options import select_parameters
+
+Groups = Iterable[Any] | Callable[[str], bool] | None
+"""All trainable parameters (None), names, a predicate on names, tensors, or dictionaries with such `"params"`."""
+
+
+def parameter_groups(model: nn.Module, params: Groups) -> list[dict[str, Any]]:
+    """The groups, with their `"params"` as tensors.
+
+    Raises:
+        ValueError: if there is none, or something in it is not a parameter of the model.
+    """
+    if params is None or callable(params):
+        return [{"params": list(select_parameters(model, params).values())}]
+    entries = list(params)
+    if not entries:
+        raise ValueError("params is empty; expected parameters of the model, or groups of them")
+    if all(isinstance(e, Mapping) for e in entries):
+        return [as_group(model, e) for e in entries]
+    return [as_group(model, {"params": entries})]
+
+
+def as_group(model: nn.Module, group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with its parameters as tensors of the model."""
+    if "params" not in group:
+        raise ValueError(f"a group has {', '.join(map(repr, group)) or 'nothing'} and no 'params'; say which it has")
+    params = group["params"]
+    if isinstance(params, (Tensor, str)):
+        params = [params]
+    if not callable(params):
+        params = list(params)
+    if callable(params) or (params and all(isinstance(e, str) for e in params)):
+        return {**group, "params": list(select_parameters(model, params).values())}
+    names = {id(p): n for n, p in model.named_parameters()}
+    for p in params:
+        if not isinstance(p, Tensor):
+            raise ValueError(f"params has a {type(p).__name__}; expected parameters of the model, or their names")
+        if id(p) not in names:
+            raise ValueError(
+                f"params has a tensor of shape {tuple(p.shape)} that is not a parameter of the model; expected some "
+                f"of {', '.join(list(names.values())[:6])}"
+            )
+        if p.is_complex():
+            raise ValueError(f"parameter {names[id(p)]!r} is complex ({p.dtype}); expected a real one")
+    return {**group, "params": params}
+
+
+def check_alike(groups: Iterable[Mapping[str, Any]], name: str) -> None:
+    """Raises ValueError if a setting is adaptive in one group and a number in another: there is one quadratic model."""
+    if len({group[name] is None for group in groups}) > 1:
+        raise ValueError(
+            f"{name} is None, which means adaptive, in one group and a number in another; expected a number in all "
+            "groups, or None in all"
+        )

@@ -1,0 +1,247 @@
+"""What an optimizer keeps of the curvature from step to step: moving averages, and the matrix that they make."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.blocks import homogeneous, kfac_blocks
+from natgrad.cases import Cases, Layer
+from natgrad.eigenbasis import Eigenbasis, bases_of, squares_in, turned
+from natgrad.groups import has_rival, tiled
+from natgrad.linalg import CenteredKronecker, Diagonal, Homogeneous, Kronecker, Operator, factor
+from natgrad.linalg import rows as tiles
+from natgrad.linalg.centered import CenteredInverse
+from natgrad.moments import (
+    AffineMoments,
+    DiagonalMoments,
+    Moments,
+    input_moments,
+    layer_moments,
+    merge,
+    moments_of_state,
+    state_of_moments,
+)
+from natgrad.structures import diagonal_squares
+
+
+@dataclass
+class Statistics:
+    """The sums of some batches: each layer's moments, and the squares of the gradients in eigenbases."""
+
+    moments: dict[Layer, Moments] = field(default_factory=dict)
+    squares: dict[Layer, Moments] = field(default_factory=dict)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(merge([self.moments, other.moments]), merge([self.squares, other.squares]))
+
+    def finite(self) -> bool:
+        every = [*self.moments.values(), *self.squares.values()]
+        return all(bool(m.is_finite()) for m in every)
+
+    def decayed(self, decay: float, new: Statistics) -> Statistics:
+        """The moving average with a new batch in it. Layers that are not in the batch stay as they are."""
+        return Statistics(_decayed(self.moments, decay, new.moments), _decayed(self.squares, decay, new.squares))
+
+
+def _decayed(past: Mapping[Layer, Moments], decay: float, new: Mapping[Layer, Moments]) -> dict[Layer, Moments]:
+    joined = {layer: decay * past[layer] + m if layer in past else m for layer, m in new.items()}  # type: ignore[operator]
+    return {**past, **joined}
+
+
+class Running(ABC):
+    """The moving averages of one structure, over the layers that were seen."""
+
+    reads_gradients = True
+    """Whether the statistics are of the gradients `g` too, or of the layers' inputs alone."""
+
+    def __init__(self, centered: bool, sharing: str, max_dim: int):
+        self.centered, self.sharing, self.max_dim = centered, sharing, max_dim
+        self.total = Statistics()
+
+    @abstractmethod
+    def observe(self, cases: Cases) -> Statistics:
+        """The sums of one batch."""
+
+    @abstractmethod
+    def blocks(self) -> dict[Layer, Operator]:
+        """Every whole layer's operator, per unit of the loss's mean."""
+
+    def inverse(self, operator: Operator, damping: float, style: str) -> Operator:
+        """One layer's damped inverse."""
+        return operator.inverse(damping, damping_style=style)
+
+    def take_in(self, new: Iterable[Statistics], decay: float) -> bool:
+        """Whether there was anything to take in. Averages that have come to be not finite start anew."""
+        found = list(new)
+        if not found:
+            return False
+        past = Statistics(_finite(self.total.moments), _finite(self.total.squares))
+        self.total = past.decayed(decay, reduce(Statistics.__add__, found))
+        return True
+
+    def turn(self) -> None:  # noqa: B027
+        """New bases, where there are any."""
+
+    @property
+    def layers(self) -> list[Layer]:
+        return list(self.total.moments)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "moments": state_of_moments(self.total.moments),
+            "squares": state_of_moments(self.total.squares),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.total = Statistics(moments_of_state(state["moments"]), moments_of_state(state["squares"]))
+
+
+def _finite(moments: dict[Layer, Moments]) -> dict[Layer, Moments]:
+    return {layer: m for layer, m in moments.items() if bool(m.is_finite())}
+
+
+class RunningKfac(Running):
+    """`A ⊗ B`, or `C ⊗ B` centered."""
+
+    def observe(self, cases: Cases) -> Statistics:
+        return Statistics(layer_moments(cases, self.sharing, self.max_dim))
+
+    def blocks(self) -> dict[Layer, Operator]:
+        return kfac_blocks(self.total.moments, True, self.centered)
+
+
+class RunningEkfac(RunningKfac):
+    """K-FAC's eigenbases, seldom new, with the second moments of the gradients in them, often new.
+
+    New bases start with K-FAC's own values, which count as much as the moments do.
+    """
+
+    def __init__(self, centered: bool, sharing: str, max_dim: int):
+        super().__init__(centered, sharing, max_dim)
+        self._bases: dict[Layer, Eigenbasis] = {}
+
+    def observe(self, cases: Cases) -> Statistics:
+        if not self._bases:
+            return super().observe(cases)
+        cases = cases.kept()
+        squares = squares_in(self._bases, self.total.moments, cases)
+        own: dict[Layer, Moments] = {layer: DiagonalMoments(v, cases.mass) for layer, v in squares.items()}
+        return Statistics(super().observe(cases).moments, own)
+
+    def turn(self) -> None:
+        moments = self.total.moments
+        self._bases = bases_of(moments, self.centered, turned, self._bases)
+        self.total.squares = {}
+        for layer, basis in self._bases.items():
+            m = moments[layer]
+            assert isinstance(m, AffineMoments)
+            self.total.squares[layer] = DiagonalMoments(basis.kronecker_values(m), m.mass)
+
+    def blocks(self) -> dict[Layer, Operator]:
+        if not self._bases:
+            return super().blocks()
+        own: dict[Layer, Operator] = {}
+        for layer, basis in self._bases.items():
+            squares, m = self.total.squares.get(layer), self.total.moments[layer]
+            if squares is not None:
+                assert isinstance(squares, DiagonalMoments)
+                assert isinstance(m, AffineMoments)
+                own[layer] = basis.block(squares.means(), m)
+        rest = {layer: m for layer, m in self.total.moments.items() if layer not in own}
+        return tiled(own) | kfac_blocks(rest, True, self.centered)
+
+    def state(self) -> dict[str, Any]:
+        bases = [(asdict(b.layer), b.U_A, b.U_B, b.centered) for b in self._bases.values()]
+        return super().state() | {"bases": bases}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        known = {str(asdict(layer)): layer for layer in self.total.moments}
+        bases = [Eigenbasis(known[str(layer)], U_A, U_B, c) for layer, U_A, U_B, c in state["bases"]]
+        self._bases = {basis.layer: basis for basis in bases}
+
+
+class RunningDiagonal(Running):
+    """The diagonal of the exact matrix."""
+
+    def observe(self, cases: Cases) -> Statistics:
+        return Statistics({layer: DiagonalMoments(v, cases.mass) for layer, v in diagonal_squares(cases).items()})
+
+    def blocks(self) -> dict[Layer, Operator]:
+        means = {layer: m.means() for layer, m in self.total.moments.items() if isinstance(m, DiagonalMoments)}
+        return tiled({layer: Diagonal(values) for layer, values in means.items()})
+
+
+class RunningInput(Running):
+    """The input factor alone: `C ⊗ I`, and `I` for the mean pre-activation `b + W m`; or `A ⊗ I` not centered.
+
+    Only layers whose inputs are rows or patches have one.
+    """
+
+    reads_gradients = False
+
+    def observe(self, cases: Cases) -> Statistics:
+        own = [layer for layer in cases.h if self._has_factor(layer, cases)]
+        return Statistics(input_moments(cases, own, self.sharing, self.max_dim))
+
+    def _has_factor(self, layer: Layer, cases: Cases) -> bool:
+        sparse = any(use.diagonal for use in cases.h[layer])
+        return bool(layer.weight) and not (layer.scale or sparse or has_rival(layer, cases.h))
+
+    def blocks(self) -> dict[Layer, Operator]:
+        return tiled({layer: self._block(layer, m) for layer, m in self.total.moments.items()})
+
+    def _block(self, layer: Layer, m: Moments) -> Operator:
+        assert isinstance(m, AffineMoments)
+        ones = torch.ones_like(m.output)
+        if not layer.bias:
+            return Kronecker(m.A, ones)
+        if not self.centered:
+            return Homogeneous(Kronecker(homogeneous(m), ones))
+        return CenteredKronecker(covariance=m.C, mean=m.mean, output=ones)
+
+    def inverse(self, operator: Operator, damping: float, style: str) -> Operator:
+        """`(C + εI)⁻¹ ⊗ I` and `I`: the input factor alone is damped; `ε` is `damping`, with the style `"relative"` in
+        units of the factor's mean eigenvalue."""
+        if isinstance(operator, tiles.Rows):
+            return tiles.Rows([self.inverse(op, damping, style) for op in operator.parts])
+        if isinstance(operator, Homogeneous):
+            return Homogeneous(self.inverse(operator.stacked, damping, style))
+        if isinstance(operator, CenteredKronecker):
+            weight = Kronecker(_damped_inverse(operator.C, damping, style), operator.B)
+            return CenteredInverse(weight, Diagonal((operator.B,)), operator.m)
+        assert isinstance(operator, Kronecker)
+        return Kronecker(_damped_inverse(operator.A, damping, style), operator.B)
+
+
+def _damped_inverse(F: Tensor, damping: float, style: str) -> Tensor:
+    epsilon = damping * factor.diagonal(F).mean() if style == "relative" else damping
+    return factor.inverse(factor.add_to_diagonal(F, epsilon), "the input factor", damping)
+
+
+class RunningIdentity(Running):
+    """Nothing: the matrix is the identity, and the step that of gradient descent."""
+
+    reads_gradients = False
+
+    def observe(self, cases: Cases) -> Statistics:
+        return Statistics()
+
+    def blocks(self) -> dict[Layer, Operator]:
+        return {}
+
+
+RUNNING: dict[str, type[Running]] = {
+    "kfac": RunningKfac,
+    "ekfac": RunningEkfac,
+    "input": RunningInput,
+    "diagonal": RunningDiagonal,
+    "identity": RunningIdentity,
+}
