@@ -1,38 +1,84 @@
-"""What a K-FAC step costs, in AdamW steps of the same model and batch, measured in turns in one run.
+"""What a step costs, in AdamW steps of the same model and batch, measured in turns in one run; and what it keeps.
 
-python benchmarks/cost.py
-python benchmarks/cost.py --profile      # and where the time goes
+python -m benchmarks.cost
+python -m benchmarks.cost --precision medium   # torch's own products in less precision too, for all
+python -m benchmarks.cost --memory             # what each optimizer keeps per parameter
+python -m benchmarks.cost --profile            # where K-FAC's time goes
 """
 
+from __future__ import annotations
+
 import argparse
+import copy
 import cProfile
 import platform
 import pstats
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from benchmarks.race.contestants import plain, second_order, shampoo, soap
+from benchmarks.race.tasks import TASKS, Task
+from torch import Tensor, nn
 
 import natgrad
-from natgrad.cli.tasks import make_autoencoder, make_task
-from natgrad.cli.training import WEIGHT_COST, shuffled_batches
 
-BLOCK = 40  # a multiple of all intervals between statistics, inverses and adaptations
+BLOCK = 40  # a multiple of the intervals between statistics, inverses and adaptations
+FIXED = {"lr": 1e-2, "momentum": 0.9, "damping": 1.0, "statistics_every": 10, "inverses_every": 100}
 
 
-def stepper(opt: torch.optim.Optimizer, model: nn.Module, loss: Callable, images: torch.Tensor, batch: int):
-    batches = shuffled_batches(images, batch, seed=0)
+def kfac(**options: Any) -> Callable[[nn.Module, Task], natgrad.KFAC]:
+    return lambda model, task: natgrad.KFAC(model, task.loss, weight_decay=task.weight_decay, **options)
 
-    def step() -> None:
-        x = next(batches)
-        value = loss(model(x), x) / len(x)
-        opt.zero_grad()
-        value.backward()
-        opt.step()
 
-    return step
+ADAPTIVE = {
+    "KFAC": kfac(),
+    "KFAC, not centered": kfac(centered=False),
+    "KFAC, fixed step size": kfac(**FIXED),
+    "EKFAC": kfac(structure="ekfac"),
+    "KFAC, input factor": kfac(structure="input", lr=1e-3, momentum=0.9),
+}
+PEERS = {
+    "AdamW": lambda model, task, _: [torch.optim.AdamW(model.parameters(), lr=1e-3)],
+    "SOAP": soap,
+    "Shampoo": shampoo,
+}
+
+
+def steps_of(name: str, model: nn.Module, task: Task) -> tuple[Callable[[Tensor, Tensor], float], list[Any]]:
+    """A function that takes a step, and the optimizers behind it."""
+    made: list[Any] = []
+    if name in ADAPTIVE:
+        make = second_order(lambda m, t, _: made.append(ADAPTIVE[name](m, t)) or made[-1])
+    else:
+        make = plain(lambda m, t, s: made.extend(PEERS[name](m, t, s)) or made)
+    return make(model, task, {"lr": 1e-3}), made
+
+
+def memory(task: Task, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    """Bytes of each optimizer's `state_dict` over those of the parameters."""
+    print(f"| {task.name} | numbers kept per parameter |\n| --- | --- |")
+    for name in [*PEERS, *ADAPTIVE]:
+        model = task.make_model(0)
+        step, made = steps_of(name, model, task)
+        for _ in range(25):
+            step(*next(batches))
+        kept = {t.untyped_storage().data_ptr(): t for opt in made for t in tensors(opt.state_dict())}
+        own = sum(p.nbytes for p in model.parameters())
+        print(f"| {name} | {sum(t.nbytes for t in kept.values()) / own:.2f} |", flush=True)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from tensors(v)
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from tensors(v)
 
 
 def main() -> None:
@@ -40,40 +86,43 @@ def main() -> None:
     parser.add_argument("--task", default="curves", choices=["curves", "mnist"])
     parser.add_argument("--batch", type=int, default=1000)
     parser.add_argument("--blocks", type=int, default=6, help=f"blocks of {BLOCK} steps of each")
-    parser.add_argument("--uncentered", action="store_true")
+    parser.add_argument("--only", nargs="+", default=["AdamW", "KFAC", "KFAC, fixed step size"])
+    parser.add_argument("--precision", choices=["highest", "high", "medium"], default="highest")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
 
-    task = make_task(options.task, seed=0)
-    module = nn.BCEWithLogitsLoss(reduction="sum")
-    first, second = (make_autoencoder(task.widths, seed=0) for _ in range(2))
-    adamw = torch.optim.AdamW(first.parameters(), lr=1e-3)
-    kfac = natgrad.KFAC(second, module, weight_decay=WEIGHT_COST, centered=not options.uncentered)
-    steps = {
-        "AdamW": stepper(adamw, first, module, task.images, options.batch),
-        "KFAC": stepper(kfac, second, kfac.loss, task.images, options.batch),
-    }
+    torch.set_float32_matmul_precision(options.precision)
+    task = TASKS[options.task]()
+    batches = task.batches(0, options.batch)
+    if options.memory:
+        memory(task, batches)
+        return
+    initial = task.make_model(0)
+    steps = {name: steps_of(name, copy.deepcopy(initial), task)[0] for name in options.only}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for block in range(options.blocks + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             for _ in range(BLOCK):
-                step()
+                step(*next(batches))
             if block > 0:  # the first warms up
                 times[name].append((time.perf_counter() - start) / BLOCK)
-    ratios = [k / a for a, k in zip(times["AdamW"], times["KFAC"], strict=True)]
+    base = times[options.only[0]]
+    print(f"| {task.name}, batch {options.batch} | ms/step | in steps of {options.only[0]} |\n| --- | --- | --- |")
     for name, values in times.items():
-        print(f"{name:6} {1e3 * statistics.median(values):7.1f} ms/step")
+        ratios = [k / a for a, k in zip(base, values, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {name} | {1e3 * statistics.median(values):.1f} | {spread} |")
     print(
-        f"one KFAC step is {statistics.median(ratios):.2f} AdamW steps ({min(ratios):.2f} to {max(ratios):.2f}); "
-        f"{options.task}, batch {options.batch}, {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, precision of products {options.precision}"
     )
     if options.profile:
         profile = cProfile.Profile()
         with profile:
             for _ in range(BLOCK):
-                steps["KFAC"]()
+                steps["KFAC"](*next(batches))
         pstats.Stats(profile).sort_stats("cumulative").print_stats("natgrad|run_backward|linear|cholesky", 30)
 
 

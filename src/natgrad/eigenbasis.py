@@ -116,7 +116,7 @@ def squares_in(bases: Mapping[Layer, Eigenbasis], moments: Mapping[Layer, Moment
     """The sums over a batch's examples and columns of the squared gradients in the bases."""
     values: dict[Layer, Parts] = {}
     with torch.no_grad():
-        present = {layer: basis for layer, basis in bases.items() if layer in cases.h}
+        present = {layer: basis for layer, basis in bases.items() if layer in cases.h and layer in moments}
         z = {layer: basis.inputs(cases, _affine(moments[layer])) for layer, basis in present.items()}
         for g in cases.columns:
             for layer, basis in present.items():

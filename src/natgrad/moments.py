@@ -266,19 +266,19 @@ def merge(parts: Iterable[Mapping[Layer, Moments]]) -> dict[Layer, Moments]:
     return total
 
 
-def state_of_moments(moments: Mapping[Layer, Moments]) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+def state_of_moments(moments: Mapping[Layer, Moments]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Plain dictionaries of tensors, numbers and names, which `moments_of_state` reads; tensors are not copied."""
     return [(asdict(layer), vars(m)) for layer, m in moments.items()]
 
 
-def moments_of_state(state: Iterable[tuple[dict[str, Any], dict[str, Tensor]]]) -> dict[Layer, Moments]:
+def moments_of_state(state: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> dict[Layer, Moments]:
     """Undoes `state_of_moments`."""
     moments: dict[Layer, Moments] = {}
     for its_layer, its_moments in state:
         rows = its_layer["rows"]
         layer = Layer(**its_layer | {"layout": Layout(**its_layer["layout"]), "rows": rows and tuple(rows)})
         kind = next(k for k in (AffineMoments, ScaleMoments, DiagonalMoments) if its_moments.keys() == _names(k))
-        moments[layer] = kind(**its_moments)  # type: ignore[arg-type]
+        moments[layer] = kind(**its_moments)
     return moments
 
 

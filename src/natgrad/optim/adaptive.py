@@ -211,7 +211,8 @@ class Adaptive(Following):
 
     def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
         objective = Objective(self.model, self._curvature, pending, self.matmul_precision)
-        objective.scale /= self._unscaled_by()
+        amplified, still = self._scaler()
+        objective.scale /= amplified
         fault = next((b.fault for b in pending if b.fault), None)
         if fault is not None:
             undone = not math.isfinite(objective.loss) and self._undo_last(objective)
@@ -220,7 +221,7 @@ class Adaptive(Following):
             return f"the loss was scaled by {objective.scale} before backward"
         self._take_in(objective, gradients)
         decay = self._decay(objective.scale)
-        g = self._gradient(gradients, objective.scale, decay)
+        g = self._gradient(gradients, objective.scale * (amplified if still else 1.0), decay)
         square = dot(g, g)
         if not (math.isfinite(square) or finite(g)):
             return "the gradient is not finite"
@@ -271,7 +272,7 @@ class Adaptive(Following):
                 raise
             return f"{self._what_is_inverted} could not be inverted: {error}"
         if step is None:
-            return "the quadratic model has no finite minimum"
+            return "the direction is not finite, or the quadratic model has no finite minimum"
         measured = self._measures() or (self._adaptive_damping and self._is_doubtful(loss, change))
         before = self._snapshot() if measured else {}
         step.take(self._parameters)
@@ -304,6 +305,8 @@ class Adaptive(Following):
         v = self._with_momentum(g)
         direction = self._direction(v)
         names = {n: d for n, d in direction.items() if n in g}
+        if not finite(names):
+            return None, 0.0
         steps = [(group, own) for group, own in self._by_group(names)]
         share = 1.0
         if self.max_kl is not None:

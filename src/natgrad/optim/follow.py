@@ -193,10 +193,12 @@ class Following(torch.optim.Optimizer, ABC):
         found = getattr(self, "found_inf", None)
         return found is not None and bool(found)
 
-    def _unscaled_by(self) -> float:
-        """By how much a `GradScaler` has scaled the losses but no longer the gradients: those unscaled by hand."""
-        by_hand = getattr(self, "found_inf", None) is not None and getattr(self, "grad_scale", None) is None
-        return scaler_in_charge().get_scale() if by_hand else 1.0
+    def _scaler(self) -> tuple[float, bool]:
+        """By how much a `GradScaler` that calls has scaled the loss, and whether the gradients still are."""
+        if getattr(self, "found_inf", None) is None:
+            return 1.0, False
+        scale = getattr(self, "grad_scale", None)
+        return (scaler_in_charge().get_scale(), False) if scale is None else (float(scale), True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Raises TypeError: a copy would not be attached to any model."""

@@ -205,13 +205,14 @@ class KFAC(Adaptive):
         self._inverse: BlockDiagonal | None = None
         self._inverse_age = 0
         self._bases_age: int | None = None
+        self._spoiled = False  # some averages were lost, and new ones are wanted at once
 
     # Statistics ----------------------------------------------------------------------------------------
 
     def _statistics_due(self) -> bool:
         if self.structure == "identity":
             return False
-        return self._steps % self.statistics_every == 0 or not self._running.layers
+        return self._steps % self.statistics_every == 0 or not self._running.layers or self._spoiled
 
     def _check_recorded(self, recorder: Recorder, output: Tensor) -> None:
         if self.structure not in ("input", "identity"):  # they take what they have no layer for as it is
@@ -239,7 +240,11 @@ class KFAC(Adaptive):
 
     def _take_in(self, objective: Objective, gradients: Vector) -> None:
         new = [b.statistics for b in objective.batches if b.statistics is not None]
-        self.diagnostics["statistics"] = self._running.take_in(new, self.decay)
+        known = set(self._running.layers)
+        taken = self.diagnostics["statistics"] = self._running.take_in(new, self.decay)
+        self._spoiled = self._spoiled and not taken
+        if not known.issuperset(self._running.layers):
+            self._inverse_age = self.inverses_every  # layers that the inverse has not
         layers = self._running.total.moments
         thinned = {layer.label: m.diagonals for layer, m in layers.items() if isinstance(m, AffineMoments)}
         if self._running.reads_gradients:
@@ -290,6 +295,8 @@ class KFAC(Adaptive):
 
     def _expire(self) -> None:
         self._inverse_age = self.inverses_every
+        if self._running.drop_spoiled():
+            self._spoiled, self._inverse = True, None
 
     def _model_damping(self, damping: float) -> float:
         return 0.0 if self.structure == "input" else damping  # there it is in units of the inputs
@@ -352,12 +359,13 @@ class KFAC(Adaptive):
             "inverse": None if self._inverse is None else dump(self._inverse),
             "inverse_age": self._inverse_age,
             "bases_age": self._bases_age,
+            "spoiled": self._spoiled,
         }
 
     def _load_own_state(self, saved: dict[str, Any]) -> None:
         self._running.load(saved["running"])
         self._inverse, self._inverse_age = restore(saved["inverse"]), saved["inverse_age"]
-        self._bases_age = saved["bases_age"]
+        self._bases_age, self._spoiled = saved["bases_age"], saved["spoiled"]
 
     def _check_own_state(self, saved: dict[str, Any]) -> None:
         if saved["structure"] != self.structure:

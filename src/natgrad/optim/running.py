@@ -78,13 +78,20 @@ class Running(ABC):
         return operator.inverse(damping, damping_style=style)
 
     def take_in(self, new: Iterable[Statistics], decay: float) -> bool:
-        """Whether there was anything to take in. Averages that have come to be not finite start anew."""
+        """Whether there was anything to take in."""
         found = list(new)
         if not found:
             return False
-        past = Statistics(_finite(self.total.moments), _finite(self.total.squares))
-        self.total = past.decayed(decay, reduce(Statistics.__add__, found))
+        self.drop_spoiled()
+        self.total = self.total.decayed(decay, reduce(Statistics.__add__, found))
         return True
+
+    def drop_spoiled(self) -> bool:
+        """Forgets averages that have come to be not finite. Whether there were any."""
+        sound = Statistics(_finite(self.total.moments), _finite(self.total.squares))
+        spoiled = (len(sound.moments), len(sound.squares)) != (len(self.total.moments), len(self.total.squares))
+        self.total = sound
+        return spoiled
 
     def turn(self) -> None:  # noqa: B027
         """New bases, where there are any."""
@@ -149,8 +156,8 @@ class RunningEkfac(RunningKfac):
             return super().blocks()
         own: dict[Layer, Operator] = {}
         for layer, basis in self._bases.items():
-            squares, m = self.total.squares.get(layer), self.total.moments[layer]
-            if squares is not None:
+            squares, m = self.total.squares.get(layer), self.total.moments.get(layer)
+            if squares is not None and m is not None:
                 assert isinstance(squares, DiagonalMoments)
                 assert isinstance(m, AffineMoments)
                 own[layer] = basis.block(squares.means(), m)
