@@ -142,6 +142,7 @@ CONTESTANTS = [
         {
             "curves": rates(1e-3, 2e-3, 4e-3, batch=250),
             "mnist": rates(1e-3, 2e-3, 4e-3, batch=250),
+            "language": rates(5e-4, 1e-3, 2e-3),
             "*": rates(1e-3, 3e-3, 6e-3),
             "pinn": rates(1e-3, 3e-3, 1e-2),
         },
@@ -179,12 +180,12 @@ CONTESTANTS = [
     Contestant(
         "one-sided",
         second_order(one_sided),
-        {"language": [{"lr": lr, "rest": 2e-3} for lr in (0.005, 0.01, 0.02)]},
+        {"language": [{"lr": lr, "rest": 2e-3} for lr in (0.003, 0.005, 0.01)]},
     ),
     Contestant(
         "one-sided, not centered",
         second_order(one_sided),
-        {"language": [{"lr": lr, "rest": 2e-3, "centered": False} for lr in (0.005, 0.01, 0.02)]},
+        {"language": [{"lr": lr, "rest": 2e-3, "centered": False} for lr in (0.003, 0.005, 0.01)]},
     ),
     Contestant("NaturalGradient", second_order(natural_gradient), {"pinn": [{}]}),
 ]

@@ -102,17 +102,18 @@ def classifier() -> Task:
     return Task("classifier", "training loss", 30, 250, nn.CrossEntropyLoss(), make_model, batches, evaluate)
 
 
-CONTEXT = 64
+CONTEXT, PASSAGE = 64, 2000
 
 
 def language_model() -> Task:
-    """The characters of Python's language reference, as CPython ships it; the last tenth is for validation."""
+    """The characters of Python's language reference, as CPython ships it; every tenth passage is for validation."""
     text = "".join(pydoc_data.topics.topics[k] for k in sorted(pydoc_data.topics.topics))
     alphabet = sorted(set(text))
     codes = torch.tensor([alphabet.index(c) for c in text])
-    end = int(0.9 * len(codes))
-    windows = codes.unfold(0, CONTEXT + 1, 1)
-    held_out = windows[end : len(windows) : CONTEXT][:256]
+    passages = codes[: len(codes) - len(codes) % PASSAGE].view(-1, PASSAGE)
+    apart = torch.arange(len(passages)) % 10 == 9
+    held_out = passages[apart].unfold(1, CONTEXT + 1, CONTEXT).flatten(0, 1)[:512]
+    windows = passages[~apart].unfold(1, CONTEXT + 1, 1).flatten(0, 1)
 
     def make_model(seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -121,7 +122,7 @@ def language_model() -> Task:
     def batches(seed: int, size: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
         while True:
-            w = windows[torch.randint(end - CONTEXT, (size,), generator=generator)]
+            w = windows[torch.randint(len(windows), (size,), generator=generator)]
             yield w[:, :-1], w[:, 1:]
 
     @torch.no_grad()

@@ -11,13 +11,30 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.cases import Cases, Layer
-from natgrad.layers import Inputs, joined, stacked
+from natgrad.layers import Inputs, InputSums, joined, stacked
 from natgrad.linalg.layout import Layout
 from natgrad.linalg.space import Parts
 
 SHARING = ("expand", "reduce")
 MAX_DIM = 8192
 """The default width beyond which a factor is kept as its diagonal."""
+
+
+class KnownSums:
+    """The sums of inputs that several layers share, as query, key and value do: each is computed once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], tuple[Inputs, InputSums]] = {}
+
+    def of(self, inputs: Inputs, diagonal: bool) -> InputSums:
+        place = inputs.place()
+        if place is None:
+            return inputs.sums(None, diagonal)
+        key = (place, diagonal)
+        if key not in self._found:
+            # The inputs are kept, so that no others can come to lie in their place.
+            self._found[key] = inputs, inputs.sums(None, diagonal)
+        return self._found[key][1]
 
 
 @dataclass
@@ -47,9 +64,12 @@ class AffineMoments:
         scatter, output = (mass.new_zeros([d] * (2 - alone)) for d, alone in zip((d_in, d_out), diagonal, strict=True))
         return cls(mass.new_zeros(()), mass.new_zeros(d_in), scatter, output, mass)
 
-    def add_inputs(self, inputs: Inputs, kept: Bool[Tensor, "n t"] | None = None) -> None:
+    def add_inputs(
+        self, inputs: Inputs, kept: Bool[Tensor, "n t"] | None = None, known: KnownSums | None = None
+    ) -> None:
         """Takes in the inputs of all cases, or of those that are kept."""
-        sums = inputs.sums(kept, self.scatter.ndim == 1)
+        diagonal = self.scatter.ndim == 1
+        sums = inputs.sums(kept, diagonal) if known is None or kept is not None else known.of(inputs, diagonal)
         zero = torch.zeros_like
         whole = self + AffineMoments(sums.count, sums.mean, sums.scatter, zero(self.output), zero(self.mass))
         self.count, self.mean, self.scatter = whole.count, whole.mean, whole.scatter
@@ -187,20 +207,22 @@ def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM)
                 if cases.ignored is not None:
                     used[layer] = _used(uses, used.get(layer))
             del g, uses  # before the next ones are made
+        known = KnownSums()
         for layer, m in moments.items():
             if isinstance(m, AffineMoments):
-                _add_inputs(m, cases.h[layer], _kept(cases, layer, used.get(layer)), sharing)
+                _add_inputs(m, cases.h[layer], _kept(cases, layer, used.get(layer)), sharing, known)
     return dict(moments)
 
 
 def input_moments(cases: Cases, layers: Iterable[Layer], sharing: str, max_dim: int) -> dict[Layer, Moments]:
     """The moments of some affine layers' inputs alone; the output factors are zero, and diagonals."""
     moments: dict[Layer, Moments] = {}
+    known = KnownSums()
     with torch.no_grad():
         for layer in layers:
             d_in = cases.h[layer][0].shape[2]
             m = AffineMoments.empty(d_in, cases.d_out[layer], cases.mass, diagonal=(d_in > max_dim, True))
-            _add_inputs(m, cases.h[layer], _kept(cases, layer, None), sharing)
+            _add_inputs(m, cases.h[layer], _kept(cases, layer, None), sharing, known)
             moments[layer] = m
     return moments
 
@@ -244,14 +266,16 @@ def _kept(cases: Cases, layer: Layer, used: Sequence[Tensor] | None) -> list[Boo
     return kept
 
 
-def _add_inputs(m: AffineMoments, uses: Sequence[Inputs], kept: Sequence[Tensor] | None, sharing: str) -> None:
+def _add_inputs(
+    m: AffineMoments, uses: Sequence[Inputs], kept: Sequence[Tensor] | None, sharing: str, known: KnownSums
+) -> None:
     if sharing == "reduce":
         averaged = joined(uses).averaged(None if kept is None else torch.cat(list(kept), 1))
         some = None if kept is None else torch.cat(list(kept), 1).any(1, keepdim=True)
         m.add_inputs(averaged, some)
     elif kept is None:
         for use in stacked(uses):
-            m.add_inputs(use)
+            m.add_inputs(use, None, known)
     else:
         for use, its_kept in zip(uses, kept, strict=True):
             m.add_inputs(use, its_kept)

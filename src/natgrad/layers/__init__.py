@@ -3,7 +3,7 @@
 from natgrad.layers import affine, convolution, embedding, scale
 from natgrad.layers.affine import VIEWS
 from natgrad.layers.composite import COMPOSITES
-from natgrad.layers.inputs import Inputs, Rows, Sparse, joined, stacked
+from natgrad.layers.inputs import Inputs, InputSums, Rows, Sparse, joined, stacked
 from natgrad.layers.kind import Call, Kind, View
 from natgrad.layers.scale import ADDITIONS, PRODUCTS
 
@@ -17,6 +17,7 @@ __all__ = [
     "PRODUCTS",
     "VIEWS",
     "Call",
+    "InputSums",
     "Inputs",
     "Kind",
     "Rows",

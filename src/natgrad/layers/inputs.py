@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -50,6 +51,10 @@ class Inputs(ABC):
     def part(self, start: int, stop: int) -> Inputs:
         """Some of the examples."""
 
+    def place(self) -> tuple[Any, ...] | None:
+        """Where the inputs lie in memory, the same for the same inputs of another layer; None if that is not known."""
+        return None
+
     @abstractmethod
     def blank(self, n: int) -> Inputs:
         """Inputs of `n` examples that are all zero, in the same form."""
@@ -90,6 +95,9 @@ class Rows(Inputs):
 
     def to(self, dtype: torch.dtype) -> Rows:
         return Rows(self.x.to(dtype))
+
+    def place(self) -> tuple[Any, ...] | None:
+        return self.x.data_ptr(), self.x.dtype, self.x.shape, self.x.stride()
 
     def part(self, start: int, stop: int) -> Rows:
         return Rows(self.x[start:stop])
@@ -196,4 +204,6 @@ def stacked(inputs: Sequence[Inputs]) -> list[Inputs]:
     """Uses as cases of their own, plain ones in one tensor."""
     plain = [i.x.flatten(0, 1) for i in inputs if isinstance(i, Rows)]
     rest: list[Inputs] = [i for i in inputs if not isinstance(i, Rows)]
-    return [Rows(torch.cat(plain).unsqueeze(1)), *rest] if plain else rest
+    if not plain:
+        return rest
+    return [Rows((plain[0] if len(plain) == 1 else torch.cat(plain)).unsqueeze(1)), *rest]

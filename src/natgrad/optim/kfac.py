@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from natgrad.blocks import assemble
 from natgrad.capture import Recorder
 from natgrad.cases import read_cases
-from natgrad.linalg import BlockDiagonal
+from natgrad.linalg import Block, BlockDiagonal
 from natgrad.linalg.state import dump, restore
 from natgrad.moments import MAX_DIM, SHARING, AffineMoments
 from natgrad.optim.adaptive import Adaptive
@@ -21,7 +21,7 @@ from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt
 from natgrad.optim.decay import Decay
 from natgrad.optim.ladder import Ladder
-from natgrad.optim.orthogonal import nesterov, orthogonal_direction, take_in_square
+from natgrad.optim.orthogonal import nesterov, orthogonal_direction, take_in_squares
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.running import RUNNING
@@ -70,9 +70,8 @@ class KFAC(Adaptive):
         max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step, which is shortened to keep it.
         estimator: `"mc"` (labels drawn from the model), `"exact"` or `"empirical"`.
         sharing: `"expand"` or `"reduce"`, for layers used at several positions.
-        statistics_every: steps between updates of the moments. None: 10 where centered, else 5, as the
-            homogeneous input factor holds the mean of the inputs, which moves faster than their covariance; 4 for
-            `"input"`.
+        statistics_every: steps between updates of the moments. None: 10 where centered or for `"input"`, else 5, as the
+            homogeneous input factor holds the mean of the inputs, which moves faster than their covariance.
         statistics_share: the share of a batch's examples that the moments are of.
         inverses_every: steps between updates of the inverses. None: 20 where centered or for `"input"`, else 5.
         bases_every: steps between new bases of `"ekfac"`. None: 100.
@@ -153,7 +152,7 @@ class KFAC(Adaptive):
         damping_style = damping_style or ("factored" if centered else "exact")
         check_choice("damping_style", damping_style, ("exact", "factored"))
         if statistics_every is None:
-            statistics_every = 4 if one_sided else 10 if centered else 5
+            statistics_every = 10 if one_sided or centered else 5
         if inverses_every is None:
             inverses_every = 20 if one_sided or centered else 5
         bases_every = 100 if bases_every is None else bases_every
@@ -305,8 +304,11 @@ class KFAC(Adaptive):
 
     def _see_gradient(self, g: Vector) -> None:
         if self.orthogonalize:
-            for n, gradient in g.items():
-                take_in_square(gradient, self.state[self._parameters[n]])
+            matrices = {layer.names[0] for layer in self._running.layers} & self._to_orthogonalize(g)
+            take_in_squares({n: gradient for n, gradient in g.items() if n not in matrices}, self._state_of)
+
+    def _to_orthogonalize(self, v: Vector) -> set[str]:
+        return {n for group, names in self._by_group(v) if group["orthogonalize"] for n in names}
 
     def _with_momentum(self, g: Vector) -> Vector:
         v = super()._with_momentum(g)
@@ -315,13 +317,19 @@ class KFAC(Adaptive):
     def _state_of(self, name: str) -> dict[str, Any]:
         return self.state[self._parameters[name]]
 
+    def _blocks_in(self, v: Vector) -> list[Block]:
+        """The inverse's blocks whose parameters are all in `v` (others are frozen, or not part of this loss), and are
+        to be orthogonalized where any is."""
+        blocks = [] if self._inverse is None else self._inverse.layers.values()
+        own = [block for block in blocks if all(n in v for n in block.names)]
+        if not self.orthogonalize:
+            return own
+        chosen = self._to_orthogonalize(v)
+        return [block for block in own if block.names[0] in chosen]
+
     def _direction(self, v: Vector) -> Vector:
-        blocks = [] if self._inverse is None else list(self._inverse.layers.values())
-        # Others are frozen, or not part of this loss.
-        blocks = [block for block in blocks if all(n in v for n in block.names)]
+        blocks = self._blocks_in(v)
         if self.orthogonalize:
-            chosen = {n for group, names in self._by_group(v) if group["orthogonalize"] for n in names}
-            blocks = [block for block in blocks if block.names[0] in chosen]
             out = orthogonal_direction(v, blocks, self._state_of, simple=self.bias_update == "simple")
         else:
             out = {} if self._running.reads_gradients else dict(v)

@@ -59,36 +59,53 @@ def orthogonalized(matrices: Sequence[Float[Tensor, "_ _"]]) -> list[Tensor]:
     return out
 
 
-def take_in_square(gradient: Tensor, state: dict[str, Tensor]) -> None:
-    """The moving average of the squared gradient, and the weight of what is in it: nothing at first."""
-    if "second_moment" not in state:
-        state["second_moment"], state["second_weight"] = torch.zeros_like(gradient), gradient.new_zeros(())
-    state["second_moment"].lerp_(gradient.square(), 1 - SECOND_MOMENT_DECAY)
-    state["second_weight"].lerp_(torch.ones_like(state["second_weight"]), 1 - SECOND_MOMENT_DECAY)
+StateOf = Callable[[str], dict[str, Any]]
+"""A parameter's state, by name."""
 
 
-def adam(v: Tensor, state: dict[str, Tensor], eps: float = 1e-8) -> Tensor:
+def take_in_squares(g: Vector, state_of: StateOf) -> None:
+    """The moving averages of the squared gradients, and the weight of what is in them: nothing at first."""
+    states = [state_of(n) for n in g]
+    for state, gradient in zip(states, g.values(), strict=True):
+        if "second_moment" not in state:
+            state["second_moment"], state["second_weight"] = torch.zeros_like(gradient), 0.0
+        state["second_weight"] += (1 - SECOND_MOMENT_DECAY) * (1 - state["second_weight"])
+    seconds, values = [state["second_moment"] for state in states], list(g.values())
+    torch._foreach_mul_(seconds, SECOND_MOMENT_DECAY)
+    torch._foreach_addcmul_(seconds, values, values, 1 - SECOND_MOMENT_DECAY)
+
+
+def adam(v: Vector, state_of: StateOf, eps: float = 1e-8) -> Vector:
     """Adam's direction for a first moment `v` (Kingma & Ba 2015, arXiv:1412.6980)."""
-    return v / ((state["second_moment"] / state["second_weight"]).sqrt() + eps)
+    if not v:
+        return {}
+    states = [state_of(n) for n in v]
+    roots = torch._foreach_sqrt([state["second_moment"] for state in states])
+    torch._foreach_div_(roots, [state["second_weight"] ** 0.5 for state in states])
+    torch._foreach_add_(roots, eps)
+    return dict(zip(v, torch._foreach_div(list(v.values()), roots), strict=True))
 
 
-def nesterov(
-    v: Vector, g: Vector, groups: Iterable[tuple[dict[str, Any], list[str]]], state_of: Callable[[str], dict[str, Any]]
-) -> Vector:
+def nesterov(v: Vector, g: Vector, groups: Iterable[tuple[dict[str, Any], list[str]]], state_of: StateOf) -> Vector:
     """`(∇ + μ v) / (1 + μ Σ μᵗ)`: Nesterov's momentum as an average, on the scale of a gradient from the start."""
     out = dict(v)
     for group, names in groups:
         mu = group["momentum"]
-        for n in names if mu else ():
+        if not mu:
+            continue
+        shares = []
+        for n in names:
             state = state_of(n)
-            weight = state["momentum_weight"] = mu * state.get("momentum_weight", 0.0) + 1
-            out[n] = (g[n] + mu * v[n]) / (1 + mu * weight)
+            state["momentum_weight"] = mu * state.get("momentum_weight", 0.0) + 1
+            shares.append(1 / (1 + mu * state["momentum_weight"]))
+        ahead = torch._foreach_mul([v[n] for n in names], mu)
+        torch._foreach_add_(ahead, [g[n] for n in names])
+        torch._foreach_mul_(ahead, shares)
+        out |= dict(zip(names, ahead, strict=True))
     return out
 
 
-def orthogonal_direction(
-    v: Vector, blocks: Sequence[Block], state_of: Callable[[str], dict[str, Any]], *, simple: bool
-) -> Vector:
+def orthogonal_direction(v: Vector, blocks: Sequence[Block], state_of: StateOf, *, simple: bool) -> Vector:
     """The orthogonalized `v C⁻¹` of the blocks, and Adam's direction of all else, in centered blocks as the change of
     the mean pre-activation `b + W m` (with `simple`, of `b`)."""
     matrices: list[Tensor] = []
@@ -108,7 +125,7 @@ def orthogonal_direction(
         return (W, *rest)
 
     weights = {block.names[0] for block in blocks}
-    out = {n: d if n in weights else adam(d, state_of(n)) for n, d in v.items()}
+    out = dict(v) | adam({n: d for n, d in v.items() if n not in weights}, state_of)
     for block in blocks:
         out |= block.named(_through(block.operator, block.parts(out), replace))
     return out
