@@ -3,6 +3,7 @@
     python -m benchmarks.race run --task curves                       # every contestant, its whole grid, seed 0
     python -m benchmarks.race run --task curves --best --seeds 1 2    # each one's best setting so far, more seeds
     python -m benchmarks.race run --task language --only Muon "one-sided"
+    python -m benchmarks.race export --task curves                    # weights and images, for peers elsewhere
     python -m benchmarks.race report                                  # tables and plots of all that was run
 
 Every run of a seed starts from the same weights and sees the same data; one runs at a time. What was run is kept in
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from benchmarks.race.contestants import CONTESTANTS, Contestant
 from benchmarks.race.report import best_setting, load, write_report
@@ -95,9 +97,24 @@ def run(options: argparse.Namespace) -> None:
                 )
 
 
+def export(options: argparse.Namespace) -> None:
+    """The weights that an autoencoder starts from, and its images, as arrays: for `kfac_jax_peer.py`."""
+    task = TASKS[options.task]()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        linears = [m for m in task.make_model(seed).modules() if isinstance(m, torch.nn.Linear)]
+        arrays = {f"W{i}": m.weight.detach().numpy() for i, m in enumerate(linears)}
+        arrays |= {f"b{i}": m.bias.detach().numpy() for i, m in enumerate(linears)}
+        images = task.images
+        if images is None:
+            raise SystemExit(f"--task was {task.name}, which has no images to export; expected curves or mnist")
+        about = {"task": task.name, "seed": seed, "weight_decay": task.weight_decay}
+        np.savez(options.out / f"{task.name} seed {seed}.npz", images=images.numpy(), **arrays, **about)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("command", choices=["run", "export", "report"])
     parser.add_argument("--task", choices=list(TASKS), default="curves")
     parser.add_argument("--seconds", type=float, help="of each run; each task has its own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -105,7 +122,7 @@ def main() -> None:
     parser.add_argument("--best", action="store_true", help="each contestant's best setting alone, of what was run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    run(options) if options.command == "run" else write_report(options.out)
+    {"run": run, "export": export, "report": lambda o: write_report(o.out)}[options.command](options)
 
 
 if __name__ == "__main__":

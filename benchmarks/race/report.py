@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Run = dict[str, Any]
+PEERS = ("Adam", "Muon", "SOAP", "Shampoo", "kfac-jax")
 
 
 def load(folder: Path) -> list[Run]:
@@ -44,7 +45,7 @@ def table(runs: Sequence[Run], task: str) -> str:
     names = list(dict.fromkeys(r["contestant"] for r in own))
     chosen = {n: [r for r in own if r["contestant"] == n and r["setting"] == best_setting(own, task, n)] for n in names}
     seeds = sorted({r["seed"] for r in own})
-    peers = {n: rs for n, rs in chosen.items() if n in ("Adam", "Muon", "SOAP", "Shampoo")}
+    peers = {n: rs for n, rs in chosen.items() if n in PEERS}
     best = min(peers, key=lambda n: statistics.median(map(final, peers[n])), default=None)
     head = [
         f"{task}: {own[0]['figure']} after {own[0]['seconds']:g} s",

@@ -33,6 +33,7 @@ class Task:
     evaluate: Callable[[nn.Module], dict[str, float]]
     weight_decay: float = 0.0
     summed: bool = False
+    images: Tensor | None = None
 
     def share(self, x: Tensor) -> int:
         return len(x) if self.summed else 1
@@ -60,6 +61,7 @@ def autoencoder(name: str, seconds: float, data_seed: int = 0) -> Task:
         evaluate,
         weight_decay=WEIGHT_COST,
         summed=True,
+        images=made.images,
     )
 
 
