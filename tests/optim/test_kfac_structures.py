@@ -291,3 +291,18 @@ def test_less_precise_products_change_the_step_size_alone_and_little():
         assert torch.backends.mkldnn.matmul.fp32_precision == before
         sizes.append(opt.diagnostics["lr"])
     assert max(sizes) < 1.02 * min(sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_models_in_half_the_precision_have_factors_in_float32(dtype, structure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, C)).to(dtype)
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), structure=structure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        losses = [step(model, opt, X.to(dtype)) for _ in range(15)]
+    assert losses[-1] < losses[0]
+    assert all(p.dtype == dtype for p in model.parameters())
+    if structure != "identity":
+        assert opt.curvature().dtype == torch.float32

@@ -224,7 +224,7 @@ class KFAC(Adaptive):
             output,
             self._curvature.columns(output, batch.target, self.estimator, generator=self._generator) if draws else (),
             batch.mass,
-            next(iter(self._parameters.values())).dtype,
+            self._precision,
             ignored=self._curvature.ignored(output.detach(), batch.target),
             sampled=self.estimator == "mc" or not draws,
         )
@@ -236,6 +236,12 @@ class KFAC(Adaptive):
         batch.statistics = self._running.observe(cases)
         if not batch.statistics.finite():
             batch.fault = "the statistics are not finite"
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """Of the factors and what they multiply: at least float32, as averages and inverses need."""
+        own = next(iter(self._parameters.values())).dtype
+        return torch.promote_types(own, torch.float32)
 
     def _take_in(self, objective: Objective, gradients: Vector) -> None:
         new = [b.statistics for b in objective.batches if b.statistics is not None]
@@ -328,6 +334,7 @@ class KFAC(Adaptive):
         return [block for block in own if block.names[0] in chosen]
 
     def _direction(self, v: Vector) -> Vector:
+        v = {n: t.to(self._precision) for n, t in v.items()} if self._running.layers else v
         blocks = self._blocks_in(v)
         if self.orthogonalize:
             out = orthogonal_direction(v, blocks, self._state_of, simple=self.bias_update == "simple")
@@ -337,7 +344,7 @@ class KFAC(Adaptive):
                 op, parts = block.operator, block.parts(v)
                 simple = self.bias_update == "simple" and hasattr(op, "apart")
                 out |= block.named(op.apart(parts) if simple else op._matmul(parts))  # type: ignore[attr-defined]
-        return {n: d for n, d in out.items() if self._parameters[n].requires_grad}
+        return {n: d.to(p.dtype) for n, d in out.items() if (p := self._parameters[n]).requires_grad}
 
     def curvature(self) -> BlockDiagonal:
         """The running matrix, per unit of the loss's mean and without damping.
