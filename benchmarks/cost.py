@@ -54,7 +54,7 @@ def steps_of(name: str, model: nn.Module, task: Task) -> tuple[Callable[[Tensor,
         make = second_order(lambda m, t, _: made.append(ADAPTIVE[name](m, t)) or made[-1])
     else:
         make = plain(lambda m, t, s: made.extend(PEERS[name](m, t, s)) or made)
-    return make(model, task, {"lr": 1e-3}), made
+    return make(model, task, {"lr": 1e-3})[0], made
 
 
 def memory(task: Task, batches: Iterator[tuple[Tensor, Tensor]]) -> None:

@@ -48,7 +48,7 @@ def batches(options: argparse.Namespace) -> None:
         values = []
         for seed in options.seeds:
             model = task.make_model(seed)
-            step = second_order(kfac)(model, task, {})
+            step, _ = second_order(kfac)(model, task, {})
             source = task.batches(seed, size)
             for _ in range(150):
                 step(*next(source))

@@ -34,7 +34,7 @@ EVALUATIONS = 60
 def race(task: Task, contestant: Contestant, setting: dict[str, Any], seed: int, seconds: float) -> dict[str, Any]:
     """One run: `curve` has steps, seconds and what was evaluated."""
     model = task.make_model(seed)
-    step = contestant.make(model, task, setting)
+    step, evaluation = contestant.make(model, task, setting)
     batches = task.batches(seed, setting.get("batch", task.batch))
     steps, spent, due = 0, 0.0, 0.0
     curve: list[dict[str, float]] = []
@@ -42,7 +42,8 @@ def race(task: Task, contestant: Contestant, setting: dict[str, Any], seed: int,
         while True:
             done = spent >= seconds
             if done or spent >= due:
-                curve.append({"step": steps, "seconds": spent, **task.evaluate(model)})
+                with evaluation():
+                    curve.append({"step": steps, "seconds": spent, **task.evaluate(model)})
                 due = spent + seconds / EVALUATIONS
                 status.update(
                     f"{task.name}: {contestant.name} {setting}, seed {seed}, {spent:.0f} of {seconds:.0f} s, "

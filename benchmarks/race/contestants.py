@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 import natgrad
 
-Make = Callable[[nn.Module, Task, dict[str, Any]], Callable[[Tensor, Tensor], float]]
-"""From a model, a task and a setting to a function that takes a step on a batch and returns its loss."""
+Step = Callable[[Tensor, Tensor], float]
+Evaluation = Callable[[], contextlib.AbstractContextManager[None]]
+Make = Callable[[nn.Module, Task, dict[str, Any]], tuple[Step, Evaluation]]
+"""From a model, a task and a setting to a function that takes a step on a batch and returns its loss, and a context
+within which the model is as it is to be evaluated. An `"average"` in the setting is a decay: iterates are averaged."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,10 @@ class Contestant:
 def plain(optimizers: Callable[[nn.Module, Task, dict[str, Any]], list[torch.optim.Optimizer]]) -> Make:
     """A step by one or several torch optimizers."""
 
-    def make(model: nn.Module, task: Task, setting: dict[str, Any]) -> Callable[[Tensor, Tensor], float]:
+    def make(model: nn.Module, task: Task, setting: dict[str, Any]) -> tuple[Step, Evaluation]:
         opts = optimizers(model, task, setting)
+        states: dict[str, dict[str, Any]] = {n: {} for n, _ in model.named_parameters()}
+        parameters = dict(model.named_parameters())
 
         def step(x: Tensor, y: Tensor) -> float:
             loss = task.loss(model(x), y) / task.share(x)
@@ -42,9 +48,12 @@ def plain(optimizers: Callable[[nn.Module, Task, dict[str, Any]], list[torch.opt
             loss.backward()
             for opt in opts:
                 opt.step()
+            if "average" in setting:
+                with torch.no_grad():
+                    averaging.take_in(parameters, states.__getitem__, setting["average"])
             return loss.item()
 
-        return step
+        return step, lambda: averaging.swapped(parameters, states.__getitem__)
 
     return make
 
@@ -52,7 +61,7 @@ def plain(optimizers: Callable[[nn.Module, Task, dict[str, Any]], list[torch.opt
 def second_order(optimizer: Callable[[nn.Module, Task, dict[str, Any]], torch.optim.Optimizer]) -> Make:
     """A step by one of this library's."""
 
-    def make(model: nn.Module, task: Task, setting: dict[str, Any]) -> Callable[[Tensor, Tensor], float]:
+    def make(model: nn.Module, task: Task, setting: dict[str, Any]) -> tuple[Step, Evaluation]:
         opt: Any = optimizer(model, task, setting)
 
         def step(x: Tensor, y: Tensor) -> float:
@@ -153,7 +162,7 @@ CONTESTANTS = [
         {
             "curves": rates(0.01, 0.02, 0.04, batch=250),
             "mnist": rates(0.01, 0.02, 0.04, batch=250),
-            "language": rates(0.01, 0.02, 0.04),
+            "language": rates(0.005, 0.01, 0.02),
             "classifier": rates(0.005, 0.01, 0.02),
         },
     ),
@@ -180,12 +189,22 @@ CONTESTANTS = [
     Contestant(
         "one-sided",
         second_order(one_sided),
-        {"language": [{"lr": lr, "rest": 2e-3} for lr in (0.003, 0.005, 0.01)]},
+        {"language": [{"lr": lr, "rest": 2e-3} for lr in (0.002, 0.003, 0.005)]},
     ),
     Contestant(
         "one-sided, not centered",
         second_order(one_sided),
-        {"language": [{"lr": lr, "rest": 2e-3, "centered": False} for lr in (0.003, 0.005, 0.01)]},
+        {"language": [{"lr": lr, "rest": 2e-3, "centered": False} for lr in (0.002, 0.003, 0.005)]},
+    ),
+    Contestant("Adam, averaged", plain(adamw), {"language": rates(1e-3, 2e-3, average=0.97)}),
+    Contestant("Muon, averaged", plain(muon), {"language": rates(0.01, 0.02, average=0.97)}),
+    Contestant(
+        "one-sided, not centered, averaged",
+        second_order(one_sided),
+        {"language": [{"lr": lr, "rest": 2e-3, "centered": False, "average": 0.97} for lr in (0.005, 0.01)]},
+    ),
+    Contestant(
+        "KFAC, averaged", second_order(kfac), {t: [{"average": 0.98}] for t in ("curves", "mnist", "classifier")}
     ),
     Contestant("NaturalGradient", second_order(natural_gradient), {"pinn": [{}]}),
 ]

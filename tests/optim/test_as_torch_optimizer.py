@@ -283,3 +283,48 @@ def test_averaged_weights_by_torchs_own():
         step(model, opt)
         averaged.update_parameters(model)
     assert torch.isfinite(nn.functional.cross_entropy(averaged(X), LABELS))
+
+
+class TestAverages:
+    def test_they_weigh_recent_iterates_most_and_are_in_the_model_within_the_context(self):
+        model = model_of(D, C)
+        opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), average=0.5, **FIXED)
+        average = model[0].weight.detach().clone()
+        for t in range(1, 20):
+            step(model, opt)
+            average.lerp_(model[0].weight.detach(), max(0.5, 10 / (9 + t)))
+        last = model[0].weight.detach().clone()
+        with opt.averaged():
+            close(model[0].weight.detach(), average)
+        assert torch.equal(model[0].weight, last)
+
+    def test_an_error_within_leaves_the_last_iterate(self):
+        model = model_of(D, C)
+        opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), average=0.9)
+        for _ in range(3):
+            step(model, opt)
+        last = copy.deepcopy(model.state_dict())
+        with pytest.raises(KeyError), opt.averaged():
+            raise KeyError
+        assert all(torch.equal(p, last[n]) for n, p in model.named_parameters())
+
+    def test_they_resume(self):
+        model, twin = model_of(D, C), model_of(D, C)
+        opt, resumed = (natgrad.KFAC(m, nn.CrossEntropyLoss(), average=0.9, **FIXED) for m in (model, twin))
+        for _ in range(3):
+            step(model, opt)
+        twin.load_state_dict(model.state_dict())
+        resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+        step(model, opt)
+        step(twin, resumed)
+        with opt.averaged(), resumed.averaged():
+            assert same(model, twin)
+
+    def test_without_them_it_says_so(self):
+        opt = natgrad.KFAC(model_of(D, C), nn.CrossEntropyLoss())
+        with pytest.raises(
+            RuntimeError, match=r"there are no averages; make the optimizer with KFAC\(..., average=0.98\)"
+        ):
+            opt.averaged()
+        with pytest.raises(ValueError, match="average=1.0 is not usable"):
+            natgrad.KFAC(model_of(D, C), nn.CrossEntropyLoss(), average=1.0)

@@ -7,12 +7,14 @@ import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from natgrad.linalg.operator import check_damping
+from natgrad.optim import averaging
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
 from natgrad.optim.decay import Decay
@@ -58,6 +60,7 @@ class Adaptive(Following):
         weight_decay: float,
         decoupled_weight_decay: bool,
         max_kl: float | None,
+        average: float | None,
         estimator: str,
         adapt_every: int,
         matmul_precision: str | None,
@@ -70,6 +73,8 @@ class Adaptive(Following):
         check_precision(matmul_precision)
         if max_kl is not None and not max_kl > 0:
             raise ValueError(f"max_kl={max_kl} is not usable: expected a number > 0, or None for no bound")
+        if average is not None and not 0 <= average < 1:
+            raise ValueError(f"average={average} is not usable: expected a number in [0, 1), or None for no average")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -79,6 +84,7 @@ class Adaptive(Following):
         }
         super().__init__(model, loss, params, defaults, estimator=estimator, output=output, generator=generator)
         self.adapt_every, self.max_kl, self.matmul_precision = adapt_every, max_kl, matmul_precision
+        self.average = average
         self.diagnostics: dict[str, Any] = {}
         self._damping, self._adaptive_damping = damping, damping is None
         self._steps = 0
@@ -287,8 +293,28 @@ class Adaptive(Following):
         self._rejections = 0
         self.diagnostics["damping"] = self._damping
         for n, d in step.delta.items():
-            self.state[self._parameters[n]]["delta"] = d
+            self._state_of(n)["delta"] = d
+        if self.average is not None:
+            averaging.take_in({n: self._parameters[n] for n in step.direction}, self._state_of, self.average)
         return None
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context within which the model has the averages of its parameters: for evaluation, and to save them.
+
+        Statistics of batch normalization are those of the last iterate; `torch.optim.swa_utils.update_bn` takes new
+        ones.
+
+        Raises:
+            RuntimeError: if the optimizer keeps none.
+        """
+        if self.average is None:
+            raise RuntimeError(
+                f"there are no averages; make the optimizer with {type(self).__name__}(..., average=0.98)"
+            )
+        return averaging.swapped(self._parameters, self._state_of)
+
+    def _state_of(self, name: str) -> dict[str, Any]:
+        return self.state[self._parameters[name]]
 
     def _is_doubtful(self, loss: float, change: float) -> bool:
         """Where the model promises most of the loss: it does on saturated outputs, which have next to no curvature."""

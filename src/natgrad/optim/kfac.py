@@ -68,6 +68,8 @@ class KFAC(Adaptive):
             products). None: factored where centered; else exact, as the homogeneous factors then damp the bias
             by the weight's share and stall it.
         max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step, which is shortened to keep it.
+        average: keep averages of the parameters, whose weights fall by this factor a step (and faster at first), for
+            evaluation within `with opt.averaged():`; None: none.
         estimator: `"mc"` (labels drawn from the model), `"exact"` or `"empirical"`.
         sharing: `"expand"` or `"reduce"`, for layers used at several positions.
         statistics_every: steps between updates of the moments. None: 10 where centered or for `"input"`, else 5, as the
@@ -128,6 +130,7 @@ class KFAC(Adaptive):
         bias_update: str = "exact",
         damping_style: str | None = None,
         max_kl: float | None = None,
+        average: float | None = None,
         estimator: str = "mc",
         sharing: str = "expand",
         statistics_every: int | None = None,
@@ -185,6 +188,7 @@ class KFAC(Adaptive):
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
             max_kl=max_kl,
+            average=average,
             estimator=estimator,
             adapt_every=adapt_every,
             matmul_precision=matmul_precision,
@@ -319,9 +323,6 @@ class KFAC(Adaptive):
     def _with_momentum(self, g: Vector) -> Vector:
         v = super()._with_momentum(g)
         return nesterov(v, g, self._by_group(g), self._state_of) if self.orthogonalize else v
-
-    def _state_of(self, name: str) -> dict[str, Any]:
-        return self.state[self._parameters[name]]
 
     def _blocks_in(self, v: Vector) -> list[Block]:
         """The inverse's blocks whose parameters are all in `v` (others are frozen, or not part of this loss), and are

@@ -47,6 +47,8 @@ class NaturalGradient(Adaptive):
             decoupled.
         decoupled_weight_decay: multiply by `1 − α η` at each step instead.
         max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step, which is shortened to keep it.
+        average: keep averages of the parameters, whose weights fall by this factor a step (and faster at first), for
+            evaluation within `with opt.averaged():`; None: none.
         estimator: `"exact"`, `"mc"` (one label for each case, drawn from the model) or `"empirical"`.
         solver: `"dual"` (by `SᵀS`), `"primal"` (by `F`), `"cg"`; None: the smaller of the first two, or the last
             where both are larger than `max_size`.
@@ -96,6 +98,7 @@ class NaturalGradient(Adaptive):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         max_kl: float | None = None,
+        average: float | None = None,
         estimator: str = "exact",
         solver: str | None = None,
         max_size: int = 5000,
@@ -126,6 +129,7 @@ class NaturalGradient(Adaptive):
             weight_decay=weight_decay,
             decoupled_weight_decay=decoupled_weight_decay,
             max_kl=max_kl,
+            average=average,
             estimator=estimator,
             adapt_every=1,
             matmul_precision=None,
