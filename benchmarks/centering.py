@@ -14,11 +14,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 from benchmarks.race.__main__ import race
 from benchmarks.race.contestants import Contestant, kfac, second_order
 from benchmarks.race.report import final
 from benchmarks.race.tasks import TASKS
-from scipy import stats
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "centered": {},

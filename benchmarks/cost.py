@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from benchmarks.race.contestants import plain, second_order, shampoo, soap
-from benchmarks.race.tasks import TASKS, Task
 from torch import Tensor, nn
 
 import natgrad
+from benchmarks.race.contestants import plain, second_order, shampoo, soap
+from benchmarks.race.tasks import TASKS, Task
 
 BLOCK = 40  # a multiple of the intervals between statistics, inverses and adaptations
 FIXED = {"lr": 1e-2, "momentum": 0.9, "damping": 1.0, "statistics_every": 10, "inverses_every": 100}

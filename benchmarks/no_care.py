@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+import natgrad
 from benchmarks.race.__main__ import race
 from benchmarks.race.contestants import CONTESTANTS, Contestant, kfac, second_order
 from benchmarks.race.report import final
 from benchmarks.race.tasks import TASKS
-from torch import Tensor, nn
-
-import natgrad
 
 
 def seeds(options: argparse.Namespace) -> None:

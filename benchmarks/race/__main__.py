@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+
 from benchmarks.race.contestants import CONTESTANTS, Contestant
 from benchmarks.race.report import best_setting, load, write_report
 from benchmarks.race.tasks import TASKS, Task
-from rich.console import Console
 
 console = Console()
 EVALUATIONS = 60

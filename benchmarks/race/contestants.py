@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from benchmarks.race.tasks import Task
 from torch import Tensor, nn
 
 import natgrad
+from benchmarks.race.tasks import Task
+from natgrad.optim import averaging
 
 Step = Callable[[Tensor, Tensor], float]
 Evaluation = Callable[[], contextlib.AbstractContextManager[None]]
@@ -73,7 +74,7 @@ def second_order(optimizer: Callable[[nn.Module, Task, dict[str, Any]], torch.op
                 opt.step()
             return loss.item()
 
-        return step
+        return step, opt.averaged if "average" in setting else contextlib.nullcontext
 
     return make
 

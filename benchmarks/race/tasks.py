@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from benchmarks.pinn import PoissonResidual, collocation_points, relative_error
 from torch import Tensor, nn
 
+from benchmarks.pinn import PoissonResidual, collocation_points, relative_error
 from natgrad.cli.tasks import make_autoencoder, make_task
 from natgrad.cli.training import WEIGHT_COST, shuffled_batches
 from natgrad.cli.training import evaluate as evaluate_autoencoder
