@@ -326,5 +326,5 @@ class TestAverages:
             RuntimeError, match=r"there are no averages; make the optimizer with KFAC\(..., average=0.98\)"
         ):
             opt.averaged()
-        with pytest.raises(ValueError, match="average=1.0 is not usable"):
+        with pytest.raises(ValueError, match=r"average=1\.0 is not usable"):
             natgrad.KFAC(model_of(D, C), nn.CrossEntropyLoss(), average=1.0)
