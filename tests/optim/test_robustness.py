@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import math
 import warnings
 
@@ -409,14 +410,29 @@ class TestAsATorchOptimizer:
         assert torch.equal(model.frozen.weight, frozen)
 
 
-@pytest.mark.parametrize(("centered", "every", "inverses"), [(True, 10, 20), (False, 5, 5)])
-def test_the_homogeneous_factors_are_kept_fresher_by_default(centered, every, inverses):
+@pytest.mark.parametrize(("centered", "most", "inverses"), [(True, 10, 20), (False, 5, 5)])
+def test_by_default_statistics_and_inverses_are_fresh_at_first_and_the_homogeneous_ones_later_too(
+    centered, most, inverses
+):
     model, opt = made(centered=centered)
     refreshed = {"statistics": [], "inverses": []}
-    for index in range(21):
-        step(model, opt)
+    for index in range(300):
+        step(model, opt, X + 0.1 * randn(N, D, seed=index))
         for what, steps in refreshed.items():
             if opt.diagnostics.get(what):
                 steps.append(index)
-    assert refreshed["statistics"] == list(range(0, 21, every))
-    assert set(range(0, 21, inverses)) <= set(refreshed["inverses"])
+    gaps = [(at, after - at) for at, after in itertools.pairwise(refreshed["statistics"])]
+    assert all(gap <= min(most, 1 + (at + gap) // 10) for at, gap in gaps)
+    assert max(gap for _, gap in gaps) == most
+    assert set(range(10)) <= set(refreshed["inverses"])
+    assert max(b - a for a, b in itertools.pairwise(refreshed["inverses"])) <= inverses + 2  # rejected steps between
+
+
+def test_an_interval_that_is_given_is_kept_from_the_start():
+    model, opt = made(statistics_every=7)
+    taken = []
+    for index in range(22):
+        step(model, opt)
+        if opt.diagnostics["statistics"]:
+            taken.append(index)
+    assert taken == [0, 7, 14, 21]

@@ -20,6 +20,7 @@ from natgrad.optim.adaptive import Adaptive
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt
 from natgrad.optim.decay import Decay
+from natgrad.optim.interval import Interval
 from natgrad.optim.ladder import Ladder
 from natgrad.optim.orthogonal import nesterov, orthogonal_direction, take_in_squares
 from natgrad.optim.output import Way
@@ -73,9 +74,11 @@ class KFAC(Adaptive):
         estimator: `"mc"` (labels drawn from the model), `"exact"` or `"empirical"`.
         sharing: `"expand"` or `"reduce"`, for layers used at several positions.
         statistics_every: steps between updates of the moments. None: 10 where centered or for `"input"`, else 5, as the
-            homogeneous input factor holds the mean of the inputs, which moves faster than their covariance.
+            homogeneous input factor holds the mean of the inputs, which moves faster than their covariance; and where
+            `lr` or `momentum` is adaptive, at first fewer, a tenth of the steps so far.
         statistics_share: the share of a batch's examples that the moments are of.
-        inverses_every: steps between updates of the inverses. None: 20 where centered or for `"input"`, else 5.
+        inverses_every: steps between updates of the inverses. None: 20 where centered or for `"input"`, else 5; at first
+            fewer, likewise.
         bases_every: steps between new bases of `"ekfac"`. None: 100.
         adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`.
         damping_decay: the least factor per step by which the damping may fall.
@@ -154,6 +157,8 @@ class KFAC(Adaptive):
             raise ValueError(f"orthogonalize=True needs structure='input'; got structure={structure!r}")
         damping_style = damping_style or ("factored" if centered else "exact")
         check_choice("damping_style", damping_style, ("exact", "factored"))
+        adaptive = lr is None or momentum is None
+        growing = adaptive and statistics_every is None, adaptive and inverses_every is None
         if statistics_every is None:
             statistics_every = 10 if one_sided or centered else 5
         if inverses_every is None:
@@ -204,10 +209,13 @@ class KFAC(Adaptive):
         self.sharing, self.decay, self.max_dim = sharing, decay, max_dim
         self.statistics_every, self.statistics_share = statistics_every, statistics_share
         self.inverses_every, self.bases_every = inverses_every, bases_every
+        self._statistics_interval = Interval(statistics_every, growing[0])
+        self._inverses_interval = Interval(inverses_every, growing[1])
         self._running = RUNNING[structure](centered, sharing, max_dim)
         self._inverse: BlockDiagonal | None = None
         self._inverse_age = 0
         self._bases_age: int | None = None
+        self._last_statistics: int | None = None  # at which step
         self._spoiled = False  # some averages were lost, and new ones are wanted at once
 
     # Statistics ----------------------------------------------------------------------------------------
@@ -215,7 +223,9 @@ class KFAC(Adaptive):
     def _statistics_due(self) -> bool:
         if self.structure == "identity":
             return False
-        return self._steps % self.statistics_every == 0 or not self._running.layers or self._spoiled
+        if self._last_statistics is None or self._spoiled:
+            return True
+        return self._steps - self._last_statistics >= self._statistics_interval.steps(self._steps)
 
     def _check_recorded(self, recorder: Recorder, output: Tensor) -> None:
         if self.structure not in ("input", "identity"):  # they take what they have no layer for as it is
@@ -252,8 +262,10 @@ class KFAC(Adaptive):
         known = set(self._running.layers)
         taken = self.diagnostics["statistics"] = self._running.take_in(new, self.decay)
         self._spoiled = self._spoiled and not taken
+        if taken:
+            self._last_statistics = self._steps
         if not known.issuperset(self._running.layers):
-            self._inverse_age = self.inverses_every  # layers that the inverse has not
+            self._expire()  # the inverse has not all layers
         layers = self._running.total.moments
         thinned = {layer.label: m.diagonals for layer, m in layers.items() if isinstance(m, AffineMoments)}
         if self._running.reads_gradients:
@@ -280,7 +292,7 @@ class KFAC(Adaptive):
     def _prepare(self, damping: float, decay: Decay) -> None:
         if self._bases_age is not None:
             self._bases_age += 1
-        if self._inverse is None or self._inverse_age >= self.inverses_every:
+        if self._inverse is None or self._inverse_age >= self._inverses_interval.steps(self._steps):
             self._refresh(damping, decay)
         self._inverse_age += 1
 
@@ -303,7 +315,7 @@ class KFAC(Adaptive):
         self._inverse = BlockDiagonal(inverses, matrix.space)
 
     def _expire(self) -> None:
-        self._inverse_age = self.inverses_every
+        self._inverse_age = self.inverses_every  # at least what is due
         if self._running.drop_spoiled():
             self._spoiled, self._inverse = True, None
 
@@ -375,6 +387,7 @@ class KFAC(Adaptive):
             "inverse": None if self._inverse is None else dump(self._inverse),
             "inverse_age": self._inverse_age,
             "bases_age": self._bases_age,
+            "last_statistics": self._last_statistics,
             "spoiled": self._spoiled,
         }
 
@@ -382,6 +395,7 @@ class KFAC(Adaptive):
         self._running.load(saved["running"])
         self._inverse, self._inverse_age = restore(saved["inverse"]), saved["inverse_age"]
         self._bases_age, self._spoiled = saved["bases_age"], saved["spoiled"]
+        self._last_statistics = saved["last_statistics"]
 
     def _check_own_state(self, saved: dict[str, Any]) -> None:
         if saved["structure"] != self.structure:
