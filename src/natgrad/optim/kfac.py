@@ -77,8 +77,8 @@ class KFAC(Adaptive):
             homogeneous input factor holds the mean of the inputs, which moves faster than their covariance; and where
             `lr` or `momentum` is adaptive, at first fewer, a tenth of the steps so far.
         statistics_share: the share of a batch's examples that the moments are of.
-        inverses_every: steps between updates of the inverses. None: 20 where centered or for `"input"`, else 5; at first
-            fewer, likewise.
+        inverses_every: steps between updates of the inverses. None: 20 where centered or for `"input"`, else 5; at
+            first fewer, likewise.
         bases_every: steps between new bases of `"ekfac"`. None: 100.
         adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`.
         damping_decay: the least factor per step by which the damping may fall.
