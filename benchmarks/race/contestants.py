@@ -171,7 +171,7 @@ CONTESTANTS = [
         "SOAP",
         plain(soap),
         {
-            "curves": rates(1e-3, 3e-3, 6e-3, batch=250),
+            "curves": rates(1e-3, 3e-3, 6e-3, 1e-2, batch=250),
             "mnist": rates(1e-3, 3e-3, 6e-3, batch=250),
             "classifier": rates(1e-3, 3e-3),
             "language": rates(1e-3, 3e-3),

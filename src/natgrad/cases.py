@@ -14,6 +14,9 @@ from natgrad.layers import Inputs, Kind, Rows
 from natgrad.layers.scale import Scale
 from natgrad.linalg.layout import PLAIN, Layout
 
+FEW = 8
+"""Fewer rows than this are not thinned out."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -96,19 +99,32 @@ class Cases:
         self.columns = list(self.columns)
         return self
 
-    def first(self, examples: int, mass: Tensor) -> Cases:
-        """The cases of the first examples alone; `mass` is theirs."""
+    def every(self, step: int, start: int) -> Cases:
+        """The cases of every `step`-th example alone, from `start` on: what is left of each sum is in proportion to
+        what is left of `mass`, on average over `start`.
 
-        def kept(n: int) -> int:
-            return n * examples // self.examples
+        Uses that have not one row for each example, as what all examples share, are kept whole, with that share of
+        their gradients' squares.
+        """
+        rows = [use.shape[0] for uses in self.h.values() for use in uses]
+        whole = min((n for n in rows if n >= FEW and self.examples % n == 0), default=self.examples)
+        left = len(range(start, whole, step))
+        share = left / whole
+
+        def thinned(g: Tensor) -> Tensor:
+            return g[start::step] if len(g) == whole else share**0.5 * g
 
         def columns() -> Iterator[dict[Layer, list[Tensor]]]:
             for column in self.columns:
-                yield {layer: [g[: kept(len(g))] for g in uses] for layer, uses in column.items()}
+                yield {layer: [thinned(g) for g in uses] for layer, uses in column.items()}
 
-        h = {layer: [use.part(0, kept(use.shape[0])) for use in uses] for layer, uses in self.h.items()}
-        ignored = None if self.ignored is None else self.ignored[:examples]
-        return Cases(h, columns(), self.d_out, mass.to(self.mass.dtype), examples, ignored)
+        h = {
+            layer: [use.part(start, whole, step) if use.shape[0] == whole else use for use in uses]
+            for layer, uses in self.h.items()
+        }
+        per_row = self.examples // whole
+        ignored = None if self.ignored is None else self.ignored.unflatten(0, (whole, per_row))[start::step].flatten(0, 1)
+        return Cases(h, columns(), self.d_out, share * self.mass, left * per_row, ignored)
 
     def by_example(self, layer: Layer, uses: Sequence[Tensor]) -> Tensor:
         """The uses one after the other along the positions: `(example, all positions, features)`."""

@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from natgrad.layers import Rows
+from natgrad.layers.inputs import Sparse
 from natgrad.layers.convolution import Convolution, Patches
 from oracles import close, f64, randn
 
@@ -58,3 +59,17 @@ def test_with_positions_left_out_they_are_those_that_are_kept():
     own, expected = inputs.sums(kept), Rows(inputs.dense()[kept].unsqueeze(1)).sums()
     close(own.scatter, expected.scatter, 1e-12)
     close(own.mean, expected.mean, 1e-12)
+
+
+@settings(max_examples=40)
+@given(start=st.integers(0, 4), length=st.integers(1, 8), step=st.integers(1, 4), seed=st.integers(0, 99))
+def test_parts_are_those_of_the_dense_inputs(start, length, step, seed):
+    torch.manual_seed(seed)
+    rows = Rows(randn(7, 3, 4, seed=seed))
+    sparse = Sparse(torch.randint(0, 21, (9,)), torch.randint(0, 4, (9,)), randn(9, seed=seed), (7, 3, 4))
+    images = patches(randn(7, 2, 5, seed=seed), (2,), (1,), ((0, 1),), (1,))
+    for inputs in (rows, sparse, images):
+        part = inputs.part(start, start + length, step)
+        expected = inputs.dense()[start : start + length : step]
+        assert part.shape == expected.shape
+        close(part.dense(), expected)

@@ -270,13 +270,57 @@ def test_the_state_of_another_structure_is_refused():
         other.load_state_dict(opt.state_dict())
 
 
-def test_statistics_on_a_share_of_the_batch_are_those_of_its_first_examples():
+@pytest.mark.parametrize("structure", ["kfac", "diagonal"])
+def test_statistics_on_a_share_of_the_batch_are_those_of_every_few_examples_in_turn(structure):
     model = model_of(D, 4, C)
-    options = {"estimator": "exact", "damping": 0.02, "lr": 0.0, "momentum": 0.0}
-    part = natgrad.KFAC(model, nn.CrossEntropyLoss(), statistics_share=0.25, **options)
-    step(model, part)
-    F = natgrad.fisher(model, nn.CrossEntropyLoss(), (X[: N // 4], LABELS[: N // 4]), structure="kfac")
-    close(part.curvature().to_dense(), F.to_dense())
+    options = {"estimator": "exact", "damping": 0.02, "lr": 0.0, "momentum": 0.0, "structure": structure}
+    part = natgrad.KFAC(
+        model, nn.CrossEntropyLoss(), statistics_share=0.3, statistics_every=1, inverses_every=1, decay=0.0, **options
+    )
+    for start in (0, 1, 2, 0):
+        step(model, part)
+        own = X[start::3], LABELS[start::3]
+        F = natgrad.fisher(model, nn.CrossEntropyLoss(), own, structure=structure)
+        close(part.curvature().to_dense(), F.to_dense())
+
+
+def test_statistics_are_of_a_quarter_of_a_large_batch_and_all_of_a_small_one():
+    torch.manual_seed(0)
+    for n, left in ((100, 100), (499, 499), (500, 250), (1000, 250), (4000, 1000)):
+        model = nn.Sequential(nn.Linear(3, 2))
+        opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+        x = torch.randn(n, 3)
+        opt.loss(model(x), torch.zeros(n, dtype=torch.long)).backward()
+        opt.step()
+        (m,) = opt.state_dict()["kfac"]["running"]["moments"]
+        assert m[1]["count"] == left
+
+
+def test_what_all_examples_share_counts_by_its_share():
+    """A learned row that every example is added to has one use of one row: it stays whole."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.all = nn.Linear(D, C), nn.Linear(D, C)
+
+        def forward(self, x):
+            return self.own(x) + self.all(torch.ones(1, D, dtype=x.dtype))
+
+    torch.manual_seed(0)
+    model = Shared().double()
+    x, y = X.repeat(40, 1), LABELS.repeat(40)
+    values = []
+    for share in (1.0, 0.25):
+        opt = natgrad.KFAC(
+            model, nn.CrossEntropyLoss(), lr=0.0, momentum=0.0, damping=1.0, statistics_share=share, statistics_every=1
+        )
+        for _ in range(300):
+            opt.zero_grad()
+            opt.loss(model(x), y).backward()
+            opt.step()
+        values.append(opt.curvature().layers["all"].operator.B.trace())
+    assert values[1] == pytest.approx(values[0], rel=0.5)
 
 
 def test_less_precise_products_change_the_step_size_alone_and_little():

@@ -164,8 +164,8 @@ class Patches(Inputs):
     def to(self, dtype: torch.dtype) -> Patches:
         return Patches(self.h.to(dtype), self.convolution)
 
-    def part(self, start: int, stop: int) -> Patches:
-        return Patches(self.h[start:stop], self.convolution)
+    def part(self, start: int, stop: int, step: int = 1) -> Patches:
+        return Patches(self.h[start:stop:step], self.convolution)
 
     def blank(self, n: int) -> Patches:
         return Patches(self.h.new_zeros(n, *self.h.shape[1:]), self.convolution)

@@ -48,8 +48,8 @@ class Inputs(ABC):
         """The same in another precision."""
 
     @abstractmethod
-    def part(self, start: int, stop: int) -> Inputs:
-        """Some of the examples."""
+    def part(self, start: int, stop: int, step: int = 1) -> Inputs:
+        """Some of the examples, in the memory of the whole where that can be."""
 
     def place(self) -> tuple[Any, ...] | None:
         """Where the inputs lie in memory, the same for the same inputs of another layer; None if that is not known."""
@@ -99,8 +99,8 @@ class Rows(Inputs):
     def place(self) -> tuple[Any, ...] | None:
         return self.x.data_ptr(), self.x.dtype, self.x.shape, self.x.stride()
 
-    def part(self, start: int, stop: int) -> Rows:
-        return Rows(self.x[start:stop])
+    def part(self, start: int, stop: int, step: int = 1) -> Rows:
+        return Rows(self.x[start:stop:step])
 
     def blank(self, n: int) -> Rows:
         return Rows(self.x.new_zeros(n, 1, self.x.shape[2]))
@@ -161,11 +161,13 @@ class Sparse(Inputs):
     def to(self, dtype: torch.dtype) -> Sparse:
         return Sparse(self.row, self.column, self.value.to(dtype), self.shape)
 
-    def part(self, start: int, stop: int) -> Sparse:
+    def part(self, start: int, stop: int, step: int = 1) -> Sparse:
         n, t, d = self.shape
-        first, last = start * t, min(stop, n) * t
-        own = (self.row >= first) & (self.row < last)
-        return Sparse(self.row[own] - first, self.column[own], self.value[own], (min(stop, n) - start, t, d))
+        examples = range(start, min(stop, n), step)
+        example, place = self.row // t - start, self.row % t
+        own = (example >= 0) & (example < len(examples) * step) & (example % step == 0)
+        row = (example // step * t + place)[own]
+        return Sparse(row, self.column[own], self.value[own], (len(examples), t, d))
 
     def blank(self, n: int) -> Sparse:
         return Sparse(self.row[:0], self.column[:0], self.value[:0], (n, 1, self.shape[2]))

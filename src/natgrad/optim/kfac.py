@@ -29,6 +29,9 @@ from natgrad.optim.running import RUNNING
 from natgrad.optim.vectors import Vector
 from natgrad.options import check_choice, check_max_dim, check_number
 
+ENOUGH = 250
+"""Examples that suffice for the moments of one batch."""
+MOST_THINNED = 4
 RELATIVE_DAMPING = 0.3
 """`ε` of the one-sided structure, in units of the mean eigenvalue of a layer's input factor."""
 
@@ -76,7 +79,8 @@ class KFAC(Adaptive):
         statistics_every: steps between updates of the moments. None: 10 where centered or for `"input"`, else 5, as the
             homogeneous input factor holds the mean of the inputs, which moves faster than their covariance; and where
             `lr` or `momentum` is adaptive, at first fewer, a tenth of the steps so far.
-        statistics_share: the share of a batch's examples that the moments are of.
+        statistics_share: the share of a batch's examples that the moments are of, as one of every two, three, and so
+            on, in turn. None: a quarter, or more where that would be fewer than 250 examples.
         inverses_every: steps between updates of the inverses. None: 20 where centered or for `"input"`, else 5; at
             first fewer, likewise.
         bases_every: steps between new bases of `"ekfac"`. None: 100.
@@ -137,7 +141,7 @@ class KFAC(Adaptive):
         estimator: str = "mc",
         sharing: str = "expand",
         statistics_every: int | None = None,
-        statistics_share: float = 1.0,
+        statistics_share: float | None = None,
         inverses_every: int | None = None,
         bases_every: int | None = None,
         adapt_every: int = 8,
@@ -176,8 +180,8 @@ class KFAC(Adaptive):
             raise ValueError(f"decay={decay} is not usable: expected a number in [0, 1)")
         if not 0 < damping_decay <= 1:
             raise ValueError(f"damping_decay={damping_decay} is not usable: expected a number in (0, 1]")
-        if not 0 < statistics_share <= 1:
-            raise ValueError(f"statistics_share={statistics_share} is not usable: expected a number in (0, 1]")
+        if statistics_share is not None and not 0 < statistics_share <= 1:
+            raise ValueError(f"statistics_share={statistics_share} is not usable: expected a number in (0, 1], or None")
         check_number("damping_floor", damping_floor)
         check_max_dim(max_dim)
         self._relative = damping is None and one_sided
@@ -242,14 +246,18 @@ class KFAC(Adaptive):
             ignored=self._curvature.ignored(output.detach(), batch.target),
             sampled=self.estimator == "mc" or not draws,
         )
-        examples = math.ceil(self.statistics_share * len(output))
-        if examples < len(output):
-            cases = cases.first(
-                examples, self._curvature.normalizer(output[:examples].detach(), batch.target[:examples])
-            )
+        every = self._thinning(len(output))
+        if every > 1:
+            cases = cases.every(every, start=self._steps // self.statistics_every % every)
         batch.statistics = self._running.observe(cases)
         if not batch.statistics.finite():
             batch.fault = "the statistics are not finite"
+
+    def _thinning(self, examples: int) -> int:
+        """Of how many examples the moments take one."""
+        if self.statistics_share is None:
+            return min(max(1, examples // ENOUGH), MOST_THINNED)
+        return math.floor(1 / self.statistics_share)
 
     @property
     def _precision(self) -> torch.dtype:
