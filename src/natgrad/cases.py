@@ -123,7 +123,9 @@ class Cases:
             for layer, uses in self.h.items()
         }
         per_row = self.examples // whole
-        ignored = None if self.ignored is None else self.ignored.unflatten(0, (whole, per_row))[start::step].flatten(0, 1)
+        ignored = (
+            None if self.ignored is None else self.ignored.unflatten(0, (whole, per_row))[start::step].flatten(0, 1)
+        )
         return Cases(h, columns(), self.d_out, share * self.mass, left * per_row, ignored)
 
     def by_example(self, layer: Layer, uses: Sequence[Tensor]) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from natgrad.blocks import homogeneous
 from natgrad.cases import Cases, Layer
+from natgrad.distributed.world import World
 from natgrad.groups import has_rival, joined_examples, step_of
 from natgrad.layers import Inputs, Rows, Sparse
 from natgrad.linalg import Centered, Homogeneous, KroneckerEigen, Operator, factor
@@ -91,10 +94,14 @@ def anew(F: Tensor, before: factor.Basis, what: str) -> factor.Basis:
 
 def turned(F: Tensor, before: factor.Basis, what: str) -> factor.Basis:
     """The basis before after one step of orthogonal iteration, a matrix product and a QR factorization: it follows a
-    factor that moves slowly. Without one before, eigenvectors."""
+    factor that moves slowly. Without one before, eigenvectors.
+
+    The largest eigenvalues' columns, which are last, go first: what rounding leaves of a null vector must be made
+    orthogonal to the others, and not they to it.
+    """
     if before is None or F.ndim == 1:
         return anew(F, before, what)
-    return torch.linalg.qr(F @ before)[0]
+    return torch.linalg.qr((F @ before).flip(1))[0].flip(1)
 
 
 def bases_of(
@@ -102,14 +109,22 @@ def bases_of(
     centered: bool,
     turn: Turn = anew,
     before: Mapping[Layer, Eigenbasis] | None = None,
+    world: World | None = None,
 ) -> dict[Layer, Eigenbasis]:
-    """The bases of all layers but of scales, and of weights that are used both as `W` and as `Wᵀ`."""
+    """The bases of all layers but of scales, and of weights that are used both as `W` and as `Wᵀ`; each found by one of
+    the ranks."""
     before = before or {}
-    return {
-        layer: Eigenbasis.of(layer, m, centered, turn, before.get(layer))
-        for layer, m in moments.items()
-        if isinstance(m, AffineMoments) and not has_rival(layer, moments)
-    }
+
+    def bases(layer: Layer, m: AffineMoments) -> dict[str, Any]:
+        basis = Eigenbasis.of(layer, m, centered, turn, before.get(layer))
+        return {"U_A": basis.U_A, "U_B": basis.U_B, "centered": basis.centered}
+
+    own = {layer: m for layer, m in moments.items() if isinstance(m, AffineMoments) and not has_rival(layer, moments)}
+    work = {str(i): partial(bases, layer, m) for i, (layer, m) in enumerate(own.items())}
+    costs = {str(i): float(m.scatter.shape[0] ** 3 + m.output.shape[0] ** 3) for i, m in enumerate(own.values())}
+    device = next(iter(moments.values())).mass.device
+    found = (world or World()).share(work, costs, device, "the eigenbases")
+    return {layer: Eigenbasis(layer, **found[str(i)]) for i, layer in enumerate(own)}
 
 
 def squares_in(bases: Mapping[Layer, Eigenbasis], moments: Mapping[Layer, Moments], cases: Cases) -> dict[Layer, Parts]:

@@ -6,8 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from natgrad.layers import Rows
-from natgrad.layers.inputs import Sparse
 from natgrad.layers.convolution import Convolution, Patches
+from natgrad.layers.inputs import Sparse
 from oracles import close, f64, randn
 
 

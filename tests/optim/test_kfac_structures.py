@@ -5,9 +5,13 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import natgrad
+from natgrad.eigenbasis import turned
+from natgrad.linalg import factor
 from natgrad.optim.orthogonal import newton_schulz
 from oracles import close, f64, net, randn
 
@@ -350,3 +354,17 @@ def test_models_in_half_the_precision_have_factors_in_float32(dtype, structure):
     assert all(p.dtype == dtype for p in model.parameters())
     if structure != "identity":
         assert opt.curvature().dtype == torch.float32
+
+
+@settings(max_examples=30)
+@given(d=st.integers(2, 8), rank=st.integers(1, 8), seed=st.integers(0, 99))
+def test_a_basis_that_is_turned_stays_where_the_factor_does(d, rank, seed):
+    """Also where the factor is singular: its null vectors are no start for the others."""
+    factors = randn(min(rank, d), d, seed=seed)
+    F = factors.mT @ factors
+    before = factor.eigen(F, "F")[1]
+    after = turned(F, before, "F")
+    assert isinstance(after, torch.Tensor)
+    close(after.mT @ after, torch.eye(d, dtype=F.dtype))
+    rotated = after.mT @ F @ after
+    close(rotated, torch.diag(rotated.diagonal()), 1e-8 * float(F.trace()))

@@ -194,7 +194,7 @@ class Adaptive(Following):
         if any(b.scale is not None for b in pending):
             pending = [b for b in pending if b.scale is not None]
         gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
-        if not pending or not gradients:
+        if not (pending or self._world.size > 1) or not gradients:
             raise RuntimeError(
                 "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
             )
@@ -206,7 +206,8 @@ class Adaptive(Following):
             }
             return value
         assert self._watch is not None
-        with self._watch.suspended(), torch.autocast(pending[0].target.device.type, enabled=False):
+        device = next(iter(self._parameters.values())).device
+        with self._watch.suspended(), torch.autocast(device.type, enabled=False):
             fault = self._step(pending, gradients)
         if fault is not None:
             self._reject(fault)
@@ -216,10 +217,10 @@ class Adaptive(Following):
         return value
 
     def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
-        objective = Objective(self.model, self._curvature, pending, self.matmul_precision)
+        objective = Objective(self.model, self._curvature, pending, self.matmul_precision, self._world)
         amplified, still = self._scaler()
         objective.scale /= amplified
-        fault = next((b.fault for b in pending if b.fault), None)
+        fault = objective.fault
         if fault is not None:
             undone = not math.isfinite(objective.loss) and self._undo_last(objective)
             return "the loss is not finite after the last step, which is undone" if undone else fault
@@ -234,7 +235,7 @@ class Adaptive(Following):
         if square == 0 and not self._is_fixed():
             return None  # nothing to do, and no direction to do it in
         self._see_gradient(g)
-        loss = objective.loss + decay.value(self._parameters)
+        loss = objective.loss + self._penalty(decay)
         self.diagnostics["loss"] = loss
         if self._damping is None:
             self._calibrate(objective, g, decay)
@@ -258,6 +259,15 @@ class Adaptive(Following):
             for n in names
         }
         return Decay(eta)
+
+    def _penalty(self, decay: Decay) -> float:
+        """The objective's share of weight decay."""
+        return self._agreed([decay.value(self._parameters)])[0] if decay.eta else 0.0
+
+    def _agreed(self, values: list[float]) -> list[float]:
+        """The same numbers on all ranks."""
+        device = next(iter(self._parameters.values())).device
+        return self._world.agreed(values, device, "the numbers that a step is decided by")
 
     def _gradient(self, gradients: Vector, scale: float, decay: Decay) -> Vector:
         """The objective's gradient per unit of the loss's mean."""
@@ -283,7 +293,7 @@ class Adaptive(Following):
         before = self._snapshot() if measured else {}
         step.take(self._parameters)
         if measured:
-            after = objective.evaluate() + decay.value(self._parameters)
+            after = objective.evaluate() + self._penalty(decay)
             if not after <= loss + self._tolerated_rise * abs(loss):
                 self._return_to(before)
                 return f"the loss would have risen from {loss:.4g} to {after:.4g}"
@@ -410,6 +420,9 @@ class Adaptive(Following):
         F = objective.products(directions)
         Q = F + self._model_damping(damping) * gram(directions) + decay.gram(directions)
         slope = torch.tensor([dot(g, d) for d in directions], dtype=torch.float64)
+        if self._world.size > 1:
+            numbers = torch.tensor(self._agreed([*Q.flatten().tolist(), *slope.tolist()]), dtype=Q.dtype)
+            Q, slope = numbers[: Q.numel()].view_as(F), numbers[Q.numel() :]
         minimum = minimize(Q, slope, fixed)
         if minimum is not None and not self._is_fixed():
             c = torch.tensor(minimum.coefficients, dtype=torch.float64)
@@ -455,7 +468,7 @@ class Adaptive(Following):
             if step is None:
                 return math.inf
             step.take(self._parameters)
-            after = objective.evaluate() + decay.value(self._parameters)
+            after = objective.evaluate() + self._penalty(decay)
             self._return_to(before)
             return after if math.isfinite(after) else math.inf
 
@@ -490,6 +503,7 @@ class Adaptive(Following):
             "rejections": self._rejections,
             "faults": dict(self._faults),
             "loss_before": self._loss_before,
+            "usual_mass": self._usual_mass,
             "generator": self._generator.get_state(),
         }
         return super().state_dict() | {self._key: own | self._own_state()}
@@ -511,6 +525,7 @@ class Adaptive(Following):
         saved = copied(saved, next(iter(self._parameters.values())).device)
         self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
         self._rejections, self._loss_before = saved["rejections"], saved["loss_before"]
+        self._usual_mass = saved["usual_mass"]
         self._faults = Counter(saved["faults"])
         self._generator.set_state(saved["generator"].cpu())
         self._load_own_state(saved)

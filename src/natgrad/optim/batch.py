@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from natgrad.capture import Recorder, Use
+from natgrad.distributed.world import World
 from natgrad.losses import OutputCurvature
 from natgrad.optim.output import Returned, Way
 from natgrad.optim.precision import matmul_precision
@@ -38,7 +39,8 @@ class Batch:
     """A batch whose loss was asked for.
 
     `way` leads from what the model returns to the loss's input; None where no forward is to be run again. `statistics`
-    is what the optimizer has taken for its curvature, `scale` the factor that the user's backward put on the loss.
+    is what the optimizer has taken for its curvature, `scale` the factor that the user's backward put on the loss,
+    `weight` that by which the loss's gradient was multiplied, so that ranks count by their cases.
     """
 
     forward: Forward
@@ -51,6 +53,7 @@ class Batch:
     scale: Tensor | None = None
     fault: str | None = None
     uses: list[Use] = field(default_factory=list)
+    weight: float = 1.0
 
     def observe(self, gradient: Tensor) -> None:
         """A hook of the loss: the gradient that reaches it is the factor of this batch in the objective."""
@@ -102,21 +105,44 @@ class Objective:
     """
 
     def __init__(
-        self, model: nn.Module, curvature: OutputCurvature, batches: list[Batch], precision: str | None = None
+        self,
+        model: nn.Module,
+        curvature: OutputCurvature,
+        batches: list[Batch],
+        precision: str | None = None,
+        world: World | None = None,
     ):
         self._model, self._curvature, self.batches, self._precision = model, curvature, batches, precision
+        self._world = world or World()
         if all(b.scale is None for b in batches):  # gradients that were set by hand
-            share = 1.0 / len(batches) if curvature.is_mean else 1.0
+            share = 1.0 / max(1, len(batches)) if curvature.is_mean else 1.0
             factors = [share for _ in batches]
         else:
             factors = [float(b.scale) for b in batches if b.scale is not None]
+        if curvature.is_mean:
+            factors = [f * b.weight for f, b in zip(factors, batches, strict=True)]
         masses = [1.0 if curvature.is_mean else float(b.mass) for b in batches]
-        self.scale = sum(f * m for f, m in zip(factors, masses, strict=True))
-        self._weights = [f / self.scale if self.scale else 0.0 for f in factors]
+        total = sum(f * m for f, m in zip(factors, masses, strict=True))
+        loss = sum(f * float(b.loss) for f, b in zip(factors, batches, strict=True))
+        total, loss, *faults = self._numbers([total, loss, *self._faults()], "the loss")
+        self.scale = total / self._world.size  # gradients are averaged over the ranks
+        self.loss = loss / total if total else loss
+        self.fault = self._fault(faults)
+        self._weights = [f / total if total else 0.0 for f in factors]
 
-    @property
-    def loss(self) -> float:
-        return sum(w * float(b.loss) for w, b in zip(self._weights, self.batches, strict=True))
+    def _faults(self) -> list[float]:
+        """Whether this rank's batches have a fault, in its own place of a list of all ranks."""
+        here = self._world.rank if any(b.fault for b in self.batches) else None
+        return [float(rank == here) for rank in range(self._world.size)]
+
+    def _fault(self, faults: list[float]) -> str | None:
+        """What is wrong with a batch, here or on another rank."""
+        own = next((b.fault for b in self.batches if b.fault), None)
+        others = [str(rank) for rank, faulty in enumerate(faults) if faulty and rank != self._world.rank]
+        return own or (f"a batch has a fault on rank {', '.join(others)}" if others else None)
+
+    def _numbers(self, values: list[float], what: str) -> list[float]:
+        return self._world.numbers(values, next(self._model.parameters()).device, what)
 
     @property
     def shares(self) -> list[float]:
@@ -139,7 +165,7 @@ class Objective:
                 total += weight * float(self._curvature.loss(batch.run(self._model), batch.target))
             for n, b in self._model.named_buffers():
                 b.copy_(buffers[n])
-        return total
+        return self._numbers([total], "the loss after a step")[0]
 
     def products(self, directions: list[dict[str, Tensor]]) -> Tensor:
         """The matrix of `d_iᵀ F d_j`, in float64, by forward mode on the batches."""
@@ -151,6 +177,7 @@ class Objective:
                 DJd = self._curvature.product(output, batch.target, Jd)
                 for j in range(i + 1):
                     Q[i, j] += share * float(torch.dot(DJd.flatten(), pushed[j][1].flatten()))
+        Q = torch.tensor(self._numbers(Q.flatten().tolist(), "the quadratic model"), dtype=Q.dtype).view_as(Q)
         return Q + Q.tril(-1).mT
 
     def product(self, names: Sequence[str]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -176,6 +203,8 @@ class Objective:
                 for n, g in zip(names, gradients, strict=True):
                     if g is not None:
                         total[n] += g
+            for n in names:
+                self._world.sum(total[n], "a product with the curvature")
             return total
 
         return product

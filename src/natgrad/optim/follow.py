@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Recorder
+from natgrad.distributed.world import unwrapped
 from natgrad.losses import ESTIMATORS, output_curvature
 from natgrad.optim.batch import Batch, Forward, full_precision
 from natgrad.optim.output import Way
@@ -23,6 +24,8 @@ class Following(torch.optim.Optimizer, ABC):
     """Between a forward of the model and the step: `loss` takes what the model returned, keeps what the step will need,
     and notes by which factor the user's backward weighs it."""
 
+    _for_many_ranks = False
+    """Whether what is taken from a rank's batches is summed over the ranks."""
     _step_supports_amp_scaling = True
     """A `GradScaler` leaves the gradients to the step, which knows their scale."""
 
@@ -44,14 +47,21 @@ class Following(torch.optim.Optimizer, ABC):
                 "the model return one, with natgrad.losses.Likelihood(lambda f: Normal(f[..., 0], f[..., 1].exp()))"
             )
         check_choice("estimator", estimator, ESTIMATORS)
-        self.model, self._output, self.estimator = model, output, estimator
+        self.model, self._world = unwrapped(model)
+        if self._world.size > 1 and not self._for_many_ranks:
+            raise NotImplementedError(
+                f"{type(self).__name__} sees the batches of its own rank alone, and the model is on "
+                f"{self._world.size} ranks; use natgrad.KFAC"
+            )
+        self._output, self.estimator = output, estimator
         self._parameters: dict[str, Tensor] = {}
         self._watch: Watch | None = None
-        super().__init__(parameter_groups(model, params), defaults)
+        super().__init__(parameter_groups(self.model, params), defaults)
         device = next(iter(self._parameters.values())).device
         self._generator = generator or torch.Generator(device).manual_seed(torch.initial_seed())
         self._pending: list[Batch] = []
-        self._watch = Watch(model, self._parameters)
+        self._watch = Watch(self.model, self._parameters, wrapper=None if model is self.model else model)
+        self._usual_mass: float | None = None
 
     # What a subclass supplies --------------------------------------------------------------------------
 
@@ -170,6 +180,9 @@ class Following(torch.optim.Optimizer, ABC):
         loss = self._curvature.loss(output, target)
         mass = self._curvature.normalizer(output.detach(), target)
         batch = Batch(forward, target, output.shape, way, mass, loss.detach())
+        if self._world.size > 1 and self._curvature.is_mean:
+            batch.weight = self._weight(float(mass), mass.device)
+            loss = loss.detach() + batch.weight * (loss - loss.detach())
         if not torch.isfinite(loss):
             batch.fault = "the loss is not finite: look for NaN or inf in the batch"
         elif recorder is not None:
@@ -182,6 +195,14 @@ class Following(torch.optim.Optimizer, ABC):
             loss.register_hook(batch.observe)
         self._pending.append(batch)
         return loss
+
+    def _weight(self, mass: float, device: torch.device) -> float:
+        """What the gradient of a rank's mean is multiplied by, so that the average over the ranks is in proportion to
+        the mean over all cases: the rank's cases over what a rank had in the first batch."""
+        if self._usual_mass is None:
+            (total,) = self._world.numbers([mass], device, "the size of the first batch")
+            self._usual_mass = total / self._world.size
+        return mass / self._usual_mass
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them the batches whose backward is in them."""

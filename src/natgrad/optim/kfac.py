@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial, reduce
 from math import prod
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from natgrad.blocks import assemble
 from natgrad.capture import Recorder
 from natgrad.cases import read_cases
+from natgrad.distributed.packing import leaves
 from natgrad.linalg import Block, BlockDiagonal
 from natgrad.linalg.state import dump, restore
 from natgrad.moments import MAX_DIM, SHARING, AffineMoments
@@ -25,7 +28,7 @@ from natgrad.optim.ladder import Ladder
 from natgrad.optim.orthogonal import nesterov, orthogonal_direction, take_in_squares
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
-from natgrad.optim.running import RUNNING
+from natgrad.optim.running import RUNNING, Statistics
 from natgrad.optim.vectors import Vector
 from natgrad.options import check_choice, check_max_dim, check_number
 
@@ -117,6 +120,7 @@ class KFAC(Adaptive):
     """
 
     _key = "kfac"
+    _for_many_ranks = True
     _what_is_inverted = "a factor"
     _tolerated_rise = 0.5
 
@@ -240,7 +244,7 @@ class KFAC(Adaptive):
         cases = read_cases(
             recorder.uses,
             output,
-            self._curvature.columns(output, batch.target, self.estimator, generator=self._generator) if draws else (),
+            self._curvature.columns(output, batch.target, self.estimator, generator=self._labels()) if draws else (),
             batch.mass,
             self._precision,
             ignored=self._curvature.ignored(output.detach(), batch.target),
@@ -259,6 +263,14 @@ class KFAC(Adaptive):
             return min(max(1, examples // ENOUGH), MOST_THINNED)
         return math.floor(1 / self.statistics_share)
 
+    def _labels(self) -> torch.Generator:
+        """The source of the random labels: on several ranks, of this rank, step and batch, as what one rank draws is
+        not to be the others' affair, nor a checkpoint's."""
+        if self._world.size == 1:
+            return self._generator
+        which = ((self._generator.initial_seed() * 1_000_003 + self._steps) * 4099 + self._world.rank) * 1_009
+        return torch.Generator(self._generator.device).manual_seed((which + len(self._pending)) % 2**63)
+
     @property
     def _precision(self) -> torch.dtype:
         """Of the factors and what they multiply: at least float32, as averages and inverses need."""
@@ -267,6 +279,8 @@ class KFAC(Adaptive):
 
     def _take_in(self, objective: Objective, gradients: Vector) -> None:
         new = [b.statistics for b in objective.batches if b.statistics is not None]
+        if self._world.size > 1 and self._statistics_due():
+            new = [reduce(Statistics.__add__, new).reduced(self._world)]
         known = set(self._running.layers)
         taken = self.diagnostics["statistics"] = self._running.take_in(new, self.decay)
         self._spoiled = self._spoiled and not taken
@@ -310,16 +324,22 @@ class KFAC(Adaptive):
         if not self._running.layers:
             return
         if self.structure == "ekfac" and (self._bases_age is None or self._bases_age >= self.bases_every):
-            self._running.turn()
+            self._running.turn(self._world)
             self._bases_age = 0
         matrix, before = self.curvature(), self._inverse.layers if self._inverse else {}
         style = "relative" if self._relative else self.damping_style
-        inverses = {}
-        for name, block in matrix.layers.items():
+
+        def inverse(name: str, block: Block) -> dict[str, Any]:
             its_damping = damping + (decay.of(block.names[0]) if self._running.reads_gradients else 0.0)
-            last = before[name].operator if name in before else None
-            ladder = Ladder(lambda op, λ: self._running.inverse(op, λ, style), self._faults)
-            inverses[name] = block.with_operator(ladder.inverse(name, block.operator, its_damping, last))
+            last, faults = before[name].operator if name in before else None, Counter[str]()
+            ladder = Ladder(lambda op, λ: self._running.inverse(op, λ, style), faults)
+            return {"operator": ladder.inverse(name, block.operator, its_damping, last), "faults": dict(faults)}
+
+        work = {name: partial(inverse, name, block) for name, block in matrix.layers.items()}
+        found = self._world.share(work, _costs(matrix), next(iter(self._parameters.values())).device, "the inverses")
+        for each in found.values():
+            self._faults.update(each["faults"])
+        inverses = {name: block.with_operator(found[name]["operator"]) for name, block in matrix.layers.items()}
         self._inverse = BlockDiagonal(inverses, matrix.space)
 
     def _expire(self) -> None:
@@ -424,3 +444,12 @@ class KFAC(Adaptive):
                     f"the state has moments for {layer.names[0]!r} with matrices of {op.space.shapes}; here it has "
                     f"shape {shapes[0]}"
                 )
+
+
+def _costs(matrix: BlockDiagonal) -> dict[str, float]:
+    """What it costs to invert each layer's block, up to a factor: the cubes of its factors' sides."""
+    return {name: sum(map(_cost, leaves(dump(block.operator), Tensor))) for name, block in matrix.layers.items()}
+
+
+def _cost(factor: Tensor) -> float:
+    return float(len(factor) ** 3 if factor.ndim == 2 else factor.numel())

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from natgrad.blocks import homogeneous, kfac_blocks
 from natgrad.cases import Cases, Layer
+from natgrad.distributed.reduction import reduced
+from natgrad.distributed.world import World
 from natgrad.eigenbasis import Eigenbasis, bases_of, squares_in, turned
 from natgrad.groups import has_rival, tiled
 from natgrad.linalg import CenteredKronecker, Diagonal, Homogeneous, Kronecker, Operator, factor
@@ -40,6 +42,10 @@ class Statistics:
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(merge([self.moments, other.moments]), merge([self.squares, other.squares]))
+
+    def reduced(self, world: World) -> Statistics:
+        """Those of all ranks' batches, from one rank's own."""
+        return Statistics(reduced(self.moments, world, "the moments"), reduced(self.squares, world, "the squares"))
 
     def finite(self) -> bool:
         every = [*self.moments.values(), *self.squares.values()]
@@ -93,7 +99,7 @@ class Running(ABC):
         self.total = sound
         return spoiled
 
-    def turn(self) -> None:  # noqa: B027
+    def turn(self, world: World) -> None:  # noqa: B027
         """New bases, where there are any."""
 
     @property
@@ -142,9 +148,9 @@ class RunningEkfac(RunningKfac):
         own: dict[Layer, Moments] = {layer: DiagonalMoments(v, cases.mass) for layer, v in squares.items()}
         return Statistics(super().observe(cases).moments, own)
 
-    def turn(self) -> None:
+    def turn(self, world: World) -> None:
         moments = self.total.moments
-        self._bases = bases_of(moments, self.centered, turned, self._bases)
+        self._bases = bases_of(moments, self.centered, turned, self._bases, world)
         self.total.squares = {}
         for layer, basis in self._bases.items():
             m = moments[layer]

@@ -23,10 +23,18 @@ class Watch:
 
     While `recording`, the uses of the parameters in it are kept too. Forwards of the model inside of its own
     forward belong to the outermost. A forward in evaluation puts an end to what is kept, but where it is to be kept
-    `beyond_evaluation`. Nothing keeps the optimizer alive, and a copy of the model is not watched.
+    `beyond_evaluation`. A `wrapper` whose forward is the model's may return it in other tensors. Nothing keeps the
+    optimizer alive, and a copy of the model is not watched.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], *, beyond_evaluation: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, Tensor],
+        *,
+        beyond_evaluation: bool = False,
+        wrapper: nn.Module | None = None,
+    ):
         self.recording, self._beyond_evaluation = True, beyond_evaluation
         self._model, self._parameters = weakref.ref(model), dict(parameters)
         self._forward: Forward | None = None
@@ -46,7 +54,15 @@ class Watch:
             if watch is not None and module is watch._model():
                 watch._after(output)
 
-        self._handles = [weakref.finalize(self, handle.remove) for handle in Tap(before, after).attach(model)]
+        def wrapped(module: nn.Module, args: Any, output: Any) -> None:
+            watch = me()
+            if watch is not None and not watch._suspended and watch._forward is not None and output is not None:
+                watch._forward.returned = Returned(output)
+
+        handles = Tap(before, after).attach(model)
+        if wrapper is not None:
+            handles.append(wrapper.register_forward_hook(wrapped))
+        self._handles = [weakref.finalize(self, handle.remove) for handle in handles]
 
     def detach(self) -> None:
         """Takes the hooks off the model."""

@@ -1,0 +1,6 @@
+"""Several ranks: who computes what, how sums come together and results are handed round."""
+
+from natgrad.distributed.assignment import assign
+from natgrad.distributed.world import World, unwrapped
+
+__all__ = ["World", "assign", "unwrapped"]

@@ -1,0 +1,90 @@
+"""Moments of all ranks' examples, from those of each rank's own."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from natgrad.cases import Layer
+from natgrad.distributed.packing import Form, packed, unpacked
+from natgrad.distributed.world import World
+from natgrad.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments
+
+HASH = 2**16
+
+
+def reduced(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[Layer, Moments]:
+    """The sums over the ranks, of one's own and all others' cases.
+
+    First counts and means, then the sums around the common means, of which nothing cancels however far the inputs are
+    from zero. Of symmetric sums the triangles are sent: `d_in + 1` numbers in double precision and
+    `d_in (d_in + 1)/2 + d_out (d_out + 1)/2 + 1` others for a layer.
+
+    Raises:
+        ValueError: if the ranks have seen different layers.
+    """
+    if world.size == 1 or not moments:
+        return dict(moments)
+    moments = _around_common_means(moments, world, what)
+    tensors = list(chain.from_iterable(_sums(m) for m in moments.values()))
+    symmetric = chain.from_iterable(_symmetric(m) for m in moments.values())
+    forms = [Form(tuple(t.shape), t.dtype, its) for t, its in zip(tensors, symmetric, strict=True)]
+    buffers = packed(tensors, forms)
+    for buffer in buffers.values():
+        world.sum(buffer, what)
+    whole = iter(unpacked(buffers, forms))
+    return {layer: _with_sums(m, [next(whole) for _ in _sums(m)]) for layer, m in moments.items()}
+
+
+def _around_common_means(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[Layer, Moments]:
+    affine = {layer: m for layer, m in moments.items() if isinstance(m, AffineMoments)}
+    device = next(iter(moments.values())).mass.device
+    label = "; ".join(f"{layer.label} {[tuple(t.shape) for t in _sums(m)]}" for layer, m in moments.items())
+    hashed = zlib.crc32(label.encode()) % HASH
+    parts = []
+    for m in affine.values():
+        n = m.count.double().reshape(1)
+        parts += [n, torch.where(n > 0, m.mean.double() * n, 0.0)]
+    # Other layers mean buffers of other lengths, which must not meet in a reduction.
+    own = [float(hashed), float(hashed**2)]
+    if world.numbers(own, device, what) != [world.size * v for v in own]:
+        raise ValueError(
+            f"the ranks used different layers in a forward that took statistics; rank {world.rank} used "
+            f"{', '.join(layer.label for layer in moments)}. Expected the same on all"
+        )
+    if not parts:
+        return dict(moments)
+    totals = world.sum(torch.cat(parts), what).split([len(p) for p in parts])
+    found: dict[Layer, Moments] = dict(moments)
+    for (layer, m), n, total in zip(affine.items(), totals[::2], totals[1::2], strict=True):
+        mean = torch.where(n > 0, total / n, 0.0).to(m.mean.dtype)
+        shift = torch.where(m.count > 0, m.mean - mean, 0.0)
+        apart = shift.square() if m.scatter.ndim == 1 else torch.outer(shift, shift)
+        scatter = m.scatter + m.count * apart
+        found[layer] = replace(m, count=n.squeeze().to(m.count.dtype), mean=mean, scatter=scatter)
+    return found
+
+
+def _sums(m: Moments) -> list[Tensor]:
+    """What is left to add up."""
+    if isinstance(m, AffineMoments):
+        return [m.scatter, m.output, m.mass]
+    return [m.products, m.mass] if isinstance(m, ScaleMoments) else [*m.values, m.mass]
+
+
+def _symmetric(m: Moments) -> list[bool]:
+    """Which of them are symmetric matrices."""
+    return [isinstance(m, AffineMoments) and t.ndim == 2 for t in _sums(m)]
+
+
+def _with_sums(m: Moments, sums: list[Tensor]) -> Moments:
+    if isinstance(m, AffineMoments):
+        return replace(m, scatter=sums[0], output=sums[1], mass=sums[2])
+    if isinstance(m, ScaleMoments):
+        return replace(m, products=sums[0], mass=sums[1])
+    return DiagonalMoments(tuple(sums[:-1]), sums[-1])

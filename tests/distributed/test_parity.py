@@ -1,0 +1,62 @@
+"""Training on several ranks is training on one process that sees all of every batch."""
+
+import pytest
+import torch
+import work
+
+EXACT = {"estimator": "exact", "matmul_precision": "highest", "statistics_share": 1.0}
+RECIPES = {
+    "all adaptive": {},
+    "not centered": {"centered": False},
+    "exact damping": {"damping_style": "exact"},
+    "EKFAC": {"structure": "ekfac", "bases_every": 7},
+    "diagonal": {"structure": "diagonal"},
+    "input factor": {"structure": "input"},
+    "orthogonalized": {"structure": "input", "orthogonalize": True, "lr": 1e-2, "momentum": 0.9},
+    "no preconditioning": {"structure": "identity", "lr": 0.1, "momentum": 0.9},
+    "given step size": {"lr": 0.1, "momentum": 0.9, "damping": 0.1},
+    "weight decay": {"weight_decay": 1e-2},
+    "a bound on the divergence": {"max_kl": 0.01},
+    "reduce": {"sharing": "reduce"},
+}
+
+
+def compare(own, expected):
+    weights, diagnostics = expected
+    for theirs, its_diagnostics in own:
+        for step, (mine, its) in enumerate(zip(diagnostics, its_diagnostics, strict=True)):
+            assert mine.keys() == its.keys()
+            for key in ("loss", "damping", "lr", "reduction_ratio"):
+                if mine.get(key) is not None:
+                    assert its[key] == pytest.approx(mine[key], rel=1e-7, abs=1e-12), (step, key)
+        for n, p in weights.items():
+            assert torch.allclose(theirs[n], p, rtol=0, atol=1e-9), n
+    for theirs, _ in own[1:]:
+        for n, p in own[0][0].items():
+            assert torch.allclose(theirs[n], p, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_are_those_of_one_process(ranks, n, recipe):
+    options = EXACT | RECIPES[recipe]
+    compare(ranks(n, work.trained, options, 30), work.trained(None, options, 30))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"uneven": True},
+        {"microbatches": 3},
+        {"uneven": True, "reduction": "sum"},
+        {"microbatches": 2, "reduction": "sum"},
+        {"clip": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("recipe", ["all adaptive", "EKFAC", "given step size"])
+def test_ranks_count_by_their_cases(ranks, n, how, recipe):
+    options = EXACT | RECIPES[recipe]
+    own = ranks(n, work.trained_in, options, 20, how)
+    compare(own, work.trained_in(None, options, 20, how))

@@ -1,0 +1,115 @@
+"""What ranks do in the tests: each function is given the ranks' group, and is called on all of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import natgrad
+
+D, C, N = 5, 3, 48
+
+
+def batch(step: int, n: int = N) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(n, D, generator=generator, dtype=torch.float64)
+    return x, (x[:, 0] + x[:, 1] > 0).long() + (x[:, 2] > 1).long()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 7, bias=False), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, C)
+    ).double()
+
+
+def share_of(n: int, rank: int, size: int, uneven: bool) -> slice:
+    """A rank's part of a batch of `n`."""
+    if not uneven:
+        return slice(rank * n // size, (rank + 1) * n // size)
+    cuts = [0, *(n * (r + 1) ** 2 // size**2 for r in range(size))]
+    return slice(cuts[rank], cuts[rank + 1])
+
+
+def trained(
+    group: Any,
+    options: dict[str, Any],
+    steps: int,
+    *,
+    uneven: bool = False,
+    microbatches: int = 1,
+    reduction: str = "mean",
+    clip: float | None = None,
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The weights after some steps, and the steps' diagnostics. `group`: None for one process that sees everything."""
+    model = network()
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    called = model if group is None else DistributedDataParallel(model, process_group=group)
+    loss_fn = nn.CrossEntropyLoss(reduction=reduction)
+    opt = natgrad.KFAC(called, loss_fn, **options)
+    diagnostics = []
+    for step in range(steps):
+        opt.zero_grad()
+        for k in range(microbatches):
+            x, y = batch(step * microbatches + k)
+            own = share_of(len(x), rank, size, uneven)
+            loss = opt.loss(called(x[own]), y[own])
+            (loss / (microbatches if reduction == "mean" else microbatches * len(x) / size)).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            opt.step()
+        diagnostics.append({k: v for k, v in opt.diagnostics.items() if k != "diagonal_factors"})
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, diagnostics
+
+
+def trained_in(group: Any, options: dict[str, Any], steps: int, how: dict[str, Any]) -> Any:
+    """`trained`, with its options in a dictionary."""
+    return trained(group, options, steps, **how)
+
+
+def refused(group: Any, kind: str) -> str:
+    """The error of an optimizer that is not for several ranks."""
+    model = DistributedDataParallel(network(), process_group=group)
+    try:
+        getattr(natgrad, kind)(model, nn.CrossEntropyLoss())
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
+def spoiled(group: Any) -> list[tuple[bool, str]]:
+    """What each step says where one rank's batch has a NaN in the third."""
+    model = DistributedDataParallel(network(), process_group=group)
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+    said = []
+    for step in range(8):
+        x, y = batch(step)
+        own = share_of(len(x), dist.get_rank(group), dist.get_world_size(group), False)
+        x = x[own].clone()
+        if step == 2 and dist.get_rank(group) == 1:
+            x[0, 0] = float("nan")
+        opt.zero_grad()
+        opt.loss(model(x), y[own]).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            opt.step()
+        said.append((opt.diagnostics["accepted"], opt.diagnostics["reason"]))
+    assert all(p.isfinite().all() for p in model.parameters())
+    return said
+
+
+def sent(group: Any) -> dict[str, int]:
+    """The bytes that this rank gives in the first step, by purpose."""
+    model = DistributedDataParallel(network(), process_group=group)
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), lr=0.1, momentum=0.9, damping=0.1)
+    x, y = batch(0)
+    opt.loss(model(x), y).backward()
+    opt.step()
+    return dict(opt._world.sent)
