@@ -9,14 +9,13 @@ seeds, and its 95% confidence interval by Student's t on their logarithms. Runs 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from benchmarks.race.__main__ import race
+from benchmarks.race.__main__ import kept
 from benchmarks.race.contestants import Contestant, kfac, second_order
 from benchmarks.race.report import final
 from benchmarks.race.tasks import TASKS
@@ -45,10 +44,8 @@ def main() -> None:
         came: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for seed in options.seeds:
             for variant, setting in VARIANTS.items():
-                path = options.out / f"{name} {options.seconds:g}s {variant} seed {seed}.json"
-                if not path.exists():
-                    path.write_text(json.dumps(race(task, contestant, setting, seed, options.seconds)))
-                came[variant].append(final(json.loads(path.read_text())))
+                run, _ = kept(options.out, task, contestant, setting, seed, options.seconds)
+                came[variant].append(final(run))
         for variant, values in came.items():
             logs = [math.log(v / c) for v, c in zip(values, came["centered"], strict=True)]
             lines.append(f"| {name} | {variant} | {sorted(values)[len(values) // 2]:.3g} | {interval(logs)} |")

@@ -11,16 +11,17 @@ import argparse
 import statistics
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import natgrad
-from benchmarks.race.__main__ import race
+from benchmarks.race.__main__ import kept
 from benchmarks.race.contestants import CONTESTANTS, Contestant, kfac, second_order
 from benchmarks.race.report import final
-from benchmarks.race.tasks import TASKS
+from benchmarks.race.tasks import TASKS, Task
 
 
 def seeds(options: argparse.Namespace) -> None:
@@ -30,11 +31,15 @@ def seeds(options: argparse.Namespace) -> None:
     own = Contestant("KFAC", second_order(kfac))
     for name in options.tasks:
         task = TASKS[name]()
-        first = options.seeds[0]
-        tried = [(final(race(task, adam, s, first, options.seconds)), s) for s in adam.settings(name)]
-        best = min(tried, key=lambda t: t[0])[1]
-        theirs = [final(race(task, adam, best, seed, options.seconds)) for seed in options.seeds]
-        ours = [final(race(task, own, {}, seed, options.seconds)) for seed in options.seeds]
+
+        def figure(contestant: Contestant, setting: dict[str, Any], seed: int, task: Task = task) -> float:
+            return final(kept(options.out, task, contestant, setting, seed, options.seconds)[0])
+
+        best = min(adam.settings(name), key=lambda s: figure(adam, s, options.seeds[0]))
+        ours, theirs = [], []
+        for seed in options.seeds:
+            theirs.append(figure(adam, best, seed))
+            ours.append(figure(own, {}, seed))
         worst = max(o / t for o, t in zip(ours, theirs, strict=True))
         print(f"| {name} | Adam, {best} | {', '.join(f'{v:.3g}' for v in theirs)} | |")
         print(f"| {name} | KFAC | {', '.join(f'{v:.3g}' for v in ours)} | {worst:.2f} |", flush=True)
@@ -114,6 +119,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/no care"), help="where runs are kept")
     options = parser.parse_args()
     {"seeds": seeds, "batches": batches, "inputs": inputs}[options.what](options)
 

@@ -70,6 +70,20 @@ def race(task: Task, contestant: Contestant, setting: dict[str, Any], seed: int,
     }
 
 
+def kept(
+    out: Path, task: Task, contestant: Contestant, setting: dict[str, Any], seed: int, seconds: float
+) -> tuple[dict[str, Any], bool]:
+    """The run as it is kept in `out`, or raced now and kept; whether it was raced now."""
+    label = " ".join(f"{k}={v}" for k, v in setting.items())
+    path = out / f"{task.name} {seconds:g}s {contestant.name} {label} seed {seed}.json"
+    new = not path.exists()
+    if new:
+        came = race(task, contestant, setting, seed, seconds)
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(came))
+    return json.loads(path.read_text()), new
+
+
 def run(options: argparse.Namespace) -> None:
     task = TASKS[options.task]()
     seconds = options.seconds or task.seconds
@@ -82,13 +96,10 @@ def run(options: argparse.Namespace) -> None:
                 found = best_setting(load(options.out), task.name, contestant.name)
                 settings = [found] if found is not None else []
             for setting in settings:
-                label = " ".join(f"{k}={v}" for k, v in setting.items())
-                path = options.out / f"{task.name} {seconds:g}s {contestant.name} {label} seed {seed}.json"
-                if path.exists():
+                came, new = kept(options.out, task, contestant, setting, seed, seconds)
+                if not new:
                     continue
-                came = race(task, contestant, setting, seed, seconds)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(came))
+                label = " ".join(f"{k}={v}" for k, v in setting.items())
                 last = came["curve"][-1]
                 pace = 1e3 * last["seconds"] / max(1, last["step"])
                 console.print(
