@@ -3,7 +3,7 @@
 from natgrad import linalg, losses
 from natgrad.curvature import fisher, gauss_newton, hessian
 from natgrad.linalg import load
-from natgrad.optim import KFAC, PRONG, NaturalGradient
+from natgrad.optim import KFAC, PRONG, NaturalGradient, load_checkpoint
 from natgrad.residual import residual
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __all__ = [
     "hessian",
     "linalg",
     "load",
+    "load_checkpoint",
     "losses",
     "residual",
 ]

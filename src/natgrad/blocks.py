@@ -33,6 +33,17 @@ def assemble(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tensor])
     Raises:
         NotImplementedError: if some rows of a parameter are in no layer.
     """
+    names = tuple(n for n in parameters if any(n in layer.names for layer in layers))
+    space = Space(tuple(tuple(parameters[n].shape) for n in names), names)
+    return BlockDiagonal(named_blocks(layers, parameters), space)
+
+
+def named_blocks(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tensor]) -> dict[str, Block]:
+    """Every layer's operator with its parameters, by the layer's name.
+
+    Raises:
+        NotImplementedError: if some rows of a parameter are in no layer.
+    """
     blocks = {}
     for layer, op in layers.items():
         shapes = tuple(tuple(parameters[n].shape) for n in layer.names)
@@ -42,8 +53,7 @@ def assemble(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tensor])
                 "use structure='dense' or 'implicit', or leave it out with params="
             )
         blocks[layer.name] = Block(op, layer.names, layer.layout, shapes, layer.function)
-    names = tuple(n for n in parameters if any(n in layer.names for layer in layers))
-    return BlockDiagonal(blocks, Space(tuple(tuple(parameters[n].shape) for n in names), names))
+    return blocks
 
 
 def kfac_blocks(moments: Mapping[Layer, Moments], is_mean: bool, centered: bool) -> dict[Layer, Operator]:

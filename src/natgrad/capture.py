@@ -101,9 +101,10 @@ class Recorder(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor]):
         super().__init__()
         self.uses: list[Use] = []
-        self._names = {id(p): n for n, p in parameters.items()}
+        self._names: dict[int, str] = {}
         # Other forms of a parameter (`W.T`, `W.chunk(3)`), kept alive so that their ids stay theirs.
-        self._forms: dict[int, tuple[Tensor, Form]] = {id(p): (p, Form(n)) for n, p in parameters.items()}
+        self._forms: dict[int, tuple[Tensor, Form]] = {}
+        self.know(parameters)
         # Outputs of uses that have no bias yet: `h @ W.T + b` adds it in a second call.
         self._open: dict[int, Use] = {}
         # Outputs of uses with one row for all examples, which a sum spreads over them.
@@ -112,6 +113,11 @@ class Recorder(TorchFunctionMode):
         self._others: dict[str, str] = {}
         self._without_gradients: dict[str, str] = {}
         self._positions: int | None = None
+
+    def know(self, parameters: Mapping[str, Tensor]) -> None:
+        """Records the uses of these from now on."""
+        self._names |= {id(p): n for n, p in parameters.items()}
+        self._forms |= {id(p): (p, Form(n)) for n, p in parameters.items()}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from jaxtyping import Bool
@@ -47,6 +48,16 @@ class Layer:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(n for n in (self.weight, self.bias) if n is not None)
+
+    def key(self) -> str:
+        """A text that `of_key` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of_key(cls, key: str) -> Layer:
+        """Undoes `key`."""
+        own = json.loads(key)
+        return cls(**own | {"layout": Layout(**own["layout"]), "rows": own["rows"] and tuple(own["rows"])})
 
 
 def layers_of(uses: Sequence[Use]) -> dict[Layer, list[Use]]:

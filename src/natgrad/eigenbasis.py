@@ -13,6 +13,7 @@ from torch import Tensor
 
 from natgrad.blocks import homogeneous
 from natgrad.cases import Cases, Layer
+from natgrad.distributed.assignment import cost
 from natgrad.distributed.world import World
 from natgrad.groups import has_rival, joined_examples, step_of
 from natgrad.layers import Inputs, Rows, Sparse
@@ -121,9 +122,8 @@ def bases_of(
 
     own = {layer: m for layer, m in moments.items() if isinstance(m, AffineMoments) and not has_rival(layer, moments)}
     work = {str(i): partial(bases, layer, m) for i, (layer, m) in enumerate(own.items())}
-    costs = {str(i): float(m.scatter.shape[0] ** 3 + m.output.shape[0] ** 3) for i, m in enumerate(own.values())}
-    device = next(iter(moments.values())).mass.device
-    found = (world or World()).share(work, costs, device, "the eigenbases")
+    costs = {str(i): cost([m.scatter.shape, m.output.shape]) for i, m in enumerate(own.values())}
+    found = (world or World()).share(work, costs, "the eigenbases")
     return {layer: Eigenbasis(layer, **found[str(i)]) for i, layer in enumerate(own)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from natgrad.cases import Cases, Layer
 from natgrad.layers import Inputs, InputSums, joined, stacked
-from natgrad.linalg.layout import Layout
 from natgrad.linalg.space import Parts
 
 SHARING = ("expand", "reduce")
@@ -290,19 +289,17 @@ def merge(parts: Iterable[Mapping[Layer, Moments]]) -> dict[Layer, Moments]:
     return total
 
 
-def state_of_moments(moments: Mapping[Layer, Moments]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Plain dictionaries of tensors, numbers and names, which `moments_of_state` reads; tensors are not copied."""
-    return [(asdict(layer), vars(m)) for layer, m in moments.items()]
+def state_of_moments(moments: Mapping[Layer, Moments]) -> dict[str, dict[str, Any]]:
+    """Plain dictionaries of tensors by layer, which `moments_of_state` reads; tensors are not copied."""
+    return {layer.key(): vars(m) for layer, m in moments.items()}
 
 
-def moments_of_state(state: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> dict[Layer, Moments]:
+def moments_of_state(state: Mapping[str, dict[str, Any]]) -> dict[Layer, Moments]:
     """Undoes `state_of_moments`."""
     moments: dict[Layer, Moments] = {}
-    for its_layer, its_moments in state:
-        rows = its_layer["rows"]
-        layer = Layer(**its_layer | {"layout": Layout(**its_layer["layout"]), "rows": rows and tuple(rows)})
+    for key, its_moments in state.items():
         kind = next(k for k in (AffineMoments, ScaleMoments, DiagonalMoments) if its_moments.keys() == _names(k))
-        moments[layer] = kind(**its_moments)
+        moments[Layer.of_key(key)] = kind(**its_moments)
     return moments
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +23,36 @@ from natgrad.layers.affine import Affine, affine
 from natgrad.layers.embedding import embedding_bag
 
 
+@dataclass(frozen=True)
+class Duals:
+    """What is to be called in place of a model for a forward with tangents, and which parameter each tensor (by its
+    id) then is."""
+
+    forward: Callable[..., Any]
+    names: dict[int, str]
+
+
+@contextlib.contextmanager
+def duals_in_place(model: nn.Module, direction: Mapping[str, Tensor]) -> Iterator[Duals]:
+    """The model with its parameters' tangents from `direction`."""
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    duals = {
+        n: forward_ad.make_dual(p.detach(), direction[n]) if n in direction else p.detach()
+        for n, p in model.named_parameters()
+    }
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, {**duals, **buffers}, args, kwargs)
+
+    yield Duals(forward, {id(t): n for n, t in duals.items()})
+
+
 def tangent(
-    model: nn.Module, call: Callable[..., Tensor], direction: Mapping[str, Tensor], uses: Sequence[Use] = ()
+    model: nn.Module,
+    call: Callable[..., Tensor],
+    direction: Mapping[str, Tensor],
+    uses: Sequence[Use] = (),
+    duals: Callable[[Mapping[str, Tensor]], AbstractContextManager[Duals]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output and `J d`, by forward mode.
 
@@ -30,21 +62,13 @@ def tangent(
         direction: `d`, by parameter name.
         uses: what a recorder noted in a forward on the same batch and parameters. Their outputs are taken
             from there, which leaves two products a layer instead of three.
+        duals: how the model's parameters get their tangents, where they are not in their places.
     """
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
-    parameters = dict(model.named_parameters())
-    with torch.no_grad(), forward_ad.dual_level():
-        duals = {
-            n: forward_ad.make_dual(p.detach(), direction[n]) if n in direction else p.detach()
-            for n, p in parameters.items()
-        }
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(model, {**duals, **buffers}, args, kwargs)
-
-        # The fused kernels of attention have no forward mode.
-        with _Replay(duals, uses), sdpa_kernel(SDPBackend.MATH):
-            output = call(forward)
+    give = duals or partial(duals_in_place, model)
+    # The fused kernels of attention have no forward mode.
+    with torch.no_grad(), forward_ad.dual_level(), give(direction) as own:
+        with _Replay(own.names, uses), sdpa_kernel(SDPBackend.MATH):
+            output = call(own.forward)
         primal, Jd = forward_ad.unpack_dual(output)
         return primal, torch.zeros_like(primal) if Jd is None else Jd
 
@@ -52,9 +76,9 @@ def tangent(
 class _Replay(TorchFunctionMode):
     """Takes the outputs of `linear` from recorded uses, and computes their tangents alone."""
 
-    def __init__(self, duals: Mapping[str, Tensor], uses: Sequence[Use]):
+    def __init__(self, names: Mapping[int, str], uses: Sequence[Use]):
         super().__init__()
-        self._names = {id(t): n for n, t in duals.items()}
+        self._names = names
         self._left = [first for first in map(_first, uses) if first.function is F.linear and first.direct]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,5 +1,7 @@
 """Training on several ranks is training on one process that sees all of every batch."""
 
+import itertools
+
 import pytest
 import torch
 import work
@@ -36,14 +38,41 @@ def compare(own, expected):
             assert torch.allclose(theirs[n], p, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_weights_are_those_of_one_process(ranks, n, recipe):
+@pytest.fixture(scope="module")
+def alone():
+    """What one process comes to."""
+    known = {}
+
+    def of(options, steps, how=None):
+        key = str((options, steps, how))
+        if key not in known:
+            known[key] = work.trained_in(None, options, steps, how or {})
+        return known[key]
+
+    return of
+
+
+def ways():
+    """Every recipe on one and two ranks; on four, which take their turns on a small machine, some."""
+    for recipe in RECIPES:
+        for n, sharded in itertools.product((1, 2, 4), ("", "fsdp")):
+            seldom = n == 4 and recipe not in ("all adaptive", "EKFAC", "input factor")
+            yield pytest.param(n, sharded, recipe, marks=[pytest.mark.slow] if seldom else [])
+
+
+@pytest.mark.parametrize(("n", "sharded", "recipe"), ways())
+def test_weights_are_those_of_one_process(ranks, alone, n, sharded, recipe):
     options = EXACT | RECIPES[recipe]
-    compare(ranks(n, work.trained, options, 30), work.trained(None, options, 30))
+    compare(ranks(n, work.trained_in, options, 30, {"sharded": sharded}), alone(options, 30))
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("recipe", ["all adaptive", pytest.param("EKFAC", marks=pytest.mark.slow)])
+def test_weights_are_those_of_one_process_where_there_are_copies_of_shards(ranks, alone, recipe):
+    options = EXACT | RECIPES[recipe]
+    compare(ranks(4, work.trained_in, options, 30, {"sharded": "hsdp"}), alone(options, 30))
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "how",
     [
@@ -56,7 +85,11 @@ def test_weights_are_those_of_one_process(ranks, n, recipe):
     ids=str,
 )
 @pytest.mark.parametrize("recipe", ["all adaptive", "EKFAC", "given step size"])
-def test_ranks_count_by_their_cases(ranks, n, how, recipe):
+def test_ranks_count_by_their_cases(ranks, alone, n, how, recipe):
     options = EXACT | RECIPES[recipe]
-    own = ranks(n, work.trained_in, options, 20, how)
-    compare(own, work.trained_in(None, options, 20, how))
+    compare(ranks(n, work.trained_in, options, 20, how), alone(options, 20, how))
+
+
+@pytest.mark.parametrize("how", [{"uneven": True}, {"microbatches": 3}, {"clip": 0.5}], ids=str)
+def test_ranks_with_shards_count_by_their_cases(ranks, alone, how):
+    compare(ranks(2, work.trained_in, EXACT, 20, how | {"sharded": "fsdp"}), alone(EXACT, 20, how))

@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
@@ -28,6 +32,27 @@ def network() -> nn.Module:
     ).double()
 
 
+def placed(model: nn.Module, group: Any, sharded: str) -> nn.Module:
+    """The model on a group's ranks: `""` by DistributedDataParallel, `"fsdp"` or `"hsdp"` by fully_shard; as it is
+    without a group."""
+    if group is None:
+        return model
+    if not sharded:
+        return DistributedDataParallel(model, process_group=group)
+    if sharded == "fsdp":
+        mesh = DeviceMesh.from_group(group, "cpu")
+    else:
+        mesh = DeviceMesh("cpu", torch.arange(dist.get_world_size()).view(2, -1), mesh_dim_names=("copy", "shard"))
+    for part in list(model.modules())[1:]:
+        if any(True for _ in part.parameters(recurse=False)) and not isinstance(part, nn.LayerNorm):
+            fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(p: Tensor) -> Tensor:
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+
+
 def share_of(n: int, rank: int, size: int, uneven: bool) -> slice:
     """A rank's part of a batch of `n`."""
     if not uneven:
@@ -45,15 +70,25 @@ def trained(
     microbatches: int = 1,
     reduction: str = "mean",
     clip: float | None = None,
+    sharded: str = "",
+    first: int = 0,
+    load: str = "",
+    save: str = "",
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The weights after some steps, and the steps' diagnostics. `group`: None for one process that sees everything."""
+    """The weights after some steps, and the steps' diagnostics. `group`: None for one process that sees everything.
+    The steps begin with the `first`, from the checkpoint `load`; `save` is the folder of one after the last."""
     model = network()
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    called = model if group is None else DistributedDataParallel(model, process_group=group)
+    called = placed(model, group, sharded)
     loss_fn = nn.CrossEntropyLoss(reduction=reduction)
     opt = natgrad.KFAC(called, loss_fn, **options)
     diagnostics = []
-    for step in range(steps):
+    if load:
+        weights = model.state_dict()
+        dcp.load({"model": weights}, checkpoint_id=load, process_group=group, no_dist=group is None)
+        model.load_state_dict(weights)
+        natgrad.load_checkpoint(opt, load)
+    for step in range(first, steps):
         opt.zero_grad()
         for k in range(microbatches):
             x, y = batch(step * microbatches + k)
@@ -66,7 +101,10 @@ def trained(
             warnings.simplefilter("ignore", RuntimeWarning)
             opt.step()
         diagnostics.append({k: v for k, v in opt.diagnostics.items() if k != "diagonal_factors"})
-    return {n: p.detach().clone() for n, p in model.named_parameters()}, diagnostics
+    if save:
+        state = {"model": model.state_dict(), "optimizer": opt.state_dict()}
+        dcp.save(state, checkpoint_id=save, process_group=group, no_dist=group is None)
+    return {n: whole(p) for n, p in model.named_parameters()}, diagnostics
 
 
 def trained_in(group: Any, options: dict[str, Any], steps: int, how: dict[str, Any]) -> Any:
@@ -113,3 +151,17 @@ def sent(group: Any) -> dict[str, int]:
     opt.loss(model(x), y).backward()
     opt.step()
     return dict(opt._world.sent)
+
+
+def state_of_one_rank(group: Any) -> str:
+    """The error where the state of a rank with shards is given to an optimizer of the whole model."""
+    model = placed(network(), group, "fsdp")
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+    x, y = batch(dist.get_rank(group))
+    opt.loss(model(x), y).backward()
+    opt.step()
+    try:
+        natgrad.KFAC(network(), nn.CrossEntropyLoss()).load_state_dict(opt.state_dict())
+    except ValueError as error:
+        return str(error)
+    return ""

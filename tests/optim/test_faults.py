@@ -97,7 +97,7 @@ class TestLadder:
     def test_else_the_last_inverse_is_kept(self, monkeypatch):
         model, opt = made(**FIXED, inverses_every=1)
         step(model, opt)
-        kept = opt._inverse.layers["0"].operator
+        kept = opt._inverse["0"].operator
 
         def fails(self, damping=0.0, **options):
             raise ValueError("the factor A is singular")
@@ -106,7 +106,7 @@ class TestLadder:
         with pytest.warns(RuntimeWarning, match="its last inverse is kept"):
             step(model, opt)
         assert opt.diagnostics["accepted"]
-        assert opt._inverse.layers["0"].operator is kept
+        assert opt._inverse["0"].operator is kept
         assert opt.diagnostics["faults"] == {"kept_inverse": 2}
 
     @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
+
+import torch
 
 K = TypeVar("K", bound=Hashable)
 
@@ -49,3 +51,9 @@ def _improve(own: list[list[K]], load: list[float], costs: Mapping[K, float]) ->
                     load[rank] += saved
                     return True
     return False
+
+
+def cost(shapes: Iterable[torch.Size]) -> float:
+    """What it takes to invert factors of these shapes, or to find their eigenvectors, up to a factor: the cubes of the
+    sides of matrices, and the lengths of diagonals."""
+    return float(sum(shape[0] ** 3 if len(shape) == 2 else shape.numel() for shape in shapes))

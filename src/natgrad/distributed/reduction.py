@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -18,8 +18,21 @@ from natgrad.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoment
 HASH = 2**16
 
 
-def reduced(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[Layer, Moments]:
-    """The sums over the ranks, of one's own and all others' cases.
+@dataclass(frozen=True)
+class Keep:
+    """Which rank of `world` keeps the moments of which layers, by their parameters' names; `copies` are the ranks that
+    keep the same."""
+
+    world: World
+    owners: Mapping[tuple[str, ...], int]
+    copies: World | None = None
+
+
+def reduced(
+    moments: Mapping[Layer, Moments], world: World, what: str, keep: Keep | None = None
+) -> dict[Layer, Moments]:
+    """The sums over the ranks, of one's own and all others' cases: of all layers; or, with `keep`, of those that are
+    this rank's.
 
     First counts and means, then the sums around the common means, of which nothing cancels however far the inputs are
     from zero. Of symmetric sums the triangles are sent: `d_in + 1` numbers in double precision and
@@ -31,9 +44,10 @@ def reduced(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[L
     if world.size == 1 or not moments:
         return dict(moments)
     moments = _around_common_means(moments, world, what)
+    if keep is not None:
+        return _kept(moments, keep, what)
     tensors = list(chain.from_iterable(_sums(m) for m in moments.values()))
-    symmetric = chain.from_iterable(_symmetric(m) for m in moments.values())
-    forms = [Form(tuple(t.shape), t.dtype, its) for t, its in zip(tensors, symmetric, strict=True)]
+    forms = list(chain.from_iterable(_forms(m) for m in moments.values()))
     buffers = packed(tensors, forms)
     for buffer in buffers.values():
         world.sum(buffer, what)
@@ -41,9 +55,28 @@ def reduced(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[L
     return {layer: _with_sums(m, [next(whole) for _ in _sums(m)]) for layer, m in moments.items()}
 
 
+def _kept(moments: Mapping[Layer, Moments], keep: Keep, what: str) -> dict[Layer, Moments]:
+    buffers: list[Tensor] = []
+    mine: dict[Layer, list[Form]] = {}
+    dtype = next(iter(moments.values())).mass.dtype
+    device = next(iter(moments.values())).mass.device
+    for rank in range(keep.world.size):
+        own = {layer: m for layer, m in moments.items() if keep.owners[layer.names] == rank}
+        forms = {layer: _forms(m) for layer, m in own.items()}
+        tensors = list(chain.from_iterable(_sums(m) for m in own.values()))
+        buffer = packed(tensors, list(chain.from_iterable(forms.values())))
+        buffers.append(buffer.get(dtype, torch.empty(0, dtype=dtype, device=device)))
+        if rank == keep.world.rank:
+            mine = forms
+    total = keep.world.sum_at(buffers, what)
+    if keep.copies is not None:
+        total = keep.copies.sum(total, what)
+    whole = iter(unpacked({dtype: total}, list(chain.from_iterable(mine.values()))))
+    return {layer: _with_sums(moments[layer], [next(whole) for _ in forms]) for layer, forms in mine.items()}
+
+
 def _around_common_means(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[Layer, Moments]:
     affine = {layer: m for layer, m in moments.items() if isinstance(m, AffineMoments)}
-    device = next(iter(moments.values())).mass.device
     label = "; ".join(f"{layer.label} {[tuple(t.shape) for t in _sums(m)]}" for layer, m in moments.items())
     hashed = zlib.crc32(label.encode()) % HASH
     parts = []
@@ -52,7 +85,7 @@ def _around_common_means(moments: Mapping[Layer, Moments], world: World, what: s
         parts += [n, torch.where(n > 0, m.mean.double() * n, 0.0)]
     # Other layers mean buffers of other lengths, which must not meet in a reduction.
     own = [float(hashed), float(hashed**2)]
-    if world.numbers(own, device, what) != [world.size * v for v in own]:
+    if world.numbers(own, what) != [world.size * v for v in own]:
         raise ValueError(
             f"the ranks used different layers in a forward that took statistics; rank {world.rank} used "
             f"{', '.join(layer.label for layer in moments)}. Expected the same on all"
@@ -77,9 +110,9 @@ def _sums(m: Moments) -> list[Tensor]:
     return [m.products, m.mass] if isinstance(m, ScaleMoments) else [*m.values, m.mass]
 
 
-def _symmetric(m: Moments) -> list[bool]:
-    """Which of them are symmetric matrices."""
-    return [isinstance(m, AffineMoments) and t.ndim == 2 for t in _sums(m)]
+def _forms(m: Moments) -> list[Form]:
+    """Their forms, with which are symmetric matrices."""
+    return [Form(tuple(t.shape), t.dtype, isinstance(m, AffineMoments) and t.ndim == 2) for t in _sums(m)]
 
 
 def _with_sums(m: Moments, sums: list[Tensor]) -> Moments:

@@ -1,7 +1,8 @@
 """The optimizers: damping rules and step rules over the operators of `natgrad.linalg`."""
 
+from natgrad.optim.checkpoint import load_checkpoint
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.prong import PRONG
 
-__all__ = ["KFAC", "PRONG", "NaturalGradient"]
+__all__ = ["KFAC", "PRONG", "NaturalGradient", "load_checkpoint"]

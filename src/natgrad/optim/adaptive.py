@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from natgrad.linalg.operator import check_damping
 from natgrad.optim import averaging
@@ -193,7 +194,7 @@ class Adaptive(Following):
         pending, self._pending = self._pending, []
         if any(b.scale is not None for b in pending):
             pending = [b for b in pending if b.scale is not None]
-        gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        gradients = {n: self._place.local(p.grad) for n, p in self._parameters.items() if p.grad is not None}
         if not (pending or self._world.size > 1) or not gradients:
             raise RuntimeError(
                 "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
@@ -206,9 +207,9 @@ class Adaptive(Following):
             }
             return value
         assert self._watch is not None
-        device = next(iter(self._parameters.values())).device
-        with self._watch.suspended(), torch.autocast(device.type, enabled=False):
+        with self._watch.suspended(), torch.autocast(self._device.type, enabled=False):
             fault = self._step(pending, gradients)
+        self._place.settle()
         if fault is not None:
             self._reject(fault)
         self.diagnostics["faults"] = dict(self._faults)
@@ -217,7 +218,7 @@ class Adaptive(Following):
         return value
 
     def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
-        objective = Objective(self.model, self._curvature, pending, self.matmul_precision, self._world)
+        objective = Objective(self._place, self._curvature, pending, self.matmul_precision)
         amplified, still = self._scaler()
         objective.scale /= amplified
         fault = objective.fault
@@ -229,8 +230,8 @@ class Adaptive(Following):
         self._take_in(objective, gradients)
         decay = self._decay(objective.scale)
         g = self._gradient(gradients, objective.scale * (amplified if still else 1.0), decay)
-        square = dot(g, g)
-        if not (math.isfinite(square) or finite(g)):
+        (square,) = self._total([dot(g, g)])
+        if not (math.isfinite(square) or self._finite(g)):
             return "the gradient is not finite"
         if square == 0 and not self._is_fixed():
             return None  # nothing to do, and no direction to do it in
@@ -262,19 +263,22 @@ class Adaptive(Following):
 
     def _penalty(self, decay: Decay) -> float:
         """The objective's share of weight decay."""
-        return self._agreed([decay.value(self._parameters)])[0] if decay.eta else 0.0
+        return self._total([decay.value(self._values)])[0] if decay.eta else 0.0
 
-    def _agreed(self, values: list[float]) -> list[float]:
-        """The same numbers on all ranks."""
-        device = next(iter(self._parameters.values())).device
-        return self._world.agreed(values, device, "the numbers that a step is decided by")
+    def _total(self, values: list[float]) -> list[float]:
+        """Sums over the entries of what this rank has of the parameters, over all of them: the same on all ranks."""
+        return self._place.total(values)
+
+    def _finite(self, v: Vector) -> bool:
+        return not self._place.any(not finite(v))
 
     def _gradient(self, gradients: Vector, scale: float, decay: Decay) -> Vector:
         """The objective's gradient per unit of the loss's mean."""
         names = self._names(gradients)
-        values = [gradients[n] if n in gradients else torch.zeros_like(self._parameters[n]) for n in names]
+        own = self._values
+        values = [gradients[n] if n in gradients else torch.zeros_like(own[n]) for n in names]
         g = dict(zip(names, torch._foreach_mul(values, 1 / scale), strict=True))
-        decay.add_gradient(g, self._parameters)
+        decay.add_gradient(g, own)
         return g
 
     def _move(self, objective: Objective, g: Vector, decay: Decay, loss: float) -> str | None:
@@ -291,7 +295,7 @@ class Adaptive(Following):
             return "the direction is not finite, or the quadratic model has no finite minimum"
         measured = self._measures() or (self._adaptive_damping and self._is_doubtful(loss, change))
         before = self._snapshot() if measured else {}
-        step.take(self._parameters)
+        step.take(self._values)
         if measured:
             after = objective.evaluate() + self._penalty(decay)
             if not after <= loss + self._tolerated_rise * abs(loss):
@@ -305,7 +309,8 @@ class Adaptive(Following):
         for n, d in step.delta.items():
             self._state_of(n)["delta"] = d
         if self.average is not None:
-            averaging.take_in({n: self._parameters[n] for n in step.direction}, self._state_of, self.average)
+            own = self._values
+            averaging.take_in({n: own[n] for n in step.direction}, self._state_of, self.average)
         return None
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -321,7 +326,16 @@ class Adaptive(Following):
             raise RuntimeError(
                 f"there are no averages; make the optimizer with {type(self).__name__}(..., average=0.98)"
             )
-        return averaging.swapped(self._parameters, self._state_of)
+        return self._swapped()
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        try:
+            with averaging.swapped(self._values, self._state_of):
+                self._place.settle()
+                yield
+        finally:
+            self._place.settle()
 
     def _state_of(self, name: str) -> dict[str, Any]:
         return self.state[self._parameters[name]]
@@ -341,7 +355,7 @@ class Adaptive(Following):
         v = self._with_momentum(g)
         direction = self._direction(v)
         names = {n: d for n, d in direction.items() if n in g}
-        if not finite(names):
+        if not self._finite(names):
             return None, 0.0
         steps = [(group, own) for group, own in self._by_group(names)]
         share = 1.0
@@ -349,7 +363,7 @@ class Adaptive(Following):
             # (F + λI) Δ = v, so that the step's ½ δᵀFδ is at most this.
             lengths = [(group["lr"], own) for group, own in steps]
             kl = sum(0.5 * lr**2 * dot({n: v[n] for n in own}, {n: names[n] for n in own}) for lr, own in lengths)
-            share = self._share_within(kl)
+            share = self._share_within(self._total([kl])[0])
         parts = [Part(own, -group["lr"] * share, _shrink(group, group["lr"])) for group, own in steps]
         step = Step(names, parts)
         first = self.param_groups[0]
@@ -397,7 +411,7 @@ class Adaptive(Following):
         change = minimum.change
         self.diagnostics |= {"lr": -coefficients[0], "momentum": (*coefficients, 0.0)[1], "predicted_change": change}
         delta = combine(coefficients, directions)
-        if not finite(delta):
+        if not self._finite(delta):
             return None, 0.0
         parts = [Part(own, 1.0, _shrink(group, -coefficients[0])) for group, own in self._by_group(delta)]
         return Step(delta, parts), change
@@ -418,11 +432,10 @@ class Adaptive(Following):
         fixed: dict[int, float],
     ) -> Minimum | None:
         F = objective.products(directions)
-        Q = F + self._model_damping(damping) * gram(directions) + decay.gram(directions)
+        Q = self._model_damping(damping) * gram(directions) + decay.gram(directions)
         slope = torch.tensor([dot(g, d) for d in directions], dtype=torch.float64)
-        if self._world.size > 1:
-            numbers = torch.tensor(self._agreed([*Q.flatten().tolist(), *slope.tolist()]), dtype=Q.dtype)
-            Q, slope = numbers[: Q.numel()].view_as(F), numbers[Q.numel() :]
+        numbers = torch.tensor(self._total([*Q.flatten().tolist(), *slope.tolist()]), dtype=Q.dtype)
+        Q, slope = F + numbers[: Q.numel()].view_as(F), numbers[Q.numel() :]
         minimum = minimize(Q, slope, fixed)
         if minimum is not None and not self._is_fixed():
             c = torch.tensor(minimum.coefficients, dtype=torch.float64)
@@ -447,7 +460,8 @@ class Adaptive(Following):
         if not delta or not objective.runs_again:
             return False
         before = self._snapshot()
-        torch._foreach_sub_([self._parameters[n] for n in delta], list(delta.values()))
+        own = self._values
+        torch._foreach_sub_([own[n] for n in delta], list(delta.values()))
         without = objective.evaluate()
         if math.isfinite(without) and loss > without + self._tolerated_rise * abs(without):
             return True
@@ -467,7 +481,7 @@ class Adaptive(Following):
             self._forget_momentum()
             if step is None:
                 return math.inf
-            step.take(self._parameters)
+            step.take(self._values)
             after = objective.evaluate() + self._penalty(decay)
             self._return_to(before)
             return after if math.isfinite(after) else math.inf
@@ -482,11 +496,11 @@ class Adaptive(Following):
                 self.state[p].pop(past, None)
 
     def _snapshot(self) -> Vector:
-        return {n: p.clone() for n, p in self._parameters.items()}
+        return {n: p.clone() for n, p in self._values.items()}
 
     def _return_to(self, before: Vector) -> None:
         """The parameters as they were: adding a step and taking it away would leave rounding behind."""
-        for n, p in self._parameters.items():
+        for n, p in self._values.items():
             p.copy_(before[n])
 
     # Saving --------------------------------------------------------------------------------------------
@@ -503,10 +517,24 @@ class Adaptive(Following):
             "rejections": self._rejections,
             "faults": dict(self._faults),
             "loss_before": self._loss_before,
-            "usual_mass": self._usual_mass,
+            "first_mass": self._first_mass,
             "generator": self._generator.get_state(),
         }
-        return super().state_dict() | {self._key: own | self._own_state()}
+        whole, params = super().state_dict(), self._by_index()
+        state = {
+            i: {k: self._place.stored(params[i], v) if isinstance(v, Tensor) else v for k, v in its.items()}
+            for i, its in whole["state"].items()
+        }
+        return whole | {"state": state, self._key: own | self._own_state()}
+
+    def _by_index(self) -> list[Tensor]:
+        """The parameters as `state_dict` counts them."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _adopt(self, sizes: Mapping[str, Sequence[torch.Size]]) -> tuple[Callable[[str], bool], dict[str, Any]]:
+        """For the state of layers with moments of these sizes, saved on any number of ranks: which layers' is to be
+        here, and what else is not as it was saved."""
+        return lambda layer: True, {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes from what `state_dict` gave, for a model of the same parameters.
@@ -521,11 +549,16 @@ class Adaptive(Following):
                 f"{type(self).__name__} optimizer's"
             )
         self._check_own_state(saved)
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != self._key})
-        saved = copied(saved, next(iter(self._parameters.values())).device)
+        whole = {k: v for k, v in state_dict.items() if k != self._key}
+        state = {
+            i: {k: self._place.local(v) if isinstance(v, Tensor) else v for k, v in its.items()}
+            for i, its in whole["state"].items()
+        }
+        super().load_state_dict(whole | {"state": state})
+        saved = copied(saved, self._device)
         self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
         self._rejections, self._loss_before = saved["rejections"], saved["loss_before"]
-        self._usual_mass = saved["usual_mass"]
+        self._first_mass = saved["first_mass"]
         self._faults = Counter(saved["faults"])
         self._generator.set_state(saved["generator"].cpu())
         self._load_own_state(saved)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from natgrad.capture import Recorder, Use
-from natgrad.distributed.world import World
+from natgrad.distributed.placement import Whole
 from natgrad.losses import OutputCurvature
 from natgrad.optim.output import Returned, Way
 from natgrad.optim.precision import matmul_precision
@@ -106,14 +106,13 @@ class Objective:
 
     def __init__(
         self,
-        model: nn.Module,
+        place: Whole,
         curvature: OutputCurvature,
         batches: list[Batch],
         precision: str | None = None,
-        world: World | None = None,
     ):
-        self._model, self._curvature, self.batches, self._precision = model, curvature, batches, precision
-        self._world = world or World()
+        self._place, self._curvature, self.batches, self._precision = place, curvature, batches, precision
+        self._model, self._world = place.model, place.world
         if all(b.scale is None for b in batches):  # gradients that were set by hand
             share = 1.0 / max(1, len(batches)) if curvature.is_mean else 1.0
             factors = [share for _ in batches]
@@ -124,7 +123,7 @@ class Objective:
         masses = [1.0 if curvature.is_mean else float(b.mass) for b in batches]
         total = sum(f * m for f, m in zip(factors, masses, strict=True))
         loss = sum(f * float(b.loss) for f, b in zip(factors, batches, strict=True))
-        total, loss, *faults = self._numbers([total, loss, *self._faults()], "the loss")
+        total, loss, *faults = self._world.numbers([total, loss, *self._faults()], "the loss")
         self.scale = total / self._world.size  # gradients are averaged over the ranks
         self.loss = loss / total if total else loss
         self.fault = self._fault(faults)
@@ -140,9 +139,6 @@ class Objective:
         own = next((b.fault for b in self.batches if b.fault), None)
         others = [str(rank) for rank, faulty in enumerate(faults) if faulty and rank != self._world.rank]
         return own or (f"a batch has a fault on rank {', '.join(others)}" if others else None)
-
-    def _numbers(self, values: list[float], what: str) -> list[float]:
-        return self._world.numbers(values, next(self._model.parameters()).device, what)
 
     @property
     def shares(self) -> list[float]:
@@ -165,19 +161,20 @@ class Objective:
                 total += weight * float(self._curvature.loss(batch.run(self._model), batch.target))
             for n, b in self._model.named_buffers():
                 b.copy_(buffers[n])
-        return self._numbers([total], "the loss after a step")[0]
+        self._place.settle()
+        return self._world.numbers([total], "the loss after a step")[0]
 
     def products(self, directions: list[dict[str, Tensor]]) -> Tensor:
         """The matrix of `d_iᵀ F d_j`, in float64, by forward mode on the batches."""
         Q = torch.zeros(len(directions), len(directions), dtype=torch.float64)
         for share, batch in zip(self.shares, self.batches, strict=True):
             with matmul_precision(self._precision):
-                pushed = [tangent(self._model, batch.run, d, batch.uses) for d in directions]
+                pushed = [tangent(self._model, batch.run, d, batch.uses, self._place.duals) for d in directions]
             for i, (output, Jd) in enumerate(pushed):
                 DJd = self._curvature.product(output, batch.target, Jd)
                 for j in range(i + 1):
                     Q[i, j] += share * float(torch.dot(DJd.flatten(), pushed[j][1].flatten()))
-        Q = torch.tensor(self._numbers(Q.flatten().tolist(), "the quadratic model"), dtype=Q.dtype).view_as(Q)
+        Q = torch.tensor(self._world.numbers(Q.flatten().tolist(), "the quadratic model"), dtype=Q.dtype).view_as(Q)
         return Q + Q.tril(-1).mT
 
     def product(self, names: Sequence[str]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture import Recorder
-from natgrad.distributed.world import unwrapped
+from natgrad.distributed.placement import placed
 from natgrad.losses import ESTIMATORS, output_curvature
 from natgrad.optim.batch import Batch, Forward, full_precision
 from natgrad.optim.output import Way
@@ -47,8 +47,9 @@ class Following(torch.optim.Optimizer, ABC):
                 "the model return one, with natgrad.losses.Likelihood(lambda f: Normal(f[..., 0], f[..., 1].exp()))"
             )
         check_choice("estimator", estimator, ESTIMATORS)
-        self.model, self._world = unwrapped(model)
-        if self._world.size > 1 and not self._for_many_ranks:
+        self._place = placed(model)
+        self.model, self._world = self._place.model, self._place.world
+        if not self._for_many_ranks and (self._world.size > 1 or self._place.shards):
             raise NotImplementedError(
                 f"{type(self).__name__} sees the batches of its own rank alone, and the model is on "
                 f"{self._world.size} ranks; use natgrad.KFAC"
@@ -57,11 +58,11 @@ class Following(torch.optim.Optimizer, ABC):
         self._parameters: dict[str, Tensor] = {}
         self._watch: Watch | None = None
         super().__init__(parameter_groups(self.model, params), defaults)
-        device = next(iter(self._parameters.values())).device
-        self._generator = generator or torch.Generator(device).manual_seed(torch.initial_seed())
+        self._generator = generator or torch.Generator(self._device).manual_seed(torch.initial_seed())
         self._pending: list[Batch] = []
         self._watch = Watch(self.model, self._parameters, wrapper=None if model is self.model else model)
-        self._usual_mass: float | None = None
+        self._watch.see_more(self._place.follow)
+        self._first_mass: float | None = None  # of the first batch, on all ranks
 
     # What a subclass supplies --------------------------------------------------------------------------
 
@@ -110,6 +111,15 @@ class Following(torch.optim.Optimizer, ABC):
                 check_number(name, group[name])
         for name in ("lr", "momentum"):
             check_alike(self.param_groups, name)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
+    @property
+    def _values(self) -> dict[str, Tensor]:
+        """The parameters, or this rank's shards of them: writing to these changes those."""
+        return {n: self._place.local(p) for n, p in self._parameters.items()}
 
     def _by_group(self, names: Mapping[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
         """Every group with those of its parameters that are named."""
@@ -181,7 +191,7 @@ class Following(torch.optim.Optimizer, ABC):
         mass = self._curvature.normalizer(output.detach(), target)
         batch = Batch(forward, target, output.shape, way, mass, loss.detach())
         if self._world.size > 1 and self._curvature.is_mean:
-            batch.weight = self._weight(float(mass), mass.device)
+            batch.weight = self._weight(float(mass))
             loss = loss.detach() + batch.weight * (loss - loss.detach())
         if not torch.isfinite(loss):
             batch.fault = "the loss is not finite: look for NaN or inf in the batch"
@@ -196,13 +206,12 @@ class Following(torch.optim.Optimizer, ABC):
         self._pending.append(batch)
         return loss
 
-    def _weight(self, mass: float, device: torch.device) -> float:
+    def _weight(self, mass: float) -> float:
         """What the gradient of a rank's mean is multiplied by, so that the average over the ranks is in proportion to
         the mean over all cases: the rank's cases over what a rank had in the first batch."""
-        if self._usual_mass is None:
-            (total,) = self._world.numbers([mass], device, "the size of the first batch")
-            self._usual_mass = total / self._world.size
-        return mass / self._usual_mass
+        if self._first_mass is None:
+            (self._first_mass,) = self._world.numbers([mass], "the size of the first batch")
+        return mass * self._world.size / self._first_mass
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them the batches whose backward is in them."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from math import prod
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.blocks import assemble
+from natgrad.blocks import assemble, named_blocks
 from natgrad.capture import Recorder
-from natgrad.cases import read_cases
+from natgrad.cases import Layer, read_cases
+from natgrad.distributed.assignment import assign, cost
 from natgrad.distributed.packing import leaves
+from natgrad.distributed.reduction import Keep
+from natgrad.distributed.sharding import Shards
 from natgrad.linalg import Block, BlockDiagonal
 from natgrad.linalg.state import dump, restore
 from natgrad.moments import MAX_DIM, SHARING, AffineMoments
@@ -25,7 +29,7 @@ from natgrad.optim.damping import LevenbergMarquardt
 from natgrad.optim.decay import Decay
 from natgrad.optim.interval import Interval
 from natgrad.optim.ladder import Ladder
-from natgrad.optim.orthogonal import nesterov, orthogonal_direction, take_in_squares
+from natgrad.optim.orthogonal import adam, nesterov, orthogonal_directions, take_in_squares
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.running import RUNNING, Statistics
@@ -220,7 +224,8 @@ class KFAC(Adaptive):
         self._statistics_interval = Interval(statistics_every, growing[0])
         self._inverses_interval = Interval(inverses_every, growing[1])
         self._running = RUNNING[structure](centered, sharing, max_dim)
-        self._inverse: BlockDiagonal | None = None
+        self._owners: dict[tuple[str, ...], int] = {}  # of layers by their parameters, where those are sharded
+        self._inverse: dict[str, Block] | None = None  # by layer
         self._inverse_age = 0
         self._bases_age: int | None = None
         self._last_statistics: int | None = None  # at which step
@@ -279,9 +284,9 @@ class KFAC(Adaptive):
 
     def _take_in(self, objective: Objective, gradients: Vector) -> None:
         new = [b.statistics for b in objective.batches if b.statistics is not None]
-        if self._world.size > 1 and self._statistics_due():
-            new = [reduce(Statistics.__add__, new).reduced(self._world)]
         known = set(self._running.layers)
+        if (self._world.size > 1 or self._place.shards) and self._statistics_due():
+            new = [self._reduced(reduce(Statistics.__add__, new))]
         taken = self.diagnostics["statistics"] = self._running.take_in(new, self.decay)
         self._spoiled = self._spoiled and not taken
         if taken:
@@ -293,6 +298,33 @@ class KFAC(Adaptive):
         if self._running.reads_gradients:
             self.diagnostics["diagonal_factors"] = {label: factors for label, factors in thinned.items() if factors}
             self._check_covered(gradients)
+
+    @property
+    def _is_spread(self) -> bool:
+        """Whether each layer's averages and inverse are on one rank alone, as parameters are sharded."""
+        return self._place.shards is not None and self._running.can_be_elsewhere
+
+    @property
+    def _shards(self) -> Shards:
+        assert self._place.shards is not None
+        return self._place.shards
+
+    def _reduced(self, own: Statistics) -> Statistics:
+        """The statistics of all ranks; where parameters are sharded, each layer's on the rank that is to have it."""
+        if self._place.shards is None:
+            return own.reduced(self._world)
+        shards = self._place.shards
+        sizes: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        for layer, m in own.moments.items():
+            sizes[layer.names] += cost(t.shape for t in leaves(vars(m), Tensor))
+        more = {names: size for names, size in sizes.items() if names not in self._owners}
+        self._owners |= assign(more, shards.size)
+        if not self._is_spread:
+            return own.reduced(self._world)
+        kept = own.reduced(self._world, Keep(shards.world, self._owners, shards.copies))
+        others = (layer for layer in own.moments if layer not in kept.moments)
+        self._running.elsewhere = list(dict.fromkeys([*self._running.elsewhere, *others]))
+        return kept
 
     def _check_covered(self, gradients: Vector) -> None:
         covered = {n for layer in self._running.layers for n in layer.names}
@@ -326,7 +358,7 @@ class KFAC(Adaptive):
         if self.structure == "ekfac" and (self._bases_age is None or self._bases_age >= self.bases_every):
             self._running.turn(self._world)
             self._bases_age = 0
-        matrix, before = self.curvature(), self._inverse.layers if self._inverse else {}
+        blocks, before = self._own_blocks(), self._inverse or {}
         style = "relative" if self._relative else self.damping_style
 
         def inverse(name: str, block: Block) -> dict[str, Any]:
@@ -335,16 +367,25 @@ class KFAC(Adaptive):
             ladder = Ladder(lambda op, λ: self._running.inverse(op, λ, style), faults)
             return {"operator": ladder.inverse(name, block.operator, its_damping, last), "faults": dict(faults)}
 
-        work = {name: partial(inverse, name, block) for name, block in matrix.layers.items()}
-        found = self._world.share(work, _costs(matrix), next(iter(self._parameters.values())).device, "the inverses")
+        work = {name: partial(inverse, name, block) for name, block in blocks.items()}
+        if self._is_spread:
+            found = self._shards.world.together(work, "the inverses")
+        else:
+            costs = {
+                name: cost(t.shape for t in leaves(dump(block.operator), Tensor)) for name, block in blocks.items()
+            }
+            found = self._world.share(work, costs, "the inverses")
         for each in found.values():
             self._faults.update(each["faults"])
-        inverses = {name: block.with_operator(found[name]["operator"]) for name, block in matrix.layers.items()}
-        self._inverse = BlockDiagonal(inverses, matrix.space)
+        self._inverse = {name: block.with_operator(found[name]["operator"]) for name, block in blocks.items()}
 
     def _expire(self) -> None:
         self._inverse_age = self.inverses_every  # at least what is due
-        if self._running.drop_spoiled():
+        lost = self._running.drop_spoiled()
+        if self._is_spread:
+            lost = set().union(*self._shards.world.gather(lost, "the layers whose averages were lost"))
+            self._running.elsewhere = [layer for layer in self._running.elsewhere if layer not in lost]
+        if lost:
             self._spoiled, self._inverse = True, None
 
     def _model_damping(self, damping: float) -> float:
@@ -364,28 +405,49 @@ class KFAC(Adaptive):
         v = super()._with_momentum(g)
         return nesterov(v, g, self._by_group(g), self._state_of) if self.orthogonalize else v
 
-    def _blocks_in(self, v: Vector) -> list[Block]:
-        """The inverse's blocks whose parameters are all in `v` (others are frozen, or not part of this loss), and are
-        to be orthogonalized where any is."""
-        blocks = [] if self._inverse is None else self._inverse.layers.values()
-        own = [block for block in blocks if all(n in v for n in block.names)]
-        if not self.orthogonalize:
-            return own
-        chosen = self._to_orthogonalize(v)
-        return [block for block in own if block.names[0] in chosen]
+    def _usable(self, v: Vector) -> set[tuple[str, ...]]:
+        """The names of the blocks whose parameters are all in `v` (others are frozen, or not part of this loss), and
+        are to be orthogonalized where any is."""
+        own = set() if self._inverse is None else {layer.names for layer in self._running.layers}
+        chosen = self._to_orthogonalize(v) if self.orthogonalize else v
+        return {names for names in own if names[0] in chosen and all(n in v for n in names)}
 
     def _direction(self, v: Vector) -> Vector:
         v = {n: t.to(self._precision) for n, t in v.items()} if self._running.layers else v
-        blocks = self._blocks_in(v)
+        usable = self._usable(v)
         if self.orthogonalize:
-            out = orthogonal_direction(v, blocks, self._state_of, simple=self.bias_update == "simple")
+            weights = {names[0] for names in usable}
+            out = adam({n: d for n, d in v.items() if n not in weights}, self._state_of)
         else:
             out = {} if self._running.reads_gradients else dict(v)
-            for block in blocks:
-                op, parts = block.operator, block.parts(v)
-                simple = self.bias_update == "simple" and hasattr(op, "apart")
-                out |= block.named(op.apart(parts) if simple else op._matmul(parts))  # type: ignore[attr-defined]
+        blocks = [] if self._inverse is None else [b for b in self._inverse.values() if b.names in usable]
+        if self._place.shards is None:
+            out |= self._by_block(blocks, v, out)
+        else:
+            owners = {n: rank for names, rank in self._owners.items() if names in usable for n in names}
+            out |= self._by_owner(self._place.shards, owners, blocks, v, out)
         return {n: d.to(p.dtype) for n, d in out.items() if (p := self._parameters[n]).requires_grad}
+
+    def _by_block(self, blocks: list[Block], v: Vector, rest: Vector) -> Vector:
+        """The directions of whole layers; `rest` are those of their parts that have no factor, where that is so."""
+        simple = self.bias_update == "simple"
+        if self.orthogonalize:
+            return orthogonal_directions(v, rest, blocks, simple=simple)
+        out: Vector = {}
+        for block in blocks:
+            op, parts = block.operator, block.parts(v)
+            apart = simple and hasattr(op, "apart")
+            out |= block.named(op.apart(parts) if apart else op._matmul(parts))  # type: ignore[attr-defined]
+        return out
+
+    def _by_owner(self, shards: Shards, owners: dict[str, int], blocks: list[Block], v: Vector, rest: Vector) -> Vector:
+        """The same from shards and to shards: each layer's on the rank that has its inverse."""
+        shapes = {n: self._parameters[n].shape for n in owners}
+        own = [block for block in blocks if self._owners[block.names] == shards.rank]
+        whole = shards.gathered(v, owners, shapes)
+        among = {n: rank for n, rank in owners.items() if self.orthogonalize and n in rest}
+        found = self._by_block(own, whole, shards.gathered(rest, among, shapes))
+        return shards.scattered(found, owners, shapes, next(iter(v.values())))
 
     def curvature(self) -> BlockDiagonal:
         """The running matrix, per unit of the loss's mean and without damping.
@@ -398,13 +460,30 @@ class KFAC(Adaptive):
             raise TypeError("structure='identity' keeps no curvature; choose another structure")
         if not self._running.layers:
             raise RuntimeError("there is no curvature before the first step; take one")
-        return assemble(self._running.blocks(), self._parameters)
+        if not self._running.elsewhere:
+            return assemble(self._running.blocks(), self._parameters)
+        assert self._place.shards is not None
+        own = self._running.blocks()
+        layers = self._place.shards.world.gather(list(own), "the layers of the curvature")
+        operators = self._place.shards.world.exchanged([dump(op) for op in own.values()], "the curvature")
+        blocks = {
+            layer: restore(op)
+            for its, ops in zip(layers, operators, strict=True)
+            for layer, op in zip(its, ops, strict=True)
+        }
+        return assemble(blocks, self._parameters)
+
+    def _own_blocks(self) -> dict[str, Block]:
+        """Of the layers whose averages are here."""
+        return named_blocks(self._running.blocks(), self._parameters)
 
     def _scale(self) -> float:
         if not self._running.reads_gradients:
             return 1.0  # the damping is relative
-        matrix = self.curvature()
-        return float(matrix.trace()) / matrix.space.size
+        operators = [block.operator for block in self._own_blocks().values()]
+        sums = [float(sum(op.trace() for op in operators)), float(sum(op.space.size for op in operators))]
+        trace, size = self._total(sums) if self._is_spread else sums
+        return trace / size
 
     # Saving --------------------------------------------------------------------------------------------
 
@@ -412,7 +491,10 @@ class KFAC(Adaptive):
         return {
             "structure": self.structure,
             "running": self._running.state(),
-            "inverse": None if self._inverse is None else dump(self._inverse),
+            "inverse": None
+            if self._inverse is None
+            else {json.dumps([name, *block.names]): dump(block) for name, block in self._inverse.items()},
+            "owners": _listed(self._owners),
             "inverse_age": self._inverse_age,
             "bases_age": self._bases_age,
             "last_statistics": self._last_statistics,
@@ -421,9 +503,23 @@ class KFAC(Adaptive):
 
     def _load_own_state(self, saved: dict[str, Any]) -> None:
         self._running.load(saved["running"])
-        self._inverse, self._inverse_age = restore(saved["inverse"]), saved["inverse_age"]
+        self._inverse_age, self._owners = saved["inverse_age"], {tuple(names): rank for names, rank in saved["owners"]}
+        inverse = saved.get("inverse", {})  # a checkpoint has no empty dictionaries
+        self._inverse = None if inverse is None else {json.loads(k)[0]: restore(block) for k, block in inverse.items()}
         self._bases_age, self._spoiled = saved["bases_age"], saved["spoiled"]
         self._last_statistics = saved["last_statistics"]
+
+    def _adopt(self, sizes: Mapping[str, Sequence[torch.Size]]) -> tuple[Callable[[str], bool], dict[str, Any]]:
+        costs: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        for key, its in sizes.items():
+            costs[Layer.of_key(key).names] += cost(its)
+        owners = assign(costs, self._shards.size) if self._place.shards else {}
+
+        def here(key: str) -> bool:
+            names = tuple(json.loads(key)[1:]) if key.startswith("[") else Layer.of_key(key).names
+            return not self._is_spread or owners[names] == self._shards.rank
+
+        return here, {"owners": _listed(owners)}
 
     def _check_own_state(self, saved: dict[str, Any]) -> None:
         if saved["structure"] != self.structure:
@@ -431,8 +527,14 @@ class KFAC(Adaptive):
                 f"the state is of structure={saved['structure']!r}, and this optimizer has {self.structure!r}; make it "
                 "with the same"
             )
-        for layer, _ in saved["running"]["moments"]:
-            unknown = [n for n in (layer["weight"], layer["bias"]) if n is not None and n not in self._parameters]
+        elsewhere = set(saved["running"]["layers"]) - set(saved["running"].get("moments", {}))
+        if elsewhere and not self._is_spread:
+            raise ValueError(
+                f"the state is one rank's of several and has no moments of {len(elsewhere)} layers; save it with "
+                "torch.distributed.checkpoint and load it with natgrad.load_checkpoint"
+            )
+        for layer in map(Layer.of_key, saved["running"].get("moments", {})):
+            unknown = [n for n in layer.names if n not in self._parameters]
             if unknown:
                 raise ValueError(f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here")
         running = RUNNING[self.structure](self.centered, self.sharing, self.max_dim)
@@ -446,10 +548,5 @@ class KFAC(Adaptive):
                 )
 
 
-def _costs(matrix: BlockDiagonal) -> dict[str, float]:
-    """What it costs to invert each layer's block, up to a factor: the cubes of its factors' sides."""
-    return {name: sum(map(_cost, leaves(dump(block.operator), Tensor))) for name, block in matrix.layers.items()}
-
-
-def _cost(factor: Tensor) -> float:
-    return float(len(factor) ** 3 if factor.ndim == 2 else factor.numel())
+def _listed(owners: Mapping[tuple[str, ...], int]) -> list[Any]:
+    return [[list(names), rank] for names, rank in owners.items()]

@@ -105,9 +105,9 @@ def nesterov(v: Vector, g: Vector, groups: Iterable[tuple[dict[str, Any], list[s
     return out
 
 
-def orthogonal_direction(v: Vector, blocks: Sequence[Block], state_of: StateOf, *, simple: bool) -> Vector:
-    """The orthogonalized `v C⁻¹` of the blocks, and Adam's direction of all else, in centered blocks as the change of
-    the mean pre-activation `b + W m` (with `simple`, of `b`)."""
+def orthogonal_directions(v: Vector, rest: Vector, blocks: Sequence[Block], *, simple: bool) -> Vector:
+    """The orthogonalized `v C⁻¹` of the blocks' weights; `rest` has the direction of what else is in them, in centered
+    blocks as the change of the mean pre-activation `b + W m` (with `simple`, of `b`)."""
     matrices: list[Tensor] = []
 
     def collect(op: Operator, parts: Parts) -> Parts:
@@ -124,10 +124,9 @@ def orthogonal_direction(v: Vector, blocks: Sequence[Block], state_of: StateOf, 
             rest = tuple(c - W @ op.m for c in rest)
         return (W, *rest)
 
-    weights = {block.names[0] for block in blocks}
-    out = dict(v) | adam({n: d for n, d in v.items() if n not in weights}, state_of)
+    out: Vector = {}
     for block in blocks:
-        out |= block.named(_through(block.operator, block.parts(out), replace))
+        out |= block.named(_through(block.operator, block.parts({**v, **rest}), replace))
     return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from natgrad.blocks import homogeneous, kfac_blocks
 from natgrad.cases import Cases, Layer
-from natgrad.distributed.reduction import reduced
+from natgrad.distributed.reduction import Keep, reduced
 from natgrad.distributed.world import World
 from natgrad.eigenbasis import Eigenbasis, bases_of, squares_in, turned
 from natgrad.groups import has_rival, tiled
@@ -43,9 +43,10 @@ class Statistics:
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(merge([self.moments, other.moments]), merge([self.squares, other.squares]))
 
-    def reduced(self, world: World) -> Statistics:
-        """Those of all ranks' batches, from one rank's own."""
-        return Statistics(reduced(self.moments, world, "the moments"), reduced(self.squares, world, "the squares"))
+    def reduced(self, world: World, keep: Keep | None = None) -> Statistics:
+        """Those of all ranks' batches, from one rank's own; with `keep`, of the layers that are this rank's."""
+        moments = reduced(self.moments, world, "the moments", keep)
+        return Statistics(moments, reduced(self.squares, world, "the squares", keep))
 
     def finite(self) -> bool:
         every = [*self.moments.values(), *self.squares.values()]
@@ -62,14 +63,18 @@ def _decayed(past: Mapping[Layer, Moments], decay: float, new: Mapping[Layer, Mo
 
 
 class Running(ABC):
-    """The moving averages of one structure, over the layers that were seen."""
+    """The moving averages of one structure, over the layers that were seen; those of layers `elsewhere` are on other
+    ranks."""
 
     reads_gradients = True
     """Whether the statistics are of the gradients `g` too, or of the layers' inputs alone."""
+    can_be_elsewhere = True
+    """Whether a rank can do without the averages of a layer."""
 
     def __init__(self, centered: bool, sharing: str, max_dim: int):
         self.centered, self.sharing, self.max_dim = centered, sharing, max_dim
         self.total = Statistics()
+        self.elsewhere: list[Layer] = []
 
     @abstractmethod
     def observe(self, cases: Cases) -> Statistics:
@@ -92,10 +97,10 @@ class Running(ABC):
         self.total = self.total.decayed(decay, reduce(Statistics.__add__, found))
         return True
 
-    def drop_spoiled(self) -> bool:
-        """Forgets averages that have come to be not finite. Whether there were any."""
+    def drop_spoiled(self) -> set[Layer]:
+        """Forgets averages that have come to be not finite. The layers that they were of."""
         sound = Statistics(_finite(self.total.moments), _finite(self.total.squares))
-        spoiled = (len(sound.moments), len(sound.squares)) != (len(self.total.moments), len(self.total.squares))
+        spoiled = (self.total.moments.keys() - sound.moments) | (self.total.squares.keys() - sound.squares)
         self.total = sound
         return spoiled
 
@@ -104,16 +109,18 @@ class Running(ABC):
 
     @property
     def layers(self) -> list[Layer]:
-        return list(self.total.moments)
+        return [*self.total.moments, *self.elsewhere]
 
     def state(self) -> dict[str, Any]:
         return {
             "moments": state_of_moments(self.total.moments),
             "squares": state_of_moments(self.total.squares),
+            "layers": [layer.key() for layer in self.layers],
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.total = Statistics(moments_of_state(state["moments"]), moments_of_state(state["squares"]))
+        self.total = Statistics(moments_of_state(state.get("moments", {})), moments_of_state(state.get("squares", {})))
+        self.elsewhere = [layer for key in state["layers"] if (layer := Layer.of_key(key)) not in self.total.moments]
 
 
 def _finite(moments: dict[Layer, Moments]) -> dict[Layer, Moments]:
@@ -133,8 +140,11 @@ class RunningKfac(Running):
 class RunningEkfac(RunningKfac):
     """K-FAC's eigenbases, seldom new, with the second moments of the gradients in them, often new.
 
-    New bases start with K-FAC's own values, which count as much as the moments do.
+    New bases start with K-FAC's own values, which count as much as the moments do. Every rank has the bases of all
+    layers: the second moments of its own batch are in them.
     """
+
+    can_be_elsewhere = False
 
     def __init__(self, centered: bool, sharing: str, max_dim: int):
         super().__init__(centered, sharing, max_dim)
@@ -171,14 +181,13 @@ class RunningEkfac(RunningKfac):
         return tiled(own) | kfac_blocks(rest, True, self.centered)
 
     def state(self) -> dict[str, Any]:
-        bases = [(asdict(b.layer), b.U_A, b.U_B, b.centered) for b in self._bases.values()]
+        bases = {layer.key(): {"U_A": b.U_A, "U_B": b.U_B, "centered": b.centered} for layer, b in self._bases.items()}
         return super().state() | {"bases": bases}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        known = {str(asdict(layer)): layer for layer in self.total.moments}
-        bases = [Eigenbasis(known[str(layer)], U_A, U_B, c) for layer, U_A, U_B, c in state["bases"]]
-        self._bases = {basis.layer: basis for basis in bases}
+        bases = {Layer.of_key(key): basis for key, basis in state.get("bases", {}).items()}
+        self._bases = {layer: Eigenbasis(layer, **basis) for layer, basis in bases.items()}
 
 
 class RunningDiagonal(Running):

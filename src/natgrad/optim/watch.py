@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -63,6 +63,18 @@ class Watch:
         if wrapper is not None:
             handles.append(wrapper.register_forward_hook(wrapped))
         self._handles = [weakref.finalize(self, handle.remove) for handle in handles]
+
+    def see_more(self, follow: Callable[[Callable[[dict[str, Tensor]], None]], list[Any]]) -> None:
+        """Records the uses of the tensors, too, that stand for the parameters during a forward: `follow` attaches
+        hooks which say what they are."""
+        me = weakref.ref(self)
+
+        def seen(tensors: dict[str, Tensor]) -> None:
+            watch = me()
+            if watch is not None and watch._recorder is not None:
+                watch._recorder.know({n: t for n, t in tensors.items() if n in watch._parameters})
+
+        self._handles += [weakref.finalize(self, handle.remove) for handle in follow(seen)]
 
     def detach(self) -> None:
         """Takes the hooks off the model."""

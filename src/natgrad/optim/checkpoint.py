@@ -1,0 +1,113 @@
+"""Resuming from a checkpoint of `torch.distributed.checkpoint`, on as many ranks as there are now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_values
+
+if TYPE_CHECKING:
+    from natgrad.optim.adaptive import Adaptive
+
+Path = tuple[Any, ...]
+BY_LAYER = ("moments", "squares", "bases", "inverse")
+
+
+def load_checkpoint(opt: Adaptive, path: str | PathLike[str], key: str = "optimizer") -> None:
+    """Resumes from `torch.distributed.checkpoint.save({key: opt.state_dict(), ...}, checkpoint_id=path)`, which may
+    have been on another number of ranks, with the parameters sharded or whole.
+
+    It is called on all ranks. The model's own parameters are loaded as always.
+
+    Args:
+        opt: an optimizer as it was saved, on the model that is to be trained further.
+        path: the folder of the checkpoint.
+        key: the optimizer's in what was saved.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint in the folder.
+        ValueError: if it has no such key, or is of another optimizer or model.
+
+    Example:
+        >>> import tempfile, torch, natgrad, torch.distributed.checkpoint as dcp
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> opt = natgrad.KFAC(model, torch.nn.CrossEntropyLoss())
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = dcp.save({"optimizer": opt.state_dict()}, checkpoint_id=folder, no_dist=True)
+        >>> natgrad.load_checkpoint(natgrad.KFAC(model, torch.nn.CrossEntropyLoss()), folder)
+    """
+    reader = FileSystemReader(path)
+    try:
+        metadata = reader.read_metadata()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} has no checkpoint (no file .metadata); expected a folder that torch.distributed.checkpoint.save "
+            "has written to, on all ranks the same"
+        ) from None
+    paths: dict[str, Path] = {fqn: p[1:] for fqn, p in metadata.planner_data.items() if p[0] == key}
+    if not paths:
+        has = ", ".join(repr(k) for k in dict.fromkeys(str(p[0]) for p in metadata.planner_data.values()))
+        raise ValueError(f"{path} has no {key!r}; it has {has}. Say which is the optimizer's with key=")
+
+    found: dict[Path, Any] = {}
+
+    def load(wanted: Mapping[str, Path]) -> None:
+        values = {fqn: _room(opt, metadata.state_dict_metadata[fqn], p) for fqn, p in wanted.items()}
+        alone = opt._world.group is None
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        load_values(values, storage_reader=reader, planner=planner, process_group=opt._world.group, no_dist=alone)
+        found.update({p: values[fqn] for fqn, p in wanted.items()})
+
+    sizes: dict[str, list[torch.Size]] = {}
+    for fqn, p in paths.items():
+        what = metadata.state_dict_metadata[fqn]
+        if "moments" in p:
+            sizes.setdefault(p[-2], []).extend([what.size] if isinstance(what, TensorStorageMetadata) else [])
+    here, changed = opt._adopt(sizes)
+    load({fqn: p for fqn, p in paths.items() if (layer := _layer_of(p)) is None or here(layer)})
+    state = _nested(found)
+    # A checkpoint leaves empty dictionaries out.
+    empty: dict[str, Any] = {k: {} for k, v in opt.state_dict()[opt._key].items() if isinstance(v, dict)}
+    opt.load_state_dict(state | {opt._key: empty | state.get(opt._key, {}) | changed})
+
+
+def _layer_of(path: Path) -> str | None:
+    """The key of the layer that something is of."""
+    return next((str(path[i + 1]) for i, k in enumerate(path[:-1]) if k in BY_LAYER), None)
+
+
+def _room(opt: Adaptive, what: Any, path: Path) -> Any:
+    """A tensor to read one into; nothing, for what is not a tensor."""
+    if not isinstance(what, TensorStorageMetadata):
+        return None
+    if path[0] == "state":
+        p = opt._by_index()[int(path[1])]
+        local = opt._place.local(p)
+        if what.size == p.shape:
+            return opt._place.stored(p, torch.empty_like(local, dtype=what.properties.dtype))
+    return torch.empty(what.size, dtype=what.properties.dtype, device=opt._device)
+
+
+def _nested(values: Mapping[Path, Any]) -> dict[str, Any]:
+    """Dictionaries and lists from the ways to their leaves."""
+    tree: dict[Any, Any] = {}
+    for path, value in values.items():
+        at = tree
+        for k in path[:-1]:
+            at = at.setdefault(k, {})
+        at[path[-1]] = value
+    tree["state"] = {int(k): v for k, v in tree.get("state", {}).items()}
+    return {k: v if k == "state" else _listed(v) for k, v in tree.items()}
+
+
+def _listed(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    values = {k: _listed(v) for k, v in tree.items()}
+    return [values[i] for i in range(len(values))] if values and all(isinstance(k, int) for k in values) else values
