@@ -77,6 +77,8 @@ def test_weights_are_those_of_one_process_where_there_are_copies_of_shards(ranks
     "how",
     [
         {"uneven": True},
+        {"uneven": "none"},
+        {"uneven": "none", "reduction": "sum"},
         {"microbatches": 3},
         {"uneven": True, "reduction": "sum"},
         {"microbatches": 2, "reduction": "sum"},
@@ -90,6 +92,19 @@ def test_ranks_count_by_their_cases(ranks, alone, n, how, recipe):
     compare(ranks(n, work.trained_in, options, 20, how), alone(options, 20, how))
 
 
-@pytest.mark.parametrize("how", [{"uneven": True}, {"microbatches": 3}, {"clip": 0.5}], ids=str)
+@pytest.mark.parametrize("how", [{"uneven": True}, {"uneven": "none"}, {"microbatches": 3}, {"clip": 0.5}], ids=str)
 def test_ranks_with_shards_count_by_their_cases(ranks, alone, how):
     compare(ranks(2, work.trained_in, EXACT, 20, how | {"sharded": "fsdp"}), alone(EXACT, 20, how))
+
+
+@pytest.mark.parametrize("recipe", ["all adaptive", "EKFAC", "given step size"])
+def test_ranks_that_run_out_of_data_join_the_others(ranks, recipe):
+    options, batches = EXACT | RECIPES[recipe], [14, 9]
+    expected = work.joined(None, options, batches)
+    for weights in ranks(2, work.joined, options, batches):
+        for n, p in expected.items():
+            assert torch.allclose(weights[n], p, rtol=0, atol=1e-9), n
+
+
+def test_the_first_batch_is_not_empty_everywhere(ranks):
+    assert all(said.startswith("the first batch has no cases on any rank") for said in ranks(2, work.nothing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.algorithms import Join
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -53,8 +55,10 @@ def whole(p: Tensor) -> Tensor:
     return (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
 
 
-def share_of(n: int, rank: int, size: int, uneven: bool) -> slice:
-    """A rank's part of a batch of `n`."""
+def share_of(n: int, rank: int, size: int, uneven: bool | str) -> slice:
+    """A rank's part of a batch of `n`; with `"none"` the last rank has none of it."""
+    if uneven == "none" and size > 1:
+        return slice(n, n) if rank == size - 1 else share_of(n, rank, size - 1, False)
     if not uneven:
         return slice(rank * n // size, (rank + 1) * n // size)
     cuts = [0, *(n * (r + 1) ** 2 // size**2 for r in range(size))]
@@ -66,7 +70,7 @@ def trained(
     options: dict[str, Any],
     steps: int,
     *,
-    uneven: bool = False,
+    uneven: bool | str = False,
     microbatches: int = 1,
     reduction: str = "mean",
     clip: float | None = None,
@@ -92,7 +96,7 @@ def trained(
         opt.zero_grad()
         for k in range(microbatches):
             x, y = batch(step * microbatches + k)
-            own = share_of(len(x), rank, size, uneven)
+            own = share_of(len(x), rank, size, uneven if uneven != "none" or step % 3 == 1 else False)
             loss = opt.loss(called(x[own]), y[own])
             (loss / (microbatches if reduction == "mean" else microbatches * len(x) / size)).backward()
         if clip is not None:
@@ -162,6 +166,37 @@ def state_of_one_rank(group: Any) -> str:
     opt.step()
     try:
         natgrad.KFAC(network(), nn.CrossEntropyLoss()).load_state_dict(opt.state_dict())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def joined(group: Any, options: dict[str, Any], batches: list[int]) -> dict[str, Tensor]:
+    """The weights after each rank has trained on so many batches of its own; one process: on the whole ones."""
+    model = network()
+    called = placed(model, group, "")
+    opt = natgrad.KFAC(called, nn.CrossEntropyLoss(), **options)
+    rank = 0 if group is None else dist.get_rank(group)
+    with contextlib.nullcontext() if group is None else Join([called, opt]):
+        for step in range(max(batches) if group is None else batches[rank]):
+            x, y = batch(step, 12 * len(batches))
+            own = [
+                slice(12 * r, 12 * r + 12) for r, n in enumerate(batches) if n > step and (group is None or r == rank)
+            ]
+            x, y = torch.cat([x[s] for s in own]), torch.cat([y[s] for s in own])
+            opt.zero_grad()
+            opt.loss(called(x), y).backward()
+            opt.step()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def nothing(group: Any) -> str:
+    """The error where no rank has data."""
+    model = placed(network(), group, "")
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+    x, y = batch(0, 0)
+    try:
+        opt.loss(model(x), y)
     except ValueError as error:
         return str(error)
     return ""

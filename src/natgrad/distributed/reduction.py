@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from natgrad.cases import Layer
-from natgrad.distributed.packing import Form, packed, unpacked
+from natgrad.distributed.packing import Form, filled, form_of, leaves, packed, unpacked
 from natgrad.distributed.world import World
 from natgrad.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments
 
@@ -121,3 +122,17 @@ def _with_sums(m: Moments, sums: list[Tensor]) -> Moments:
     if isinstance(m, ScaleMoments):
         return replace(m, products=sums[0], mass=sums[1])
     return DiagonalMoments(tuple(sums[:-1]), sums[-1])
+
+
+def layouts(moments: Mapping[Layer, Moments]) -> list[Any]:
+    """The moments without their values."""
+    return [(layer, type(m), form_of(vars(m))) for layer, m in moments.items()]
+
+
+def zeros(layouts: Iterable[Any], device: torch.device) -> dict[Layer, Moments]:
+    """Moments of no cases."""
+    found: dict[Layer, Moments] = {}
+    for layer, kind, forms in layouts:
+        tensors = (torch.zeros(f.shape, dtype=f.dtype, device=device) for f in leaves(forms, Form))
+        found[layer] = kind(**filled(forms, tensors))
+    return found

@@ -31,7 +31,7 @@ class World:
     """
 
     def __init__(self, group: Any = None, device: torch.device = CPU):
-        self.group, self._device = group, device
+        self.group, self.device = group, device
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.sent: Counter[str] = Counter()
@@ -59,7 +59,7 @@ class World:
         """Sums of numbers, in double precision."""
         if self.size == 1:
             return values
-        return self.sum(torch.tensor(values, dtype=torch.float64, device=self._device), what).tolist()
+        return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device), what).tolist()
 
     def agreed(self, values: list[float], what: str) -> list[float]:
         """The same numbers on all ranks, where each has computed them from what all have: rounding may differ from rank
@@ -119,7 +119,7 @@ class World:
         with self._waiting(what):
             for source, its in enumerate(flat):
                 mine = source == self.rank
-                buffer = packed(leaves(value, Tensor), its) if mine else empty(its, self._device)
+                buffer = packed(leaves(value, Tensor), its) if mine else empty(its, self.device)
                 buffers.append(buffer)
                 for part in buffer.values():
                     works.append(dist.broadcast(part, group=self.group, group_src=source, async_op=True))

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 
 from natgrad.linalg.operator import check_damping
 from natgrad.optim import averaging
@@ -195,7 +196,8 @@ class Adaptive(Following):
         if any(b.scale is not None for b in pending):
             pending = [b for b in pending if b.scale is not None]
         gradients = {n: self._place.local(p.grad) for n, p in self._parameters.items() if p.grad is not None}
-        if not (pending or self._world.size > 1) or not gradients:
+        Join.notify_join_context(self)
+        if self._world.size == 1 and not (pending and gradients):
             raise RuntimeError(
                 "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
             )
@@ -219,6 +221,8 @@ class Adaptive(Following):
 
     def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
         objective = Objective(self._place, self._curvature, pending, self.matmul_precision)
+        if objective.idle:
+            gradients = self._from_others(gradients)
         amplified, still = self._scaler()
         objective.scale /= amplified
         fault = objective.fault
@@ -244,6 +248,21 @@ class Adaptive(Following):
             return f"the loss had risen to {objective.loss:.4g} by the last step, which is undone"
         self._loss_before = objective.loss
         return self._move(objective, g, decay, loss)
+
+    def _from_others(self, gradients: Vector) -> Vector:
+        """The gradients, for a rank that has none as it has run out of data, from the first that has."""
+        if self._place.shards is not None:
+            return gradients
+        have = self._world.gather(list(gradients), "whose gradients there are")
+        source = next((r for r, names in enumerate(have) if names), 0)
+        if all(have):
+            return gradients
+        own = self._values
+        for n in have[source]:
+            g = gradients.get(n)
+            mine = torch.zeros_like(own[n]) if g is None or self._world.rank != source else g.clone()
+            gradients[n] = self._world.sum(mine, "gradients of ranks that have data")
+        return gradients
 
     def _was_too_far(self, loss: float) -> bool:
         """Whether the loss is so much above that of the step before that it is worth a forward to know why: the

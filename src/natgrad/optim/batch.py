@@ -55,6 +55,11 @@ class Batch:
     uses: list[Use] = field(default_factory=list)
     weight: float = 1.0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no example in it, as there may be on one of several ranks."""
+        return self.shape.numel() == 0
+
     def observe(self, gradient: Tensor) -> None:
         """A hook of the loss: the gradient that reaches it is the factor of this batch in the objective."""
         gradient = gradient.detach()
@@ -101,7 +106,8 @@ class Objective:
     """The mean over the pending batches, weighted as the user's backward weighted them.
 
     Every quantity is per unit of the loss's own mean, so that nothing depends on the reduction, the batch
-    size or the number of microbatches. `scale` is the user's gradient over this objective's gradient.
+    size or the number of microbatches. `scale` is the user's gradient over this objective's gradient, `idle` how many
+    ranks have no examples.
     """
 
     def __init__(
@@ -118,12 +124,14 @@ class Objective:
             factors = [share for _ in batches]
         else:
             factors = [float(b.scale) for b in batches if b.scale is not None]
+        factors = [0.0 if b.is_empty else f for f, b in zip(factors, batches, strict=True)]
         if curvature.is_mean:
             factors = [f * b.weight for f, b in zip(factors, batches, strict=True)]
         masses = [1.0 if curvature.is_mean else float(b.mass) for b in batches]
         total = sum(f * m for f, m in zip(factors, masses, strict=True))
         loss = sum(f * float(b.loss) for f, b in zip(factors, batches, strict=True))
-        total, loss, *faults = self._world.numbers([total, loss, *self._faults()], "the loss")
+        idle = all(b.is_empty for b in batches)
+        total, loss, self.idle, *faults = self._world.numbers([total, loss, float(idle), *self._faults()], "the loss")
         self.scale = total / self._world.size  # gradients are averaged over the ranks
         self.loss = loss / total if total else loss
         self.fault = self._fault(faults)
@@ -145,7 +153,8 @@ class Objective:
         """The factor of each batch's sum over cases."""
         if not self._curvature.is_mean:
             return self._weights
-        return [w / float(b.mass) for w, b in zip(self._weights, self.batches, strict=True)]
+        pairs = zip(self._weights, self.batches, strict=True)
+        return [0.0 if b.is_empty else w / float(b.mass) for w, b in pairs]
 
     @property
     def runs_again(self) -> bool:
@@ -158,7 +167,9 @@ class Objective:
         total = 0.0
         with torch.no_grad():
             for weight, batch in zip(self._weights, self.batches, strict=True):
-                total += weight * float(self._curvature.loss(batch.run(self._model), batch.target))
+                output = batch.run(self._model)
+                if not batch.is_empty:
+                    total += weight * float(self._curvature.loss(output, batch.target))
             for n, b in self._model.named_buffers():
                 b.copy_(buffers[n])
         self._place.settle()
@@ -170,7 +181,7 @@ class Objective:
         for share, batch in zip(self.shares, self.batches, strict=True):
             with matmul_precision(self._precision):
                 pushed = [tangent(self._model, batch.run, d, batch.uses, self._place.duals) for d in directions]
-            for i, (output, Jd) in enumerate(pushed):
+            for i, (output, Jd) in enumerate(() if batch.is_empty else pushed):
                 DJd = self._curvature.product(output, batch.target, Jd)
                 for j in range(i + 1):
                     Q[i, j] += share * float(torch.dot(DJd.flatten(), pushed[j][1].flatten()))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from natgrad.capture import Recorder
 from natgrad.distributed.placement import placed
@@ -20,7 +21,7 @@ from natgrad.optim.watch import Watch
 from natgrad.options import check_choice, check_number
 
 
-class Following(torch.optim.Optimizer, ABC):
+class Following(torch.optim.Optimizer, Joinable, ABC):
     """Between a forward of the model and the step: `loss` takes what the model returned, keeps what the step will need,
     and notes by which factor the user's backward weighs it."""
 
@@ -57,7 +58,8 @@ class Following(torch.optim.Optimizer, ABC):
         self._output, self.estimator = output, estimator
         self._parameters: dict[str, Tensor] = {}
         self._watch: Watch | None = None
-        super().__init__(parameter_groups(self.model, params), defaults)
+        torch.optim.Optimizer.__init__(self, parameter_groups(self.model, params), defaults)
+        Joinable.__init__(self)
         self._generator = generator or torch.Generator(self._device).manual_seed(torch.initial_seed())
         self._pending: list[Batch] = []
         self._watch = Watch(self.model, self._parameters, wrapper=None if model is self.model else model)
@@ -144,7 +146,7 @@ class Following(torch.optim.Optimizer, ABC):
 
         Raises:
             RuntimeError: if no forward in training mode with gradients enabled came before.
-            ValueError: if output and target do not fit the loss, or the batch is empty.
+            ValueError: if output and target do not fit the loss, or the batch is empty (on all of several ranks).
             NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
         """
         assert self._watch is not None
@@ -174,9 +176,9 @@ class Following(torch.optim.Optimizer, ABC):
         return full_precision(output), returned.way_to(output)
 
     def _loss(self, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
-        self._curvature.check(output, target)
         if output.numel() == 0:
-            raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")
+            return self._no_loss(forward, output, way, target)
+        self._curvature.check(output, target)
         if self._may_run_again() and way is None:
             raise ValueError(
                 "opt.loss was not given a tensor that the model returned, or a view of one, but the adaptive step runs "
@@ -206,17 +208,54 @@ class Following(torch.optim.Optimizer, ABC):
         self._pending.append(batch)
         return loss
 
+    def _no_loss(self, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
+        """The loss of a rank that has no examples where others have: zero, with gradients that are zero."""
+        if self._world.size == 1:
+            raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")
+        recorder, forward.recorder, forward.returned = forward.recorder, None, None
+        if self._place.shards is not None and recorder is not None and self._statistics_due():
+            self._follow_along(recorder, output, target)
+        loss = output.sum()
+        batch = Batch(forward, target, output.shape, way, loss.new_zeros(()), loss.detach())
+        if self._curvature.is_mean:
+            batch.weight = self._weight(0.0)
+        if loss.requires_grad:
+            loss.register_hook(batch.observe)
+        self._pending.append(batch)
+        return loss
+
+    def _follow_along(self, recorder: Recorder, output: Tensor, target: Tensor) -> None:
+        """Takes part in bringing together the shards for other ranks' statistics, of which this rank has none."""
+
     def _weight(self, mass: float) -> float:
         """What the gradient of a rank's mean is multiplied by, so that the average over the ranks is in proportion to
         the mean over all cases: the rank's cases over what a rank had in the first batch."""
         if self._first_mass is None:
-            (self._first_mass,) = self._world.numbers([mass], "the size of the first batch")
+            (first,) = self._world.numbers([mass], "the size of the first batch")
+            if not first > 0:
+                raise ValueError("the first batch has no cases on any rank; skip empty batches")
+            self._first_mass = first
         return mass * self._world.size / self._first_mass
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them the batches whose backward is in them."""
         self._pending = [b for b in self._pending if b.scale is None]
         super().zero_grad(set_to_none)
+
+    # Ranks that have run out of data ---------------------------------------------------------------------
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """For `torch.distributed.algorithms.Join([model, opt])`: a rank without further batches takes the others' steps
+        with them. Every rank needs one batch at least, and a step follows every backward."""
+        return _Idle(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        return self._device
+
+    @property
+    def join_process_group(self) -> Any:
+        return self._world.group
 
     def _overflowed(self) -> bool:
         """Whether a `GradScaler` calls, and has found gradients that are not finite."""
@@ -236,3 +275,14 @@ class Following(torch.optim.Optimizer, ABC):
             f"a {type(self).__name__} optimizer cannot be copied or pickled; make one for the new model and load "
             "state_dict()"
         )
+
+
+class _Idle(JoinHook):
+    """What a rank does that has run out of data while others have not."""
+
+    def __init__(self, opt: Following):
+        self._opt = opt
+
+    def main_hook(self) -> None:
+        self._opt.zero_grad()
+        self._opt.step()

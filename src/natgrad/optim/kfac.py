@@ -262,6 +262,14 @@ class KFAC(Adaptive):
         if not batch.statistics.finite():
             batch.fault = "the statistics are not finite"
 
+    def _follow_along(self, recorder: Recorder, output: Tensor, target: Tensor) -> None:
+        if not (self._running.reads_gradients and output.requires_grad):
+            return
+        one, its_target = output.detach().new_zeros(1, *output.shape[1:]), target.new_zeros(1, *target.shape[1:])
+        for _ in self._curvature.columns(one, its_target, self.estimator, generator=self._labels()):
+            edges = [use.edge for use in recorder.uses]
+            torch.autograd.grad(output, edges, torch.zeros_like(output), retain_graph=True, allow_unused=True)
+
     def _thinning(self, examples: int) -> int:
         """Of how many examples the moments take one."""
         if self.statistics_share is None:
@@ -286,7 +294,8 @@ class KFAC(Adaptive):
         new = [b.statistics for b in objective.batches if b.statistics is not None]
         known = set(self._running.layers)
         if (self._world.size > 1 or self._place.shards) and self._statistics_due():
-            new = [self._reduced(reduce(Statistics.__add__, new))]
+            own = reduce(Statistics.__add__, new, Statistics())
+            new = [self._reduced(own.completed(self._world) if objective.idle else own)]
         taken = self.diagnostics["statistics"] = self._running.take_in(new, self.decay)
         self._spoiled = self._spoiled and not taken
         if taken:
