@@ -17,6 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
+from natgrad.data import Problem
+from natgrad.distributed.packing import leaves
+from natgrad.distributed.plan import Size, sizes_of
+from natgrad.linalg.state import dump
+from natgrad.structures import KfacStructure
 
 D, C, N = 5, 3, 48
 
@@ -200,3 +205,28 @@ def nothing(group: Any) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def moments_of(model: nn.Module, x: Tensor) -> tuple[Any, Any, int]:
+    """What `sizes_of` takes, of a model with squared errors."""
+    structure = KfacStructure()
+    problem = Problem(model, nn.MSELoss(), (x, torch.zeros_like(model(x))))
+    structure.add(next(iter(problem.cases())))
+    return structure.moments, problem.parameters, len(x)
+
+
+def planned(group: Any, adaptive: bool) -> tuple[list[Size], dict[str, int], int]:
+    """The planned sizes of the network, what the first step sent, and the bytes of moments and inverse."""
+    model = DistributedDataParallel(network(), process_group=group)
+    step = {} if adaptive else {"lr": 0.1, "momentum": 0.9}
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), damping=0.1, **step)
+    x, y = batch(0)
+    opt.loss(model(x), y).backward()
+    opt.step()
+    structure = KfacStructure()
+    problem = Problem(model.module, nn.CrossEntropyLoss(), (x, y))
+    structure.add(next(iter(problem.cases())))
+    moments = leaves([vars(m) for m in opt._running.total.moments.values()], Tensor)
+    inverses = leaves([dump(block.operator) for block in (opt._inverse or {}).values()], Tensor)
+    held = sum(t.nbytes for t in [*moments, *inverses])
+    return sizes_of(structure.moments, problem.parameters, len(x)), dict(opt._world.sent), held

@@ -54,6 +54,37 @@ def inspect(
     run_inspect(target, estimator, seed, permutations, out)
 
 
+@app.command()
+def plan(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="gpt2-small, llama-7b, or MODULE:FUNCTION for a function that returns (model, loss, data).",
+        ),
+    ],
+    ranks: Annotated[str, typer.Option(help="Numbers of devices, with commas between.")] = "1,8,64,1024",
+    batch: Annotated[int, typer.Option(help="Examples of a batch on each device.")] = 8,
+    bandwidth: Annotated[float | None, typer.Option(help="Of a device's link, in GB/s each way. Default: 25.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Of a message, in microseconds. Default: 20.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Of matrix products, in TFLOP/s. Default: 62.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Of a device, in GiB. Default: 80.")] = None,
+    machine: Annotated[
+        Path | None, typer.Option(help="File of constants, as benchmarks/constants.py writes it; options override it.")
+    ] = None,
+    given_step_size: Annotated[bool, typer.Option(help="Plan for lr and momentum that are numbers.")] = False,
+) -> None:
+    """Predict the time of a step and the memory on many devices, and which scheme to use there.
+
+    Replicated is DistributedDataParallel, sharded is fully_shard. docs/scaling.md has the formulas.
+    """
+    from natgrad.cli.plan import run_plan
+    from natgrad.distributed.plan import Settings
+
+    given = {"bandwidth": bandwidth, "latency": latency, "flops": flops, "memory": memory}
+    run_plan(target, ranks, machine, given, Settings(batch=batch, adaptive=not given_step_size))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 if all went well, 2 after one line about a user's mistake."""
     if arguments is None:

@@ -1,0 +1,109 @@
+"""`natgrad plan`: what a step costs on many devices."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from natgrad.cli.errors import UserError
+from natgrad.cli.inspect import load_problem
+from natgrad.data import Problem
+from natgrad.distributed.plan import MODELS, SCHEMES, Machine, Prediction, Settings, Size, best, predict, sizes_of
+from natgrad.structures import KfacStructure
+
+UNITS = {"flops": ("TFLOP/s", 1e12), "bandwidth": ("GB/s", 1e9), "latency": ("µs", 1e-6), "memory": ("GiB", 2.0**30)}
+
+
+def run_plan(target: str, ranks: str, machine: Path | None, given: dict[str, float | None], settings: Settings) -> None:
+    """Print the predictions for a model on so many ranks, by both schemes.
+
+    `given` are constants of the machine in the units of `UNITS`; None: those of the file, or the defaults.
+    """
+    counts = _counts(ranks)
+    if settings.batch < 1:
+        raise UserError(f"--batch was {settings.batch}; expected the examples on each rank, at least 1.")
+    constants = _machine(machine, given)
+    layers = _layers(target)
+    table = Table(box=None, pad_edge=False)
+    headings = ("ranks", "scheme", "ms a step", "of it sending", "GiB a rank", "")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("scheme", "") else "right")
+    last = {}
+    for n in counts:
+        predictions = [predict(layers, n, scheme, constants, settings) for scheme in SCHEMES]
+        chosen = best(predictions, constants.memory)
+        for p in predictions:
+            table.add_row(*_row(p, p is chosen, constants.memory))
+        last = {p.scheme: p for p in predictions}
+    console = Console()
+    millions = sum(layer.parameters for layer in layers) / 1e6
+    console.print(f"{target}: {millions:,.1f}M parameters in {len(layers)} layers, {settings.batch} examples a rank")
+    console.print(table)
+    console.print(f"On {counts[-1]} ranks, ms a step:")
+    for scheme, p in last.items():
+        spent = ", ".join(f"{what} {1e3 * s:.3g}" for what, s in p.seconds.items() if s > 0)
+        console.print(f"  {scheme}: {spent}", soft_wrap=True)
+
+
+def _row(p: Prediction, chosen: bool, memory: float) -> tuple[str, ...]:
+    remark = "← use this" if chosen else "does not fit" if p.held > memory else ""
+    return str(p.ranks), p.scheme, f"{1e3 * p.time:,.3g}", f"{p.sending / p.time:.0%}", f"{p.held / 2**30:,.2f}", remark
+
+
+def _counts(ranks: str) -> list[int]:
+    try:
+        counts = [int(n) for n in ranks.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise UserError(f"--ranks was {ranks!r}; expected numbers of ranks with commas between, say 1,8,64.")
+    return counts
+
+
+def _machine(file: Path | None, given: dict[str, float | None]) -> Machine:
+    names = [f.name for f in fields(Machine)]
+    constants: dict[str, Any] = {}
+    if file is not None:
+        try:
+            constants = json.loads(file.read_text())
+            good = set(constants) <= set(names) and all(float(v) > 0 for v in constants.values())
+        except OSError as error:
+            raise UserError(
+                f"--machine was {file}, which cannot be read ({error.strerror}); expected a file that "
+                "benchmarks/constants.py wrote."
+            ) from error
+        except (ValueError, TypeError):
+            good = False
+        if not good:
+            raise UserError(
+                f"--machine {file} holds something else than positive numbers for some of {', '.join(names)}; expected "
+                "a file that benchmarks/constants.py wrote."
+            )
+    for name, value in given.items():
+        if value is not None:
+            if not value > 0:
+                raise UserError(f"--{name} was {value:g}; expected a positive number, in {UNITS[name][0]}.")
+            constants[name] = value * UNITS[name][1]
+    return replace(Machine(), **constants)
+
+
+def _layers(target: str) -> list[Size]:
+    if target in MODELS:
+        return MODELS[target]()
+    if ":" not in target:
+        raise UserError(
+            f"{target!r} came; expected {', '.join(MODELS)}, or MODULE:FUNCTION for a function that returns "
+            "(model, loss, data), as for natgrad inspect."
+        )
+    model, loss, data = load_problem(target)
+    structure = KfacStructure()
+    try:
+        problem = Problem(model, loss, data, estimator="mc")
+        cases = next(iter(problem.cases()))
+        structure.add(cases)
+        return sizes_of(structure.moments, problem.parameters, cases.examples)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"what {target} returned cannot be planned for: {type(error).__name__}: {error}") from error
