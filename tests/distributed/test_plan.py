@@ -35,7 +35,7 @@ def test_bytes_held_are_those_of_a_run(ranks):
 
 
 def test_sizes_of_a_layer_by_hand():
-    fc = Size.affine("fc", 3, 2, cases=5.0)
+    fc = Size.affine("fc", 3, 2, cases=5)
     assert fc.parameters == 8
     assert fc.moments_sent(4) == 8 * (3 + 1) + 4 * (6 + 3 + 1)
     assert fc.inverse_sent(4) == 4 * (6 + 3 + 3 + 3)
@@ -43,7 +43,7 @@ def test_sizes_of_a_layer_by_hand():
     assert fc.inverse_flops() == 27 + 8 + 8
     assert fc.direction_flops() == 2 * 2 * 3 * (2 + 3)
     assert fc.moments_flops() == 2 * (9 + 4)
-    tokens = Size.embedding("tokens", 100, 2, 5.0)
+    tokens = Size.embedding("tokens", 100, 2, 5)
     assert tokens.inverse_sent(4) == 4 * (100 + 3)
     assert tokens.direction_flops() == 2 * 200 * (1 + 2)
 
@@ -69,8 +69,8 @@ def test_shards_take_less_memory_on_more_ranks():
 
 def test_an_all_reduce_by_hand():
     m = Machine(bandwidth=100.0, latency=1.0)
-    assert m.all_reduce(400.0, 4) == pytest.approx(2 * (300 / 100 + 2))
-    assert m.spread(400.0, 4, messages=3) == pytest.approx(300 / 100 + 2 + 2)
+    assert m.all_reduce(400, 4) == pytest.approx(2 * (300 / 100 + 2))
+    assert m.spread(400, 4, messages=3) == pytest.approx(300 / 100 + 2 + 2)
 
 
 def test_the_best_is_the_fastest_that_fits():

@@ -31,12 +31,12 @@ class Size:
     outputs: Shape = ()
     bias: bool = False
     other: int = 0
-    cases: float = 1.0
+    cases: int | float = 1
     products: float = 0.0
     """Multiplications and additions of one forward on one case."""
 
     @classmethod
-    def affine(cls, name: str, d_in: int, d_out: int, *, bias: bool = True, cases: float = 1.0) -> Size:
+    def affine(cls, name: str, d_in: int, d_out: int, *, bias: bool = True, cases: int | float = 1) -> Size:
         """An affine map's, with `KFAC`'s own `max_dim`.
 
         Example:
@@ -47,7 +47,7 @@ class Size:
         return cls(name, d_out * (d_in + bias), inputs, outputs, bias, cases=cases, products=2.0 * d_in * d_out)
 
     @classmethod
-    def embedding(cls, name: str, rows: int, d_out: int, cases: float) -> Size:
+    def embedding(cls, name: str, rows: int, d_out: int, cases: int | float) -> Size:
         """An embedding's: its input factor is a diagonal, and it multiplies nothing."""
         return cls(name, rows * d_out, (rows,), (d_out, d_out), cases=cases)
 
@@ -113,11 +113,11 @@ class Machine:
     latency: float = 20e-6
     memory: float = 80 * 2.0**30
 
-    def all_reduce(self, size: float, ranks: int) -> float:
+    def all_reduce(self, size: int | float, ranks: int) -> float:
         """Seconds for the sum of `size` bytes over all ranks, which all get: `2 (N − 1)/N · size / bandwidth`."""
         return 2 * self.spread(size, ranks)
 
-    def spread(self, size: float, ranks: int, messages: int = 1) -> float:
+    def spread(self, size: int | float, ranks: int, messages: int = 1) -> float:
         """Seconds until all ranks have `size` bytes, of which each had its share at first, in so many messages one
         after the other; or, the other way round, until each has its share of the sum."""
         if ranks == 1:
@@ -169,7 +169,7 @@ def predict(layers: Sequence[Size], ranks: int, scheme: str, machine: Machine, s
         ValueError: for a scheme that is none.
 
     Example:
-        >>> layers = [Size.affine(str(i), 4096, 4096, cases=2048.0) for i in range(32)]
+        >>> layers = [Size.affine(str(i), 4096, 4096, cases=2048) for i in range(32)]
         >>> one, many = (predict(layers, n, "sharded", Machine(), Settings()) for n in (1, 64))
         >>> many.held < one.held / 20
         True
@@ -250,11 +250,11 @@ def gpt2_small(length: int = 1024) -> list[Size]:
     """GPT-2 small: 12 blocks of width 768, 50,257 tokens whose embedding is also the head (Radford et al. 2019)."""
     d, tokens = 768, 50257
     # Used twice for each token; as the head it multiplies.
-    tied = replace(Size.embedding("wte", tokens, d, 2.0 * length), products=1.0 * tokens * d)
-    sizes = [tied, Size.embedding("wpe", 1024, d, float(length)), Size.scale("ln_f", d)]
+    tied = replace(Size.embedding("wte", tokens, d, 2 * length), products=1.0 * tokens * d)
+    sizes = [tied, Size.embedding("wpe", 1024, d, length), Size.scale("ln_f", d)]
     for k in range(12):
         shapes = [("attn.c_attn", d, 3 * d), ("attn.c_proj", d, d), ("mlp.c_fc", d, 4 * d), ("mlp.c_proj", 4 * d, d)]
-        sizes += [Size.affine(f"h.{k}.{name}", *shape, cases=float(length)) for name, *shape in shapes]
+        sizes += [Size.affine(f"h.{k}.{name}", *shape, cases=length) for name, *shape in shapes]
         sizes += [Size.scale(f"h.{k}.ln_{j}", d) for j in (1, 2)]
     return sizes
 
@@ -262,11 +262,11 @@ def gpt2_small(length: int = 1024) -> list[Size]:
 def llama_7b(length: int = 2048) -> list[Size]:
     """LLaMA 7B: 32 blocks of width 4,096, 32,000 tokens (Touvron et al. 2023, arXiv:2302.13971)."""
     d, hidden, tokens = 4096, 11008, 32000
-    head = Size.affine("head", d, tokens, bias=False, cases=float(length))
-    sizes = [Size.embedding("embedding", tokens, d, float(length)), head, Size.scale("norm", d, shift=False)]
+    head = Size.affine("head", d, tokens, bias=False, cases=length)
+    sizes = [Size.embedding("embedding", tokens, d, length), head, Size.scale("norm", d, shift=False)]
     for k in range(32):
         shapes = [*((n, d, d) for n in "qkvo"), ("gate", d, hidden), ("up", d, hidden), ("down", hidden, d)]
-        sizes += [Size.affine(f"{k}.{name}", *shape, bias=False, cases=float(length)) for name, *shape in shapes]
+        sizes += [Size.affine(f"{k}.{name}", *shape, bias=False, cases=length) for name, *shape in shapes]
         sizes += [Size.scale(f"{k}.norm_{j}", d, shift=False) for j in (1, 2)]
     return sizes
 
