@@ -102,7 +102,7 @@ def turned(F: Tensor, before: factor.Basis, what: str) -> factor.Basis:
     """
     if before is None or F.ndim == 1:
         return anew(F, before, what)
-    return torch.linalg.qr((F @ before).flip(1))[0].flip(1)
+    return torch.linalg.qr((F @ before).flip(1))[0].flip(1).contiguous()
 
 
 def bases_of(

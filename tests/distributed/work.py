@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import os
+import time
 import warnings
 from typing import Any
 
@@ -83,10 +86,11 @@ def trained(
     first: int = 0,
     load: str = "",
     save: str = "",
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The weights after some steps, and the steps' diagnostics. `group`: None for one process that sees everything.
     The steps begin with the `first`, from the checkpoint `load`; `save` is the folder of one after the last."""
-    model = network()
+    model = network().to(dtype)
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     called = placed(model, group, sharded)
     loss_fn = nn.CrossEntropyLoss(reduction=reduction)
@@ -102,7 +106,7 @@ def trained(
         for k in range(microbatches):
             x, y = batch(step * microbatches + k)
             own = share_of(len(x), rank, size, uneven if uneven != "none" or step % 3 == 1 else False)
-            loss = opt.loss(called(x[own]), y[own])
+            loss = opt.loss(called(x[own].to(dtype)), y[own])
             (loss / (microbatches if reduction == "mean" else microbatches * len(x) / size)).backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -230,3 +234,25 @@ def planned(group: Any, adaptive: bool) -> tuple[list[Size], dict[str, int], int
     inverses = leaves([dump(block.operator) for block in (opt._inverse or {}).values()], Tensor)
     held = sum(t.nbytes for t in [*moments, *inverses])
     return sizes_of(structure.moments, problem.parameters, len(x)), dict(opt._world.sent), held
+
+
+def left_alone(rank: int, file: str, how: str, outbox: Any) -> None:
+    """A process of its own: what rank 0 says where rank 1 dies, or hangs, between backward and step."""
+    torch.set_num_threads(1)
+    wait = datetime.timedelta(seconds=4 if how == "hangs" else 60)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=wait)
+    model = DistributedDataParallel(network())
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+    for step in range(3):
+        x, y = batch(step)
+        opt.zero_grad()
+        opt.loss(model(x), y).backward()
+        if rank == 1 and step == 2:
+            if how == "dies":
+                os._exit(1)
+            time.sleep(60)
+        try:
+            opt.step()
+        except RuntimeError as error:
+            outbox.put(str(error).replace("\n", " "))
+            return

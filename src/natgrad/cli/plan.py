@@ -69,7 +69,7 @@ def _machine(file: Path | None, given: dict[str, float | None]) -> Machine:
     if file is not None:
         try:
             constants = json.loads(file.read_text())
-            good = set(constants) <= set(names) and all(float(v) > 0 for v in constants.values())
+            good = set(constants) <= set(names) and all(v is False or float(v) > 0 for v in constants.values())
         except OSError as error:
             raise UserError(
                 f"--machine was {file}, which cannot be read ({error.strerror}); expected a file that "

@@ -112,6 +112,8 @@ class Machine:
     bandwidth: float = 25e9
     latency: float = 20e-6
     memory: float = 80 * 2.0**30
+    overlap: bool = True
+    """Whether what torch sends during forward and backward takes nothing from them."""
 
     def all_reduce(self, size: int | float, ranks: int) -> float:
         """Seconds for the sum of `size` bytes over all ranks, which all get: `2 (N − 1)/N · size / bandwidth`."""
@@ -183,6 +185,7 @@ def predict(layers: Sequence[Size], ranks: int, scheme: str, machine: Machine, s
     parameters = size * sum(layer.parameters for layer in layers)
     most = size * max(sum(layer.parameters for layer in its) for its in own)
     forward = s.batch * sum(layer.cases * layer.products for layer in layers) / m.flops
+    hidden = forward if m.overlap else 0.0
     seen = max(1, round(s.batch * s.statistics_share))
     moments = seen * sum(layer.cases * (layer.moments_flops() + layer.products) for layer in layers) / m.flops
     moments_sent = sum(layer.moments_sent(size) for layer in layers)
@@ -201,7 +204,7 @@ def predict(layers: Sequence[Size], ranks: int, scheme: str, machine: Machine, s
         seconds = {
             **computed,
             "direction": sum(layer.direction_flops() for layer in layers) / m.flops,
-            "gradients sent": max(0.0, m.all_reduce(parameters, ranks) - 2 * forward),
+            "gradients sent": max(0.0, m.all_reduce(parameters, ranks) - 2 * hidden),
             "moments sent": m.all_reduce(moments_sent, ranks) / s.statistics_every,
             "inverses sent": m.spread(inverse_sent, ranks, owners) / s.inverses_every,
         }
@@ -210,7 +213,7 @@ def predict(layers: Sequence[Size], ranks: int, scheme: str, machine: Machine, s
         seconds = {
             **computed,
             "direction": max(sum(layer.direction_flops() for layer in its) for its in own) / m.flops,
-            "parameters and gradients sent": max(0.0, m.spread(3 * parameters, ranks, 3) - 3 * forward),
+            "parameters and gradients sent": max(0.0, m.spread(3 * parameters, ranks, 3) - 3 * hidden),
             "tangents sent": m.spread(2 * parameters, ranks, 2) * passes,
             "moments sent": m.spread(moments_sent, ranks, owners) / s.statistics_every,
             "directions sent": m.spread(2 * most, ranks, 2 * owners),

@@ -11,7 +11,7 @@ WELL_CONDITIONED = 1e-4
 
 
 def eigh(M: Float[Tensor, "d d"], what: str) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-    """Ascending eigenvalues and eigenvectors of a symmetric matrix.
+    """Ascending eigenvalues and eigenvectors of a symmetric matrix, row by row in memory.
 
     On matrices with many equal eigenvalues the float32 solver can fail, or return NaN and say nothing; float64 is
     tried then.
@@ -21,11 +21,11 @@ def eigh(M: Float[Tensor, "d d"], what: str) -> tuple[Float[Tensor, " d"], Float
     try:
         e, U = torch.linalg.eigh(M)
         if torch.isfinite(U).all():
-            return e, U
+            return e, U.contiguous()
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         pass
     e, U = torch.linalg.eigh(M.double())
-    return e.to(M.dtype), U.to(M.dtype)
+    return e.to(M.dtype), U.to(M.dtype).contiguous()
 
 
 def semidefinite(e: Float[Tensor, " d"], what: str) -> Float[Tensor, " d"]:
@@ -52,14 +52,15 @@ def inverse_from_cholesky(M: Float[Tensor, "d d"], what: str, damping: float) ->
 
     Matrices in float32 take the float64 way, at twice the time, unless their pivots are within `WELL_CONDITIONED`.
     They are scaled first: the factors of layers with vanishing gradients fill with denormal numbers, which slows the
-    processor a hundredfold.
+    processor a hundredfold. The inverse, which is symmetric, is given row by row, as one from a checkpoint is: products
+    with it are then the same to the last bit.
     """
     scale = M.diagonal().mean()
     if M.dtype == torch.float32 and scale > 0:
         L, info = torch.linalg.cholesky_ex(M / scale)
         pivots = L.diagonal().square()
         if not info.item() and pivots.min() > WELL_CONDITIONED * pivots.max():
-            return torch.cholesky_inverse(L) / scale
+            return torch.cholesky_inverse(L).mT / scale
     L, info = torch.linalg.cholesky_ex(M.double())
     if info.item() or not torch.isfinite(L).all():
         raise singular(what, damping, float(torch.linalg.eigvalsh(torch.nan_to_num(M).double())[0]))
@@ -67,7 +68,7 @@ def inverse_from_cholesky(M: Float[Tensor, "d d"], what: str, damping: float) ->
     pivots = L.diagonal().square()
     if not pivots.min() > _rounding(pivots.to(M.dtype), damping):
         raise singular(what, damping, float(pivots.min()))
-    return torch.cholesky_inverse(L).to(M.dtype)
+    return torch.cholesky_inverse(L).mT.to(M.dtype)
 
 
 def _rounding(values: Tensor, damping: float) -> Tensor:
