@@ -435,7 +435,8 @@ class KFAC(Adaptive):
         else:
             owners = {n: rank for names, rank in self._owners.items() if names in usable for n in names}
             out |= self._by_owner(self._place.shards, owners, blocks, v, out)
-        return {n: d.to(p.dtype) for n, d in out.items() if (p := self._parameters[n]).requires_grad}
+        # In the parameters' order, by which sums over them are the same to the last bit whatever that of the layers.
+        return {n: out[n].to(p.dtype) for n, p in self._parameters.items() if n in out and p.requires_grad}
 
     def _by_block(self, blocks: list[Block], v: Vector, rest: Vector) -> Vector:
         """The directions of whole layers; `rest` are those of their parts that have no factor, where that is so."""
@@ -490,7 +491,9 @@ class KFAC(Adaptive):
         if not self._running.reads_gradients:
             return 1.0  # the damping is relative
         operators = [block.operator for block in self._own_blocks().values()]
-        sums = [float(sum(op.trace() for op in operators)), float(sum(op.space.size for op in operators))]
+        # fsum: whatever the order of the layers, which a checkpoint need not keep.
+        traces = torch.stack([op.trace() for op in operators]).tolist() if operators else []
+        sums = [math.fsum(traces), float(sum(op.space.size for op in operators))]
         trace, size = self._total(sums) if self._is_spread else sums
         return trace / size
 
