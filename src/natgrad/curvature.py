@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from natgrad.blocks import assemble
 from natgrad.cases import Layer
 from natgrad.data import Forward, Problem, check_mass
+from natgrad.distributed.gathering import jointly
 from natgrad.implicit import ImplicitGaussNewton, ImplicitHessian
 from natgrad.linalg import BlockDiagonal, Dense, Operator, Space
 from natgrad.moments import MAX_DIM, SHARING
@@ -42,6 +43,10 @@ def fisher(
     The expectation is the objective's own, over the whole of `data`: a mean for `reduction="mean"`, a sum
     for `"sum"`. The model runs in the mode it is in (`train` or `eval`), once over the data.
 
+    With a model in `DistributedDataParallel` every rank calls this with its own part of the data, which may be empty on
+    some, and gets the matrix of all of it; `"block"` then holds the cases of all ranks on each, and products with
+    `"implicit"` are taken by all ranks together. What one rank raises all raise.
+
     Args:
         model: any module; its trainable parameters are those of the matrix.
         loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss`,
@@ -68,7 +73,8 @@ def fisher(
     Raises:
         TypeError: if the loss is not supported.
         ValueError: if shapes do not fit, the data is empty, or something is not finite.
-        NotImplementedError: if `"kfac"` does not cover a parameter, which is named.
+        NotImplementedError: if `"kfac"` does not cover a parameter, which is named; if the model is under
+            `fully_shard`.
         RuntimeError: inside of `torch.inference_mode()`.
 
     Example:
@@ -178,8 +184,16 @@ def _matrix(problem: Problem, structure: str, centered: bool, sharing: str, max_
 
 def _of_layers(problem: Problem, structure: str, centered: bool, sharing: str, max_dim: int) -> BlockDiagonal:
     parts = STRUCTURES[structure](centered, sharing, max_dim)
-    for cases in problem.passes(parts.passes, between=parts.next_pass):
-        parts.add(cases)
+    with jointly(problem.world, "the cases") as agree:
+
+        def next_pass() -> None:
+            agree()
+            parts.merge_ranks(problem.world)
+            parts.next_pass()
+
+        for cases in problem.passes(parts.passes, between=next_pass):
+            parts.add(cases)
+    parts.merge_ranks(problem.world)
     assert parts.mass is not None
     check_mass(parts.mass, problem.curvature.is_mean)
     layers = parts.build(problem.curvature.is_mean)
@@ -194,11 +208,14 @@ def _dense(problem: Problem) -> Dense:
     space = Space(tuple(tuple(p.shape) for p in parameters.values()), tuple(parameters))
     G = torch.zeros(space.size, space.size, dtype=problem.dtype, device=problem.device)
     mass = torch.zeros((), dtype=G.dtype, device=G.device)
-    for _, output, target in problem.recorded({}):
-        mass += curvature.normalizer(output, target)
-        for sign, column in problem.signed_columns(output, target):
-            S = example_gradients(output, column, parameters, space).to(G.dtype)
-            G.addmm_(S.mT, S, alpha=sign)
+    with jointly(problem.world, "the matrix"):
+        for _, output, target in problem.recorded({}):
+            mass += curvature.normalizer(output, target)
+            for sign, column in problem.signed_columns(output, target):
+                S = example_gradients(output, column, parameters, space).to(G.dtype)
+                G.addmm_(S.mT, S, alpha=sign)
+    problem.world.sum(G, "the matrix")
+    problem.world.sum(mass, "the matrix")
     if not torch.isfinite(G).all():
         raise ValueError("the matrix has entries that are not finite; look for NaN or inf in targets or loss weights")
     check_mass(mass, curvature.is_mean)

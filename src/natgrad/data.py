@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from natgrad.capture import Recorder
 from natgrad.cases import Cases, read_cases
+from natgrad.distributed.gathering import apart, in_common
+from natgrad.distributed.placement import unwrapped
 from natgrad.losses import output_curvature
 from natgrad.options import Selection, select_parameters
 
@@ -19,7 +21,8 @@ Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 class Problem:
     """A model, a loss and data: batch after batch as `(output, target)`, or as the cases of every layer.
 
-    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`.
+    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`. Of a model in
+    `DistributedDataParallel` they are this rank's batches, of which there may be none.
     """
 
     def __init__(
@@ -40,11 +43,15 @@ class Problem:
         self.curvature.check_estimator(estimator)
         if samples < 1:
             raise ValueError(f"samples={samples} is not usable: expected at least 1")
-        self.model, self.kind, self.estimator, self.samples, self.generator = model, kind, estimator, samples, generator
-        self.parameters = select_parameters(model, params)
+        self.model, self.world = unwrapped(model)
+        self.kind, self.estimator, self.samples = kind, estimator, samples
+        self.parameters = select_parameters(self.model, params)
         first = next(iter(self.parameters.values()))
         self.dtype, self.device = dtype or first.dtype, first.device
-        self._forward, self.progress = forward, progress
+        self.generator = in_common(self.world, generator, self.device)
+        draws = estimator == "mc" or self.world.size == 1
+        self._labels = apart(self.world, self.generator, self.device) if draws else None
+        self._forward, self.progress = forward, progress and self.world.rank == 0
         lowered = torch.is_autocast_enabled(self.device.type)
         self._precision = torch.get_autocast_dtype(self.device.type) if lowered else None
         if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
@@ -72,7 +79,7 @@ class Problem:
         for batch in data:
             empty = False
             yield batch
-        if empty:
+        if empty and self.world.size == 1:
             raise ValueError("data is empty: expected at least one (input, target) batch")
 
     def run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -100,7 +107,7 @@ class Problem:
 
     def columns(self, output: Tensor, target: Tensor) -> Iterator[Tensor]:
         """The columns of `S` on one batch, by the chosen estimator."""
-        return self.curvature.columns(output, target, self.estimator, self.samples, self.generator)
+        return self.curvature.columns(output, target, self.estimator, self.samples, self._labels)
 
     def signed_columns(self, output: Tensor, target: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The columns with their signs: all positive, but where `D` is indefinite."""
@@ -144,15 +151,15 @@ class Problem:
         if count == 1:
             yield from self.cases()
             return
-        if self.generator is None:
-            self.generator = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
-        state = self.generator.get_state()
+        if self._labels is None:
+            self._labels = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
+        state = self._labels.get_state()
         single = isinstance(self._data, Sized) and len(self._data) == 1
         kept = [cases.kept() for cases in self.cases()] if single else None
         for i in range(count):
             if i:
                 between()
-                self.generator.set_state(state)
+                self._labels.set_state(state)
             yield from kept if kept is not None else self.cases()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from natgrad.data import Problem, check_mass, check_output
+from natgrad.distributed.gathering import in_common, jointly
 from natgrad.linalg import Block, BlockDiagonal, Dense, Operator, Space
 from natgrad.linalg.krylov import IterativeInverse
 from natgrad.linalg.operator import DENSE_LIMIT, check_damping
@@ -25,7 +26,7 @@ class Implicit(Operator):
 
     `solve` and `inverse` use conjugate gradients, to a relative residual of `eps^¾`. The random numbers that the
     model draws (dropout) and the buffers that it writes are the model's own affair: a matrix is best taken in
-    evaluation mode.
+    evaluation mode. Of a model on several ranks, all take each product together.
     """
 
     def __init__(self, problem: Problem):
@@ -46,10 +47,28 @@ class Implicit(Operator):
         v = dict(zip(self.space.names, parts, strict=True))
         total = {n: torch.zeros_like(p) for n, p in v.items()}
         mass = torch.zeros((), dtype=self.dtype, device=self.device)
-        for batch in self.problem:
-            mass += self._add_product(batch, v, total)
+        with jointly(self.problem.world, "the product"):
+            self._check_common(parts)
+            for batch in self.problem:
+                mass += self._add_product(batch, v, total)
+        for t in (*total.values(), mass):
+            self.problem.world.sum(t, "the product")
         scale = self._scale(mass)
         return tuple(total[n] * scale for n in self.space.names)
+
+    def _check_common(self, parts: Parts) -> None:
+        world = self.problem.world
+        if world.size == 1:
+            return
+        own = [float(f(p.double())) for p in parts for f in (torch.sum, torch.linalg.vector_norm)]
+        if any(other != own for other in world.gather(own, "the vector")):
+            raise ValueError(
+                f"the ranks multiply different vectors, rank {world.rank} one of norms {own[1::2]}; expected the same "
+                "on all, as they are multiplied together"
+            )
+
+    def _source(self, generator: torch.Generator | None) -> torch.Generator | None:
+        return in_common(self.problem.world, generator, self.device)
 
     def _scale(self, mass: Tensor) -> Tensor | float:
         check_mass(mass, self.problem.curvature.is_mean)
@@ -134,15 +153,18 @@ class ImplicitHessian(Implicit):
         names = space.names or ()
         H = torch.zeros(space.size, space.size, dtype=self.problem.dtype, device=self.device)
         mass = torch.zeros((), dtype=H.dtype, device=self.device)
-        for batch in self.problem:
-            leaves, gradients, batch_mass = self._gradients(batch)
-            mass += batch_mass
-            its_leaves = {n: leaves[n] for n in names}
-            for start, rows in _unit_rows(space, H):
-                parts = dict(zip(names, space.unflatten(rows), strict=True))
-                products = _vjp(gradients, its_leaves, list(names), [parts[n] for n in names], batched=True)
-                flat = space.flatten(tuple(products[n] for n in names))
-                H[start : start + len(rows)] += flat.to(H.dtype)
+        with jointly(self.problem.world, "the Hessian"):
+            for batch in self.problem:
+                leaves, gradients, batch_mass = self._gradients(batch)
+                mass += batch_mass
+                its_leaves = {n: leaves[n] for n in names}
+                for start, rows in _unit_rows(space, H):
+                    parts = dict(zip(names, space.unflatten(rows), strict=True))
+                    products = _vjp(gradients, its_leaves, list(names), [parts[n] for n in names], batched=True)
+                    flat = space.flatten(tuple(products[n] for n in names))
+                    H[start : start + len(rows)] += flat.to(H.dtype)
+        self.problem.world.sum(H, "the Hessian")
+        self.problem.world.sum(mass, "the Hessian")
         H = H * self._scale(mass)
         if not torch.isfinite(H).all():
             raise ValueError("the Hessian has entries that are not finite; look for NaN or inf in targets or weights")

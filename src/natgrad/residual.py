@@ -16,12 +16,14 @@ from natgrad.blocks import homogeneous
 from natgrad.cases import Cases, Layer
 from natgrad.curvature import check_covered, check_finite
 from natgrad.data import Forward, Problem, check_mass
+from natgrad.distributed.gathering import jointly
+from natgrad.distributed.world import World
 from natgrad.independence import SMALLEST_CHUNK, Kernel, dependence, inner
 from natgrad.linalg import ColumnBlock, ExactBlock, Operator
 from natgrad.moments import SHARING, AffineMoments, Moments, kept_positions
 from natgrad.options import Selection, check_choice
 from natgrad.residual_report import Condition, LayerResidual, ResidualReport
-from natgrad.structures import ExactStructure, KfacStructure
+from natgrad.structures import ExactStructure, KfacStructure, joined
 
 
 def residual(
@@ -56,6 +58,9 @@ def residual(
     between positions. Its norm is then `(‖G‖² − 2⟨G, A ⊗ B⟩ + ‖A ⊗ B‖²)^½`, good to about 1e-8 of `‖G‖`; the spreads,
     CKA, the unbiased estimate and the p-value are over cases, and know nothing of those terms: there is no `bound`,
     and as the positions of an example are seldom independent of one another, the p-value is too small.
+
+    Of a model on several ranks, every rank gives its own part of the data, as for `fisher`, holds the cases of all, and
+    gets the same report.
 
     **Memory**: the cases of all batches are held, n (d_in + K d_out) numbers a layer for n cases and K columns (one a
     class for `"exact"` and cross-entropy, one an output for squared error, `samples` for `"mc"`), and twice that
@@ -114,11 +119,14 @@ def residual(
 def _report(problem: Problem, centered: bool, sharing: str, permutations: int, chunk: int) -> ResidualReport:
     is_mean = problem.curvature.is_mean
     kfac, exact, positions = KfacStructure(centered, sharing), ExactStructure(), Positions()
-    for cases in problem.cases():
-        cases.kept()
-        exact.add(cases)
-        positions.add(cases)
-        kfac.add(_in_float64(cases))
+    with jointly(problem.world, "the cases"):
+        for cases in problem.cases():
+            cases.kept()
+            exact.add(cases)
+            positions.add(cases)
+            kfac.add(_in_float64(cases))
+    for part in (kfac, exact, positions):
+        part.merge_ranks(problem.world)
     assert kfac.mass is not None
     check_mass(kfac.mass, is_mean)
     factors = kfac.build(is_mean)
@@ -240,6 +248,10 @@ class Positions:
                 t = sum(use.shape[1] for use in uses)
                 kept = [torch.ones(cases.examples, t, dtype=torch.bool, device=cases.mass.device)]
             self._own.setdefault(layer, []).append(torch.cat(kept, 1))
+
+    def merge_ranks(self, world: World) -> None:
+        """Takes in those of the other ranks."""
+        self._own = joined(world.exchanged(self._own, "the positions"))
 
     def cases(
         self, layer: Layer, block: ExactBlock, sharing: str

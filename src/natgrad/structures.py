@@ -10,12 +10,14 @@ from torch import Tensor
 
 from natgrad.blocks import kfac_blocks
 from natgrad.cases import Cases, Layer
+from natgrad.distributed.reduction import summed
+from natgrad.distributed.world import World
 from natgrad.eigenbasis import accumulate, bases_of, example_squares, squares_in
 from natgrad.groups import coordinates, example_gradients, groups, has_rival, joined_examples, tiled, whole
 from natgrad.layers import Rows
 from natgrad.linalg import ColumnBlock, Diagonal, ExactBlock, Operator
 from natgrad.linalg.space import Parts
-from natgrad.moments import MAX_DIM, AffineMoments, Moments, layer_moments, merge
+from natgrad.moments import MAX_DIM, AffineMoments, DiagonalMoments, Moments, layer_moments, merge
 
 
 class Structure(ABC):
@@ -34,11 +36,22 @@ class Structure(ABC):
         """What is to be done between two passes."""
 
     @abstractmethod
+    def merge_ranks(self, world: World) -> None:
+        """Takes in what the other ranks have summed in the current pass."""
+
+    @abstractmethod
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         """Every layer's operator: of the objective's mean, or of its sum."""
 
     def _add_mass(self, cases: Cases) -> None:
         self.mass = cases.mass if self.mass is None else self.mass + cases.mass
+
+    def _sum_mass(self, world: World) -> None:
+        own = torch.zeros((), device=world.device) if self.mass is None else self.mass
+        dtypes = [dtype for dtype in world.gather(None if self.mass is None else own.dtype, "the mass") if dtype]
+        if not dtypes:
+            raise ValueError("data is empty on all ranks: expected at least one (input, target) batch on one of them")
+        self.mass = world.sum(own.to(dtypes[0]).clone(), "the mass")
 
     def _scale(self, is_mean: bool) -> Tensor | float:
         assert self.mass is not None
@@ -56,6 +69,10 @@ class KfacStructure(Structure):
     def add(self, cases: Cases) -> None:
         self._add_mass(cases)
         self.moments = merge([self.moments, layer_moments(cases, self.sharing, self.max_dim)])
+
+    def merge_ranks(self, world: World) -> None:
+        self._sum_mass(world)
+        self.moments = summed(self.moments, world, "the moments")
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         return kfac_blocks(self.moments, is_mean, self.centered)
@@ -82,6 +99,12 @@ class EkfacStructure(KfacStructure):
         for layer, values in squares_in(self._bases, self.moments, cases).items():
             accumulate(self._values, layer, values)
 
+    def merge_ranks(self, world: World) -> None:
+        if hasattr(self, "_bases"):
+            self._values = _summed_squares(self._values, world)
+        else:
+            super().merge_ranks(world)
+
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         rest = {layer: m for layer, m in self.moments.items() if layer not in self._bases}
         scale = self._scale(is_mean)
@@ -104,6 +127,10 @@ class DiagonalStructure(Structure):
         self._add_mass(cases)
         for layer, values in diagonal_squares(cases).items():
             accumulate(self._values, layer, values)
+
+    def merge_ranks(self, world: World) -> None:
+        self._sum_mass(world)
+        self._values = _summed_squares(self._values, world)
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         scale = self._scale(is_mean)
@@ -147,6 +174,12 @@ class ExactStructure(Structure):
         flat = [torch.cat([p.flatten(1) for p in its], 1) for its in parts]
         self._columns.setdefault(key, []).append(torch.stack(flat, 1))
 
+    def merge_ranks(self, world: World) -> None:
+        self._sum_mass(world)
+        every = world.exchanged((self._h, self._g, self._columns, self._shapes), "the cases")
+        self._h, self._g, self._columns = (joined(its) for its in list(zip(*every, strict=True))[:3])
+        self._shapes = {layer: shapes for *_, its in every for layer, shapes in its.items()}
+
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         scale = self._scale(is_mean)
         blocks: dict[Layer, Operator] = {}
@@ -164,6 +197,18 @@ STRUCTURES: dict[str, Callable[[bool, str, int], Structure]] = {
     "ekfac": EkfacStructure,
     "diagonal": lambda centered, sharing, max_dim: DiagonalStructure(),
 }
+
+
+def joined(every: Sequence[Mapping[Layer, list[Tensor]]]) -> dict[Layer, list[Tensor]]:
+    """The batches of all ranks, in the order of the ranks."""
+    layers = dict.fromkeys(layer for its in every for layer in its)
+    return {layer: [t for its in every for t in its.get(layer, [])] for layer in layers}
+
+
+def _summed_squares(values: Mapping[Layer, Parts], world: World) -> dict[Layer, Parts]:
+    moments = {layer: DiagonalMoments(v, v[0].new_zeros(())) for layer, v in values.items()}
+    found = summed(moments, world, "the squares")
+    return {layer: m.values for layer, m in found.items() if isinstance(m, DiagonalMoments)}
 
 
 def diagonal_squares(cases: Cases) -> dict[Layer, Parts]:

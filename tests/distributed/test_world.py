@@ -17,6 +17,11 @@ def test_optimizers_for_one_rank_say_so(ranks):
         assert said.startswith("NaturalGradient sees the batches of its own rank alone, and the model is on 2 ranks")
 
 
+def test_PRONG_says_so_too(ranks):
+    for said in ranks(2, work.refused_by_prong):
+        assert said.startswith("PRONG sees the batches of its own rank alone, and the model is on 2 ranks")
+
+
 def test_a_NaN_on_one_rank_is_a_step_that_all_reject(ranks):
     for rank, said in enumerate(ranks(4, work.spoiled)):
         assert [accepted for accepted, _ in said][2:4] == [False, True]

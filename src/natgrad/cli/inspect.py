@@ -1,14 +1,18 @@
 """`natgrad inspect`: the residual report of a user's own model."""
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from natgrad import residual
 from natgrad.cli.errors import UserError
@@ -21,7 +25,10 @@ EXPECTED = "expected (model, loss, data), as for natgrad.residual(model, loss, d
 
 
 def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: Path) -> None:
-    """Measure what K-FAC leaves out on the model, loss and data of `MODULE:FUNCTION`, and write the report to `out`."""
+    """Measure what K-FAC leaves out on the model, loss and data of `MODULE:FUNCTION`, and write the report to `out`.
+
+    Under torchrun the function is called on every rank, and gives its part of the data; rank 0 writes.
+    """
     if estimator not in ESTIMATORS:
         raise UserError(
             f"--estimator was {estimator!r}; expected one of {', '.join(ESTIMATORS)}; leave it out for exact."
@@ -31,13 +38,34 @@ def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: 
     check_seed(seed)
     torch.manual_seed(seed)
     model, loss, data = load_problem(target)
-    check_writable(out)
+    with _ranks(model) as (model, rank):
+        if rank == 0:
+            check_writable(out)
+        report = _residual(target, model, loss, data, estimator, seed, permutations)
+    if rank > 0:
+        return
     console = Console()
-    report = _residual(target, model, loss, data, estimator, seed, permutations)
     console.print(report.table(), markup=False, highlight=False, soft_wrap=True)
     settings = {"target": target, "estimator": estimator, "seed": seed, "permutations": permutations}
     page = write_all(report, settings, out)
     console.print(f"Report: {page}", soft_wrap=True, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _ranks(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+    """The model on the ranks that torchrun has started, and which of them this is; by itself, the model as it is."""
+    if "WORLD_SIZE" not in os.environ or isinstance(model, DistributedDataParallel):
+        yield model, dist.get_rank() if dist.is_initialized() else 0
+        return
+    on_gpu = any(p.is_cuda for p in model.parameters())
+    began = not dist.is_initialized()
+    if began:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield DistributedDataParallel(model), dist.get_rank()
+    finally:
+        if began:
+            dist.destroy_process_group()
 
 
 def load_problem(target: str) -> tuple[nn.Module, nn.Module, Any]:

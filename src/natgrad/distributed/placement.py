@@ -224,3 +224,12 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, World]:
             "torch.nn.parallel.DistributedDataParallel for several ranks"
         )
     return place.model, place.world
+
+
+def refuse_ranks(optimizer: str, place: Whole) -> None:
+    """Raises NotImplementedError for an optimizer of one rank where there are several."""
+    if place.world.size > 1 or place.shards:
+        raise NotImplementedError(
+            f"{optimizer} sees the batches of its own rank alone, and the model is on {place.world.size} ranks; use "
+            "natgrad.KFAC"
+        )

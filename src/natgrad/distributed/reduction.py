@@ -56,6 +56,17 @@ def reduced(
     return {layer: _with_sums(m, [next(whole) for _ in _sums(m)]) for layer, m in moments.items()}
 
 
+def completed(moments: Mapping[Layer, Moments], world: World) -> dict[Layer, Moments]:
+    """With zeros for what other ranks have moments of and this one has not."""
+    every = world.gather(_layouts(moments), "the layers of ranks that have data")
+    return _zeros(next(filter(None, every), []), world.device) | dict(moments)
+
+
+def summed(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[Layer, Moments]:
+    """`reduced`, where a rank may have no cases at all."""
+    return reduced(completed(moments, world), world, what) if world.size > 1 else dict(moments)
+
+
 def _kept(moments: Mapping[Layer, Moments], keep: Keep, what: str) -> dict[Layer, Moments]:
     buffers: list[Tensor] = []
     mine: dict[Layer, list[Form]] = {}
@@ -124,12 +135,12 @@ def _with_sums(m: Moments, sums: list[Tensor]) -> Moments:
     return DiagonalMoments(tuple(sums[:-1]), sums[-1])
 
 
-def layouts(moments: Mapping[Layer, Moments]) -> list[Any]:
+def _layouts(moments: Mapping[Layer, Moments]) -> list[Any]:
     """The moments without their values."""
     return [(layer, type(m), form_of(vars(m))) for layer, m in moments.items()]
 
 
-def zeros(layouts: Iterable[Any], device: torch.device) -> dict[Layer, Moments]:
+def _zeros(layouts: Iterable[Any], device: torch.device) -> dict[Layer, Moments]:
     """Moments of no cases."""
     found: dict[Layer, Moments] = {}
     for layer, kind, forms in layouts:

@@ -232,6 +232,10 @@ class Operator(ABC):
 
         return coverage_of(self)
 
+    def _source(self, generator: torch.Generator | None) -> torch.Generator | None:
+        """Where random vectors come from."""
+        return generator
+
     def _form(self, parts: Parts) -> Any:
         if self.space.names is not None:
             return dict(zip(self.space.names, parts, strict=True))

@@ -86,7 +86,7 @@ def _quadrature(operator: Operator, z: Tensor, steps: int) -> tuple[Tensor, Tens
 def _probes(operator: Operator, samples: int, generator: torch.Generator | None) -> Any:
     if samples < 2:
         raise ValueError(f"samples={samples} is not usable: a standard error needs at least 2")
-    size = (operator.space.size,)
+    size, generator = (operator.space.size,), operator._source(generator)
     for _ in range(samples):
         signs = torch.randint(2, size, generator=generator, device=operator.device)
         yield (2 * signs - 1).to(operator.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from natgrad.capture import Recorder
-from natgrad.distributed.placement import placed
+from natgrad.distributed.placement import placed, refuse_ranks
 from natgrad.losses import ESTIMATORS, output_curvature
 from natgrad.optim.batch import Batch, Forward, full_precision
 from natgrad.optim.output import Way
@@ -50,11 +50,8 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         check_choice("estimator", estimator, ESTIMATORS)
         self._place = placed(model)
         self.model, self._world = self._place.model, self._place.world
-        if not self._for_many_ranks and (self._world.size > 1 or self._place.shards):
-            raise NotImplementedError(
-                f"{type(self).__name__} sees the batches of its own rank alone, and the model is on "
-                f"{self._world.size} ranks; use natgrad.KFAC"
-            )
+        if not self._for_many_ranks:
+            refuse_ranks(type(self).__name__, self._place)
         self._output, self.estimator = output, estimator
         self._parameters: dict[str, Tensor] = {}
         self._watch: Watch | None = None

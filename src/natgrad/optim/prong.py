@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from natgrad.capture import Recorder
 from natgrad.cases import Layer, layers_of, read_inputs
+from natgrad.distributed.placement import placed, refuse_ranks
 from natgrad.linalg import factor
 from natgrad.linalg.eigen import semidefinite
 from natgrad.moments import MAX_DIM, AffineMoments, moments_of_state, state_of_moments
@@ -113,6 +114,7 @@ class PRONG(torch.optim.Optimizer):
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} is not usable: expected a number in [0, 1)")
         check_max_dim(max_dim)
+        refuse_ranks(type(self).__name__, placed(model))
         self._parameters = select_parameters(model)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([{"params": list(self._parameters.values())}], defaults)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from natgrad.blocks import homogeneous, kfac_blocks
 from natgrad.cases import Cases, Layer
-from natgrad.distributed.reduction import Keep, layouts, reduced, zeros
+from natgrad.distributed.reduction import Keep, completed, reduced
 from natgrad.distributed.world import World
 from natgrad.eigenbasis import Eigenbasis, bases_of, squares_in, turned
 from natgrad.groups import has_rival, tiled
@@ -45,9 +45,7 @@ class Statistics:
 
     def completed(self, world: World) -> Statistics:
         """With zeros for what other ranks have statistics of and this one has not."""
-        every = world.gather([layouts(self.moments), layouts(self.squares)], "the layers of ranks that have data")
-        moments, squares = (zeros(next(filter(None, its), []), world.device) for its in zip(*every, strict=True))
-        return Statistics(moments | self.moments, squares | self.squares)
+        return Statistics(completed(self.moments, world), completed(self.squares, world))
 
     def reduced(self, world: World, keep: Keep | None = None) -> Statistics:
         """Those of all ranks' batches, from one rank's own; with `keep`, of the layers that are this rank's."""
