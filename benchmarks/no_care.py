@@ -22,6 +22,7 @@ from benchmarks.race.__main__ import kept
 from benchmarks.race.contestants import CONTESTANTS, Contestant, kfac, second_order
 from benchmarks.race.report import final
 from benchmarks.race.tasks import TASKS, Task
+from natgrad.figures import new_figure, save, tidy
 
 
 def seeds(options: argparse.Namespace) -> None:
@@ -61,6 +62,7 @@ def batches(options: argparse.Namespace) -> None:
         print(f"| {size} | {', '.join(f'{v:.3g}' for v in values)} |", flush=True)
 
 
+STEPS = range(0, 151, 10)
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "as they are": lambda x: x,
     "times 100": lambda x: 100 * x,
@@ -69,30 +71,41 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def inputs(options: argparse.Namespace) -> None:
-    """The error after the same number of steps, the network's inputs changed, its targets not."""
+    """The error after the same number of steps, the network's inputs changed, its targets not; and a plot of it."""
     task = TASKS["curves"]()
-    assert task.images is not None
     contestants: dict[str, dict[str, Any] | None] = {
         "Adam 1e-3": None,
         "KFAC": {},
         "KFAC, not centered": {"centered": False},
     }
+    figure = new_figure(9.0, 3.2)
+    panels = figure.subplots(1, len(CHANGES), sharey=True)
     print("| inputs | " + " | ".join(contestants) + " |\n" + "| --- " * (1 + len(contestants)) + "|")
-    for what, change in CHANGES.items():
+    for (what, change), axes in zip(CHANGES.items(), panels, strict=True):
         row = []
-        for setting in contestants.values():
-            values = []
-            for seed in options.seeds:
-                model = task.make_model(seed)
-                values.append(trained(model, setting, change, task, seed))
-            row.append(f"{statistics.median(values):.3g}")
+        for i, (name, setting) in enumerate(contestants.items()):
+            curves = [trained(task.make_model(seed), setting, change, task, seed) for seed in options.seeds]
+            median = [statistics.median(values) for values in zip(*curves, strict=True)]
+            row.append(f"{median[-1]:.3g}")
+            for curve in curves:
+                axes.plot(STEPS, curve, color=f"C{i}", lw=0.7, alpha=0.5)
+            axes.plot(STEPS, median, color=f"C{i}", lw=1.8, label=name)
+        axes.set_title(f"inputs {what}", fontsize=10)
+        axes.set_yscale("log")
+        axes.set_xlabel("steps")
+        tidy(axes)
         print(f"| {what} | {' | '.join(row)} |", flush=True)
+    panels[0].set_ylabel("squared error")
+    panels[0].legend(fontsize=8, frameon=False)
+    options.plot.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, options.plot)
 
 
 def trained(
     model: nn.Module, setting: dict[str, Any] | None, change: Callable[[Tensor], Tensor], task: Any, seed: int
-) -> float:
-    """The squared error after 150 steps on changed inputs."""
+) -> list[float]:
+    """The squared error at `STEPS` on changed inputs."""
+    errors = []
     if setting is None:
         opt: Any = torch.optim.Adam(model.parameters(), lr=1e-3)
         loss_of = task.loss
@@ -100,7 +113,11 @@ def trained(
         opt = natgrad.KFAC(model, task.loss, weight_decay=task.weight_decay, **setting)
         loss_of = opt.loss
     source = task.batches(seed, 1000)
-    for _ in range(150):
+    for taken in range(STEPS[-1] + 1):
+        if taken in STEPS:
+            with torch.no_grad():
+                x = task.images[:2000]
+                errors.append(float((model(change(x)).sigmoid() - x).square().sum(1).mean()))
         x, y = next(source)
         loss = loss_of(model(change(x)), y) / len(x)
         opt.zero_grad()
@@ -108,9 +125,7 @@ def trained(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             opt.step()
-    with torch.no_grad():
-        x = task.images[:2000]
-        return float((model(change(x)).sigmoid() - x).square().sum(1).mean())
+    return errors
 
 
 def main() -> None:
@@ -120,6 +135,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/no care"), help="where runs are kept")
+    parser.add_argument("--plot", type=Path, default=Path("benchmarks/results/inputs.png"), help="of inputs")
     options = parser.parse_args()
     {"seeds": seeds, "batches": batches, "inputs": inputs}[options.what](options)
 

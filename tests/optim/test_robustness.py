@@ -333,6 +333,13 @@ class TestAsATorchOptimizer:
             scheduler.step()
         torch.testing.assert_close(moved[1], 0.1 * moved[0], rtol=1e-9, atol=0)
 
+    @pytest.mark.parametrize("name", ["StepLR", "ExponentialLR"])
+    def test_a_scheduler_has_nothing_to_change_where_the_step_size_is_adapted(self, name):
+        model, opt = made()
+        getattr(torch.optim.lr_scheduler, name)(opt, 1)
+        with pytest.raises(ValueError, match=r"a scheduler .* is to change lr, which is None"):
+            step(model, opt)
+
     def test_momentum_and_step_size_as_numbers(self):
         model, opt = made(**FIXED)
         start = flat(model)

@@ -187,7 +187,13 @@ class Adaptive(Following):
 
         Raises:
             RuntimeError: if no `opt.loss` and backward came before.
+            ValueError: if one of torch's schedulers is to change a step size that is adapted.
         """
+        if any("initial_lr" in group and group["lr"] is None for group in self.param_groups):
+            raise ValueError(
+                "a scheduler of torch.optim.lr_scheduler is to change lr, which is None here: it is adapted at every "
+                "step. Give numbers for lr and momentum, or leave the scheduler out"
+            )
         value = None
         if closure is not None:
             with torch.enable_grad():
