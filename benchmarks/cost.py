@@ -63,7 +63,7 @@ def memory(task: Task, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
     for name in [*PEERS, *ADAPTIVE]:
         model = task.make_model(0)
         step, made = steps_of(name, model, task)
-        for _ in range(25):
+        for _ in range(60):
             step(*next(batches))
         kept = {t.untyped_storage().data_ptr(): t for opt in made for t in tensors(opt.state_dict())}
         own = sum(p.nbytes for p in model.parameters())
@@ -79,6 +79,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for v in value:
             yield from tensors(v)
+    elif hasattr(value, "__dict__"):  # Shampoo keeps its matrices in objects of its own
+        yield from tensors(vars(value))
 
 
 def main() -> None:
