@@ -2,7 +2,7 @@
 
 python -m benchmarks.no_care seeds --seeds 0 1 2 --seconds 20   # beside Adam at its best learning rate
 python -m benchmarks.no_care batches                            # CURVES, batches of 64 to 4,096, by images seen
-python -m benchmarks.no_care inputs                             # CURVES, images times 100 or plus 10
+python -m benchmarks.no_care inputs                             # CURVES, images times 100, plus 10
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import warnings
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,33 @@ def batches(options: argparse.Namespace) -> None:
 
 
 STEPS = range(0, 151, 10)
-CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "as they are": lambda x: x,
-    "times 100": lambda x: 100 * x,
-    "plus 10": lambda x: x + 10,
+
+
+@dataclass(frozen=True)
+class Change:
+    """Inputs `factor * x + shift`; with `same` the first layer begins as one that undoes it."""
+
+    factor: float = 1.0
+    shift: float = 0.0
+    same: bool = False
+
+    def of(self, x: Tensor) -> Tensor:
+        return self.factor * x + self.shift
+
+    def begin(self, model: nn.Module) -> None:
+        first = next(m for m in model.modules() if isinstance(m, nn.Linear))
+        if self.same:
+            with torch.no_grad():
+                first.weight /= self.factor
+                first.bias -= self.shift * first.weight.sum(1)
+
+
+CHANGES = {
+    "as they are": Change(),
+    "times 100": Change(factor=100.0),
+    "times 100, same function at first": Change(factor=100.0, same=True),
+    "plus 10": Change(shift=10.0),
+    "plus 10, same function at first": Change(shift=10.0, same=True),
 }
 
 
@@ -78,7 +101,7 @@ def inputs(options: argparse.Namespace) -> None:
         "KFAC": {},
         "KFAC, not centered": {"centered": False},
     }
-    figure = new_figure(9.0, 3.2)
+    figure = new_figure(13.0, 3.2)
     panels = figure.subplots(1, len(CHANGES), sharey=True)
     print("| inputs | " + " | ".join(contestants) + " |\n" + "| --- " * (1 + len(contestants)) + "|")
     for (what, change), axes in zip(CHANGES.items(), panels, strict=True):
@@ -90,7 +113,7 @@ def inputs(options: argparse.Namespace) -> None:
             for curve in curves:
                 axes.plot(STEPS, curve, color=f"C{i}", lw=0.7, alpha=0.5)
             axes.plot(STEPS, median, color=f"C{i}", lw=1.8, label=name)
-        axes.set_title(f"inputs {what}", fontsize=10)
+        axes.set_title(what.replace(", ", ",\n"), fontsize=9)
         axes.set_yscale("log")
         axes.set_xlabel("steps")
         tidy(axes)
@@ -101,11 +124,10 @@ def inputs(options: argparse.Namespace) -> None:
     save(figure, options.plot)
 
 
-def trained(
-    model: nn.Module, setting: dict[str, Any] | None, change: Callable[[Tensor], Tensor], task: Any, seed: int
-) -> list[float]:
+def trained(model: nn.Module, setting: dict[str, Any] | None, change: Change, task: Any, seed: int) -> list[float]:
     """The squared error at `STEPS` on changed inputs."""
     errors = []
+    change.begin(model)
     if setting is None:
         opt: Any = torch.optim.Adam(model.parameters(), lr=1e-3)
         loss_of = task.loss
@@ -117,9 +139,9 @@ def trained(
         if taken in STEPS:
             with torch.no_grad():
                 x = task.images[:2000]
-                errors.append(float((model(change(x)).sigmoid() - x).square().sum(1).mean()))
+                errors.append(float((model(change.of(x)).sigmoid() - x).square().sum(1).mean()))
         x, y = next(source)
-        loss = loss_of(model(change(x)), y) / len(x)
+        loss = loss_of(model(change.of(x)), y) / len(x)
         opt.zero_grad()
         loss.backward()
         with warnings.catch_warnings():
