@@ -34,7 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
 from constants import constants
-from natgrad.distributed.plan import Machine, Settings, Size, predict
+from natgrad.distributed.plan import Machine, Settings, predict
+from natgrad.distributed.sizes import Size
 
 MIB = 2**20
 COUNTED = ("the moments", "the inverses", "the shards of directions")

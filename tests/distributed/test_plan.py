@@ -8,16 +8,8 @@ import torch
 import work
 
 from natgrad.cli import main
-from natgrad.distributed.plan import (
-    MODELS,
-    Machine,
-    Prediction,
-    Settings,
-    Size,
-    best,
-    predict,
-    sizes_of,
-)
+from natgrad.distributed.plan import Machine, Prediction, Settings, best, predict
+from natgrad.distributed.sizes import MODELS, Size, sizes_of
 
 
 @pytest.mark.parametrize("adaptive", [True, False])

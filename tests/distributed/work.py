@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import natgrad
 from natgrad.data import Problem
 from natgrad.distributed.packing import leaves
-from natgrad.distributed.plan import Size, sizes_of
+from natgrad.distributed.sizes import Size, sizes_of
 from natgrad.linalg.state import dump
 from natgrad.structures import KfacStructure
 

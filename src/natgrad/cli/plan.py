@@ -11,7 +11,8 @@ from rich.table import Table
 from natgrad.cli.errors import UserError
 from natgrad.cli.inspect import load_problem
 from natgrad.data import Problem
-from natgrad.distributed.plan import MODELS, SCHEMES, Machine, Prediction, Settings, Size, best, predict, sizes_of
+from natgrad.distributed.plan import SCHEMES, Machine, Prediction, Settings, best, predict
+from natgrad.distributed.sizes import MODELS, Size, sizes_of
 from natgrad.structures import KfacStructure
 
 UNITS = {"flops": ("TFLOP/s", 1e12), "bandwidth": ("GB/s", 1e9), "latency": ("µs", 1e-6), "memory": ("GiB", 2.0**30)}

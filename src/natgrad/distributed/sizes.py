@@ -1,0 +1,143 @@
+"""The sizes of a model's layers, and what follows from them: numbers held and sent, and multiplications."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+from natgrad.cases import Layer
+from natgrad.distributed.assignment import cost
+from natgrad.moments import MAX_DIM, AffineMoments, Moments, ScaleMoments
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of one layer.
+
+    `inputs` and `outputs` are the shapes of its factors, `(d, d)` or `(d,)` where one is kept as its diagonal. `other`
+    counts the entries of other moments, for layers without factors. `cases` are its cases in one example.
+    """
+
+    name: str
+    parameters: int
+    inputs: Shape = ()
+    outputs: Shape = ()
+    bias: bool = False
+    other: int = 0
+    cases: int | float = 1
+    products: float = 0.0
+    """Multiplications and additions of one forward on one case."""
+
+    @classmethod
+    def affine(cls, name: str, d_in: int, d_out: int, *, bias: bool = True, cases: int | float = 1) -> Size:
+        """An affine map's, with `KFAC`'s own `max_dim`.
+
+        Example:
+            >>> Size.affine("fc", 768, 3072).moments_sent(4)  # 769 numbers in double precision, two triangles, the mass
+            20067852
+        """
+        inputs, outputs = ((d,) * (1 + (d <= MAX_DIM)) for d in (d_in, d_out))
+        return cls(name, d_out * (d_in + bias), inputs, outputs, bias, cases=cases, products=2.0 * d_in * d_out)
+
+    @classmethod
+    def embedding(cls, name: str, rows: int, d_out: int, cases: int | float) -> Size:
+        """An embedding's: its input factor is a diagonal, and it multiplies nothing."""
+        return cls(name, rows * d_out, (rows,), (d_out, d_out), cases=cases)
+
+    @classmethod
+    def scale(cls, name: str, d: int, *, shift: bool = True) -> Size:
+        """A normalization's: for each coordinate the products of the gradients of scale and shift."""
+        return cls(name, d * (1 + shift), bias=shift, other=d * (3 if shift else 1))
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return [self.inputs, self.outputs] if self.inputs else []
+
+    def moments_sent(self, itemsize: int) -> int:
+        """Bytes that a rank gives for the moments: count and mean in double precision, the triangles of the sums, and
+        the mass."""
+        means = 8 * (self.inputs[0] + 1) if self.inputs else 0
+        return means + itemsize * (sum(map(triangle, self.shapes)) + self.other + 1)
+
+    def inverse_sent(self, itemsize: int) -> int:
+        """Bytes of the damped inverse: with a bias, the mean of the inputs and an output factor of the bias's own."""
+        own = [*self.shapes, *([self.outputs, self.inputs[:1]] if self.bias else [])]
+        return itemsize * (sum(map(triangle, own)) if self.inputs else self.other)
+
+    def held(self, itemsize: int) -> int:
+        """Bytes of moments and inverse where they are held."""
+        factors = sum(map(prod, self.shapes)) + self.other
+        means = self.inputs[0] * (1 + self.bias) + 1 if self.inputs else 0
+        of_bias = prod(self.outputs) if self.bias and self.inputs else 0
+        return itemsize * (2 * factors + of_bias + means + 1)
+
+    def inverse_flops(self) -> float:
+        """`d³` for the Cholesky factor and the inverse of each factor; the bias's is one more."""
+        return cost(map(torch.Size, [*self.shapes, *([self.outputs] if self.bias and self.inputs else [])]))
+
+    def direction_flops(self) -> float:
+        """`B⁻¹ ∇ C⁻¹`: a product with each factor that is a matrix."""
+        weights = prod(s[0] for s in self.shapes) if self.inputs else self.parameters
+        return 2.0 * weights * sum(s[0] if len(s) == 2 else 1 for s in self.shapes)
+
+    def moments_flops(self) -> float:
+        """The two products of one case."""
+        return 2.0 * sum(map(prod, self.shapes))
+
+
+def triangle(shape: Shape) -> int:
+    """How many entries are sent of a symmetric matrix, or of a diagonal."""
+    return shape[0] * (shape[0] + 1) // 2 if len(shape) == 2 else shape[0]
+
+
+def sizes_of(moments: Mapping[Layer, Moments], parameters: Mapping[str, torch.Tensor], examples: int) -> list[Size]:
+    """The sizes of the layers of a model, from the moments of so many of its examples."""
+    sizes = []
+    for layer, m in moments.items():
+        count = sum(parameters[n].numel() for n in layer.names)
+        size = Size(layer.label, count, bias=layer.bias is not None)
+        if isinstance(m, AffineMoments):
+            inputs, outputs = tuple(m.scatter.shape), tuple(m.output.shape)
+            looked_up = layer.function.startswith("embedding")
+            cases, products = float(m.count) / examples, 0.0 if looked_up else 2.0 * inputs[0] * outputs[0]
+            size = replace(size, inputs=inputs, outputs=outputs, cases=cases, products=products)
+        elif isinstance(m, ScaleMoments):
+            size = replace(size, other=m.products.numel())
+        else:
+            size = replace(size, other=sum(v.numel() for v in m.values))
+        sizes.append(size)
+    return sizes
+
+
+def gpt2_small(length: int = 1024) -> list[Size]:
+    """GPT-2 small: 12 blocks of width 768, 50,257 tokens whose embedding is also the head (Radford et al. 2019)."""
+    d, tokens = 768, 50257
+    # Used twice for each token; as the head it multiplies.
+    tied = replace(Size.embedding("wte", tokens, d, 2 * length), products=1.0 * tokens * d)
+    sizes = [tied, Size.embedding("wpe", 1024, d, length), Size.scale("ln_f", d)]
+    for k in range(12):
+        shapes = [("attn.c_attn", d, 3 * d), ("attn.c_proj", d, d), ("mlp.c_fc", d, 4 * d), ("mlp.c_proj", 4 * d, d)]
+        sizes += [Size.affine(f"h.{k}.{name}", *shape, cases=length) for name, *shape in shapes]
+        sizes += [Size.scale(f"h.{k}.ln_{j}", d) for j in (1, 2)]
+    return sizes
+
+
+def llama_7b(length: int = 2048) -> list[Size]:
+    """LLaMA 7B: 32 blocks of width 4,096, 32,000 tokens (Touvron et al. 2023, arXiv:2302.13971)."""
+    d, hidden, tokens = 4096, 11008, 32000
+    head = Size.affine("head", d, tokens, bias=False, cases=length)
+    sizes = [Size.embedding("embedding", tokens, d, length), head, Size.scale("norm", d, shift=False)]
+    for k in range(32):
+        shapes = [*((n, d, d) for n in "qkvo"), ("gate", d, hidden), ("up", d, hidden), ("down", hidden, d)]
+        sizes += [Size.affine(f"{k}.{name}", *shape, bias=False, cases=length) for name, *shape in shapes]
+        sizes += [Size.scale(f"{k}.norm_{j}", d, shift=False) for j in (1, 2)]
+    return sizes
+
+
+MODELS = {"gpt2-small": gpt2_small, "llama-7b": llama_7b}
+"""By name, functions of the number of tokens of an example."""
