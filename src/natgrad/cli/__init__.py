@@ -72,7 +72,9 @@ def plan(
     machine: Annotated[
         Path | None, typer.Option(help="File of constants, as benchmarks/constants.py writes it; options override it.")
     ] = None,
-    given_step_size: Annotated[bool, typer.Option(help="Plan for lr and momentum that are numbers.")] = False,
+    given_step_size: Annotated[
+        bool, typer.Option("--given-step-size", help="Plan for lr and momentum that are numbers.")
+    ] = False,
 ) -> None:
     """Predict the time of a step and the memory on many devices, and which scheme to use there.
 
