@@ -73,7 +73,8 @@ def row(n: int, scheme: str, came: list[dict[str, Any]], arguments: argparse.Nam
     if scheme == "replicated":
         sent = moments + sum(s.inverse_sent(4) for s in own) / settings.inverses_every / n
     else:
-        sent = (moments + 2 * 4 * sum(s.parameters for s in own) / n) * (n - 1) / n
+        passes = 1 + 1 / settings.adapt_every  # directions that are brought into centered coordinates
+        sent = (moments + (2 + passes) * 4 * sum(s.parameters for s in own) / n) * (n - 1) / n
     sent *= n > 1
     held, peak, taken = (max(c[key] for c in came) for key in ("held", "peak", "seconds"))
     given = sum(c["sent"] for c in came) / n

@@ -106,7 +106,7 @@ class _Replay(TorchFunctionMode):
         h, h_dot = forward_ad.unpack_dual(input)
         W, W_dot = forward_ad.unpack_dual(weight)
         b_dot = None if bias is None else forward_ad.unpack_dual(bias).tangent
-        a_dot = None if W_dot is None else F.linear(h, W_dot, b_dot)
+        a_dot = None if W_dot is None else _along(h, W_dot, b_dot)
         if a_dot is None:
             a_dot = affine(h, None, b_dot, False)
         if h_dot is not None:
@@ -114,6 +114,14 @@ class _Replay(TorchFunctionMode):
             a_dot = through if a_dot is None else through.add_(a_dot)
         a = use.a.detach()
         return a if a_dot is None else forward_ad.make_dual(a, a_dot.expand_as(a))
+
+
+def _along(h: Tensor, W_dot: Tensor, b_dot: Tensor | None) -> Tensor:
+    """`Ẇ h + ḃ`, as `Ẇ (h − m) + (ḃ + Ẇ m)`: where products are computed in few digits, inputs far from zero would
+    leave none of them."""
+    m = h.mean(tuple(range(h.ndim - 1)))
+    c = torch.linalg.vecdot(W_dot, m)  # a product of matrices may be in few digits
+    return F.linear(h - m, W_dot, c if b_dot is None else c + b_dot)
 
 
 def _first(use: Use) -> Use:

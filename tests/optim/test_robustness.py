@@ -90,6 +90,33 @@ class TestRejection:
         assert torch.equal(flat(model), before)
         assert opt.diagnostics["damping"] == 4 * damping
 
+    def test_where_the_whole_step_would_raise_the_loss_a_part_of_it_is_taken(self, monkeypatch):
+        model, opt = made(adapt_every=1)
+        step(model, opt)
+        twin, other = copy.deepcopy(model), opt.state_dict()
+        again = natgrad.KFAC(twin, nn.CrossEntropyLoss(), adapt_every=1)
+        again.load_state_dict(copy.deepcopy(other))
+        before, damping = flat(model), opt.diagnostics["damping"]
+        values = iter([100.0, 50.0, 0.0])  # of the whole, of a quarter, of a sixteenth
+        with monkeypatch.context() as patched:
+            patched.setattr("natgrad.optim.batch.Objective.evaluate", lambda self: next(values))
+            step(model, opt)
+        step(twin, again)
+        assert opt.diagnostics["accepted"]
+        assert opt.diagnostics["shortened"] == 1 / 16
+        assert opt.diagnostics["faults"] == {"shortened": 1}
+        assert opt.diagnostics["damping"] == 4 * damping
+        assert torch.allclose(flat(model) - before, (flat(twin) - before) / 16, rtol=1e-6, atol=1e-12)
+
+    def test_a_given_step_size_is_not_shortened(self, monkeypatch):
+        model, opt = made(lr=0.1, momentum=0.0, adapt_every=1)
+        step(model, opt)
+        before = flat(model)
+        monkeypatch.setattr("natgrad.optim.batch.Objective.evaluate", lambda self: 100.0)
+        with pytest.warns(RuntimeWarning, match="would have risen"):
+            step(model, opt)
+        assert torch.equal(flat(model), before)
+
     def test_a_step_that_made_the_loss_infinite_is_taken_back(self):
         torch.manual_seed(0)
         model = net(D, 4, C, activation=nn.ReLU)

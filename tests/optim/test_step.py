@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import natgrad
+from natgrad.linalg import CenteredKronecker
 from oracles import close, f64, homogeneous, homogeneous_kron, net, randn
 
 N, D, C = 24, 5, 3
@@ -139,6 +140,38 @@ def test_the_centered_step_does_not_depend_on_a_shift_of_the_inputs(centered, st
     assert difference < 1e-9 if centered else difference > 1e-3
 
 
+def losses(model, shift, steps=12, **options):
+    """Of an all-adaptive run on `X + shift`, whose first layer begins as the one that undoes it."""
+    model = copy.deepcopy(model)
+    x = X.to(model[0].weight.dtype) + shift
+    with torch.no_grad():
+        model[0].bias -= model[0].weight.sum(1) * shift
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), estimator="exact", **options)
+    found = []
+    for _ in range(steps):
+        opt.zero_grad()
+        backward(opt, model, x, LABELS)
+        opt.step()
+        found.append(nn.functional.cross_entropy(model(x), LABELS).item())
+    return torch.tensor(found, dtype=f64)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@pytest.mark.parametrize("style", ["factored", "exact"])
+def test_nor_do_its_length_momentum_and_damping(structure, style):
+    model = model_of(D, 4, C)
+    here, there = (losses(model, s, structure=structure, damping_style=style) for s in (0.0, 10.0))
+    assert here[-1] < 0.7 * here[0]
+    assert torch.allclose(there, here, rtol=1e-6, atol=0)
+
+
+def test_nor_where_products_are_in_few_digits():
+    model = model_of(D, 4, C).float()
+    here, there = (losses(model, s, matmul_precision="medium") for s in (0.0, 300.0))
+    assert here[-1] < 0.7 * here[0]
+    assert torch.allclose(there, here, rtol=0.05, atol=0)
+
+
 def run(model, loss, options, batches, scale=1.0, steps=4):
     """The parameters after some steps, each on `batches`: `(x, y, weight)` to be accumulated."""
     model = copy.deepcopy(model)
@@ -187,19 +220,33 @@ def test_a_sum_over_outputs_steps_as_the_mean(loss):
     close(run(model, summed, ADAPTIVE, [(X, y, 1.0)]), mean)
 
 
+def damping_matrix(opt, damping):
+    """`λ Tᵀ T` with `T: (W, b) ↦ (W, b + W m)` for each layer: `λ I` in the coordinates that the step is damped in."""
+    blocks = []
+    for block in opt.curvature().blocks.values():
+        (rows, columns), _ = block.space.shapes
+        m = block.m if isinstance(block, CenteredKronecker) else torch.zeros(columns, dtype=f64)
+        T = torch.eye(rows * columns + rows, dtype=f64)
+        T[rows * columns :, : rows * columns] = torch.kron(torch.eye(rows, dtype=f64), m)
+        blocks.append(damping * T.mT @ T)
+    return torch.block_diag(*blocks)
+
+
+@pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_step_size_and_momentum_minimize_the_quadratic_model(weight_decay):
+def test_step_size_and_momentum_minimize_the_quadratic_model(weight_decay, centered):
     model, loss = model_of(D, 4, C), nn.CrossEntropyLoss()
-    opt = natgrad.KFAC(model, loss, weight_decay=weight_decay, **{**ADAPTIVE, "adapt_every": 1}, damping=0.05)
+    options = {**ADAPTIVE, "adapt_every": 1, "centered": centered}
+    opt = natgrad.KFAC(model, loss, weight_decay=weight_decay, damping=0.05, **options)
     previous = None
     for _ in range(3):
         before, direction_space = flat(model), []
         F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
-        F = F + (0.05 + weight_decay) * torch.eye(len(F), dtype=f64)
         g = torch.cat([v.flatten() for v in gradients(model, loss).values()]) + weight_decay * before
         opt.zero_grad()
         backward(opt, model, X, LABELS)
         opt.step()
+        F = F + damping_matrix(opt, 0.05) + weight_decay * torch.eye(len(F), dtype=f64)
         delta = flat(model) - before
         direction_space = [delta] if previous is None else [delta, previous]
         for d in direction_space:  # at the minimum over a plane the model's gradient is normal to it
@@ -214,10 +261,11 @@ def test_between_adaptations_the_length_alone_minimizes_it():
     ratios = []
     for step in range(6):
         before, g = flat(model), torch.cat([v.flatten() for v in gradients(model, loss).values()])
-        F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense() + 0.05 * torch.eye(len(before), dtype=f64)
+        F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
         opt.zero_grad()
         backward(opt, model, X, LABELS)
         opt.step()
+        F = F + damping_matrix(opt, 0.05)
         delta = flat(model) - before
         assert abs(delta @ (F @ delta + g)) < 1e-9
         if step:

@@ -132,7 +132,7 @@ def predict(layers: Sequence[Size], ranks: int, scheme: str, machine: Machine, s
             "parameters and gradients sent": max(0.0, m.spread(3 * parameters, ranks, 3) - 3 * hidden),
             "tangents sent": m.spread(2 * parameters, ranks, 2) * passes,
             "moments sent": m.spread(moments_sent, ranks, owners) / s.statistics_every,
-            "directions sent": m.spread(2 * most, ranks, 2 * owners),
+            "directions sent": m.spread(2 * most, ranks, 2 * owners) + m.spread(most, ranks, owners) * passes,
         }
         share = max(3 * parameters / ranks + sum(layer.held(size) for layer in its) for its in own)
         whole = 2.0 * size * max(layer.parameters for layer in layers) if ranks > 1 else 0.0

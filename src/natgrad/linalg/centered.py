@@ -90,6 +90,12 @@ class CenteredKronecker(Operator):
     def norm(self) -> Tensor:
         return self._centered.norm()
 
+    def coordinates(self, parts: Parts) -> Parts:
+        return self._centered.coordinates(parts)
+
+    def trace_in_coordinates(self) -> Tensor:
+        return self._centered.trace_in_coordinates()
+
     def _diagonal(self) -> Parts:
         return self._centered._diagonal()
 
@@ -120,9 +126,14 @@ class Centered(Operator):
         return f"{self.weight.describe()} and {self.bias.describe()}, centered"
 
     def _matmul(self, parts: Parts) -> Parts:
-        W, b = parts
-        (V,), (c,) = self.weight._matmul((W,)), self.bias._matmul((b + W @ self.m,))
+        W, c = self.coordinates(parts)
+        (V,), (c,) = self.weight._matmul((W,)), self.bias._matmul((c,))
         return V + c.unsqueeze(-1) * self.m, c
+
+    def coordinates(self, parts: Parts) -> Parts:
+        """`(W, b + W m)`."""
+        W, b = parts
+        return W, b + W @ self.m
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CenteredInverse:
         check_damping(damping, damping_style)
@@ -140,6 +151,9 @@ class Centered(Operator):
     def trace(self) -> Tensor:
         """`tr weight + (1 + ‖m‖²) tr bias`."""
         return self.weight.trace() + (1 + self.m @ self.m) * self.bias.trace()
+
+    def trace_in_coordinates(self) -> Tensor:
+        return self.weight.trace() + self.bias.trace()
 
     def norm(self) -> Tensor:
         """`‖·‖² = ‖weight‖² + 2 ⟨weight, m mᵀ ⊗ bias⟩ + (1 + ‖m‖²)² ‖bias‖²`."""
@@ -171,8 +185,7 @@ class CenteredInverse(Operator):
         self.dtype, self.device = weight.dtype, weight.device
 
     def _matmul(self, parts: Parts) -> Parts:
-        W, c = self.apart(parts)
-        return W, c - W @ self.m
+        return self.from_coordinates(self.apart(parts))
 
     def apart(self, parts: Parts) -> Parts:
         """`ΔW` and the change `Δb + ΔW m = bias(∇_b)` of the mean pre-activation, without the last step."""
@@ -180,6 +193,15 @@ class CenteredInverse(Operator):
         (W,) = self.weight._matmul((torch.addcmul(grad_W, grad_b.unsqueeze(-1), self.m, value=-1),))
         (c,) = self.bias._matmul((grad_b,))
         return W, c
+
+    def coordinates(self, parts: Parts) -> Parts:
+        """`(W, b + W m)`."""
+        W, b = parts
+        return W, b + W @ self.m
+
+    def from_coordinates(self, parts: Parts) -> Parts:
+        W, c = parts
+        return W, c - W @ self.m
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Centered:
         if damping != 0:

@@ -39,9 +39,14 @@ class CoordinateBlocks(Operator):
         return "2 x 2 for each coordinate, centered"
 
     def _matmul(self, parts: Parts) -> Parts:
-        w, c = parts
-        c = self.s * (c + self.m * w)
+        w, c = self.coordinates(parts)
+        c = self.s * c
         return self.v * w + self.m * c, c
+
+    def coordinates(self, parts: Parts) -> Parts:
+        """`(w, c + m w)`."""
+        w, c = parts
+        return w, c + self.m * w
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CoordinateInverse:
         """`T⁻¹ diag(v + λ, s + λ)⁻¹ T⁻ᵀ`."""
@@ -60,6 +65,9 @@ class CoordinateBlocks(Operator):
 
     def trace(self) -> Tensor:
         return (self.v + (1 + self.m.square()) * self.s).sum()
+
+    def trace_in_coordinates(self) -> Tensor:
+        return self.v.sum() + self.s.sum()
 
     def norm(self) -> Tensor:
         ww, wc = self.v + self.m.square() * self.s, self.m * self.s
@@ -90,13 +98,21 @@ class CoordinateInverse(Operator):
         self.dtype, self.device = scale.dtype, scale.device
 
     def _matmul(self, parts: Parts) -> Parts:
-        w, c = self.apart(parts)
-        return w, c - self.m * w
+        return self.from_coordinates(self.apart(parts))
 
     def apart(self, parts: Parts) -> Parts:
         """`Δw` and the change `Δc + m Δw` of the mean output, without the last step."""
         w, c = parts
         return self.v * (w - self.m * c), self.s * c
+
+    def coordinates(self, parts: Parts) -> Parts:
+        """`(w, c + m w)`."""
+        w, c = parts
+        return w, c + self.m * w
+
+    def from_coordinates(self, parts: Parts) -> Parts:
+        w, c = parts
+        return w, c - self.m * w
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CoordinateBlocks:
         if damping != 0:

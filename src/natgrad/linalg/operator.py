@@ -66,6 +66,22 @@ class Operator(ABC):
         """`L z` for standard normal `z`, where `L Lᵀ = (M + damping I)⁻¹`."""
         raise self._cannot("sample")
 
+    def coordinates(self, parts: Parts) -> Parts:
+        """A vector in the coordinates whose identity `damping` multiplies: its own, where no other are damped."""
+        return parts
+
+    def from_coordinates(self, parts: Parts) -> Parts:
+        """Undoes `coordinates`."""
+        return parts
+
+    def trace_in_coordinates(self) -> Tensor:
+        """The trace there, `tr(T⁻ᵀ M T⁻¹)`: what a damping is large or small against."""
+        return self.trace()
+
+    def apart(self, parts: Parts) -> Parts:
+        """`coordinates(M v)`, which an inverse has before `M v` itself."""
+        return self.coordinates(self._matmul(parts))
+
     def _scaled(self, factor: float) -> Operator:
         """`factor M`, of the same structure where that is possible."""
         from natgrad.linalg.combination import Scaled

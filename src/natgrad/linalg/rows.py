@@ -42,6 +42,9 @@ class Rows(Operator):
     def trace(self) -> Tensor:
         return torch.stack([op.trace() for op in self.parts]).sum()
 
+    def trace_in_coordinates(self) -> Tensor:
+        return torch.stack([op.trace_in_coordinates() for op in self.parts]).sum()
+
     def norm(self) -> Tensor:
         return torch.stack([op.norm() for op in self.parts]).norm()
 
@@ -55,8 +58,13 @@ class Rows(Operator):
         return Rows([op._scaled(factor) for op in self.parts])
 
     def apart(self, parts: Parts) -> Parts:
-        """Each part's own `apart`, or its product where it has none."""
-        return self._each(lambda op, p: getattr(op, "apart", op._matmul)(p), parts)
+        return self._each(lambda op, p: op.apart(p), parts)
+
+    def coordinates(self, parts: Parts) -> Parts:
+        return self._each(lambda op, p: op.coordinates(p), parts)
+
+    def from_coordinates(self, parts: Parts) -> Parts:
+        return self._each(lambda op, p: op.from_coordinates(p), parts)
 
     def _each(self, apply: Callable[[Operator, Parts], Parts], parts: Parts) -> Parts:
         axes = [len(shape) for shape in self.space.shapes]

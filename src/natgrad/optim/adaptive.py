@@ -28,6 +28,9 @@ from natgrad.optim.precision import check_precision
 from natgrad.optim.quadratic import Minimum, minimize
 from natgrad.optim.vectors import Vector, combine, copied, dot, finite, gram
 
+BACKTRACKING = (0.25, 0.0625, 0.015625)
+"""The shares of a step that are tried where the whole of it would raise the loss."""
+
 
 class Adaptive(Following):
     """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`, everything adaptive by default:
@@ -152,9 +155,9 @@ class Adaptive(Following):
                 v[n] = state["momentum_buffer"]
         return v
 
-    def _model_damping(self, damping: float) -> float:
-        """The damping in the quadratic model."""
-        return damping
+    def _damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
+        """What the damping adds to the quadratic model: this rank's share of `λ d_iᵀ d_j`."""
+        return damping * gram(directions)
 
     # When ----------------------------------------------------------------------------------------------
 
@@ -322,13 +325,17 @@ class Adaptive(Following):
         before = self._snapshot() if measured else {}
         step.take(self._values)
         if measured:
-            after = objective.evaluate() + self._penalty(decay)
+            after = self._loss_now(objective, decay)
             if not after <= loss + self._tolerated_rise * abs(loss):
                 self._return_to(before)
-                return f"the loss would have risen from {loss:.4g} to {after:.4g}"
-            ratio = (after - loss) / change if change else 0.0
-            self._damping = self._rule.adapt(damping, ratio, self._scale())
-            self.diagnostics |= {"reduction_ratio": ratio, "loss_after": after}
+                shorter = None if self._is_fixed() else self._backtrack(objective, step, decay, loss, before)
+                if shorter is None:
+                    return f"the loss would have risen from {loss:.4g} to {after:.4g}"
+                step = shorter
+            else:
+                ratio = (after - loss) / change if change else 0.0
+                self._damping = self._rule.adapt(damping, ratio, self._scale())
+                self.diagnostics |= {"reduction_ratio": ratio, "loss_after": after}
         self._rejections = 0
         self.diagnostics["damping"] = self._damping
         for n, d in step.delta.items():
@@ -337,6 +344,31 @@ class Adaptive(Following):
             own = self._values
             averaging.take_in({n: own[n] for n in step.direction}, self._state_of, self.average)
         return None
+
+    def _backtrack(self, objective: Objective, step: Step, decay: Decay, loss: float, before: Vector) -> Step | None:
+        """The step at the first of some shorter lengths at which the loss does not rise, taken; None: at none of them.
+
+        Where few outputs have any curvature left, as those of one example that is wrong and sure of it among many that
+        are right, the direction is good and the length of the quadratic model is not. Damping alone falls again before
+        the example comes back, would leave it as it is for ever.
+        """
+        for share in BACKTRACKING:
+            shorter = step.shortened(share)
+            shorter.take(self._values)
+            after = self._loss_now(objective, decay)
+            if after <= loss:
+                self._faults["shortened"] += 1
+                self._damping = self._rule.after_rejection(self._damping or 0.0, 1)
+                self.diagnostics |= {"shortened": share, "loss_after": after}
+                self._combination = None
+                self._expire()
+                return shorter
+            self._return_to(before)
+        return None
+
+    def _loss_now(self, objective: Objective, decay: Decay) -> float:
+        """The objective on the pending batches at the parameters as they are."""
+        return objective.evaluate() + self._penalty(decay)
 
     def averaged(self) -> AbstractContextManager[None]:
         """A context within which the model has the averages of its parameters: for evaluation, and to save them.
@@ -457,7 +489,7 @@ class Adaptive(Following):
         fixed: dict[int, float],
     ) -> Minimum | None:
         F = objective.products(directions)
-        Q = self._model_damping(damping) * gram(directions) + decay.gram(directions)
+        Q = self._damped_gram(directions, damping) + decay.gram(directions)
         slope = torch.tensor([dot(g, d) for d in directions], dtype=torch.float64)
         numbers = torch.tensor(self._total([*Q.flatten().tolist(), *slope.tolist()]), dtype=Q.dtype)
         Q, slope = F + numbers[: Q.numel()].view_as(F), numbers[Q.numel() :]
@@ -507,7 +539,7 @@ class Adaptive(Following):
             if step is None:
                 return math.inf
             step.take(self._values)
-            after = objective.evaluate() + self._penalty(decay)
+            after = self._loss_now(objective, decay)
             self._return_to(before)
             return after if math.isfinite(after) else math.inf
 

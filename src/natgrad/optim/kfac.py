@@ -32,8 +32,9 @@ from natgrad.optim.ladder import Ladder
 from natgrad.optim.orthogonal import adam, nesterov, orthogonal_directions, take_in_squares
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
+from natgrad.optim.precision import matmul_precision as precision_of_products
 from natgrad.optim.running import RUNNING, Statistics
-from natgrad.optim.vectors import Vector
+from natgrad.optim.vectors import Vector, gram
 from natgrad.options import check_choice, check_max_dim, check_number
 
 ENOUGH = 250
@@ -93,11 +94,13 @@ class KFAC(Adaptive):
         bases_every: steps between new bases of `"ekfac"`. None: 100.
         adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`.
         damping_decay: the least factor per step by which the damping may fall.
-        damping_floor: the damping falls no further than this share of the mean of the curvature's diagonal.
+        damping_floor: the damping falls no further than this share of the mean of the curvature's diagonal. None: 0.3 of
+            that in centered coordinates, else 0.03, as the means of the inputs count in it.
         decay: the weight of the past in the moving average of the moments, each time they are updated.
         max_dim: factors of more rows than this are kept as their diagonals.
-        matmul_precision: of the quadratic model's float32 products, as in `torch.set_float32_matmul_precision`: step
-            sizes need few digits. None: as torch is set.
+        matmul_precision: of the float32 products of the direction and of the quadratic model, as in
+            `torch.set_float32_matmul_precision`: a direction from sampled factors, and the length of a step, need few
+            digits. None: as torch is set.
         output: how the loss's input is made of what the model returns, say `lambda r: r.logits.transpose(1, 2)`;
             needed where that is neither one of the tensors returned nor a view of one.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
@@ -154,7 +157,7 @@ class KFAC(Adaptive):
         bases_every: int | None = None,
         adapt_every: int = 8,
         damping_decay: float = 0.8,
-        damping_floor: float = 0.03,
+        damping_floor: float | None = None,
         decay: float = 0.8,
         max_dim: int = MAX_DIM,
         matmul_precision: str | None = "medium",
@@ -190,6 +193,8 @@ class KFAC(Adaptive):
             raise ValueError(f"damping_decay={damping_decay} is not usable: expected a number in (0, 1]")
         if statistics_share is not None and not 0 < statistics_share <= 1:
             raise ValueError(f"statistics_share={statistics_share} is not usable: expected a number in (0, 1], or None")
+        if damping_floor is None:
+            damping_floor = 0.3 if centered and structure in ("kfac", "ekfac") else 0.03
         check_number("damping_floor", damping_floor)
         check_max_dim(max_dim)
         self._relative = damping is None and one_sided
@@ -397,8 +402,24 @@ class KFAC(Adaptive):
         if lost:
             self._spoiled, self._inverse = True, None
 
-    def _model_damping(self, damping: float) -> float:
-        return 0.0 if self.structure == "input" else damping  # there it is in units of the inputs
+    def _damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
+        """Of the coordinates that the inverse is damped in, so that a step's length, too, does not depend on a shift of
+        a layer's inputs."""
+        if self.structure == "input":  # there the damping is in units of the inputs
+            return torch.zeros(len(directions), len(directions), dtype=torch.float64)
+        return damping * gram([self._in_coordinates(d) for d in directions])
+
+    def _in_coordinates(self, d: Vector) -> Vector:
+        usable = {names for names in self._usable(d) if len(names) > 1}
+        blocks = [b for b in (self._inverse or {}).values() if b.names in usable and not b.operator.damps_parameters]
+        if self._place.shards is not None and self.centered:
+            owners = {n: rank for names, rank in self._owners.items() if names in usable for n in names}
+            blocks = [block for block in blocks if self._owners[block.names] == self._shards.rank]
+            whole = self._shards.gathered(d, owners, {n: self._parameters[n].shape for n in owners})
+            d = {n: t for n, t in d.items() if n not in owners} | whole
+        for block in blocks:
+            d = d | block.named(block.operator.coordinates(block.parts(d)))
+        return d
 
     # Direction -----------------------------------------------------------------------------------------
 
@@ -442,12 +463,13 @@ class KFAC(Adaptive):
         """The directions of whole layers; `rest` are those of their parts that have no factor, where that is so."""
         simple = self.bias_update == "simple"
         if self.orthogonalize:
-            return orthogonal_directions(v, rest, blocks, simple=simple)
+            return orthogonal_directions(v, rest, blocks, simple=simple, precision=self.matmul_precision)
         out: Vector = {}
         for block in blocks:
-            op, parts = block.operator, block.parts(v)
-            apart = simple and hasattr(op, "apart")
-            out |= block.named(op.apart(parts) if apart else op._matmul(parts))  # type: ignore[attr-defined]
+            with precision_of_products(self.matmul_precision):
+                parts = block.operator.apart(block.parts(v))
+            # The mean pre-activation moves as it should in all digits: with inputs far from zero, there are few left.
+            out |= block.named(parts if simple else block.operator.from_coordinates(parts))
         return out
 
     def _by_owner(self, shards: Shards, owners: dict[str, int], blocks: list[Block], v: Vector, rest: Vector) -> Vector:
@@ -492,7 +514,7 @@ class KFAC(Adaptive):
             return 1.0  # the damping is relative
         operators = [block.operator for block in self._own_blocks().values()]
         # fsum: whatever the order of the layers, which a checkpoint need not keep.
-        traces = torch.stack([op.trace() for op in operators]).tolist() if operators else []
+        traces = torch.stack([op.trace_in_coordinates() for op in operators]).tolist() if operators else []
         sums = [math.fsum(traces), float(sum(op.space.size for op in operators))]
         trace, size = self._total(sums) if self._is_spread else sums
         return trace / size

@@ -35,6 +35,11 @@ class Step:
                 torch._foreach_mul_(own, part.shrink)
             torch._foreach_add_(own, [self.direction[n] for n in part.names], alpha=part.factor)
 
+    def shortened(self, share: float) -> Step:
+        """A part of the way there."""
+        parts = [Part(part.names, share * part.factor, 1 - share * (1 - part.shrink)) for part in self.parts]
+        return Step(self.direction, parts)
+
     @cached_property
     def delta(self) -> Vector:
         """What is added to the parameters, apart from their shrinking."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from natgrad.linalg import Block, Operator, Rows
 from natgrad.linalg.centered import CenteredInverse
 from natgrad.linalg.space import Parts
+from natgrad.optim.precision import matmul_precision
 from natgrad.optim.vectors import Vector
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -105,17 +106,20 @@ def nesterov(v: Vector, g: Vector, groups: Iterable[tuple[dict[str, Any], list[s
     return out
 
 
-def orthogonal_directions(v: Vector, rest: Vector, blocks: Sequence[Block], *, simple: bool) -> Vector:
+def orthogonal_directions(
+    v: Vector, rest: Vector, blocks: Sequence[Block], *, simple: bool, precision: str | None
+) -> Vector:
     """The orthogonalized `v C⁻¹` of the blocks' weights; `rest` has the direction of what else is in them, in centered
     blocks as the change of the mean pre-activation `b + W m` (with `simple`, of `b`)."""
     matrices: list[Tensor] = []
 
     def collect(op: Operator, parts: Parts) -> Parts:
-        matrices.append(op.apart(parts)[0] if isinstance(op, CenteredInverse) else op._matmul(parts)[0])
+        matrices.append(op.apart(parts)[0])
         return parts
 
-    for block in blocks:
-        _through(block.operator, block.parts(v), collect)
+    with matmul_precision(precision):
+        for block in blocks:
+            _through(block.operator, block.parts(v), collect)
     found = iter(orthogonalized(matrices))
 
     def replace(op: Operator, parts: Parts) -> Parts:
