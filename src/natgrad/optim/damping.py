@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 CEILING = 10.0
 
@@ -59,3 +59,21 @@ def calibrate(scale: float, loss_after: Callable[[float], float]) -> float:
 
 def _grid(scale: float) -> Iterator[float]:
     return (scale * 10.0**k for k in range(3, -7, -1))
+
+
+def weighted_median(values: Iterable[tuple[float, float]]) -> float:
+    """Of pairs of a value and its weight, the least value that has half of the weight at or below it.
+
+    Example:
+        >>> weighted_median([(5.0, 1.0), (1.0, 1.0), (2.0, 1.0)])
+        2.0
+        >>> weighted_median([(1e9, 4.0), (2.0, 5.0)])
+        2.0
+    """
+    ordered = sorted(values)
+    half, below = sum(weight for _, weight in ordered) / 2, 0.0
+    for value, weight in ordered:
+        below += weight
+        if below >= half:
+            return value
+    raise ValueError("there is no median of no values")

@@ -25,7 +25,7 @@ from natgrad.linalg.state import dump, restore
 from natgrad.moments import MAX_DIM, SHARING, AffineMoments
 from natgrad.optim.adaptive import Adaptive
 from natgrad.optim.batch import Batch, Objective
-from natgrad.optim.damping import LevenbergMarquardt
+from natgrad.optim.damping import LevenbergMarquardt, weighted_median
 from natgrad.optim.decay import Decay
 from natgrad.optim.interval import Interval
 from natgrad.optim.ladder import Ladder
@@ -94,8 +94,9 @@ class KFAC(Adaptive):
         bases_every: steps between new bases of `"ekfac"`. None: 100.
         adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`.
         damping_decay: the least factor per step by which the damping may fall.
-        damping_floor: the damping falls no further than this share of the mean of the curvature's diagonal. None: 0.3 of
-            that in centered coordinates, else 0.03, as the means of the inputs count in it.
+        damping_floor: the damping falls no further than this share of the curvature's diagonal: of its mean in a layer,
+            the median over the parameters. None: 0.3 of that in centered coordinates, else 0.03, as the means of the
+            inputs count in it.
         decay: the weight of the past in the moving average of the moments, each time they are updated.
         max_dim: factors of more rows than this are kept as their diagonals.
         matmul_precision: of the float32 products of the direction and of the quadratic model, as in
@@ -513,11 +514,11 @@ class KFAC(Adaptive):
         if not self._running.reads_gradients:
             return 1.0  # the damping is relative
         operators = [block.operator for block in self._own_blocks().values()]
-        # fsum: whatever the order of the layers, which a checkpoint need not keep.
         traces = torch.stack([op.trace_in_coordinates() for op in operators]).tolist() if operators else []
-        sums = [math.fsum(traces), float(sum(op.space.size for op in operators))]
-        trace, size = self._total(sums) if self._is_spread else sums
-        return trace / size
+        means = [(trace / op.space.size, op.space.size) for trace, op in zip(traces, operators, strict=True)]
+        if self._is_spread:
+            means = [mean for own in self._shards.world.gather(means, "the traces of the curvature") for mean in own]
+        return weighted_median(means)
 
     # Saving --------------------------------------------------------------------------------------------
 
