@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
+from torch.nn.parallel import DistributedDataParallel
 
 from natgrad.capture import Recorder
-from natgrad.distributed.placement import placed, refuse_ranks
+from natgrad.distributed.placement import placed, placed_within, refuse_ranks
 from natgrad.losses import ESTIMATORS, output_curvature
 from natgrad.optim.batch import Batch, Forward, full_precision
 from natgrad.optim.output import Way
@@ -50,6 +51,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         check_choice("estimator", estimator, ESTIMATORS)
         self._place = placed(model)
         self.model, self._world = self._place.model, self._place.world
+        self._around = model if isinstance(model, DistributedDataParallel) else None
         if not self._for_many_ranks:
             refuse_ranks(type(self).__name__, self._place)
         self._output, self.estimator = output, estimator
@@ -59,9 +61,22 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         Joinable.__init__(self)
         self._generator = generator or torch.Generator(self._device).manual_seed(torch.initial_seed())
         self._pending: list[Batch] = []
-        self._watch = Watch(self.model, self._parameters, wrapper=None if model is self.model else model)
+        wrapper = None if model is self.model else model
+        self._watch = Watch(self.model, self._parameters, wrapper=wrapper, within=self._see_ranks)
         self._watch.see_more(self._place.follow)
         self._first_mass: float | None = None  # of the first batch, on all ranks
+
+    def _see_ranks(self, around: DistributedDataParallel) -> None:
+        """Joins the ranks of a `DistributedDataParallel` that the model turns out to be in: made after the optimizer, or
+        of a module that the model is a part of."""
+        if around is self._around or self._place.shards is not None:
+            return
+        place = placed_within(around, self.model)
+        if not self._for_many_ranks:
+            refuse_ranks(type(self).__name__, place)
+        self._place, self._world, self._around = place, place.world, around
+        if around.module is self.model and self._watch is not None:
+            self._watch.see_wrapper(around)
 
     # What a subclass supplies --------------------------------------------------------------------------
 
