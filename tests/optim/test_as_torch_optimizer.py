@@ -223,12 +223,41 @@ class TestGradScaler:
         scaler.step(opt)
         scaler.update()
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-        assert "overflowed" in opt.diagnostics["reason"]
         assert scaler.get_scale() < 2.0**10
         assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
         step(model, opt)
         assert opt.diagnostics["accepted"]
         assert opt.diagnostics["damping"] <= damping
+
+    @pytest.mark.parametrize("options", [{}, FIXED], ids=["adaptive", "fixed"])
+    def test_the_skipped_batch_is_forgotten_with_its_gradients_whoever_sets_them_to_none(self, options):
+        model, twin = model_of(D, 8, C), model_of(D, 8, C)
+        opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), estimator="exact", **options)
+        bare = natgrad.KFAC(twin, nn.CrossEntropyLoss(), estimator="exact", **options)
+        scaler = self.scaler()
+        for i in range(4):
+            scaler.scale(opt.loss(model(X if i != 1 else 1e3 * X), LABELS)).backward()
+            if i == 1:
+                model[0].weight.grad[0, 0] = math.inf
+            scaler.step(opt)
+            scaler.update()
+            model.zero_grad()
+            if i != 1:
+                step(twin, bare)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            close(p, q)
+
+
+def test_a_closure_that_makes_no_loss_makes_no_step():
+    model = model_of(D, 8, C)
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+    step(model, opt)
+    before, steps = copy.deepcopy(model.state_dict()), opt.diagnostics["step"]
+    opt.zero_grad()
+    assert opt.step(lambda: None) is None
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    step(model, opt)
+    assert opt.diagnostics["step"] == steps + 1
 
 
 class TestKlBound:

@@ -26,6 +26,7 @@ from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.precision import check_precision
 from natgrad.optim.quadratic import Minimum, minimize
+from natgrad.optim.scaler import scale_taken_out
 from natgrad.optim.vectors import Vector, combine, copied, dot, finite, gram
 
 
@@ -203,17 +204,13 @@ class Adaptive(Following):
             pending = [b for b in pending if b.scale is not None]
         gradients = {n: self._place.local(p.grad) for n, p in self._parameters.items() if p.grad is not None}
         Join.notify_join_context(self)
+        if closure is not None and value is None and self._world.size == 1 and not (pending or gradients):
+            return None  # a closure that found nothing to do, as where Lightning's training_step returns None
         if self._world.size == 1 and not (pending and gradients):
             raise RuntimeError(
                 "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
             )
         self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "damping": self._damping}
-        if self._overflowed():
-            self.diagnostics |= {
-                "accepted": False,
-                "reason": "the scaled gradients overflowed, as their GradScaler found",
-            }
-            return value
         assert self._watch is not None
         with self._watch.suspended(), torch.autocast(self._device.type, enabled=False):
             fault = self._step(pending, gradients)
@@ -229,8 +226,7 @@ class Adaptive(Following):
         objective = Objective(self._place, self._curvature, pending, self.matmul_precision)
         if objective.idle:
             gradients = self._from_others(gradients)
-        amplified, still = self._scaler()
-        objective.scale /= amplified
+        objective.scale /= scale_taken_out()
         fault = objective.fault
         if fault is not None:
             undone = not math.isfinite(objective.loss) and self._undo_last(objective)
@@ -239,7 +235,7 @@ class Adaptive(Following):
             return f"the loss was scaled by {objective.scale} before backward"
         self._take_in(objective, gradients)
         decay = self._decay(objective.scale)
-        g = self._gradient(gradients, objective.scale * (amplified if still else 1.0), decay)
+        g = self._gradient(gradients, objective.scale, decay)
         (square,) = self._total([dot(g, g)])
         if not (math.isfinite(square) or self._finite(g)):
             return "the gradient is not finite"

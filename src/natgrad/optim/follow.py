@@ -17,7 +17,6 @@ from natgrad.losses import ESTIMATORS, output_curvature
 from natgrad.optim.batch import Batch, Forward, full_precision
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups, as_group, check_alike, parameter_groups
-from natgrad.optim.scaler import scaler_in_charge
 from natgrad.optim.watch import Watch
 from natgrad.options import check_choice, check_number
 
@@ -28,8 +27,6 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
 
     _for_many_ranks = False
     """Whether what is taken from a rank's batches is summed over the ranks."""
-    _step_supports_amp_scaling = True
-    """A `GradScaler` leaves the gradients to the step, which knows their scale."""
 
     def __init__(
         self,
@@ -163,6 +160,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         """
         assert self._watch is not None
         forward = self._watch.take()
+        self._forget_dropped()
         if forward is None:
             raise RuntimeError(
                 "opt.loss follows a forward of the model in training mode with gradients enabled, and there was "
@@ -249,6 +247,12 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
             self._first_mass = first
         return mass * self._world.size / self._first_mass
 
+    def _forget_dropped(self) -> None:
+        """Forgets batches whose gradients are gone without `zero_grad`: by `model.zero_grad()`, after a step that a
+        `GradScaler` skipped. Shards keep those of microbatches elsewhere."""
+        if self._pending and not self._place.shards and all(p.grad is None for p in self._parameters.values()):
+            self._pending = [b for b in self._pending if b.scale is None]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them the batches whose backward is in them."""
         self._pending = [b for b in self._pending if b.scale is None]
@@ -268,18 +272,6 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
     @property
     def join_process_group(self) -> Any:
         return self._world.group
-
-    def _overflowed(self) -> bool:
-        """Whether a `GradScaler` calls, and has found gradients that are not finite."""
-        found = getattr(self, "found_inf", None)
-        return found is not None and bool(found)
-
-    def _scaler(self) -> tuple[float, bool]:
-        """By how much a `GradScaler` that calls has scaled the loss, and whether the gradients still are."""
-        if getattr(self, "found_inf", None) is None:
-            return 1.0, False
-        scale = getattr(self, "grad_scale", None)
-        return (scaler_in_charge().get_scale(), False) if scale is None else (float(scale), True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Raises TypeError: a copy would not be attached to any model."""
