@@ -56,7 +56,8 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         self._watch: Watch | None = None
         torch.optim.Optimizer.__init__(self, parameter_groups(self.model, params), defaults)
         Joinable.__init__(self)
-        self._generator = generator or torch.Generator(self._device).manual_seed(torch.initial_seed())
+        self._given_generator = generator
+        self._own_generator = torch.Generator(self._device).manual_seed(torch.initial_seed())
         self._pending: list[Batch] = []
         wrapper = None if model is self.model else model
         self._watch = Watch(self.model, self._parameters, wrapper=wrapper, within=self._see_ranks)
@@ -64,8 +65,8 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         self._first_mass: float | None = None  # of the first batch, on all ranks
 
     def _see_ranks(self, around: DistributedDataParallel) -> None:
-        """Joins the ranks of a `DistributedDataParallel` that the model turns out to be in: made after the optimizer, or
-        of a module that the model is a part of."""
+        """Joins the ranks of a `DistributedDataParallel` that the model turns out to be in: one made after the
+        optimizer, or of a module that the model is a part of."""
         if around is self._around or self._place.shards is not None:
             return
         place = placed_within(around, self.model)
@@ -126,6 +127,15 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
     @property
     def _device(self) -> torch.device:
         return next(iter(self._parameters.values())).device
+
+    @property
+    def _generator(self) -> torch.Generator:
+        """The source of random labels: the user's, or one on the device to which the model may have been moved."""
+        if self._given_generator is not None:
+            return self._given_generator
+        if self._own_generator.device != self._device:
+            self._own_generator = torch.Generator(self._device).manual_seed(self._own_generator.initial_seed())
+        return self._own_generator
 
     @property
     def _values(self) -> dict[str, Tensor]:

@@ -124,9 +124,7 @@ class PRONG(torch.optim.Optimizer):
         self._steps = 0
         self._moments: dict[Layer, AffineMoments] = {}
         self._whitenings: dict[Layer, Whitening] = {}
-        self._watch: Watch | None = Watch(
-            model, self._parameters, beyond_evaluation=True, within=self._refuse_ranks
-        )
+        self._watch: Watch | None = Watch(model, self._parameters, beyond_evaluation=True, within=self._refuse_ranks)
 
     def _refuse_ranks(self, around: DistributedDataParallel) -> None:
         refuse_ranks(type(self).__name__, placed(around))
