@@ -25,8 +25,8 @@ def texts(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, 
     """The words of `opt.diagnostics` by flat names: why a step was rejected, which layers have diagonal factors.
 
     Example:
-        >>> texts({"reason": "the loss is not finite", "diagonal_factors": {"head": "B 50257 (diagonal)"}})
-        {'natgrad/reason': 'the loss is not finite', 'natgrad/diagonal_factors/head': 'B 50257 (diagonal)'}
+        >>> texts({"reason": "the loss is not finite", "diagonal_factors": {"head": ("output",)}})
+        {'natgrad/reason': 'the loss is not finite', 'natgrad/diagonal_factors/head': 'output'}
     """
     words = {name: ", ".join(v) if _is_list(v) else v for name, v in _flat(diagnostics, prefix)}
     return {name: value for name, value in words.items() if isinstance(value, str) and value}

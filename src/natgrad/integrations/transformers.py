@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from natgrad.integrations.diagnostics import scalars
@@ -80,8 +81,9 @@ class Trainer(transformers.Trainer):
                 f"n_gpu={self.args.n_gpu} in one process is DataParallel, whose copies of the model are not followed; "
                 "start one process for each by torchrun"
             )
-        # So that it counts the labels of all microbatches, and leaves it to `compute_loss` to divide by them.
-        self.model_accepts_loss_kwargs = True
+        # Whether it counts the labels of all microbatches, and leaves it to `compute_loss` to divide by them.
+        self.model_accepts_loss_kwargs = read is None
+        self._loss_shifts_labels = self._is_causal()  # and the first of a row is none of them
 
     def compute_loss(
         self,
@@ -93,22 +95,23 @@ class Trainer(transformers.Trainer):
         """`opt.loss` in training, the loss itself in evaluation; with a share of all microbatches' labels."""
         if "labels" not in inputs:
             raise ValueError(f"the batch has {', '.join(inputs)} and no labels; let the collator make them")
+        if isinstance(model, DistributedDataParallel):
+            self.following._see_ranks(model)  # before its first forward, whose output it copies
         outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
         output, target = self._read(outputs, inputs["labels"])
-        if model.training and torch.is_grad_enabled():
-            loss = self.following.loss(output, target)
-        else:
-            loss = self.following._curvature.loss(output, target)
-        if num_items_in_batch is not None:
-            loss = loss * self._share(output, target, num_items_in_batch)
+        trains = model.training and torch.is_grad_enabled()
+        curvature = self.following._curvature
+        loss = self.following.loss(output, target) if trains else curvature.loss(output, target)
+        if num_items_in_batch is not None and (trains or not curvature.is_mean):
+            loss = loss * self._share(output, target, float(num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
 
-    def _share(self, output: Tensor, target: Tensor, items: Tensor | int) -> Any:
+    def _share(self, output: Tensor, target: Tensor, items: float) -> Any:
         """The factor by which microbatches and ranks add up to the mean over their labels."""
         curvature, ranks = self.following._curvature, self.following._world.size
-        if not curvature.is_mean:
+        if not curvature.is_mean:  # torch averages over the ranks
             return (ranks if self.args.average_tokens_across_devices else 1) / items
-        if ranks > 1:  # where the optimizer counts cases itself
+        if ranks > 1:  # the optimizer counts the cases itself
             return 1 / self.current_gradient_accumulation_steps
         return curvature.normalizer(output.detach(), target) / items
 

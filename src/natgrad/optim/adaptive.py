@@ -538,7 +538,7 @@ class Adaptive(Following):
             "rejections": self._rejections,
             "faults": dict(self._faults),
             "loss_before": self._loss_before,
-            "first_mass": self._first_mass,
+            "first_mass": self._first_mass[0] if self._first_mass else None,
             "generator": self._generator.get_state(),
         }
         whole, params = super().state_dict(), self._by_index()
@@ -579,7 +579,7 @@ class Adaptive(Following):
         saved = copied(saved, self._device)
         self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
         self._rejections, self._loss_before = saved["rejections"], saved["loss_before"]
-        self._first_mass = saved["first_mass"]
+        self._first_mass = [] if saved["first_mass"] is None else [saved["first_mass"]]
         self._faults = Counter(saved["faults"])
         self._generator.set_state(saved["generator"].cpu())
         self._load_own_state(saved)

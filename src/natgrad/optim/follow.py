@@ -23,7 +23,11 @@ from natgrad.options import check_choice, check_number
 
 class Following(torch.optim.Optimizer, Joinable, ABC):
     """Between a forward of the model and the step: `loss` takes what the model returned, keeps what the step will need,
-    and notes by which factor the user's backward weighs it."""
+    and notes by which factor the user's backward weighs it.
+
+    What is noted is changed in place: Lightning's wrapper has the optimizer's class for one of its own, so that these
+    methods may have the wrapper for `self`, where what is assigned would stay.
+    """
 
     _for_many_ranks = False
     """Whether what is taken from a rank's batches is summed over the ranks."""
@@ -62,7 +66,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         wrapper = None if model is self.model else model
         self._watch = Watch(self.model, self._parameters, wrapper=wrapper, within=self._see_ranks)
         self._watch.see_more(self._place.follow)
-        self._first_mass: float | None = None  # of the first batch, on all ranks
+        self._first_mass: list[float] = []  # of the first batch, on all ranks; empty before
 
     def _see_ranks(self, around: DistributedDataParallel) -> None:
         """Joins the ranks of a `DistributedDataParallel` that the model turns out to be in: one made after the
@@ -113,7 +117,8 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
             self.param_groups.pop()
             raise
         own = {id(p) for group in self.param_groups for p in group["params"]}
-        self._parameters = {n: p for n, p in self.model.named_parameters() if id(p) in own}
+        self._parameters.clear()
+        self._parameters.update((n, p) for n, p in self.model.named_parameters() if id(p) in own)
         if self._watch is not None:
             self._watch.follow(self._parameters)
 
@@ -164,7 +169,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         Backward from it, scaled or summed over microbatches as you like, then call `step`.
 
         Raises:
-            RuntimeError: if no forward in training mode with gradients enabled came before.
+            RuntimeError: if no forward in training mode with gradients enabled came before, or it has not returned.
             ValueError: if output and target do not fit the loss, or the batch is empty (on all of several ranks).
             NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
         """
@@ -176,6 +181,12 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
                 "opt.loss follows a forward of the model in training mode with gradients enabled, and there was "
                 "none since the last opt.loss; call model.train() and model(x) first, and for evaluation the "
                 "loss module itself"
+            )
+        if forward.returned is None:
+            raise RuntimeError(
+                "opt.loss was called before the model's forward had returned; where a training step is a part of that, "
+                "as Lightning's is under DistributedDataParallel, make the optimizer for the module that the output is "
+                f"of: {type(self).__name__}(self.net, ...)"
             )
         output, way = self._read(output, forward)
         with torch.autocast(output.device.type, enabled=False):
@@ -250,22 +261,26 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
     def _weight(self, mass: float) -> float:
         """What the gradient of a rank's mean is multiplied by, so that the average over the ranks is in proportion to
         the mean over all cases: the rank's cases over what a rank had in the first batch."""
-        if self._first_mass is None:
+        if not self._first_mass:
             (first,) = self._world.numbers([mass], "the size of the first batch")
             if not first > 0:
                 raise ValueError("the first batch has no cases on any rank; skip empty batches")
-            self._first_mass = first
-        return mass * self._world.size / self._first_mass
+            self._first_mass.append(first)
+        return mass * self._world.size / self._first_mass[0]
 
     def _forget_dropped(self) -> None:
         """Forgets batches whose gradients are gone without `zero_grad`: by `model.zero_grad()`, after a step that a
         `GradScaler` skipped. Shards keep those of microbatches elsewhere."""
         if self._pending and not self._place.shards and all(p.grad is None for p in self._parameters.values()):
-            self._pending = [b for b in self._pending if b.scale is None]
+            self._forget_seen()
+
+    def _forget_seen(self) -> None:
+        """Forgets batches that a backward has come through."""
+        self._pending[:] = [b for b in self._pending if b.scale is None]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them the batches whose backward is in them."""
-        self._pending = [b for b in self._pending if b.scale is None]
+        self._forget_seen()
         super().zero_grad(set_to_none)
 
     # Ranks that have run out of data ---------------------------------------------------------------------
