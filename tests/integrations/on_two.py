@@ -5,11 +5,11 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from loops import BATCH, OPTIONS, data, loader, network, weights
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import natgrad
-from loops import BATCH, OPTIONS, data, loader, network, weights
 
 EXACT = {"estimator": "exact", "statistics_share": 1.0, "matmul_precision": "highest"}
 
@@ -68,10 +68,10 @@ def transformers(options, folder):
     return weights(model)
 
 
-def serve(rank, port, folder, outbox):
+def serve(rank, folder, outbox):
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0",
-        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
     }  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

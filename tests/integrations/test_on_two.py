@@ -13,7 +13,7 @@ def came(tmp_path_factory):
     """What each rank's weights came to, by integration and options."""
     context, folder = mp.get_context("spawn"), str(tmp_path_factory.mktemp("two"))
     outbox = context.Queue()
-    processes = [context.Process(target=on_two.serve, args=(r, 29531, folder, outbox), daemon=True) for r in range(2)]
+    processes = [context.Process(target=on_two.serve, args=(r, folder, outbox), daemon=True) for r in range(2)]
     for process in processes:
         process.start()
     found, ended = {}, 0

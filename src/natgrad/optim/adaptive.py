@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 
 from natgrad.linalg.operator import check_damping
-from natgrad.optim import averaging
+from natgrad.optim import averaging, shown
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
 from natgrad.optim.decay import Decay
@@ -156,6 +156,22 @@ class Adaptive(Following):
     def _model_damping(self, damping: float) -> float:
         """The damping in the quadratic model."""
         return damping
+
+    # How it is shown -----------------------------------------------------------------------------------
+
+    def _chosen(self) -> dict[str, Any]:
+        """What kind of curvature was chosen."""
+        return {}
+
+    def _layers_known(self) -> list[str]:
+        """The layers that the curvature has blocks of, as far as they are known."""
+        return []
+
+    def __repr__(self) -> str:
+        return shown.line(self)
+
+    def _repr_html_(self) -> str:
+        return shown.html(self)
 
     # When ----------------------------------------------------------------------------------------------
 
