@@ -260,6 +260,21 @@ def test_a_closure_that_makes_no_loss_makes_no_step():
     assert opt.diagnostics["step"] == steps + 1
 
 
+def test_a_loss_within_the_models_own_forward_says_for_what_to_make_the_optimizer():
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model_of(D, C)
+
+        def forward(self, opt):
+            return opt.loss(self.net(X), LABELS)
+
+    step = Step()
+    with pytest.raises(RuntimeError, match=r"before the model's forward had returned.*: KFAC\(self\.net, \.\.\.\)"):
+        step(natgrad.KFAC(step, nn.CrossEntropyLoss()))
+    assert step(natgrad.KFAC(step.net, nn.CrossEntropyLoss())).requires_grad
+
+
 class TestKlBound:
     @pytest.mark.parametrize("options", [{}, {"lr": 1.0, "momentum": 0.0, "damping": 1e-8}], ids=["adaptive", "fixed"])
     def test_the_predicted_divergence_stays_within(self, options):
