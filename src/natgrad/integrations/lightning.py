@@ -42,6 +42,10 @@ class LogDiagnostics(pl.Callback):
         self._seen: dict[int, int] = {}
         self._writers: dict[tuple[int, int], DiagnosticsWriter] = {}
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen.clear()
+        self._writers.clear()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
