@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any, NamedTuple
 
+from natgrad.notebook import table
+
 
 class Condition(NamedTuple):
     """The largest over the smallest eigenvalue; infinite where the matrix is singular to rounding."""
@@ -75,6 +77,10 @@ class ResidualReport(Mapping[str, LayerResidual]):
 
     def __repr__(self) -> str:
         return self.table()
+
+    def _repr_html_(self) -> str:
+        note = f"{len(self)} layers, shaded by ‖R‖/‖G‖"
+        return table("R = G − A ⊗ B", note, COLUMNS, self.rows(), bars=(1, [r.relative for r in self.values()]))
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table's rows under `COLUMNS`, as words; a dash for what does not exist."""

@@ -125,6 +125,45 @@ def trained_in(group: Any, options: dict[str, Any], steps: int, how: dict[str, A
     return trained(group, options, steps, **how)
 
 
+class TrainingStep(nn.Module):
+    """A module whose forward is a whole training step, as Lightning's are in `DistributedDataParallel`."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, opt: Any, x: Tensor, y: Tensor) -> Tensor:
+        return opt.loss(self.model(x), y)
+
+
+def trained_within(group: Any, how: str, options: dict[str, Any], steps: int) -> dict[str, Tensor]:
+    """The weights where the optimizer is made before `DistributedDataParallel`, as Accelerate has it (`"late"`), or for
+    a part of what is in it (`"part"`)."""
+    model = network()
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), **options)
+    whole = DistributedDataParallel(model if how == "late" else TrainingStep(model), process_group=group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    for step in range(steps):
+        x, y = batch(step)
+        own = share_of(len(x), rank, size, True)
+        loss = opt.loss(whole(x[own]), y[own]) if how == "late" else whole(opt, x[own], y[own])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def refused_within(group: Any, kind: str) -> str:
+    """The error of an optimizer that is not for several ranks, and was made before there were."""
+    model = network()
+    opt = natgrad.PRONG(model, lr=0.1) if kind == "PRONG" else natgrad.NaturalGradient(model, nn.CrossEntropyLoss())
+    try:
+        DistributedDataParallel(model, process_group=group)(batch(0)[0])
+    except NotImplementedError as error:
+        return str(error)
+    return f"{opt} was not refused"
+
+
 def refused(group: Any, kind: str) -> str:
     """The error of an optimizer that is not for several ranks."""
     model = DistributedDataParallel(network(), process_group=group)

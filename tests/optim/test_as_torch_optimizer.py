@@ -223,12 +223,56 @@ class TestGradScaler:
         scaler.step(opt)
         scaler.update()
         assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-        assert "overflowed" in opt.diagnostics["reason"]
         assert scaler.get_scale() < 2.0**10
         assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
         step(model, opt)
         assert opt.diagnostics["accepted"]
         assert opt.diagnostics["damping"] <= damping
+
+    @pytest.mark.parametrize("options", [{}, FIXED], ids=["adaptive", "fixed"])
+    def test_the_skipped_batch_is_forgotten_with_its_gradients_whoever_sets_them_to_none(self, options):
+        model, twin = model_of(D, 8, C), model_of(D, 8, C)
+        opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), estimator="exact", **options)
+        bare = natgrad.KFAC(twin, nn.CrossEntropyLoss(), estimator="exact", **options)
+        scaler = self.scaler()
+        for i in range(4):
+            scaler.scale(opt.loss(model(X if i != 1 else 1e3 * X), LABELS)).backward()
+            if i == 1:
+                model[0].weight.grad[0, 0] = math.inf
+            scaler.step(opt)
+            scaler.update()
+            model.zero_grad()
+            if i != 1:
+                step(twin, bare)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            close(p, q)
+
+
+def test_a_closure_that_makes_no_loss_makes_no_step():
+    model = model_of(D, 8, C)
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+    step(model, opt)
+    before, steps = copy.deepcopy(model.state_dict()), opt.diagnostics["step"]
+    opt.zero_grad()
+    assert opt.step(lambda: None) is None
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    step(model, opt)
+    assert opt.diagnostics["step"] == steps + 1
+
+
+def test_a_loss_within_the_models_own_forward_says_for_what_to_make_the_optimizer():
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model_of(D, C)
+
+        def forward(self, opt):
+            return opt.loss(self.net(X), LABELS)
+
+    step = Step()
+    with pytest.raises(RuntimeError, match=r"before the model's forward had returned.*: KFAC\(self\.net, \.\.\.\)"):
+        step(natgrad.KFAC(step, nn.CrossEntropyLoss()))
+    assert step(natgrad.KFAC(step.net, nn.CrossEntropyLoss())).requires_grad
 
 
 class TestKlBound:

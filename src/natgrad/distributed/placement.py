@@ -211,6 +211,12 @@ def placed(model: nn.Module) -> Whole:
     return Sharded(model, world, Shards(World(mesh.get_group(1), device), World(mesh.get_group(0), device)))
 
 
+def placed_within(around: DistributedDataParallel, model: nn.Module) -> Whole:
+    """Where the parameters are of a model that is a part of what is in `DistributedDataParallel`."""
+    device = next((p.device for p in model.parameters()), CPU)
+    return Whole(model, World(around.process_group, device))
+
+
 def unwrapped(model: nn.Module) -> tuple[nn.Module, World]:
     """The module within `DistributedDataParallel`, and the ranks it is on; any other module, alone.
 

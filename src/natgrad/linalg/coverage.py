@@ -9,6 +9,7 @@ from typing import Any
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.state import nbytes
+from natgrad.notebook import table as table_html
 
 HEADINGS = ("parameter", "shape", "use", "structure", "memory")
 
@@ -43,20 +44,49 @@ class Coverage:
 
     def table(self) -> str:
         """A line for each parameter; a block's memory stands with its first parameter. The last line has the sum."""
-        lines, seen = [HEADINGS], set[str]()
-        for row in self.rows:
-            memory = "" if row.layer in seen else _size(row.bytes)
-            seen.add(row.layer)
-            shape = " x ".join(map(str, row.shape)) or "scalar"
-            lines.append((row.parameter, shape, row.use, row.structure, memory))
-        total = sum({row.layer: row.bytes for row in self.rows}.values())
-        lines.append(("all", "", "", "", _size(total)))
+        lines = [HEADINGS, *self._lines(), ("all", "", "", "", _size(self._total()))]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
         )
 
+    def _lines(self) -> list[tuple[str, ...]]:
+        lines: list[tuple[str, ...]] = []
+        seen = set[str]()
+        for row in self.rows:
+            memory = "" if row.layer in seen else _size(row.bytes)
+            seen.add(row.layer)
+            shape = " x ".join(map(str, row.shape)) or "scalar"
+            lines.append((row.parameter, shape, row.use, row.structure, memory))
+        return lines
+
+    def _total(self) -> int:
+        return sum({row.layer: row.bytes for row in self.rows}.values())
+
     __repr__ = table
+
+    def _repr_html_(self) -> str:
+        note = f"{len(self.rows):,} parameters in {len({row.layer for row in self.rows}):,} blocks"
+        last = ("all", "", "", "", _size(self._total()))
+        return table_html("Coverage", note, HEADINGS, self._lines(), words=(0, 1, 2, 3), last=last)
+
+
+def operator_html(operator: Operator) -> str:
+    """A matrix for notebooks: each block of one with blocks, else a line."""
+    note = f"{operator.space.size:,} rows, {str(operator.dtype).removeprefix('torch.')}, on {operator.device}"
+    if not isinstance(operator, BlockDiagonal):
+        held = nbytes(operator)
+        row = (operator.describe(), ", ".join(operator.space.names or ()) or "–", _size(held) if held else "–")
+        return table_html(operator._label(), note, ("structure", "parameters", "memory"), [row], words=(0, 1))
+    sizes = [nbytes(block.operator) for block in operator.layers.values()]
+    rows = [
+        (name, block.function, f"{block.operator.space.size:,}", block.operator.describe(), _size(size))
+        for (name, block), size in zip(operator.layers.items(), sizes, strict=True)
+    ]
+    headings = ("layer", "use", "rows", "structure", "memory")
+    last = ("all", "", f"{operator.space.size:,}", "", _size(sum(sizes)))
+    bars = 4, [size / max(1, *sizes) for size in sizes]
+    return table_html(operator._label(), note, headings, rows, words=(0, 1, 3), bars=bars, last=last)
 
 
 def coverage_of(operator: Operator) -> Coverage:

@@ -267,6 +267,11 @@ class Operator(ABC):
             f"'kfac'{estimate}"
         )
 
+    def _repr_html_(self) -> str:
+        from natgrad.linalg.coverage import operator_html
+
+        return operator_html(self)
+
     def __repr__(self) -> str:
         return f"{self._label()}(size={self.space.size}, dtype={self.dtype})"
 

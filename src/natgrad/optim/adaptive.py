@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 
 from natgrad.linalg.operator import check_damping
-from natgrad.optim import averaging
+from natgrad.optim import averaging, shown
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
 from natgrad.optim.decay import Decay
@@ -26,6 +26,7 @@ from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.precision import check_precision
 from natgrad.optim.quadratic import Minimum, minimize
+from natgrad.optim.scaler import scale_taken_out
 from natgrad.optim.vectors import Vector, combine, copied, dot, finite, gram
 
 BACKTRACKING = (0.25, 0.0625, 0.015625)
@@ -159,6 +160,22 @@ class Adaptive(Following):
         """What the damping adds to the quadratic model: this rank's share of `λ d_iᵀ d_j`."""
         return damping * gram(directions)
 
+    # How it is shown -----------------------------------------------------------------------------------
+
+    def _chosen(self) -> dict[str, Any]:
+        """What kind of curvature was chosen."""
+        return {}
+
+    def _layers_known(self) -> list[str]:
+        """The layers that the curvature has blocks of, as far as they are known."""
+        return []
+
+    def __repr__(self) -> str:
+        return shown.line(self)
+
+    def _repr_html_(self) -> str:
+        return shown.html(self)
+
     # When ----------------------------------------------------------------------------------------------
 
     def _is_fixed(self) -> bool:
@@ -206,17 +223,13 @@ class Adaptive(Following):
             pending = [b for b in pending if b.scale is not None]
         gradients = {n: self._place.local(p.grad) for n, p in self._parameters.items() if p.grad is not None}
         Join.notify_join_context(self)
+        if closure is not None and value is None and self._world.size == 1 and not (pending or gradients):
+            return None  # a closure that found nothing to do, as where Lightning's training_step returns None
         if self._world.size == 1 and not (pending and gradients):
             raise RuntimeError(
                 "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
             )
         self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "damping": self._damping}
-        if self._overflowed():
-            self.diagnostics |= {
-                "accepted": False,
-                "reason": "the scaled gradients overflowed, as their GradScaler found",
-            }
-            return value
         assert self._watch is not None
         with self._watch.suspended(), torch.autocast(self._device.type, enabled=False):
             fault = self._step(pending, gradients)
@@ -232,8 +245,7 @@ class Adaptive(Following):
         objective = Objective(self._place, self._curvature, pending, self.matmul_precision)
         if objective.idle:
             gradients = self._from_others(gradients)
-        amplified, still = self._scaler()
-        objective.scale /= amplified
+        objective.scale /= scale_taken_out()
         fault = objective.fault
         if fault is not None:
             undone = not math.isfinite(objective.loss) and self._undo_last(objective)
@@ -242,7 +254,7 @@ class Adaptive(Following):
             return f"the loss was scaled by {objective.scale} before backward"
         self._take_in(objective, gradients)
         decay = self._decay(objective.scale)
-        g = self._gradient(gradients, objective.scale * (amplified if still else 1.0), decay)
+        g = self._gradient(gradients, objective.scale, decay)
         (square,) = self._total([dot(g, g)])
         if not (math.isfinite(square) or self._finite(g)):
             return "the gradient is not finite"
@@ -574,7 +586,7 @@ class Adaptive(Following):
             "rejections": self._rejections,
             "faults": dict(self._faults),
             "loss_before": self._loss_before,
-            "first_mass": self._first_mass,
+            "first_mass": self._first_mass[0] if self._first_mass else None,
             "generator": self._generator.get_state(),
         }
         whole, params = super().state_dict(), self._by_index()
@@ -615,7 +627,7 @@ class Adaptive(Following):
         saved = copied(saved, self._device)
         self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
         self._rejections, self._loss_before = saved["rejections"], saved["loss_before"]
-        self._first_mass = saved["first_mass"]
+        self._first_mass = [] if saved["first_mass"] is None else [saved["first_mass"]]
         self._faults = Counter(saved["faults"])
         self._generator.set_state(saved["generator"].cpu())
         self._load_own_state(saved)

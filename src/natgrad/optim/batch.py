@@ -70,6 +70,9 @@ class Batch:
         assert self.way is not None
         precision = self.forward.autocast
         device = self.target.device.type
+        # A model may turn autocast on within its forward, as Accelerate has it; what that keeps of the parameters would
+        # outlast the steps that are tried here.
+        torch.clear_autocast_cache()
         with (
             self.forward.rng.restored(),
             torch.autocast(device, precision, enabled=precision is not None, cache_enabled=False),

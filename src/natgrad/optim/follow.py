@@ -9,26 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
+from torch.nn.parallel import DistributedDataParallel
 
 from natgrad.capture import Recorder
-from natgrad.distributed.placement import placed, refuse_ranks
+from natgrad.distributed.placement import placed, placed_within, refuse_ranks
 from natgrad.losses import ESTIMATORS, output_curvature
 from natgrad.optim.batch import Batch, Forward, full_precision
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups, as_group, check_alike, parameter_groups
-from natgrad.optim.scaler import scaler_in_charge
 from natgrad.optim.watch import Watch
 from natgrad.options import check_choice, check_number
 
 
 class Following(torch.optim.Optimizer, Joinable, ABC):
     """Between a forward of the model and the step: `loss` takes what the model returned, keeps what the step will need,
-    and notes by which factor the user's backward weighs it."""
+    and notes by which factor the user's backward weighs it.
+
+    What is noted is changed in place: Lightning's wrapper has the optimizer's class for one of its own, so that these
+    methods may have the wrapper for `self`, where what is assigned would stay.
+    """
 
     _for_many_ranks = False
     """Whether what is taken from a rank's batches is summed over the ranks."""
-    _step_supports_amp_scaling = True
-    """A `GradScaler` leaves the gradients to the step, which knows their scale."""
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         check_choice("estimator", estimator, ESTIMATORS)
         self._place = placed(model)
         self.model, self._world = self._place.model, self._place.world
+        self._around = model if isinstance(model, DistributedDataParallel) else None
         if not self._for_many_ranks:
             refuse_ranks(type(self).__name__, self._place)
         self._output, self.estimator = output, estimator
@@ -57,11 +60,25 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         self._watch: Watch | None = None
         torch.optim.Optimizer.__init__(self, parameter_groups(self.model, params), defaults)
         Joinable.__init__(self)
-        self._generator = generator or torch.Generator(self._device).manual_seed(torch.initial_seed())
+        self._given_generator = generator
+        self._own_generator = torch.Generator(self._device).manual_seed(torch.initial_seed())
         self._pending: list[Batch] = []
-        self._watch = Watch(self.model, self._parameters, wrapper=None if model is self.model else model)
+        wrapper = None if model is self.model else model
+        self._watch = Watch(self.model, self._parameters, wrapper=wrapper, within=self._see_ranks)
         self._watch.see_more(self._place.follow)
-        self._first_mass: float | None = None  # of the first batch, on all ranks
+        self._first_mass: list[float] = []  # of the first batch, on all ranks; empty before
+
+    def _see_ranks(self, around: DistributedDataParallel) -> None:
+        """Joins the ranks of a `DistributedDataParallel` that the model turns out to be in: one made after the
+        optimizer, or of a module that the model is a part of."""
+        if around is self._around or self._place.shards is not None:
+            return
+        place = placed_within(around, self.model)
+        if not self._for_many_ranks:
+            refuse_ranks(type(self).__name__, place)
+        self._place, self._world, self._around = place, place.world, around
+        if around.module is self.model and self._watch is not None:
+            self._watch.see_wrapper(around)
 
     # What a subclass supplies --------------------------------------------------------------------------
 
@@ -100,7 +117,8 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
             self.param_groups.pop()
             raise
         own = {id(p) for group in self.param_groups for p in group["params"]}
-        self._parameters = {n: p for n, p in self.model.named_parameters() if id(p) in own}
+        self._parameters.clear()
+        self._parameters.update((n, p) for n, p in self.model.named_parameters() if id(p) in own)
         if self._watch is not None:
             self._watch.follow(self._parameters)
 
@@ -114,6 +132,15 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
     @property
     def _device(self) -> torch.device:
         return next(iter(self._parameters.values())).device
+
+    @property
+    def _generator(self) -> torch.Generator:
+        """The source of random labels: the user's, or one on the device to which the model may have been moved."""
+        if self._given_generator is not None:
+            return self._given_generator
+        if self._own_generator.device != self._device:
+            self._own_generator = torch.Generator(self._device).manual_seed(self._own_generator.initial_seed())
+        return self._own_generator
 
     @property
     def _values(self) -> dict[str, Tensor]:
@@ -142,17 +169,24 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         Backward from it, scaled or summed over microbatches as you like, then call `step`.
 
         Raises:
-            RuntimeError: if no forward in training mode with gradients enabled came before.
+            RuntimeError: if no forward in training mode with gradients enabled came before, or it has not returned.
             ValueError: if output and target do not fit the loss, or the batch is empty (on all of several ranks).
             NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
         """
         assert self._watch is not None
         forward = self._watch.take()
+        self._forget_dropped()
         if forward is None:
             raise RuntimeError(
                 "opt.loss follows a forward of the model in training mode with gradients enabled, and there was "
                 "none since the last opt.loss; call model.train() and model(x) first, and for evaluation the "
                 "loss module itself"
+            )
+        if forward.returned is None:
+            raise RuntimeError(
+                "opt.loss was called before the model's forward had returned; where a training step is a part of that, "
+                "as Lightning's is under DistributedDataParallel, make the optimizer for the module that the output is "
+                f"of: {type(self).__name__}(self.net, ...)"
             )
         output, way = self._read(output, forward)
         with torch.autocast(output.device.type, enabled=False):
@@ -227,16 +261,26 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
     def _weight(self, mass: float) -> float:
         """What the gradient of a rank's mean is multiplied by, so that the average over the ranks is in proportion to
         the mean over all cases: the rank's cases over what a rank had in the first batch."""
-        if self._first_mass is None:
+        if not self._first_mass:
             (first,) = self._world.numbers([mass], "the size of the first batch")
             if not first > 0:
                 raise ValueError("the first batch has no cases on any rank; skip empty batches")
-            self._first_mass = first
-        return mass * self._world.size / self._first_mass
+            self._first_mass.append(first)
+        return mass * self._world.size / self._first_mass[0]
+
+    def _forget_dropped(self) -> None:
+        """Forgets batches whose gradients are gone without `zero_grad`: by `model.zero_grad()`, after a step that a
+        `GradScaler` skipped. Shards keep those of microbatches elsewhere."""
+        if self._pending and not self._place.shards and all(p.grad is None for p in self._parameters.values()):
+            self._forget_seen()
+
+    def _forget_seen(self) -> None:
+        """Forgets batches that a backward has come through."""
+        self._pending[:] = [b for b in self._pending if b.scale is None]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, and with them the batches whose backward is in them."""
-        self._pending = [b for b in self._pending if b.scale is None]
+        self._forget_seen()
         super().zero_grad(set_to_none)
 
     # Ranks that have run out of data ---------------------------------------------------------------------
@@ -253,18 +297,6 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
     @property
     def join_process_group(self) -> Any:
         return self._world.group
-
-    def _overflowed(self) -> bool:
-        """Whether a `GradScaler` calls, and has found gradients that are not finite."""
-        found = getattr(self, "found_inf", None)
-        return found is not None and bool(found)
-
-    def _scaler(self) -> tuple[float, bool]:
-        """By how much a `GradScaler` that calls has scaled the loss, and whether the gradients still are."""
-        if getattr(self, "found_inf", None) is None:
-            return 1.0, False
-        scale = getattr(self, "grad_scale", None)
-        return (scaler_in_charge().get_scale(), False) if scale is None else (float(scale), True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Raises TypeError: a copy would not be attached to any model."""

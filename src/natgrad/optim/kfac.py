@@ -237,6 +237,12 @@ class KFAC(Adaptive):
         self._last_statistics: int | None = None  # at which step
         self._spoiled = False  # some averages were lost, and new ones are wanted at once
 
+    def _chosen(self) -> dict[str, Any]:
+        return {"structure": self.structure} | ({} if self.centered else {"centered": False})
+
+    def _layers_known(self) -> list[str]:
+        return [layer.label for layer in self._running.layers]
+
     # Statistics ----------------------------------------------------------------------------------------
 
     def _statistics_due(self) -> bool:

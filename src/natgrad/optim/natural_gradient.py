@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -143,6 +145,9 @@ class NaturalGradient(Adaptive):
         self._rule = LevenbergMarquardt(damping_decay, eps * self._size())
         self._matrix: Joint | ByProducts | None = None
         self._inverse: Operator | None = None
+
+    def _chosen(self) -> dict[str, Any]:
+        return {} if self.solver is None else {"solver": self.solver}
 
     def _size(self) -> int:
         return sum(p.numel() for p in self._parameters.values() if p.requires_grad)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from natgrad.capture import Recorder
 from natgrad.cases import Layer, layers_of, read_inputs
@@ -123,7 +124,10 @@ class PRONG(torch.optim.Optimizer):
         self._steps = 0
         self._moments: dict[Layer, AffineMoments] = {}
         self._whitenings: dict[Layer, Whitening] = {}
-        self._watch: Watch | None = Watch(model, self._parameters, beyond_evaluation=True)
+        self._watch: Watch | None = Watch(model, self._parameters, beyond_evaluation=True, within=self._refuse_ranks)
+
+    def _refuse_ranks(self, around: DistributedDataParallel) -> None:
+        refuse_ranks(type(self).__name__, placed(around))
 
     def remove(self) -> None:
         """Lets go of the model: afterwards it has no hook of this optimizer, and `step` raises RuntimeError.

@@ -1,4 +1,4 @@
-"""Which GradScaler is at work."""
+"""The factor by which a GradScaler has scaled the loss, and which it has taken out of the gradients."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from types import FrameType
 from torch.amp import GradScaler
 
 
-def scaler_in_charge() -> GradScaler:
-    """The scaler whose `step` has called the optimizer's.
+def scale_taken_out() -> float:
+    """The scale of the `GradScaler` whose `step` has called the optimizer's; 1 if there is none.
 
-    It tells the optimizer whether gradients were unscaled by hand (`unscale_`, to clip them), not by how much; the
-    scale is found on the scaler itself, further up the stack.
-
-    Raises:
-        RuntimeError: if there is none.
+    It calls a step as if nothing had been scaled, so that it is found up the stack. Optimizers may also ask for scaled
+    gradients (`_step_supports_amp_scaling`), but then Lightning refuses to clip these.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        scaler = frame.f_locals.get("self")
+        scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
         if isinstance(scaler, GradScaler):
-            return scaler
+            return scaler.get_scale()
         frame = frame.f_back
-    raise RuntimeError("found_inf was set on the optimizer, but no GradScaler has called step; call scaler.step(opt)")
+    return 1.0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from natgrad.capture import Recorder, Tap
@@ -23,8 +24,9 @@ class Watch:
 
     While `recording`, the uses of the parameters in it are kept too. Forwards of the model inside of its own
     forward belong to the outermost. A forward in evaluation puts an end to what is kept, but where it is to be kept
-    `beyond_evaluation`. A `wrapper` whose forward is the model's may return it in other tensors. Nothing keeps the
-    optimizer alive, and a copy of the model is not watched.
+    `beyond_evaluation`. A `wrapper` whose forward is the model's may return it in other tensors. `within`, a method, is
+    called in a forward that is part of that of a `DistributedDataParallel`. Nothing keeps the optimizer alive, and a
+    copy of the model is not watched.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Watch:
         *,
         beyond_evaluation: bool = False,
         wrapper: nn.Module | None = None,
+        within: Callable[[DistributedDataParallel], None] | None = None,
     ):
         self.recording, self._beyond_evaluation = True, beyond_evaluation
         self._model, self._parameters = weakref.ref(model), dict(parameters)
@@ -42,6 +45,7 @@ class Watch:
         self._depth = 0
         self._outermost: FrameType | None = None
         self._suspended = False
+        self._within = None if within is None else weakref.WeakMethod(within)
         me = weakref.ref(self)
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -54,15 +58,20 @@ class Watch:
             if watch is not None and module is watch._model():
                 watch._after(output)
 
+        self._handles = [weakref.finalize(self, handle.remove) for handle in Tap(before, after).attach(model)]
+        if wrapper is not None:
+            self.see_wrapper(wrapper)
+
+    def see_wrapper(self, wrapper: nn.Module) -> None:
+        """Takes for what is returned what `wrapper`, whose forward is the model's, makes of it."""
+        me = weakref.ref(self)
+
         def wrapped(module: nn.Module, args: Any, output: Any) -> None:
             watch = me()
             if watch is not None and not watch._suspended and watch._forward is not None and output is not None:
                 watch._forward.returned = Returned(output)
 
-        handles = Tap(before, after).attach(model)
-        if wrapper is not None:
-            handles.append(wrapper.register_forward_hook(wrapped))
-        self._handles = [weakref.finalize(self, handle.remove) for handle in handles]
+        self._handles.append(weakref.finalize(self, wrapper.register_forward_hook(wrapped).remove))
 
     def see_more(self, follow: Callable[[Callable[[dict[str, Tensor]], None]], list[Any]]) -> None:
         """Records the uses of the tensors, too, that stand for the parameters during a forward: `follow` attaches
@@ -124,6 +133,10 @@ class Watch:
             self._forward = None
         if not trains:
             return
+        # torch's own note of whose forward is running, for its compiler.
+        around = DistributedDataParallel._active_ddp_module
+        if around is not None and self._within is not None and (within := self._within()) is not None:
+            within(around)
         device = next(iter(self._parameters.values())).device
         lowered = torch.is_autocast_enabled(device.type)
         precision = torch.get_autocast_dtype(device.type) if lowered else None

@@ -1,0 +1,90 @@
+"""`opt.diagnostics` for loggers: numbers by name, and words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def scalars(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, float]:
+    """The numbers of `opt.diagnostics` by flat names, for `wandb.log` and whatever else takes a dictionary.
+
+    Truth values are 0 and 1, nested dictionaries give names with slashes. What is None or in words is left out: `texts`
+    has the words. `step` is left out too, as loggers have their own.
+
+    Example:
+        >>> scalars({"step": 3, "accepted": True, "reason": "", "damping": 0.5, "faults": {"rejected": 2}})
+        {'natgrad/accepted': 1.0, 'natgrad/damping': 0.5, 'natgrad/faults/rejected': 2.0}
+    """
+    return {name: float(value) for name, value in _flat(diagnostics, prefix) if _is_number(value)}
+
+
+def texts(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, str]:
+    """The words of `opt.diagnostics` by flat names: why a step was rejected, which layers have diagonal factors.
+
+    Example:
+        >>> texts({"reason": "the loss is not finite", "diagonal_factors": {"head": ("output",)}})
+        {'natgrad/reason': 'the loss is not finite', 'natgrad/diagonal_factors/head': 'output'}
+    """
+    words = {name: ", ".join(v) if _is_list(v) else v for name, v in _flat(diagnostics, prefix)}
+    return {name: value for name, value in words.items() if isinstance(value, str) and value}
+
+
+class DiagnosticsWriter:
+    """Writes `opt.diagnostics` to TensorBoard, or to any writer that has `add_scalar(name, value, step)`.
+
+    Words go to the writer's `add_text`, if it has one, where they have changed.
+
+    Args:
+        writer: say a `torch.utils.tensorboard.SummaryWriter`.
+        prefix: what the names begin with.
+
+    Raises:
+        TypeError: if the writer has no `add_scalar`.
+
+    Example:
+        >>> class Printer:
+        ...     def add_scalar(self, name, value, step):
+        ...         print(step, name, value)
+        >>> DiagnosticsWriter(Printer()).write({"step": 3, "loss": 0.25})
+        3 natgrad/loss 0.25
+    """
+
+    def __init__(self, writer: Any, prefix: str = "natgrad"):
+        if not hasattr(writer, "add_scalar"):
+            raise TypeError(
+                f"writer is a {type(writer).__name__} without add_scalar; expected a SummaryWriter, or log "
+                "natgrad.integrations.scalars(opt.diagnostics), a dictionary, in your logger's own way"
+            )
+        self.writer, self.prefix = writer, prefix
+        self._said: dict[str, str] = {}
+
+    def write(self, diagnostics: Mapping[str, Any], step: int | None = None) -> None:
+        """Writes those of one step. Without `step` it is the optimizer's own count."""
+        step = diagnostics.get("step") if step is None else step
+        for name, value in scalars(diagnostics, self.prefix).items():
+            self.writer.add_scalar(name, value, step)
+        said = texts(diagnostics, self.prefix)
+        if hasattr(self.writer, "add_text"):
+            for name, text in said.items():
+                if self._said.get(name) != text:
+                    self.writer.add_text(name, text, step)
+        self._said = said
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}/{key}")
+        elif key != "step":
+            yield f"{prefix}/{key}", value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
