@@ -78,7 +78,7 @@ def test_many_vectors_at_once(make, lead, d_out, d_in, seed):
 
 def test_leading_axes_that_differ():
     op = centered(2, 3, 0).op
-    with pytest.raises(ValueError, match=r"part 1 has shape \(4, 2\), expected \(5, 2\).*leading axes \(5,\) of part 0"):
+    with pytest.raises(ValueError, match=r"part 1 .* \(4, 2\), expected \(5, 2\).*leading axes \(5,\) of part 0"):
         op @ (torch.zeros(5, 2, 3, dtype=f64), torch.zeros(4, 2, dtype=f64))
 
 
@@ -117,6 +117,16 @@ def test_diagonal(make, d_out, d_in, seed):
     diagonal = case.op.diagonal()
     assert type(diagonal) is type(vector(case)[1])
     close(flatten(diagonal), case.dense.diagonal(), TOL)
+
+
+@every_operator
+@given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
+def test_the_diagonal_of_the_inverse(make, d_out, d_in, seed, damping):
+    """The variances of single parameters."""
+    case = make(d_out, d_in, seed)
+    inverse, expected = case.op.inverse(damping), torch.linalg.inv(case.damped(damping))
+    close(flatten(inverse.diagonal()), expected.diagonal(), TOL)
+    close(inverse.trace(), expected.trace(), TOL)
 
 
 def matrix_power(M, exponent):

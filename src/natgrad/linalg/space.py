@@ -99,9 +99,10 @@ class Space:
             raise ValueError(f"{context}: got {len(parts)} tensors, expected {self.describe()}")
         lead = tuple(parts[0].shape[: max(0, parts[0].ndim - len(self.shapes[0]))])
         for label, part, shape in zip(labels, parts, self.shapes, strict=True):
-            if tuple(part.shape) != (*lead, *shape):
+            expected = (*lead, *shape)
+            if tuple(part.shape) != expected:
                 raise ValueError(
-                    f"{context}: {label} has shape {tuple(part.shape)}, expected {(*lead, *shape)}, as the parameter has"
+                    f"{context}: {label} has shape {tuple(part.shape)}, expected {expected}, as the parameter has"
                     + (f" after the leading axes {lead} of {labels[0]}" if lead else "")
                 )
 
