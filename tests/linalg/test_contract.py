@@ -61,6 +61,28 @@ def test_product_and_quadratic(make, d_out, d_in, seed):
 
 
 @every_operator
+@pytest.mark.parametrize("lead", [(3,), (2, 3)])
+@given(d_out=sizes, d_in=sizes, seed=seeds)
+def test_many_vectors_at_once(make, lead, d_out, d_in, seed):
+    case = make(d_out, d_in, seed)
+    flat = randn(*lead, len(case.dense), seed=7)
+    formed = case.op._form(case.op.space.unflatten(flat))
+    inverse = torch.linalg.inv(case.damped(0.3))
+    for v in (flat, formed):
+        for found, M in ((case.op @ v, case.dense), (case.op.solve(v, 0.3), inverse)):
+            assert type(found) is type(v)
+            parts = found.values() if isinstance(found, dict) else found if isinstance(found, tuple) else (found,)
+            close(torch.cat([p.reshape(*lead, -1) for p in parts], -1), flat @ M, TOL)
+        close(case.op.quadratic(v), (flat * (flat @ case.dense)).sum(-1), TOL)
+
+
+def test_leading_axes_that_differ():
+    op = centered(2, 3, 0).op
+    with pytest.raises(ValueError, match=r"part 1 .* \(4, 2\), expected \(5, 2\).*leading axes \(5,\) of part 0"):
+        op @ (torch.zeros(5, 2, 3, dtype=f64), torch.zeros(4, 2, dtype=f64))
+
+
+@every_operator
 @given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
 def test_solve_and_inverse(make, d_out, d_in, seed, damping):
     case = make(d_out, d_in, seed)
@@ -95,6 +117,16 @@ def test_diagonal(make, d_out, d_in, seed):
     diagonal = case.op.diagonal()
     assert type(diagonal) is type(vector(case)[1])
     close(flatten(diagonal), case.dense.diagonal(), TOL)
+
+
+@every_operator
+@given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
+def test_the_diagonal_of_the_inverse(make, d_out, d_in, seed, damping):
+    """The variances of single parameters."""
+    case = make(d_out, d_in, seed)
+    inverse, expected = case.op.inverse(damping), torch.linalg.inv(case.damped(damping))
+    close(flatten(inverse.diagonal()), expected.diagonal(), TOL)
+    close(inverse.trace(), expected.trace(), TOL)
 
 
 def matrix_power(M, exponent):

@@ -99,7 +99,7 @@ class Row:
 
 
 DEFINITE = tuple(o for o in ALL if o not in ("trace", "norm", "diagonal", "save"))
-CENTERED_INVERSE = ("power", "trace", "norm", "diagonal", "sample", *DAMPED)
+CENTERED_INVERSE = ("power", "norm", "sample", *DAMPED)
 ITERATIVE = (*PRODUCTS, "trace", "diagonal", "damped inverse")
 TABLE = {
     "few columns": Row(few_columns, refuses=("inverse", "logdet", "sample")),

@@ -213,6 +213,14 @@ class CenteredInverse(Operator):
             raise self._cannot("damped logdet")
         return self.weight.logdet() + self.bias.logdet()
 
+    def trace(self) -> Tensor:
+        return self.weight.trace() + self.weight.diagonal_along(self.m).sum() + self.bias.trace()
+
+    def _diagonal(self) -> Parts:
+        """`b = c − W m` has the variances of `c` and of `W m`, which are independent."""
+        (W,), (c,) = self.weight._diagonal(), self.bias._diagonal()
+        return W, c + self.weight.diagonal_along(self.m)
+
     def _scaled(self, factor: float) -> CenteredInverse:
         return CenteredInverse(self.weight._scaled(factor), self.bias._scaled(factor), self.m)
 

@@ -124,5 +124,11 @@ class CoordinateInverse(Operator):
             raise self._cannot("damped logdet")
         return self.v.log().sum() + self.s.log().sum()
 
+    def trace(self) -> Tensor:
+        return torch.cat(self._diagonal()).sum()
+
+    def _diagonal(self) -> Parts:
+        return self.v, self.s + self.m.square() * self.v
+
     def _scaled(self, factor: float) -> CoordinateInverse:
         return CoordinateInverse(factor * self.v, self.m, factor * self.s)

@@ -86,6 +86,10 @@ class Kronecker(Operator):
         """The Frobenius inner product with `m mᵀ ⊗ Q`: `mᵀ A m ⟨B, Q⟩`."""
         return factor.along(self.A, m) * factor.inner(self.B, Q)
 
+    def diagonal_along(self, m: Float[Tensor, " i"]) -> Float[Tensor, " o"]:
+        """The diagonal of the matrix of `V m`, `(mᵀ ⊗ I)(A ⊗ B)(m ⊗ I) = mᵀ A m B`."""
+        return factor.along(self.A, m) * factor.diagonal(self.B)
+
     def _scaled(self, scale: float) -> Kronecker:
         return Kronecker(self.A, scale * self.B)
 
@@ -150,6 +154,11 @@ class KroneckerEigen(Operator):
         p = (m if self.U_A is None else m @ self.U_A).square()
         q = factor.diagonal(Q) if self.U_B is None else (self.U_B * factor.from_left(Q, self.U_B)).sum(0)
         return q @ self.values @ p
+
+    def diagonal_along(self, m: Float[Tensor, " i"]) -> Float[Tensor, " o"]:
+        """The diagonal of `(mᵀ ⊗ I) · (m ⊗ I)`: `Σ_ji (U_B)²_oj values_ji (U_Aᵀ m)²_i`."""
+        values = self.values @ (m if self.U_A is None else m @ self.U_A).square()
+        return values if self.U_B is None else self.U_B.square() @ values
 
     def _scaled(self, scale: float) -> KroneckerEigen:
         return KroneckerEigen(self.U_A, self.U_B, scale * self.values)

@@ -106,14 +106,16 @@ class Operator(ABC):
     # What follows from it ------------------------------------------------------------------------------
 
     def __matmul__(self, v: Any) -> Any:
-        """`M v`, in the form that `v` came in."""
+        """`M v`, in the form that `v` came in. Leading axes are those of as many vectors."""
         parts, join = self.space.split(v, f"{self._label()} @ v")
         return join(self._matmul(parts))
 
     def quadratic(self, v: Any) -> Tensor:
-        """The scalar `vᵀ M v`."""
+        """`vᵀ M v`: a scalar, or one for each vector where `v` has leading axes."""
         parts, _ = self.space.split(v, f"{self._label()}.quadratic(v)")
-        return torch.stack([(a * b).sum() for a, b in zip(parts, self._matmul(parts), strict=True)]).sum()
+        lead = parts[0].shape[: parts[0].ndim - len(self.space.shapes[0])]
+        products = zip(parts, self._matmul(parts), strict=True)
+        return torch.stack([(a * b).reshape(*lead, -1).sum(-1) for a, b in products]).sum(0)
 
     def solve(self, v: Any, damping: float = 0.0, *, damping_style: str = "exact") -> Any:
         """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`."""

@@ -18,7 +18,8 @@ ORDERS = ("torch", "vec")
 class Space:
     """Vectors made of tensors of the given shapes; named ones are written as a `dict`.
 
-    Internally a vector is a tuple of parts, each with any leading batch axes.
+    Internally a vector is a tuple of parts. Any form may have leading axes, the same in all of its parts: as many
+    vectors at once.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -40,9 +41,9 @@ class Space:
             self._check_shapes(tuple(v), context)
             return tuple(v), lambda out: out
         if isinstance(v, Tensor):
-            if self.names is None and len(self.shapes) == 1 and tuple(v.shape) == self.shapes[0]:
+            if self.names is None and len(self.shapes) == 1 and ends_with(v, self.shapes[0]):
                 return (v,), lambda out: out[0]
-            if v.ndim == 1 and v.numel() == self.size:
+            if ends_with(v, (self.size,)):
                 return self.unflatten(v), self.flatten
         raise ValueError(f"{context}: got {_describe(v)}, expected {self.describe()}")
 
@@ -96,11 +97,19 @@ class Space:
         labels = self.names or tuple(f"part {i}" for i in range(len(self.shapes)))
         if len(parts) != len(self.shapes):
             raise ValueError(f"{context}: got {len(parts)} tensors, expected {self.describe()}")
+        lead = tuple(parts[0].shape[: max(0, parts[0].ndim - len(self.shapes[0]))])
         for label, part, shape in zip(labels, parts, self.shapes, strict=True):
-            if tuple(part.shape) != shape:
+            expected = (*lead, *shape)
+            if tuple(part.shape) != expected:
                 raise ValueError(
-                    f"{context}: {label} has shape {tuple(part.shape)}, expected {shape}, as the parameter has"
+                    f"{context}: {label} has shape {tuple(part.shape)}, expected {expected}, as the parameter has"
+                    + (f" after the leading axes {lead} of {labels[0]}" if lead else "")
                 )
+
+
+def ends_with(v: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the shape of `v` is the given one after any leading axes."""
+    return v.ndim >= len(shape) and tuple(v.shape[v.ndim - len(shape) :]) == shape
 
 
 def check_order(order: str) -> None:
