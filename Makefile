@@ -1,7 +1,7 @@
 # `make demo` runs the main job, `make test` passes the tests; each makes its own environment in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check docs clean
 
 demo: .venv/.installed
 	$(BIN)/natgrad demo
@@ -14,7 +14,11 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test docs
+
+# The site, in site/: open site/index.html, no server is needed.
+docs: .venv/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # torch comes first and pinned, so that nothing else decides which build of it is taken.
 .venv/.installed: pyproject.toml constraints.txt
@@ -24,4 +28,4 @@ check: lint test
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info src/*.egg-info natgrad-demo
+	rm -rf .venv build *.egg-info src/*.egg-info natgrad-demo site

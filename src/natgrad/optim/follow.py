@@ -57,7 +57,8 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         self._watch: Watch | None = None
         torch.optim.Optimizer.__init__(self, parameter_groups(self.model, params), defaults)
         Joinable.__init__(self)
-        self._generator = generator or torch.Generator(self._device).manual_seed(torch.initial_seed())
+        self._given_generator = generator
+        self._own_generator = torch.Generator(self._device).manual_seed(torch.initial_seed())
         self._pending: list[Batch] = []
         self._watch = Watch(self.model, self._parameters, wrapper=None if model is self.model else model)
         self._watch.see_more(self._place.follow)
@@ -114,6 +115,15 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
     @property
     def _device(self) -> torch.device:
         return next(iter(self._parameters.values())).device
+
+    @property
+    def _generator(self) -> torch.Generator:
+        """The source of random labels: the user's, or one on the device to which the model may have been moved."""
+        if self._given_generator is not None:
+            return self._given_generator
+        if self._own_generator.device != self._device:
+            self._own_generator = torch.Generator(self._device).manual_seed(self._own_generator.initial_seed())
+        return self._own_generator
 
     @property
     def _values(self) -> dict[str, Tensor]:
