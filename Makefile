@@ -1,7 +1,7 @@
 # `make demo` runs the main job, `make test` passes the tests; each makes its own environment in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test lint check docs clean
+.PHONY: demo test lint check docs peers clean
 
 demo: .venv/.installed
 	$(BIN)/natgrad demo
@@ -26,6 +26,11 @@ docs: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# Libraries that docs/coming-from.md compares with. They ask for torchvision, which they do not need for it.
+PEERS := curvlinops-for-pytorch nngeometry backpack-for-pytorch einconv einops linear_operator opt_einsum unfoldNd
+peers: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(PEERS)
 
 clean:
 	rm -rf .venv build *.egg-info src/*.egg-info natgrad-demo site
