@@ -29,6 +29,7 @@ from typing import Any
 WIDTHS = {"desktop": 1280, "phone": 390}
 SCHEMES = ("light", "dark")
 MOST_PIXELS = 6000
+WITHIN = ("data:", "blob:", "about:")
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -50,10 +51,11 @@ FINDINGS = """(() => {
         found.push("formula with an error: " + e.textContent.slice(0, 60));
     if (document.documentElement.scrollWidth > wide) {
         found.push(`page ${document.documentElement.scrollWidth} wide in a window of ${wide}`);
-        const scrolls = (e) => e && (getComputedStyle(e).overflowX !== "visible" || scrolls(e.parentElement));
+        const scrolls = (e) =>
+            e !== document.body && (getComputedStyle(e).overflowX !== "visible" || scrolls(e.parentElement));
         for (const e of document.body.querySelectorAll("*"))
             if (e.getBoundingClientRect().right > wide + 1 && !scrolls(e.parentElement))
-                found.push(`  <${e.tagName.toLowerCase()} class="${e.className}"> ${e.textContent.trim().slice(0, 40)}`);
+                found.push(`  <${e.tagName.toLowerCase()}> ${e.textContent.trim().slice(0, 60)}`);
     }
     for (const e of document.images)
         if (e.complete && !e.naturalWidth) found.push("image not shown: " + e.src);
@@ -232,7 +234,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = Browser(options.chromium, profile)
         try:
-            return int(any([check(browser, target, options.shots) for target in options.targets]))
+            return int(sum(check(browser, target, options.shots) for target in options.targets) > 0)
         finally:
             browser.close()
 
