@@ -22,10 +22,10 @@ FENCE = re.compile(r"^```python\n(?=>>>)", re.MULTILINE)
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, page in FROM_ROOT.items():
         files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
-    for script in sorted((ROOT / "examples").glob("*.py")):
+    for script in sorted((ROOT / "examples").rglob("*.py")):
         code = script.read_text(encoding="utf-8")
         content = f"# {script.name}\n\n````python\n{code}````\n"
-        files.append(File.generated(config, f"examples/{script.stem}.md", content=content))
+        files.append(File.generated(config, made_of(script.relative_to(ROOT).as_posix()), content=content))
     spec = importlib.util.find_spec("mathjax")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("MathJax's files are in the package django-static-mathjax: pip install '.[docs]'")

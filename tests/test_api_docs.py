@@ -1,5 +1,7 @@
 """The reference: every public name has a docstring that says what, with what, and how, and a place on the site."""
 
+import doctest
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -103,6 +105,15 @@ def test_it_has_a_place_on_the_site(name):
 def test_there_is_something_to_describe():
     assert {"natgrad.KFAC", "natgrad.linalg.Kronecker", "natgrad.losses.Likelihood"} <= set(CALLABLE)
     assert {"natgrad.KFAC.step", "natgrad.linalg.Operator.solve"} <= set(METHODS)
+
+
+def test_how_docstrings_are_read():
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "docstrings.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    result = doctest.testmod(module)
+    assert result.attempted
+    assert not result.failed
 
 
 def test_constants_are_described(package):

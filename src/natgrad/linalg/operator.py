@@ -57,15 +57,42 @@ class Operator(ABC):
         """The product with a vector given by its parts, each with any leading batch axes."""
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
-        """The operator `(M + damping I)⁻¹`. Raises ValueError where the damped matrix is not invertible."""
+        """The operator `(M + λ I)⁻¹`. What is factorized is factorized once: keep it, to solve often.
+
+        Args:
+            damping: `λ`, a finite number that is not negative.
+            damping_style: `"exact"`, or `"factored"`: of a Kronecker product `(A + π√λ I) ⊗ (B + √λ/π I)`, with
+                `π² = (tr A / d_in) / (tr B / d_out)`.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite.
+            TypeError: if the structure has no such inverse.
+        """
         raise self._cannot("inverse")
 
     def power(self, exponent: float, damping: float = 0.0) -> Operator:
-        """The operator `(M + damping I)^exponent`, for a positive definite damped matrix."""
+        """The operator `(M + λ I)^exponent`.
+
+        Args:
+            exponent: any number: −½ whitens.
+            damping: `λ`.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite.
+            TypeError: if the structure has no such power.
+        """
         raise self._cannot("power")
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """`log det (M + damping I)`."""
+        """`log det (M + λ I)`, a scalar.
+
+        Args:
+            damping: `λ`.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite.
+            TypeError: if the structure has none; `estimate_logdet` may then do.
+        """
         raise self._cannot("logdet")
 
     def trace(self) -> Tensor:
