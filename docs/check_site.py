@@ -59,8 +59,13 @@ FINDINGS = """(() => {
     }
     for (const e of document.images)
         if (e.complete && !e.naturalWidth) found.push("image not shown: " + e.src);
-    const raw = document.body.innerText.match(/\\\\\\(|\\\\frac|\\\\mathbb|```/);
-    if (raw) found.push("markup in the text: " + raw[0]);
+    if (!document.querySelector("meta[name=viewport]")) found.push("no viewport: a phone shows it as a desktop does");
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const text = texts.currentNode, raw = text.data.match(/\\\\\\(|\\\\[a-z]{3,}|```|\\$[^$ ][^$]*\\$/);
+        if (raw && !text.parentElement.closest("pre, code, script, style"))
+            found.push("markup in the text: " + raw[0].slice(0, 60));
+    }
     return found.slice(0, 8);
 })()"""
 SEARCH = """new Promise((resolve) => {
@@ -141,6 +146,13 @@ class Browser:
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/favicon.ico":  # which a browser asks for by itself
+            self.send_response(204)
+            self.end_headers()
+        else:
+            super().do_GET()
+
     def log_message(self, *_: Any) -> None:
         pass
 

@@ -22,13 +22,13 @@ class House(griffe.Extension):
 
 def rewritten(docstring: str) -> str:
     """
-    >>> print(rewritten("Args:\\n    a, b: numbers.\\n\\nExample:\\n    >>> 1"))
+    >>> print(rewritten("Args:\\n    a, b: numbers.\\n\\nExample:\\n    f(1, 2)"))
     Args:
         a: numbers.
         b: numbers.
     <BLANKLINE>
     Examples:
-        >>> 1
+        f(1, 2)
     """
 
     def apart(line: re.Match[str]) -> str:
