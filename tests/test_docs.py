@@ -9,6 +9,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PEERS = {"coming-from.md": ("curvlinops", "nngeometry")}
+"""What a page's examples compare with: `make peers` installs them."""
 names = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -19,6 +21,8 @@ def examples(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>>" in page.read_text(encoding="utf-8")], ids=str)
 def test_the_examples(page):
+    for peer in PEERS.get(page.name, ()):
+        pytest.importorskip(peer)
     with torch.random.fork_rng():
         assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples(page)).failed == 0
 

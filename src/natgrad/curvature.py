@@ -57,6 +57,7 @@ def fisher(
             full matrix), or `"implicit"` (products only).
         estimator: `"exact"` (every column of a factor of `D`), `"mc"` (`samples` random labels for each
             case), or `"empirical"` (the gradients at the given targets).
+        samples: how many labels are drawn for each case, for `"mc"`.
         centered: hold weight and bias apart, with the covariance of the inputs (K-FAC and EKFAC of layers with a bias).
         max_dim: K-FAC's factors of more rows than this are kept as their diagonals (K-FAC and EKFAC).
         sharing: where a layer is used at several positions, each is a case (`"expand"`), or inputs are
@@ -117,7 +118,21 @@ def gauss_newton(
     error, logistic loss, Poisson with log rates. For Poisson with rates, `nn.GaussianNLLLoss` and
     `natgrad.losses.Likelihood` it is another matrix, which has no estimator but `"exact"`, and which for the last
     two may be indefinite: then `"dense"` and `"implicit"` give it, and the other structures raise ValueError, as
-    they are built from a factor `S Sᵀ = D`. Arguments, result and errors are those of `fisher`.
+    they are built from a factor `S Sᵀ = D`.
+
+    Args:
+        model, loss, data, structure, centered, sharing, max_dim, params, forward, generator: as for `fisher`.
+        dtype, progress: as for `fisher`.
+        estimator, samples: as for `fisher`, where the two matrices are one.
+
+    Returns:
+        An operator, as `fisher` does.
+
+    Raises:
+        TypeError: as `fisher` does.
+        ValueError: as `fisher` does; if `D` is indefinite; and for an `estimator` that `D` does not have.
+        NotImplementedError: as `fisher` does.
+        RuntimeError: as `fisher` does.
 
     Example:
         >>> import torch, natgrad
@@ -125,6 +140,8 @@ def gauss_newton(
         >>> G = natgrad.gauss_newton(model, torch.nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1)), "dense")
         >>> G.to_dense().round(decimals=3).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
+
+    Reference: Martens (2014), arXiv:1412.1193.
     """
     check_choice("structure", structure, ALL_STRUCTURES)
     problem = Problem(
@@ -146,10 +163,18 @@ def hessian(
 ) -> Operator:
     """The Hessian of the objective in the parameters. It need not be positive semidefinite.
 
-    Arguments, result and errors are those of `fisher`. Nothing is asked of the layers: autograd does it all.
+    Nothing is asked of the layers: autograd does it all.
 
     Args:
+        model, loss, data, params, forward, dtype, progress: as for `fisher`; any of its losses.
         structure: `"implicit"` (products only), `"dense"`, or `"block"` (each module's own parameters, dense).
+
+    Returns:
+        An operator, as `fisher` does.
+
+    Raises:
+        TypeError: if the loss is not supported.
+        ValueError: if shapes do not fit, the data is empty, or something is not finite.
 
     Example:
         >>> import torch, natgrad

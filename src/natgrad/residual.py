@@ -81,7 +81,9 @@ def residual(
         A mapping from the layer's name to its `LayerResidual`, with `table()`, `to_dict()` and `plot(path)`.
 
     Raises:
-        What `fisher` raises, and ValueError for a `chunk` below 8 or a negative number of permutations.
+        ValueError: for a `chunk` below 8 or a negative number of permutations, and as `fisher` does.
+        TypeError: as `fisher` does.
+        NotImplementedError: as `fisher` does.
 
     Example:
         >>> import torch, natgrad

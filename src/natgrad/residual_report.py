@@ -12,7 +12,14 @@ from natgrad.notebook import table
 
 
 class Condition(NamedTuple):
-    """The largest over the smallest eigenvalue; infinite where the matrix is singular to rounding."""
+    """Condition numbers of a layer's input factors: the largest over the smallest eigenvalue; infinite where the
+    matrix is singular to rounding.
+
+    Example:
+        >>> from natgrad.residual_report import Condition
+        >>> Condition(A=25.0, C=4.0).C
+        4.0
+    """
 
     A: float | None
     """Of the second moment `E[x xᵀ]`; None for a layer without a weight."""
@@ -22,7 +29,15 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerResidual:
-    """One layer's `R = G − A ⊗ B`. Norms are Frobenius norms, in units of the objective's curvature."""
+    """One layer's `R = G − A ⊗ B`. Norms are Frobenius norms, in units of the objective's curvature.
+
+    Example:
+        >>> import torch, natgrad
+        >>> x, y = torch.randn(50, 3), torch.randn(50, 2)
+        >>> r = natgrad.residual(torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.nn.MSELoss(), (x, y))["0"]
+        >>> r.cases, r.output_spread, r.relative < 1e-6  # a linear network with squared error: K-FAC is exact
+        (50, 0.0, True)
+    """
 
     relative: float
     """`‖R‖ / ‖G‖`; NaN where `G` is zero."""
@@ -59,7 +74,25 @@ COLUMNS = ("layer", "‖R‖/‖G‖", "‖R‖", "bound", "HSIC", "CKA", "p", "
 
 
 class ResidualReport(Mapping[str, LayerResidual]):
-    """The residuals of all layers, by the layers' names, in the order in which the model uses them."""
+    """The residuals of all layers, by the layers' names, in the order in which the model uses them.
+
+    A mapping: `report["fc1"]`, `report.items()`. What `natgrad.residual` returns.
+
+    Args:
+        layers: a `LayerResidual` for each layer.
+
+    Raises:
+        KeyError: by `report[name]`, if no layer is called so; the error lists those that there are.
+
+    Example:
+        >>> import torch, natgrad
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> report = natgrad.residual(model, torch.nn.MSELoss(), (torch.randn(50, 3), torch.randn(50, 2)))
+        >>> {name: r.cases for name, r in report.items()}
+        {'0': 50, '2': 50}
+        >>> report.table().split()[:4]
+        ['layer', '‖R‖/‖G‖', '‖R‖', 'bound']
+    """
 
     def __init__(self, layers: Mapping[str, LayerResidual]):
         self._layers = dict(layers)

@@ -15,9 +15,21 @@ from natgrad.linalg.space import Parts, Space
 
 @dataclass(frozen=True)
 class Block:
-    """One layer's operator, the parameters it acts on with their shapes, and how the weight's tensor is its matrix.
+    """One layer of a `BlockDiagonal`: its operator, and how its parameters are the operator's vectors.
 
-    `shapes` that are left out are the operator's own, through the layout. `function` is what torch calls the layer.
+    Args:
+        operator: the layer's matrix, on `(W, b)`, on `W` or on `b`.
+        names: of the parameters it acts on, one for each part of its vectors.
+        layout: how the first parameter's tensor is the matrix `(d_out, d_in)`.
+        shapes: of the parameters' tensors; where left out, the operator's own, through the layout.
+        function: what torch calls the layer, `"linear"` say.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Block, Kronecker, Layout
+        >>> block = Block(Kronecker(torch.eye(3), torch.eye(2)), ("w",), Layout("transposed"))
+        >>> block.shapes, [part.shape for part in block.parts({"w": torch.ones(3, 2)})]
+        (((3, 2),), [torch.Size([2, 3])])
     """
 
     operator: Operator
@@ -33,15 +45,18 @@ class Block:
             object.__setattr__(self, "shapes", (first, *rest))
 
     def parts(self, v: Mapping[str, Tensor]) -> Parts:
+        """The operator's vector of what is given by the parameters' names; leading axes stay."""
         return tuple(layout.to_operator(v[n], own, its) for n, layout, own, its in self._ways())
 
     def named(self, parts: Parts) -> dict[str, Tensor]:
+        """Undoes `parts`: the tensors by name, in the parameters' shapes."""
         return {
             n: layout.to_parameter(part, own, its)
             for part, (n, layout, own, its) in zip(parts, self._ways(), strict=True)
         }
 
     def with_operator(self, operator: Operator) -> Block:
+        """The same layer with another matrix."""
         return replace(self, operator=operator)
 
     def _ways(self) -> Iterator[tuple[str, Layout, tuple[int, ...], tuple[int, ...]]]:
@@ -50,7 +65,27 @@ class Block:
 
 
 class BlockDiagonal(Operator):
-    """Independent blocks, one per layer, over the named parameters of a model."""
+    """`blockdiag(M_1, M_2, ...)`: independent blocks, one for each layer, over the named parameters of a model.
+
+    What `natgrad.fisher` returns for the structures that go by layers. Every operation is done block by block: traces
+    and log-determinants add up, inverses and powers are again of this kind. A vector is a `dict` of name to tensor, or
+    one flat tensor of `space.size` numbers.
+
+    Args:
+        layers: the blocks by the layers' names.
+        space: the parameters of all layers, named, in the model's order.
+
+    Raises:
+        ValueError: by `inverse`, `power` and `logdet`, if a block cannot; its layer is named.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Block, BlockDiagonal, Dense, Space
+        >>> layers = {"a": Block(Dense(2 * torch.eye(1)), ("a.bias",)), "b": Block(Dense(torch.eye(2)), ("b.bias",))}
+        >>> F = BlockDiagonal(layers, Space(((1,), (2,)), ("a.bias", "b.bias")))
+        >>> F.trace().item(), F.solve(torch.ones(3)).tolist()
+        (4.0, [0.5, 1.0, 1.0])
+    """
 
     def __init__(self, layers: Mapping[str, Block], space: Space):
         self.layers, self.space = dict(layers), space

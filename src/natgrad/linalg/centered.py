@@ -113,7 +113,23 @@ class CenteredKronecker(Operator):
 
 
 class Centered(Operator):
-    """`Tᵀ blockdiag(weight, bias) T` with `T: (W, b) ↦ (W, b + W m)`."""
+    """`Tᵀ blockdiag(weight, bias) T` with `T: (W, b) ↦ (W, b + W m)`: centered EKFAC's block, and any other whose
+    weight and bias are independent in centered coordinates. It acts on the pair `(W, b)`.
+
+    `damping` is added to both blocks in those coordinates.
+
+    Args:
+        weight: on `W`, `(d_out, d_in)`.
+        bias: on the mean pre-activation `b + W m`, `(d_out,)`.
+        mean: `m = E[h]`, `(d_in,)`.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Centered, Diagonal, Kronecker
+        >>> weight, bias = Kronecker(torch.eye(2), torch.eye(1)), Diagonal((torch.ones(1),))
+        >>> Centered(weight, bias, torch.tensor([1.0, 0.0])) @ (torch.tensor([[3.0, 1.0]]), torch.tensor([2.0]))
+        (tensor([[8., 1.]]), tensor([5.]))
+    """
 
     damps_parameters = False
 
@@ -236,9 +252,13 @@ def factor_of(operator: Operator) -> Tensor:
 
 
 def homogeneous_inverse(C: Float[Tensor, "d d"], m: Float[Tensor, " d"]) -> Float[Tensor, "d+1 d+1"]:
-    """The inverse of `A = E[x xᵀ]`, `x = [h; 1]`, from covariance and mean:
+    """The inverse of `A = E[x xᵀ]`, `x = [h; 1]`, from covariance and mean, dense, `(d_in + 1, d_in + 1)`:
 
         A⁻¹ = [[C⁻¹, −C⁻¹ m], [−mᵀ C⁻¹, 1 + mᵀ C⁻¹ m]]
+
+    Args:
+        C: the covariance of `h`, `(d_in, d_in)`.
+        m: the mean of `h`, `(d_in,)`.
 
     Raises:
         ValueError: if `C` is singular.

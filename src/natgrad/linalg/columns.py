@@ -18,6 +18,13 @@ class ColumnBlock(ExactBlock):
         columns: `(examples n, k, size)`, in torch order.
         shapes: those of the parts of a vector.
         scale: `1/N` for the mean over cases.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import ColumnBlock
+        >>> G = ColumnBlock(torch.tensor([[[1.0, 2.0]]]), ((2,),))  # one example, one column
+        >>> G.to_dense().tolist()
+        [[1.0, 2.0], [2.0, 4.0]]
     """
 
     def __init__(
@@ -28,6 +35,7 @@ class ColumnBlock(ExactBlock):
 
     @property
     def S(self) -> Float[Tensor, "n k p"]:
+        """The columns as they were given, without the scale."""
         return self.g[:, :, 0]
 
     def _split(self, parts: Parts) -> tuple[Tensor | None, Tensor | None]:

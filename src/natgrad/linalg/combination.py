@@ -11,7 +11,21 @@ from natgrad.linalg.space import Parts
 
 
 class Scaled(Operator):
-    """`factor M` with `factor > 0`: every operation is `M`'s own, with `damping / factor`."""
+    """`factor M`, where `M` has no multiple of its own structure. Operations are `M`'s own, with `damping / factor`.
+
+    Args:
+        operator: `M`.
+        factor: a finite number. With one that is not above zero there are products, trace, norm and diagonal.
+
+    Raises:
+        ValueError: by `inverse`, `power`, `logdet` and `sample`, if the factor is not above zero.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Dense, Scaled
+        >>> Scaled(Dense(torch.eye(2)), 4.0).solve(torch.ones(2), damping=1.0)
+        tensor([0.2000, 0.2000])
+    """
 
     def __init__(self, operator: Operator, factor: float):
         self.operator, self.factor = operator, factor
@@ -69,6 +83,16 @@ class Sum(Operator):
 
     Products, trace and diagonal are exact. `solve` and `inverse` use conjugate gradients; a power, a
     log-determinant and samples need `Dense(F.to_dense(), F.space)`.
+
+    Args:
+        terms: operators on the same vectors, at least one; sums among them are taken apart.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Dense, Diagonal, Sum
+        >>> M = Sum([Dense(torch.ones(2, 2)), Diagonal((torch.tensor([1.0, 2.0]),))])
+        >>> (M @ torch.tensor([1.0, 0.0])).tolist(), M.trace().item()
+        ([2.0, 1.0], 5.0)
     """
 
     damps_parameters = True

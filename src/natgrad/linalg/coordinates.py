@@ -19,7 +19,16 @@ class CoordinateBlocks(Operator):
     damping in these coordinates does not depend on a shift of `z`.
 
     Args:
-        scale: `v`, `(d,)`. mean: `m`, `(d,)`. shift: `s`, `(d,)`.
+        scale: `v`, `(d,)`.
+        mean: `m`, `(d,)`.
+        shift: `s`, `(d,)`.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import CoordinateBlocks
+        >>> M = CoordinateBlocks.of_products(torch.tensor([5.0]), torch.tensor([2.0]), torch.tensor([1.0]))
+        >>> M.to_dense().tolist()
+        [[5.0, 2.0], [2.0, 1.0]]
     """
 
     damps_parameters = False
@@ -31,6 +40,7 @@ class CoordinateBlocks(Operator):
 
     @classmethod
     def of_products(cls, ww: Tensor, wc: Tensor, cc: Tensor) -> CoordinateBlocks:
+        """From `E[g_w²]`, `E[g_w g_c]` and `E[g_c²]`, each `(d,)`."""
         m = torch.where(cc > 0, wc / cc, 0.0)
         # Not below zero but for rounding, by Cauchy and Schwarz.
         return cls((ww - m * wc).clamp_min(0), m, cc)

@@ -27,7 +27,17 @@ class CoverageRow:
 
 
 class Coverage:
-    """A row for each parameter, in the model's order; printed, a table."""
+    """What `coverage()` of a matrix gives: a `CoverageRow` for each parameter, in the model's order; printed, a table.
+
+    Args:
+        rows: with `parameter`, `shape`, `layer`, `use`, `structure`, and `bytes` of the layer's block.
+
+    Example:
+        >>> import torch, natgrad
+        >>> model, data = torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.randn(5, 2))
+        >>> [row.parameter for row in natgrad.fisher(model, torch.nn.MSELoss(), data).coverage()]
+        ['weight', 'bias']
+    """
 
     def __init__(self, rows: list[CoverageRow]):
         self.rows = rows

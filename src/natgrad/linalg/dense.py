@@ -13,6 +13,13 @@ from natgrad.linalg.space import Parts, Space
 class Dense(Operator):
     """A symmetric matrix `(size, size)` in torch order. The reference for every other structure.
 
+    Args:
+        matrix: `(size, size)`, symmetric; it is not copied.
+        space: the form of its vectors. None: tensors of shape `(size,)`.
+
+    Raises:
+        ValueError: by what needs it, if the damped matrix is not positive definite.
+
     Example:
         >>> import torch
         >>> Dense(torch.diag(torch.tensor([1.0, 3.0]))).solve(torch.ones(2), damping=1.0)

@@ -11,7 +11,14 @@ from natgrad.linalg.space import Parts, Space
 
 
 class Diagonal(Operator):
-    """`diag(values)`; `values` are the parts of a vector: one tensor for each of the space's shapes.
+    """`diag(values)`: products, inverses and powers entry by entry.
+
+    Args:
+        values: the diagonal as the parts of a vector: one tensor for each of the space's shapes.
+        space: the form of its vectors. None: tensors of the values' own shapes.
+
+    Raises:
+        ValueError: by what needs it, if an entry of the damped diagonal is not above zero.
 
     Example:
         >>> import torch

@@ -192,6 +192,7 @@ class ExactBlock(Operator):
         return ExactBlock(self.h, self.g, bias=self.bias, scale=factor * self.scale)
 
     def rank_deficient(self) -> ValueError:
+        """The error of an undamped inverse where there are fewer columns than rows; it is returned, not raised."""
         return ValueError(
             f"the exact block has {self.space.size} rows and at most {self.rank_bound} columns' rank: it is singular; "
             "pass a damping"

@@ -19,6 +19,10 @@ class Kronecker(Operator):
     A factor that is a diagonal may be given as a vector. `to_dense("vec")` is `kron(A, B)`, and `to_dense("torch")`
     `kron(B, A)`.
 
+    Args:
+        A: the input factor, `(d_in, d_in)`, or its diagonal.
+        B: the output factor, `(d_out, d_out)`, or its diagonal.
+
     Raises:
         ValueError: if a factor is not square.
 
@@ -108,7 +112,24 @@ class Kronecker(Operator):
 class KroneckerEigen(Operator):
     """`(U_A ⊗ U_B) diag(values) (U_A ⊗ U_B)ᵀ`, acting on `(d_out, d_in)` matrices; `values` has their shape.
 
-    A basis that is None is that of the identity.
+    K-FAC's block in its eigenbases, or EKFAC's, whose values are corrected. Damping adds to the values, exactly.
+
+    Args:
+        U_A: an orthogonal matrix `(d_in, d_in)`; None: the identity.
+        U_B: an orthogonal matrix `(d_out, d_out)`; None: the identity.
+        values: the eigenvalues, `(d_out, d_in)`.
+
+    Raises:
+        ValueError: by what needs it, if a damped eigenvalue is not above zero.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import KroneckerEigen
+        >>> M = KroneckerEigen(torch.eye(2), torch.eye(1), torch.tensor([[1.0, 3.0]]))
+        >>> M.solve(torch.ones(1, 2), damping=1.0)
+        tensor([[0.5000, 0.2500]])
+
+    Reference: George et al. (2018), arXiv:1806.03884.
     """
 
     def __init__(
@@ -169,7 +190,20 @@ class KroneckerEigen(Operator):
 
 
 class Homogeneous(Operator):
-    """A matrix on `V = [W b]`, acting on the pair `(W, b)`: K-FAC's original treatment of the bias."""
+    """A matrix on `V = [W b]`, acting on the pair `(W, b)`: K-FAC's original treatment of the bias, `centered=False`.
+
+    Args:
+        stacked: an operator on `(d_out, d_in + 1)` matrices, of which the last column is the bias.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Homogeneous, Kronecker
+        >>> A = torch.tensor([[2.0, 1.0], [1.0, 1.0]])  # E[x xᵀ], x = [h; 1]
+        >>> Homogeneous(Kronecker(A, torch.eye(1))) @ (torch.tensor([[1.0]]), torch.tensor([3.0]))
+        (tensor([[5.]]), tensor([4.]))
+
+    Reference: Martens & Grosse (2015), arXiv:1503.05671, section 2.
+    """
 
     def __init__(self, stacked: Operator):
         self.stacked = stacked

@@ -16,6 +16,16 @@ class Layout:
     A `"plain"` one is read row by row: `(d_out, d_in)`, or a convolution's kernel `(d_out, channels, *space)`. A
     `"transposed"` one is `(d_in, d_out)`. The kernel of a transposed convolution, `(channels, d_out / groups, *space)`,
     belongs to a convolution with the kernel turned round.
+
+    Args:
+        form: `"plain"`, `"transposed"` or `"deconvolution"`.
+        groups: of a transposed convolution.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Layout
+        >>> Layout("transposed").to_operator(torch.tensor([[1, 2, 3], [4, 5, 6]]), (2, 3), (3, 2)).tolist()
+        [[1, 4], [2, 5], [3, 6]]
     """
 
     form: str = "plain"

@@ -21,7 +21,24 @@ DENSE_LIMIT = 20_000
 
 
 class Operator(ABC):
-    """A symmetric matrix known by what it does to a vector.
+    """A symmetric matrix `M` known by what it does to a vector: the contract of every matrix of this library.
+
+    A vector `v` comes in one of the forms of the operator's `space`, and the answer has the same form: for a model's
+    matrix a `dict` of name to tensor, or one flat tensor of `space.size` numbers in the order of `named_parameters()`;
+    for a matrix of one layer the pair `(W, b)`, or `W` alone. `damping` is Tikhonov's, `M + λ I`, in the coordinates
+    in which the structure damps. What a structure cannot do raises TypeError and names one that can; a damped matrix
+    that is not positive definite raises ValueError where that is needed.
+
+    Example:
+        >>> import torch, natgrad
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> M = natgrad.fisher(model, torch.nn.MSELoss(), (torch.randn(20, 2), torch.zeros(20, 1)), "dense")
+        >>> v = {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}
+        >>> torch.allclose((M @ v)["weight"].sum(), M.quadratic(v))
+        True
+        >>> M.solve(v, damping=1e-3)["bias"].shape, M.to_dense().shape, M.sample(7, damping=1e-3)["weight"].shape
+        (torch.Size([1]), torch.Size([3, 3]), torch.Size([7, 1, 2]))
 
     A subclass gives `space`, `_matmul`, and as many of the other underscored methods as it can do exactly;
     the rest raise and name a structure that can.
@@ -40,15 +57,42 @@ class Operator(ABC):
         """The product with a vector given by its parts, each with any leading batch axes."""
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
-        """The operator `(M + damping I)⁻¹`. Raises ValueError where the damped matrix is not invertible."""
+        """The operator `(M + λ I)⁻¹`. What is factorized is factorized once: keep it, to solve often.
+
+        Args:
+            damping: `λ`, a finite number that is not negative.
+            damping_style: `"exact"`, or `"factored"`: of a Kronecker product `(A + π√λ I) ⊗ (B + √λ/π I)`, with
+                `π² = (tr A / d_in) / (tr B / d_out)`.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite.
+            TypeError: if the structure has no such inverse.
+        """
         raise self._cannot("inverse")
 
     def power(self, exponent: float, damping: float = 0.0) -> Operator:
-        """The operator `(M + damping I)^exponent`, for a positive definite damped matrix."""
+        """The operator `(M + λ I)^exponent`.
+
+        Args:
+            exponent: any number: −½ whitens.
+            damping: `λ`.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite.
+            TypeError: if the structure has no such power.
+        """
         raise self._cannot("power")
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """`log det (M + damping I)`."""
+        """`log det (M + λ I)`, a scalar.
+
+        Args:
+            damping: `λ`.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite.
+            TypeError: if the structure has none; `estimate_logdet` may then do.
+        """
         raise self._cannot("logdet")
 
     def trace(self) -> Tensor:

@@ -12,7 +12,20 @@ from natgrad.linalg.space import Parts, Space
 
 
 class Rows(Operator):
-    """Independent operators on the rows of `(W, b)`, of `W` alone or of `b` alone, one below the other."""
+    """Independent operators on the rows of `(W, b)`, of `W` alone or of `b` alone, one below the other.
+
+    A weight that holds several layers is of this kind: packed projections, the groups of a convolution.
+
+    Args:
+        parts: the operators, on vectors of one form but for the number of rows, which add up.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Kronecker, Rows
+        >>> M = Rows([Kronecker(torch.eye(2), torch.eye(1)), Kronecker(3 * torch.eye(2), torch.eye(1))])
+        >>> (M @ torch.ones(2, 2)).tolist()
+        [[1.0, 1.0], [3.0, 3.0]]
+    """
 
     def __init__(self, parts: Sequence[Operator]):
         self.parts = list(parts)

@@ -16,10 +16,21 @@ ORDERS = ("torch", "vec")
 
 @dataclass(frozen=True)
 class Space:
-    """Vectors made of tensors of the given shapes; named ones are written as a `dict`.
+    """The vectors that an operator acts on: tensors of the given shapes; named ones are written as a `dict`.
 
     Internally a vector is a tuple of parts. Any form may have leading axes, the same in all of its parts: as many
     vectors at once.
+
+    Args:
+        shapes: of the parts.
+        names: of the parts; None: a tuple of tensors, or the tensor itself where there is one part.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Space
+        >>> space = Space(((2, 2), (2,)), ("weight", "bias"))
+        >>> space.size, space.flatten((torch.eye(2), torch.zeros(2)), "vec").tolist()
+        (6, [1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -27,10 +38,15 @@ class Space:
 
     @property
     def size(self) -> int:
+        """How many numbers a vector has."""
         return sum(prod(s) for s in self.shapes)
 
     def split(self, v: Any, context: str) -> tuple[Parts, Callable[[Parts], Any]]:
-        """The parts of a vector given in any accepted form, and the function that restores that form."""
+        """The parts of a vector given in any accepted form, and the function that restores that form.
+
+        Raises:
+            ValueError: if names or shapes are others; the error begins with `context`.
+        """
         if isinstance(v, Mapping) and self.names is not None:
             self._check_names(v, context)
             parts = tuple(v[n] for n in self.names)
@@ -79,6 +95,7 @@ class Space:
         return groups
 
     def describe(self) -> str:
+        """The accepted forms of a vector, in words, for errors."""
         if self.names is not None:
             return f"a dict with a tensor for each of {_few(self.names)}, or one flat tensor of {self.size}"
         if len(self.shapes) == 1:

@@ -13,7 +13,20 @@ from natgrad.linalg.operator import Operator, check_damping, singular
 
 @dataclass(frozen=True)
 class Estimate:
-    """An unbiased estimate and its standard error, of the same form."""
+    """An unbiased estimate and its standard error, of the same form: what an operator's `estimate_*` return.
+
+    Args:
+        value: the mean over the probes: a scalar, or a vector in the form of the operator's.
+        standard_error: the standard deviation of that mean.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Dense
+        >>> M = Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> trace = M.estimate_trace(samples=400, generator=torch.Generator().manual_seed(0))
+        >>> bool((trace.value - 4).abs() < 4 * trace.standard_error)
+        True
+    """
 
     value: Any
     standard_error: Any

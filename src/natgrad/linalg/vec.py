@@ -9,6 +9,12 @@ def vec(W: Shaped[Tensor, "*batch m n"]) -> Shaped[Tensor, "*batch mn"]:
 
     PyTorch's `flatten` stacks rows instead, which swaps the factors of a Kronecker product.
 
+    Args:
+        W: `(..., m, n)`.
+
+    Returns:
+        Of shape `(..., m n)`.
+
     Example:
         >>> import torch
         >>> vec(torch.tensor([[1, 2], [3, 4]]).float()).tolist()
@@ -19,6 +25,13 @@ def vec(W: Shaped[Tensor, "*batch m n"]) -> Shaped[Tensor, "*batch mn"]:
 
 def unvec(v: Shaped[Tensor, "*batch mn"], shape: tuple[int, int]) -> Shaped[Tensor, "*batch m n"]:
     """Undo `vec`: the matrix of the given `(rows, columns)` whose stacked columns are `v`.
+
+    Args:
+        v: `(..., rows * columns)`.
+        shape: `(rows, columns)`.
+
+    Returns:
+        Of shape `(..., rows, columns)`.
 
     Raises:
         ValueError: if `v` does not have `rows * columns` entries.

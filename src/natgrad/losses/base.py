@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from natgrad.options import check_choice
 
 ESTIMATORS = ("exact", "mc", "empirical")
+"""Where the columns `S` come from: a factor of `D`, labels drawn from the model, or the targets as they are."""
 KINDS = ("fisher", "gauss_newton")
 
 
@@ -21,6 +22,25 @@ class OutputCurvature(ABC):
     `kind="fisher"`: `E[s sᵀ]`, `s` the loss's gradient in `f` at a label drawn from the model. `"gauss_newton"`: the
     loss's Hessian in `f` at the target, which may be indefinite. Everything here belongs to the *sum* over cases;
     `normalizer` is what the loss's mean divides by.
+
+    Args:
+        module: the loss, with `reduction` `"mean"` or `"sum"`.
+        kind: `"fisher"` or `"gauss_newton"`.
+
+    Raises:
+        ValueError: if the kind or the reduction is another.
+
+    Example:
+        >>> import torch, natgrad
+        >>> D = natgrad.losses.output_curvature(torch.nn.CrossEntropyLoss())
+        >>> output, target = torch.zeros(1, 2), torch.tensor([0])
+        >>> D.product(output, target, torch.tensor([[1.0, 0.0]]))  # diag(p) − p pᵀ, with p = (½, ½)
+        tensor([[ 0.2500, -0.2500]])
+        >>> columns = list(D.exact_columns(output, target))
+        >>> sum(torch.outer(s[0], s[0]) for s in columns).round(decimals=3).tolist()
+        [[0.25, -0.25], [-0.25, 0.25]]
+
+    Reference: Martens (2014), arXiv:1412.1193, section 9.
     """
 
     canonical = True
@@ -38,10 +58,12 @@ class OutputCurvature(ABC):
 
     @property
     def is_mean(self) -> bool:
+        """Whether the loss is a mean over cases, not their sum."""
         return bool(self.module.reduction == "mean")
 
     @property
     def is_fisher(self) -> bool:
+        """Whether `D` is the Fisher information, asked for or because the two coincide."""
         return self.canonical or self.kind == "fisher"
 
     def check_estimator(self, estimator: str) -> None:
@@ -140,6 +162,7 @@ class OutputCurvature(ABC):
             yield torch.where(weight > 0, gradient / weight.sqrt(), 0.0)
 
     def indefinite(self) -> ValueError:
+        """The error of a `D` that has no factor; it is returned, not raised."""
         return ValueError(
             f"the Gauss-Newton matrix of {type(self.module).__name__} is indefinite: the loss's Hessian in the output "
             "has negative eigenvalues, so it has no factor S Sᵀ. Use natgrad.fisher, which is semidefinite, or "

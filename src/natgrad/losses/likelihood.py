@@ -27,16 +27,14 @@ class Likelihood(nn.Module):
             with the examples. It must act on each example by itself, and be twice differentiable.
         reduction: `"mean"` over the distributions of the batch, or their `"sum"`.
 
-    Call with:
-        output: what `fn` takes.
-        target: of shape `batch_shape + event_shape`.
+    It is called with the output, which `fn` takes, and a target of shape `batch_shape + event_shape`.
 
     Raises:
         TypeError: if `fn` does not return a distribution.
         ValueError: if the target has another shape (nothing is broadcast), or the reduction is unknown.
 
-    Example: a Gaussian with a learned scale.
-        >>> import torch, natgrad
+    Example:
+        >>> import torch, natgrad  # a Gaussian with a learned scale
         >>> from torch.distributions import Normal
         >>> loss = natgrad.losses.Likelihood(lambda f: Normal(f[:, 0], f[:, 1].exp()))
         >>> loss(torch.zeros(5, 2), torch.zeros(5))
@@ -66,6 +64,7 @@ class Likelihood(nn.Module):
         return p
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """`−log p(target)`, its mean or sum over the distributions."""
         p = self.distribution(output)
         check_target(p, target)
         values = -p.log_prob(target)
