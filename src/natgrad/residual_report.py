@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any, NamedTuple
 
+from natgrad.options import unknown_layer
+
 
 class Condition(NamedTuple):
     """The largest over the smallest eigenvalue; infinite where the matrix is singular to rounding."""
@@ -64,7 +66,7 @@ class ResidualReport(Mapping[str, LayerResidual]):
 
     def __getitem__(self, name: str) -> LayerResidual:
         if name not in self._layers:
-            raise KeyError(f"no layer is called {name!r}; expected one of {', '.join(map(repr, self))}")
+            raise unknown_layer(name, self)
         return self._layers[name]
 
     def __iter__(self) -> Iterator[str]:

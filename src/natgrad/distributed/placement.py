@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from natgrad.distributed.sharding import Shards, offsets_in
 from natgrad.distributed.world import CPU, World
 from natgrad.products import Duals, duals_in_place
+from natgrad.selection import check_model
 
 Named = Mapping[str, Tensor]
 
@@ -175,8 +176,10 @@ def placed(model: nn.Module) -> Whole:
     `fully_shard`.
 
     Raises:
+        TypeError: if it is no module.
         NotImplementedError: if some parameters are sharded in another way.
     """
+    check_model(model)
     device = next((p.device for p in model.parameters()), CPU)
     if isinstance(model, DistributedDataParallel):
         return Whole(model.module, World(model.process_group, device))
@@ -205,7 +208,8 @@ def placed(model: nn.Module) -> Whole:
         return Sharded(model, world, Shards(own, None))
     if mesh.size() != dist.get_world_size():
         raise NotImplementedError(
-            f"the mesh {mesh} has two dimensions and {mesh.size()} of {dist.get_world_size()} ranks; expected all"
+            f"the mesh {mesh} has two dimensions and {mesh.size()} of {dist.get_world_size()} ranks; expected all: "
+            "make the mesh of all ranks"
         )
     world = World(dist.group.WORLD, device)
     return Sharded(model, world, Shards(World(mesh.get_group(1), device), World(mesh.get_group(0), device)))

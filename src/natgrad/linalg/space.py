@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from natgrad.linalg.vec import unvec, vec
+from natgrad.options import check_choice, described
 
 Parts = tuple[Tensor, ...]
-ORDERS = ("torch", "vec")
+ORDERS = {"torch": "rows, as Tensor.flatten", "vec": "columns"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ class Space:
             groups[module] = (*groups.get(module, ()), name)
         return groups
 
+    def labels(self) -> tuple[str, ...]:
+        """What the parts are called in messages."""
+        return self.names or tuple(f"part {i}" for i in range(len(self.shapes)))
+
     def describe(self) -> str:
         if self.names is not None:
             return f"a dict with a tensor for each of {_few(self.names)}, or one flat tensor of {self.size}"
@@ -93,10 +98,12 @@ class Space:
             raise ValueError(f"{context}: the dict {' and '.join(what)}; expected {self.describe()}")
 
     def _check_shapes(self, parts: Parts, context: str) -> None:
-        labels = self.names or tuple(f"part {i}" for i in range(len(self.shapes)))
+        labels = self.labels()
         if len(parts) != len(self.shapes):
             raise ValueError(f"{context}: got {len(parts)} tensors, expected {self.describe()}")
         for label, part, shape in zip(labels, parts, self.shapes, strict=True):
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{context}: {label} is {described(part)}; expected a Tensor of shape {shape}")
             if tuple(part.shape) != shape:
                 raise ValueError(
                     f"{context}: {label} has shape {tuple(part.shape)}, expected {shape}, as the parameter has"
@@ -104,8 +111,7 @@ class Space:
 
 
 def check_order(order: str) -> None:
-    if order not in ORDERS:
-        raise ValueError(f"order={order!r} is unknown: expected 'torch' (rows, as Tensor.flatten) or 'vec' (columns)")
+    check_choice("order", order, ORDERS, meanings=ORDERS)
 
 
 def _few(names: Any, most: int = 4) -> str:
@@ -115,4 +121,4 @@ def _few(names: Any, most: int = 4) -> str:
 
 
 def _describe(v: Any) -> str:
-    return f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
+    return f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else described(v)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 
-from natgrad.linalg.operator import check_damping
 from natgrad.optim import averaging
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
@@ -26,7 +25,9 @@ from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.precision import check_precision
 from natgrad.optim.quadratic import Minimum, minimize
-from natgrad.optim.vectors import Vector, combine, copied, dot, finite, gram
+from natgrad.optim.saved import state_of
+from natgrad.optim.vectors import Vector, check_dense, combine, copied, dot, finite, gram
+from natgrad.options import check_flag, check_number, check_within
 
 
 class Adaptive(Following):
@@ -70,13 +71,11 @@ class Adaptive(Following):
         generator: torch.Generator | None,
         more: dict[str, Any] | None = None,
     ):
-        if damping is not None:
-            check_damping(damping)
+        check_number("damping", damping, optional=True)
         check_precision(matmul_precision)
-        if max_kl is not None and not max_kl > 0:
-            raise ValueError(f"max_kl={max_kl} is not usable: expected a number > 0, or None for no bound")
-        if average is not None and not 0 <= average < 1:
-            raise ValueError(f"average={average} is not usable: expected a number in [0, 1), or None for no average")
+        check_number("max_kl", max_kl, optional=True, positive=True)
+        check_within("average", average, "[0, 1)", optional=True)
+        check_flag("decoupled_weight_decay", decoupled_weight_decay)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -203,9 +202,11 @@ class Adaptive(Following):
             pending = [b for b in pending if b.scale is not None]
         gradients = {n: self._place.local(p.grad) for n, p in self._parameters.items() if p.grad is not None}
         Join.notify_join_context(self)
+        check_dense(gradients)
         if self._world.size == 1 and not (pending and gradients):
+            early = "loss.backward()" if pending else "any loss that opt.loss gave" if gradients else "any loss"
             raise RuntimeError(
-                "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
+                f"step() came before {early}: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
             )
         self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "damping": self._damping}
         if self._overflowed():
@@ -567,11 +568,11 @@ class Adaptive(Following):
         Raises:
             ValueError: if it is not of such an optimizer, or of other parameters.
         """
-        saved = state_dict.get(self._key)
-        if saved is None:
+        saved = state_of(state_dict, self._key, type(self).__name__)
+        missing = [k for k in ("steps", "damping", "combination", "generator", "faults") if k not in saved]
+        if missing:
             raise ValueError(
-                f"the state has {', '.join(map(repr, state_dict))} and no {self._key!r}: it is not a "
-                f"{type(self).__name__} optimizer's"
+                f"the state has no {missing[0]!r} under {self._key!r}; expected what state_dict() of this version gives"
             )
         self._check_own_state(saved)
         whole = {k: v for k, v in state_dict.items() if k != self._key}
