@@ -182,6 +182,8 @@ def check_output(output: Tensor) -> None:
 
 def check_mass(mass: Tensor, is_mean: bool) -> None:
     """Raises ValueError if the mean has nothing to divide by."""
+    if is_mean and not torch.isfinite(mass):
+        raise ValueError(f"the loss's mean divides by {float(mass):g}; look for NaN or inf in its class weights")
     if is_mean and not mass > 0:
         raise ValueError(
             f"the loss's mean divides by {float(mass):g}: every target is ignored or has weight zero; "

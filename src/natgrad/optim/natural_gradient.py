@@ -142,6 +142,15 @@ class NaturalGradient(Adaptive):
         self._matrix: Joint | ByProducts | None = None
         self._inverse: Operator | None = None
 
+    def _check_groups(self) -> None:
+        super()._check_groups()
+        shares = {0.0 if group["decoupled_weight_decay"] else group["weight_decay"] for group in self.param_groups}
+        if len(shares) > 1:
+            raise ValueError(
+                f"weight_decay is {' and '.join(f'{eta:g}' for eta in sorted(shares))} in several groups, and one matrix "
+                "of all parameters is damped by one; expected the same in all groups, or decoupled_weight_decay=True"
+            )
+
     def _size(self) -> int:
         return sum(p.numel() for p in self._parameters.values() if p.requires_grad)
 
