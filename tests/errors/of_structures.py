@@ -128,7 +128,7 @@ ROWS = [
      ValueError, "the Hessian of a dict with a tensor for each of '0.weight', ", "above the limit of 20000 rows; use"),
     # The optimizers' matrices
     ("two decays in one matrix", two_decays, ValueError,
-     "weight_decay is 0 and 0.1 in several groups, ", "expected the same in all groups, or decoupled_weight_decay=True"),
+     "weight_decay is 0 and 0.1 in several groups, ", "expected the same in all groups, or decoupled_"),
     ("a loss that counts negatively", a_negative_factor, ValueError,
      "a batch counts -0.125 times in the objective: ", "expected positive factors"),
     ("too many cases for a random matrix", too_many_cases, ValueError,
