@@ -23,7 +23,7 @@ test-minimal: .venv-minimal/.installed
 
 # The wheel and the source distribution in dist/, built, looked into, installed and used.
 dist: .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[release]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
 	$(BIN)/pytest -m slow tests/release
 	rm -rf dist
 	$(BIN)/python -m build

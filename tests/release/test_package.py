@@ -25,10 +25,10 @@ def python(*arguments: str | Path, python: str | Path = sys.executable, **option
 
 
 def test_an_import_warns_of_nothing_and_leaves_the_heavy_packages_alone() -> None:
-    code = "import natgrad, sys; print(*{m.partition('.')[0] for m in sys.modules})"
-    loaded = set(python("-W", "error", "-c", code).split())
-    assert "natgrad" in loaded
+    loaded = set(python("-W", "error", "-c", "import natgrad, sys; print(*sys.modules)").split())
+    assert "natgrad.optim.kfac" in loaded
     assert not loaded & {"matplotlib", "transformers", "typer", "rich", "jinja2", "mlxtend", "sklearn", "pandas"}
+    assert not loaded & {"sympy", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"}
 
 
 def test_nothing_is_imported_that_is_not_declared() -> None:
@@ -104,7 +104,6 @@ class TestBuilt:
         assert where.startswith(str(site))
         consumer = Path(__file__).with_name("consumer.py")
         assert "True" in python("-W", "ignore", consumer, python=own, env=clean, cwd=tmp_path)
-        said = python(
-            "-m", "mypy", "--strict", "--config-file=", "--python-executable", own, consumer, cwd=tmp_path, env=clean
-        )
-        assert "Success" in said
+        # torch's own backward() is untyped.
+        strict = ("--strict", "--allow-untyped-calls", "--config-file=", "--python-executable", own)
+        assert "Success" in python("-m", "mypy", *strict, consumer, cwd=tmp_path, env=clean)

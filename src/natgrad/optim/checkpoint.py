@@ -7,10 +7,6 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_values
 
 from natgrad.optim.adaptive import Adaptive
 from natgrad.options import described
@@ -43,6 +39,12 @@ def load_checkpoint(opt: Adaptive, path: str | PathLike[str], key: str = "optimi
         >>> _ = dcp.save({"optimizer": opt.state_dict()}, checkpoint_id=folder, no_dist=True)
         >>> natgrad.load_checkpoint(natgrad.KFAC(model, torch.nn.CrossEntropyLoss()), folder)
     """
+    # These take longer to import than all of this library.
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load as load_values
+
     if not isinstance(opt, Adaptive):
         raise TypeError(
             f"opt is {described(opt)}; expected a KFAC or NaturalGradient optimizer; others load as in torch"
@@ -89,6 +91,8 @@ def _layer_of(path: Path) -> str | None:
 
 def _room(opt: Adaptive, what: Any, path: Path) -> Any:
     """A tensor to read one into; nothing, for what is not a tensor."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     if not isinstance(what, TensorStorageMetadata):
         return None
     if path[0] == "state":

@@ -148,7 +148,8 @@ class NaturalGradient(Adaptive):
         if len(shares) > 1:
             raise ValueError(
                 f"weight_decay is {' and '.join(f'{eta:g}' for eta in sorted(shares))} in several groups, and "
-                "one matrix of all parameters is damped by one; expected the same in all groups, or decoupled_weight_decay=True"
+                "one matrix of all parameters is damped by one; expected the same in all groups, or "
+                "decoupled_weight_decay=True"
             )
 
     def _size(self) -> int:
