@@ -1,7 +1,7 @@
 # `make demo` runs the main job, `make test` passes the tests; each makes its own environment in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test lint check docs peers clean
+.PHONY: demo test test-minimal lint check docs peers dist clean
 
 demo: .venv/.installed
 	$(BIN)/natgrad demo
@@ -20,6 +20,19 @@ check: lint test docs
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# What does not need other models or data, with the oldest versions that are admitted.
+test-minimal: .venv-minimal/.installed
+	.venv-minimal/bin/pytest -n auto tests/test_curvature.py tests/test_losses.py tests/test_structures.py \
+	  tests/test_capture.py tests/test_hessian.py tests/linalg tests/layers tests/optim tests/errors tests/cli
+
+# The wheel and the source distribution in dist/, built, looked into, installed and used.
+dist: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
+	$(BIN)/pytest -m slow tests/release
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 # torch comes first and pinned, so that nothing else decides which build of it is taken.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,5 +45,11 @@ PEERS := curvlinops-for-pytorch nngeometry backpack-for-pytorch einconv einops l
 peers: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(PEERS)
 
+.venv-minimal/.installed: pyproject.toml constraints-minimal.txt
+	$(PYTHON) -m venv .venv-minimal
+	.venv-minimal/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-minimal.txt torch
+	.venv-minimal/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-minimal.txt -e .
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info src/*.egg-info natgrad-demo site
+	rm -rf .venv .venv-minimal build dist *.egg-info src/*.egg-info natgrad-demo site

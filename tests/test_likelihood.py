@@ -553,9 +553,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match=REFUSED.format(name)):
             next(curvature.columns(output, target))
 
-    @pytest.mark.parametrize(("returned", "came"), [(lambda f: f, "Tensor"), (lambda f: None, "NoneType")])
+    @pytest.mark.parametrize(("returned", "came"), [(lambda f: f, "a Tensor of shape .*"), (lambda f: None, "None")])
     def test_a_function_that_returns_no_distribution(self, returned, came):
-        with pytest.raises(TypeError, match=rf"fn returned a {came}; expected a torch.distributions.Distribution"):
+        with pytest.raises(TypeError, match=rf"fn returned {came}; expected a torch.distributions.Distribution"):
             Likelihood(returned)(randn(N), randn(N))
 
     @pytest.mark.parametrize(

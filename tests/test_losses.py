@@ -392,7 +392,7 @@ class TestBadInput:
             (nn.MSELoss, "the class MSELoss"),
             (F.cross_entropy, "function"),
             ("mse", "str"),
-            (None, "NoneType"),
+            (None, "None"),
         ],
     )
     def test_a_loss_that_is_not_supported(self, loss, came):

@@ -235,7 +235,7 @@ def test_an_unknown_layer_gets_the_known_ones(report):
     ("options", "words"),
     [
         ({"chunk": 7}, "chunk=7 .* at least 8"),
-        ({"permutations": -1}, "permutations=-1 .* 0 or more"),
+        ({"permutations": -1}, "permutations=-1 .* at least 0"),
         ({"sharing": "both"}, "sharing='both' is unknown: expected one of 'expand', 'reduce'"),
         ({"estimator": "some"}, "estimator='some' is unknown"),
     ],

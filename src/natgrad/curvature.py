@@ -15,7 +15,8 @@ from natgrad.distributed.gathering import jointly
 from natgrad.implicit import ImplicitGaussNewton, ImplicitHessian
 from natgrad.linalg import BlockDiagonal, Dense, Operator, Space
 from natgrad.moments import MAX_DIM, SHARING
-from natgrad.options import Selection, check_choice, check_max_dim
+from natgrad.options import check_choice, check_flag, check_max_dim
+from natgrad.selection import Selection
 from natgrad.structures import STRUCTURES
 
 ALL_STRUCTURES = ("implicit", "dense", *STRUCTURES)
@@ -90,7 +91,7 @@ def fisher(
 
     Reference: Martens & Grosse (2015), arXiv:1503.05671; Martens (2014), arXiv:1412.1193.
     """
-    check_choice("structure", structure, ALL_STRUCTURES)
+    _check_structure(structure)
     problem = Problem(model, loss, data, "fisher", estimator, samples, params, forward, generator, dtype, progress)
     return _matrix(problem, structure, centered, sharing, max_dim)
 
@@ -143,7 +144,7 @@ def gauss_newton(
 
     Reference: Martens (2014), arXiv:1412.1193.
     """
-    check_choice("structure", structure, ALL_STRUCTURES)
+    _check_structure(structure)
     problem = Problem(
         model, loss, data, "gauss_newton", estimator, samples, params, forward, generator, dtype, progress
     )
@@ -193,7 +194,16 @@ def hessian(
     return implicit.formed() if structure == "dense" else implicit.block_diagonal()
 
 
+def _check_structure(structure: Any) -> None:
+    if isinstance(structure, Tensor):
+        raise TypeError(
+            "structure is a Tensor; expected its name, and data as one pair: (model, loss, (input, target), structure)"
+        )
+    check_choice("structure", structure, ALL_STRUCTURES)
+
+
 def _matrix(problem: Problem, structure: str, centered: bool, sharing: str, max_dim: int) -> Operator:
+    check_flag("centered", centered)
     check_choice("sharing", sharing, SHARING)
     check_max_dim(max_dim)
     if structure == "implicit":

@@ -13,7 +13,8 @@ from natgrad.cases import Cases, read_cases
 from natgrad.distributed.gathering import apart, in_common
 from natgrad.distributed.placement import unwrapped
 from natgrad.losses import output_curvature
-from natgrad.options import Selection, select_parameters
+from natgrad.options import check_count, check_dtype, check_function, check_generator, described
+from natgrad.selection import Selection, select_parameters
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
@@ -41,13 +42,15 @@ class Problem:
     ):
         self.curvature = output_curvature(loss, kind)
         self.curvature.check_estimator(estimator)
-        if samples < 1:
-            raise ValueError(f"samples={samples} is not usable: expected at least 1")
+        check_count("samples", samples)
+        check_dtype(dtype)
+        check_function("forward", forward, "of the model and a batch that returns (output, target)")
         self.model, self.world = unwrapped(model)
         self.kind, self.estimator, self.samples = kind, estimator, samples
         self.parameters = select_parameters(self.model, params)
         first = next(iter(self.parameters.values()))
         self.dtype, self.device = dtype or first.dtype, first.device
+        check_generator(generator, self.device)
         self.generator = in_common(self.world, generator, self.device)
         draws = estimator == "mc" or self.world.size == 1
         self._labels = apart(self.world, self.generator, self.device) if draws else None
@@ -56,10 +59,8 @@ class Problem:
         self._precision = torch.get_autocast_dtype(self.device.type) if lowered else None
         if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
             data = [data]
-        if not isinstance(data, Iterable):
-            raise ValueError(
-                f"data is a {type(data).__name__}; expected an (input, target) pair or an iterable of them"
-            )
+        if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
+            raise ValueError(f"data is {described(data)}; expected an (input, target) pair or an iterable of them")
         # An iterator can be read once only, and an implicit matrix reads the data at every product.
         self._data: Iterable[Any] = list(data) if isinstance(data, Iterator) else data
 
@@ -80,7 +81,10 @@ class Problem:
             empty = False
             yield batch
         if empty and self.world.size == 1:
-            raise ValueError("data is empty: expected at least one (input, target) batch")
+            raise ValueError(
+                "data is empty: expected at least one (input, target) batch. A generator or iterator that was read "
+                "before is empty, too: make a new one, or give a list"
+            )
 
     def run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
         """The model's output on a batch, in the precision that was in force when the matrix was asked for."""
@@ -89,12 +93,15 @@ class Problem:
 
     def _run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
         if self._forward is not None:
-            output, target = self._forward(model, batch)
+            result = self._forward(model, batch)
+            if not (isinstance(result, (tuple, list)) and len(result) == 2):
+                raise ValueError(f"forward returned {described(result)}; expected a pair (output, target)")
+            output, target = result
         else:
             if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
                 raise ValueError(
-                    f"a batch is a {type(batch).__name__}; expected an (input, target) pair. For batches of another "
-                    "form pass forward=lambda model, batch: (output, target)"
+                    f"a batch is {described(batch)}; expected an (input, target) pair. For batches of another form "
+                    "pass forward=lambda model, batch: (output, target)"
                 )
             output, target = model(batch[0]), batch[1]
         output = self.curvature.join(output)
@@ -175,6 +182,8 @@ def check_output(output: Tensor) -> None:
 
 def check_mass(mass: Tensor, is_mean: bool) -> None:
     """Raises ValueError if the mean has nothing to divide by."""
+    if is_mean and not torch.isfinite(mass):
+        raise ValueError(f"the loss's mean divides by {float(mass):g}; look for NaN or inf in its class weights")
     if is_mean and not mass > 0:
         raise ValueError(
             f"the loss's mean divides by {float(mass):g}: every target is ignored or has weight zero; "

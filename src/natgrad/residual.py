@@ -21,8 +21,9 @@ from natgrad.distributed.world import World
 from natgrad.independence import SMALLEST_CHUNK, Kernel, dependence, inner
 from natgrad.linalg import ColumnBlock, ExactBlock, Operator
 from natgrad.moments import SHARING, AffineMoments, Moments, kept_positions
-from natgrad.options import Selection, check_choice
+from natgrad.options import check_choice, check_count, check_flag
 from natgrad.residual_report import Condition, LayerResidual, ResidualReport
+from natgrad.selection import Selection
 from natgrad.structures import ExactStructure, KfacStructure, joined
 
 
@@ -98,10 +99,9 @@ def residual(
     Norms", for HSIC; Kornblith et al. (2019), arXiv:1905.00414, for CKA.
     """
     check_choice("sharing", sharing, SHARING)
-    if chunk < SMALLEST_CHUNK:
-        raise ValueError(f"chunk={chunk} is not usable: expected at least {SMALLEST_CHUNK}")
-    if permutations < 0:
-        raise ValueError(f"permutations={permutations} is not usable: expected 0 or more")
+    check_flag("centered", centered)
+    check_count("chunk", chunk, "cases", least=SMALLEST_CHUNK)
+    check_count("permutations", permutations, least=0)
     problem = Problem(
         model,
         loss,

@@ -9,6 +9,7 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 from natgrad.notebook import table
+from natgrad.options import unknown_layer
 
 
 class Condition(NamedTuple):
@@ -99,7 +100,7 @@ class ResidualReport(Mapping[str, LayerResidual]):
 
     def __getitem__(self, name: str) -> LayerResidual:
         if name not in self._layers:
-            raise KeyError(f"no layer is called {name!r}; expected one of {', '.join(map(repr, self))}")
+            raise unknown_layer(name, self)
         return self._layers[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -73,7 +73,7 @@ def test_the_best_is_the_fastest_that_fits():
 
 
 def test_no_such_scheme():
-    with pytest.raises(ValueError, match="scheme='both' is not known; expected one of replicated, sharded"):
+    with pytest.raises(ValueError, match="scheme='both' is unknown: expected one of 'replicated', 'sharded'"):
         predict([], 1, "both", Machine(), Settings())
 
 

@@ -172,7 +172,7 @@ class TestGroups:
             ([torch.zeros(3)], r"a tensor of shape \(3,\) that is not a parameter of the model"),
             (["nose"], "params names 'nose', which is not a trainable parameter"),
             ([{"lr": 0.1}], "a group has 'lr' and no 'params'"),
-            ([3], "params has a int; expected parameters of the model"),
+            ([3], "params has an int; expected parameters of the model"),
             ([{"params": ["0.weight"], "lr": 0.1}, {"params": ["0.bias"]}], "lr is None, which means adaptive, in one"),
             ([{"params": ["0.weight"], "lr": -1.0}], "lr=-1.0 is not usable"),
         ):

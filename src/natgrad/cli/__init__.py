@@ -8,11 +8,23 @@ import typer
 
 from natgrad.cli.errors import UserError
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from natgrad import __version__
+
+        print(f"natgrad {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Natural-gradient optimizers for PyTorch, and what their curvature is made of."""
 
 
@@ -91,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 if all went well, 2 after one line about a user's mistake."""
     if arguments is None:
         arguments = sys.argv[1:]
+    _check_command(arguments)
     try:
         status = app(arguments or ["--help"], prog_name="natgrad", standalone_mode=False)
     except UserError as error:
@@ -105,10 +118,29 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "natgrad"
-        _fail(f"{describe().rstrip('.')}. `{command} --help` lists what is accepted.")
+        if type(error).__name__ == "NoSuchOption" and context is not None:  # whose guesses vary with the version
+            from natgrad.options import did_you_mean
+
+            wrong = getattr(error, "option_name", "")
+            known = [name for option in context.command.params for name in option.opts]
+            words = f"there is no option {wrong}{did_you_mean(wrong, known, alike=0.75)}"
+        else:
+            words = describe()
+        _fail(f"{words.rstrip('.')}{'' if words.endswith('?') else '.'} `{command} --help` lists what is accepted.")
     if status == 130:
         print("natgrad: aborted", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _check_command(arguments: list[str]) -> None:
+    """Report a command that does not exist, with the nearest one that does."""
+    known = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None]
+    known += [group.name for group in app.registered_groups if group.name]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
+        from natgrad.options import did_you_mean
+
+        near = did_you_mean(arguments[0], known)
+        _fail(f"there is no command {arguments[0]!r}; expected one of {', '.join(known)}{near or '.'}")
 
 
 def _fail(message: str) -> NoReturn:

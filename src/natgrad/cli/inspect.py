@@ -18,6 +18,7 @@ from natgrad import residual
 from natgrad.cli.errors import UserError
 from natgrad.cli.report import check_seed, check_writable, write_json, write_page
 from natgrad.losses.base import ESTIMATORS
+from natgrad.options import did_you_mean
 from natgrad.residual_figures import PANELS, draw
 from natgrad.residual_report import COLUMNS, ResidualReport
 
@@ -31,7 +32,8 @@ def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: 
     """
     if estimator not in ESTIMATORS:
         raise UserError(
-            f"--estimator was {estimator!r}; expected one of {', '.join(ESTIMATORS)}; leave it out for exact."
+            f"--estimator was {estimator!r}; expected one of {', '.join(ESTIMATORS)}, or leave it out for exact"
+            f"{did_you_mean(estimator, ESTIMATORS) or '.'}"
         )
     if permutations < 0:
         raise UserError(f"--permutations was {permutations}; expected 0 or more; leave it out for 200.")

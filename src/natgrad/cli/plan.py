@@ -13,6 +13,7 @@ from natgrad.cli.inspect import load_problem
 from natgrad.data import Problem
 from natgrad.distributed.plan import SCHEMES, Machine, Prediction, Settings, best, predict
 from natgrad.distributed.sizes import MODELS, Size, sizes_of
+from natgrad.options import did_you_mean
 from natgrad.structures import KfacStructure
 
 UNITS = {"flops": ("TFLOP/s", 1e12), "bandwidth": ("GB/s", 1e9), "latency": ("µs", 1e-6), "memory": ("GiB", 2.0**30)}
@@ -97,7 +98,7 @@ def _layers(target: str) -> list[Size]:
     if ":" not in target:
         raise UserError(
             f"{target!r} came; expected {', '.join(MODELS)}, or MODULE:FUNCTION for a function that returns "
-            "(model, loss, data), as for natgrad inspect."
+            f"(model, loss, data), as for natgrad inspect{did_you_mean(target, MODELS) or '.'}"
         )
     model, loss, data = load_problem(target)
     structure = KfacStructure()

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from natgrad.cli.errors import UserError
+from natgrad.options import did_you_mean
 
 SIDE = 28
 INCOMING = 15
@@ -29,7 +30,8 @@ def make_task(name: str, seed: int) -> Task:
         return Task(name, draw_curves(10_000, seed), (784, 400, 200, 100, 50, 25, 6))
     if name == "mnist":
         return Task(name, load_mnist(), (784, 1000, 500, 250, 30))
-    raise UserError(f"--task was {name!r}; expected curves or mnist; give --task curves or --task mnist.")
+    near = did_you_mean(name, ["curves", "mnist"])
+    raise UserError(f"--task was {name!r}; expected --task curves or --task mnist{near or '.'}")
 
 
 def draw_curves(count: int, seed: int) -> Float[Tensor, "images pixels"]:

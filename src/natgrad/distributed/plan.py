@@ -8,6 +8,7 @@ from math import ceil, log2
 
 from natgrad.distributed.assignment import assign
 from natgrad.distributed.sizes import Size
+from natgrad.options import check_choice
 
 SCHEMES = ("replicated", "sharded")
 """Under `DistributedDataParallel`, and under `torch.distributed.fsdp.fully_shard`."""
@@ -92,8 +93,7 @@ def predict(layers: Sequence[Size], ranks: int, scheme: str, machine: Machine, s
         >>> many.held < one.held / 20
         True
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme={scheme!r} is not known; expected one of {', '.join(SCHEMES)}")
+    check_choice("scheme", scheme, SCHEMES)
     s, m, size = settings, machine, settings.itemsize
     own: list[list[Size]] = [[] for _ in range(ranks)]
     for i, rank in assign({i: layer.inverse_flops() for i, layer in enumerate(layers)}, ranks).items():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from natgrad.distributed.world import World
 
@@ -27,6 +27,8 @@ class Shards:
 
     def whole(self, local: Named, parameters: Named) -> dict[str, Tensor]:
         """Every tensor from the shards of all ranks."""
+        from torch.distributed.tensor import DTensor
+
         out = {}
         for n, t in local.items():
             p = parameters[n]
@@ -88,8 +90,10 @@ def _share(rows: int, rank: int, ranks: int) -> tuple[int, int]:
     return start, min(most, rows - start)
 
 
-def offsets_in(name: str, p: DTensor) -> None:
+def offsets_in(name: str, p: Any) -> None:
     """Raises NotImplementedError for a parameter that is not sharded by its rows over the last dimension of a mesh."""
+    from torch.distributed.tensor import Shard
+
     *outer, last = p.placements
     if not (isinstance(last, Shard) and last.dim == 0) or not all(o.is_replicate() for o in outer) or len(outer) > 1:
         raise NotImplementedError(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from natgrad.linalg.layout import PLAIN, Layout
-from natgrad.linalg.operator import Operator
+from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
+from natgrad.options import ByLayer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class BlockDiagonal(Operator):
 
         One whose weight is a matrix in another form than its tensor's (`addmm`'s, a kernel) is a matrix of named parts.
         """
-        return {name: self._alone(name, block) for name, block in self.layers.items()}
+        return ByLayer({name: self._alone(name, block) for name, block in self.layers.items()})
 
     def _alone(self, name: str, block: Block) -> Operator:
         if block.layout == PLAIN and block.shapes == block.operator.space.shapes:
@@ -126,13 +130,17 @@ class BlockDiagonal(Operator):
         return self._each(parts, lambda op, p: op._matmul(p))
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> BlockDiagonal:
+        check_damping(damping, damping_style)
         return self._map(lambda op: op.inverse(damping, damping_style=damping_style))
 
     def power(self, exponent: float, damping: float = 0.0) -> BlockDiagonal:
+        check_exponent(exponent)
+        check_damping(damping)
         return self._map(lambda op: op.power(exponent, damping))
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        return torch.stack([op.logdet(damping) for op in self.operators]).sum()
+        check_damping(damping)
+        return torch.stack(list(self._by_layer(lambda block: block.operator.logdet(damping)).values())).sum()
 
     def trace(self) -> Tensor:
         return torch.stack([op.trace() for op in self.operators]).sum()
@@ -174,8 +182,8 @@ class BlockDiagonal(Operator):
         assert self.space.names is not None
         v = dict(zip(self.space.names, parts, strict=True))
         out: dict[str, Tensor] = {}
-        for block in self.layers.values():
-            out |= block.named(apply(block.operator, block.parts(v)))
+        for named in self._by_layer(lambda block: block.named(apply(block.operator, block.parts(v)))).values():
+            out |= named
         return self._ordered(out)
 
     def _ordered(self, named: Mapping[str, Tensor]) -> Parts:
@@ -183,13 +191,17 @@ class BlockDiagonal(Operator):
         return tuple(named[n] for n in self.space.names)
 
     def _map(self, change: Callable[[Operator], Operator]) -> BlockDiagonal:
-        changed = {}
+        return BlockDiagonal(self._by_layer(lambda block: block.with_operator(change(block.operator))), self.space)
+
+    def _by_layer(self, of: Callable[[Block], T]) -> dict[str, T]:
+        """Something of every block; an error names the layer."""
+        found = {}
         for name, block in self.layers.items():
             try:
-                changed[name] = block.with_operator(change(block.operator))
+                found[name] = of(block)
             except ValueError as error:
                 raise ValueError(f"layer {name!r}: {error}") from error
-        return BlockDiagonal(changed, self.space)
+        return found
 
 
 def _arrangement(operator: BlockDiagonal) -> list[tuple[str, tuple[str, ...], str]]:

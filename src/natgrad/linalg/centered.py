@@ -261,13 +261,15 @@ def homogeneous_inverse(C: Float[Tensor, "d d"], m: Float[Tensor, " d"]) -> Floa
         m: the mean of `h`, `(d_in,)`.
 
     Raises:
-        ValueError: if `C` is singular.
+        ValueError: if `C` is singular, or the shapes do not fit.
 
     Example:
         >>> import torch
         >>> homogeneous_inverse(torch.tensor([[0.5]]), torch.tensor([3.0])).round(decimals=3).tolist()
         [[2.0, -6.0], [-6.0, 19.0]]
     """
+    if C.shape != (len(m), len(m)):
+        raise ValueError(f"C has shape {tuple(C.shape)} and m {tuple(m.shape)}; expected (d, d) and (d,)")
     C_inv = inverse_from_cholesky(C, "the covariance C", 0.0)
     c = -(C_inv @ m)
     top = torch.cat([C_inv, c.unsqueeze(1)], 1)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from natgrad.linalg.eigen import eigh, inverse_from_cholesky, positive
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
+from natgrad.options import ByLayer
 
 
 class Dense(Operator):
@@ -27,6 +28,8 @@ class Dense(Operator):
     """
 
     def __init__(self, matrix: Tensor, space: Space | None = None):
+        if matrix.ndim != 2 or len(matrix) != matrix.shape[1]:
+            raise ValueError(f"matrix has shape {tuple(matrix.shape)}; expected a square one")
         self.matrix = matrix
         self.space = space or Space(((len(matrix),),))
         self.dtype, self.device = matrix.dtype, matrix.device
@@ -44,6 +47,7 @@ class Dense(Operator):
         return Dense(inverse_from_cholesky(damped, "the matrix", damping), self.space)
 
     def power(self, exponent: float, damping: float = 0.0) -> Dense:
+        check_exponent(exponent)
         e, U = self._damped(damping)
         return Dense((U * e**exponent) @ U.mT, self.space)
 
@@ -76,7 +80,7 @@ class Dense(Operator):
         """Each layer's own block of the matrix, by the layer's name."""
         index = self.space.unflatten(torch.arange(self.space.size, device=self.device))
         named = dict(zip(self.space.names or (), zip(index, self.space.shapes, strict=True), strict=True))
-        out: dict[str, Operator] = {}
+        out = ByLayer()
         for group, names in self.space.groups().items():
             rows = torch.cat([named[n][0].flatten() for n in names])
             space = Space(tuple(named[n][1] for n in names))

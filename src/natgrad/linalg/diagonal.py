@@ -8,6 +8,7 @@ from torch import Tensor
 from natgrad.linalg.eigen import positive
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space
+from natgrad.options import described
 
 
 class Diagonal(Operator):
@@ -28,6 +29,8 @@ class Diagonal(Operator):
     """
 
     def __init__(self, values: Parts, space: Space | None = None):
+        if isinstance(values, Tensor):
+            raise TypeError(f"values is {described(values)}; expected a tuple with a tensor for each part: (values,)")
         self.values = tuple(values)
         self.space = space or Space(tuple(tuple(v.shape) for v in self.values))
         self.dtype, self.device = self.values[0].dtype, self.values[0].device

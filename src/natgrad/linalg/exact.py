@@ -245,7 +245,7 @@ class CrossBlock:
     def __matmul__(self, v: Tensor) -> Tensor:
         source = self._both.space.shapes[int(self.to_weight)]
         if tuple(v.shape[-len(source) :]) != source:
-            raise ValueError(f"got a tensor of shape {tuple(v.shape)}, expected {source}")
+            raise ValueError(f"v has shape {tuple(v.shape)}; expected {source}, with any axes before")
         zero = [v.new_zeros(*v.shape[: v.ndim - len(source)], *s) for s in self._both.space.shapes]
         parts = (zero[0], v) if self.to_weight else (v, zero[1])
         return self._both._matmul(parts)[0 if self.to_weight else 1]

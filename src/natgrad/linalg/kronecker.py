@@ -11,6 +11,7 @@ from natgrad.linalg.eigen import positive, semidefinite
 from natgrad.linalg.factor import Factor
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space
+from natgrad.options import described
 
 
 class Kronecker(Operator):
@@ -38,8 +39,15 @@ class Kronecker(Operator):
 
     def __init__(self, A: Tensor, B: Tensor):
         for name, F in (("A", A), ("B", B)):
+            if not isinstance(F, Tensor) or not F.is_floating_point():
+                came = f"has dtype {F.dtype}" if isinstance(F, Tensor) else f"is {described(F)}"
+                raise TypeError(
+                    f"{name} {came}; expected a Tensor of a floating dtype: torch.tensor(..., dtype=torch.float32)"
+                )
             if F.ndim not in (1, 2) or F.shape[0] != F.shape[-1]:
                 raise ValueError(f"{name} has shape {tuple(F.shape)}, expected a square matrix, or its diagonal")
+        if A.dtype != B.dtype or A.device != B.device:
+            raise ValueError(f"A is {A.dtype} on {A.device} and B {B.dtype} on {B.device}; expected the same: B.to(A)")
         self.A, self.B = A, B
         self.space = Space(((B.shape[0], A.shape[0]),))
         self.dtype, self.device = A.dtype, A.device

@@ -61,6 +61,11 @@ class IterativeInverse(Operator):
 
     def _matmul(self, parts: Parts) -> Parts:
         b = self.space.flatten(parts)
+        if not torch.isfinite(b).all():
+            raise ValueError(
+                f"{int((~torch.isfinite(b)).sum())} entries of v are not finite, and conjugate gradients cannot solve "
+                "for them; look for NaN or inf in what v was computed from"
+            )
 
         def product(v: Tensor) -> Tensor:
             return self.space.flatten(self.matrix._matmul(self.space.unflatten(v))) + self.damping * v

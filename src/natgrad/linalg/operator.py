@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from numbers import Real
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from natgrad.linalg.space import Parts, Space, check_order
+from natgrad.options import ByLayer, check_choice, check_count, check_generator, check_number
 
 if TYPE_CHECKING:
     from natgrad.linalg.coverage import Coverage
@@ -145,25 +148,25 @@ class Operator(ABC):
         """Each layer's own operator, by the layer's name: the principal submatrix of its parameters."""
         from natgrad.linalg.restriction import Restriction
 
-        return {name: Restriction(self, names) for name, names in self.space.groups().items()}
+        return ByLayer({name: Restriction(self, names) for name, names in self.space.groups().items()})
 
     # What follows from it ------------------------------------------------------------------------------
 
     def __matmul__(self, v: Any) -> Any:
         """`M v`, in the form that `v` came in. Leading axes are those of as many vectors."""
-        parts, join = self.space.split(v, f"{self._label()} @ v")
+        parts, join = self._read(v, f"{self._label()} @ v")
         return join(self._matmul(parts))
 
     def quadratic(self, v: Any) -> Tensor:
         """`vᵀ M v`: a scalar, or one for each vector where `v` has leading axes."""
-        parts, _ = self.space.split(v, f"{self._label()}.quadratic(v)")
+        parts, _ = self._read(v, f"{self._label()}.quadratic(v)")
         lead = parts[0].shape[: parts[0].ndim - len(self.space.shapes[0])]
         products = zip(parts, self._matmul(parts), strict=True)
         return torch.stack([(a * b).reshape(*lead, -1).sum(-1) for a, b in products]).sum(0)
 
     def solve(self, v: Any, damping: float = 0.0, *, damping_style: str = "exact") -> Any:
         """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`."""
-        self.space.split(v, f"{self._label()}.solve(v)")
+        self._read(v, f"{self._label()}.solve(v)")
         return self.inverse(damping, damping_style=damping_style) @ v
 
     def diagonal(self) -> Any:
@@ -172,6 +175,9 @@ class Operator(ABC):
 
     def sample(self, n: int, damping: float = 0.0, generator: torch.Generator | None = None) -> Any:
         """`n` draws of `N(0, (M + damping I)⁻¹)`, along a leading axis of n."""
+        check_count("n", n, "draws")
+        check_damping(damping)
+        check_generator(generator, self.device)
         z = tuple(
             torch.randn(n, *s, dtype=self.dtype, device=self.device, generator=generator) for s in self.space.shapes
         )
@@ -207,7 +213,7 @@ class Operator(ABC):
         if other.space != self.space:
             raise ValueError(
                 f"the sum of two matrices needs the same parameters: the first acts on {self.space.describe()}, "
-                f"the second on {other.space.describe()}"
+                f"the second on {other.space.describe()}; give two of one model"
             )
         own = self._plus(other)
         return Sum([self, other]) if own is None else own
@@ -221,7 +227,9 @@ class Operator(ABC):
         if not isinstance(factor, (int, float)):
             return NotImplemented
         if not math.isfinite(factor):
-            raise ValueError(f"a matrix was scaled by {factor}: expected a finite number")
+            raise ValueError(
+                f"a matrix was scaled by {factor}: expected a finite number; look for what it is computed from"
+            )
         return self._scaled(float(factor))
 
     __mul__ = __rmul__
@@ -294,6 +302,18 @@ class Operator(ABC):
 
         return coverage_of(self)
 
+    def _read(self, v: Any, context: str) -> tuple[Parts, Callable[[Parts], Any]]:
+        """The parts of `v`, and the function that restores its form. Raises ValueError if it is not one of these
+        vectors, or of another dtype or device."""
+        parts, join = self.space.split(v, context)
+        for label, part in zip(self.space.labels(), parts, strict=True):
+            if part.dtype != self.dtype or part.device != self.device:
+                raise ValueError(
+                    f"{context}: {label} is {part.dtype} on {part.device}, the matrix {self.dtype} on {self.device}; "
+                    f"expected the same: .to({str(self.device)!r}, {self.dtype})"
+                )
+        return parts, join
+
     def _source(self, generator: torch.Generator | None) -> torch.Generator | None:
         """Where random vectors come from."""
         return generator
@@ -307,11 +327,10 @@ class Operator(ABC):
         return type(self).__name__
 
     def _cannot(self, operation: str) -> TypeError:
-        estimate = f", estimate_{operation}(samples=...)" if operation in ("trace", "diagonal", "logdet") else ""
-        return TypeError(
-            f"{self._label()} has no exact {operation}; use structure='dense' for a small model, 'block' or "
-            f"'kfac'{estimate}"
-        )
+        others = ["structure='dense' for a small model", "'block'", "'kfac'"]
+        if operation in ("trace", "diagonal", "logdet"):
+            others.append(f"estimate_{operation}(samples=...)")
+        return TypeError(f"{self._label()} has no exact {operation}; use {', '.join(others[:-1])} or {others[-1]}")
 
     def _repr_html_(self) -> str:
         from natgrad.linalg.coverage import operator_html
@@ -324,14 +343,18 @@ class Operator(ABC):
 
 def check_damping(damping: float, style: str = "exact") -> None:
     """Raises ValueError unless damping is finite and not negative, and its style is known."""
-    if not (math.isfinite(damping) and damping >= 0):
-        raise ValueError(f"damping={damping} is not usable: expected a finite number >= 0")
-    if style not in DAMPING_STYLES:
-        raise ValueError(f"damping_style={style!r} is unknown: expected one of {DAMPING_STYLES}")
+    check_number("damping", damping.item() if isinstance(damping, Tensor) and damping.ndim == 0 else damping)
+    check_choice("damping_style", style, DAMPING_STYLES)
+
+
+def check_exponent(exponent: float) -> None:
+    """Raises ValueError unless it is a finite number."""
+    if not (isinstance(exponent, Real) and math.isfinite(exponent)):
+        raise ValueError(f"exponent={exponent!r} is not usable: expected a finite number, such as -0.5")
 
 
 def singular(what: str, damping: float, smallest: float) -> ValueError:
     return ValueError(
         f"{what} with damping={damping:g} is singular or indefinite (smallest eigenvalue {smallest:.3g}); "
-        "pass a larger damping"
+        f"pass a larger damping{'' if damping else ', say damping=1e-3'}"
     )

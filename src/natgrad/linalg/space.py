@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from natgrad.linalg.vec import unvec, vec
+from natgrad.options import check_choice, described
 
 Parts = tuple[Tensor, ...]
-ORDERS = ("torch", "vec")
+ORDERS = {"torch": "rows, as Tensor.flatten", "vec": "columns"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class Space:
             groups[module] = (*groups.get(module, ()), name)
         return groups
 
+    def labels(self) -> tuple[str, ...]:
+        """What the parts are called in messages."""
+        return self.names or tuple(f"part {i}" for i in range(len(self.shapes)))
+
     def describe(self) -> str:
         """The accepted forms of a vector, in words, for errors."""
         if self.names is not None:
@@ -111,11 +116,13 @@ class Space:
             raise ValueError(f"{context}: the dict {' and '.join(what)}; expected {self.describe()}")
 
     def _check_shapes(self, parts: Parts, context: str) -> None:
-        labels = self.names or tuple(f"part {i}" for i in range(len(self.shapes)))
+        labels = self.labels()
         if len(parts) != len(self.shapes):
             raise ValueError(f"{context}: got {len(parts)} tensors, expected {self.describe()}")
         lead = tuple(parts[0].shape[: max(0, parts[0].ndim - len(self.shapes[0]))])
         for label, part, shape in zip(labels, parts, self.shapes, strict=True):
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{context}: {label} is {described(part)}; expected a Tensor of shape {shape}")
             expected = (*lead, *shape)
             if tuple(part.shape) != expected:
                 raise ValueError(
@@ -130,8 +137,7 @@ def ends_with(v: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def check_order(order: str) -> None:
-    if order not in ORDERS:
-        raise ValueError(f"order={order!r} is unknown: expected 'torch' (rows, as Tensor.flatten) or 'vec' (columns)")
+    check_choice("order", order, ORDERS, meanings=ORDERS)
 
 
 def _few(names: Any, most: int = 4) -> str:
@@ -141,4 +147,4 @@ def _few(names: Any, most: int = 4) -> str:
 
 
 def _describe(v: Any) -> str:
-    return f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else f"a {type(v).__name__}"
+    return f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else described(v)

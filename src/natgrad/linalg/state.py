@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -110,7 +111,10 @@ def restore(state: Any) -> Any:
         return {k: restore(v) for k, v in state["items"]}
     arguments = {a: restore(v) for a, v in state.items() if a != "kind"}
     if kind not in _KINDS:
-        raise ValueError(f"the saved operator is of kind {kind!r}; expected one of {', '.join(_KINDS)}")
+        raise ValueError(
+            f"the saved operator is of kind {kind!r}; expected one of {', '.join(_KINDS)}: load it with the version "
+            "that saved it"
+        )
     return _KINDS[kind](**arguments)
 
 
@@ -129,6 +133,10 @@ def save(operator: Operator, path: str | PathLike[str]) -> None:
         return value
 
     structure = json.dumps(describe(dump(operator)))
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written, as there is no folder {Path(path).parent}; make it first")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected the name of a file: {Path(path) / 'matrix.safetensors'}")
     save_file(tensors, path, metadata={"natgrad": structure, "format": FORMAT})
 
 
@@ -151,6 +159,10 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: s
         >>> natgrad.load(path).trace().item()
         6.0
     """
+    if not Path(path).is_file():
+        kind = IsADirectoryError if Path(path).is_dir() else FileNotFoundError
+        raise kind(f"{path} is no file; expected a safetensors file that save() wrote")
+    device = torch.empty(0, device=device).device  # torch's own error for one that is not there
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
@@ -177,7 +189,11 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: s
             return {k: build(v) for k, v in content}
         return (tuple if kind == "tuple" else list)(build(v) for v in content)
 
-    operator: Operator = restore(build(json.loads(metadata["natgrad"])))
+    try:
+        structure = json.loads(metadata["natgrad"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: what its tensors are cannot be read; save the matrix again") from error
+    operator: Operator = restore(build(structure))
     if model is not None:
         _check_model(operator.space, model, str(path))
     return operator
@@ -188,6 +204,9 @@ def _check_model(space: Space, model: nn.Module, path: str) -> None:
     for name, shape in zip(space.names or (), space.shapes, strict=False):
         if shapes.get(name) != shape:
             has = f"has shape {shapes[name]} in" if name in shapes else "is not a parameter of"
-            raise ValueError(f"{path} is of another model: {name!r}, of shape {shape} there, {has} this one")
+            raise ValueError(
+                f"{path} is of another model: {name!r}, of shape {shape} there, {has} this one; give the model that "
+                "the matrix was computed of"
+            )
     if space.names is None:
         raise ValueError(f"{path} has no parameter names; expected the matrix of a model, or leave model= out")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.linalg.operator import Operator, check_damping, singular
+from natgrad.options import check_count
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def estimate_logdet(
 ) -> Estimate:
     """`E[zᵀ log(M + λI) z]`, each term by the Gauss quadrature of `steps` Lanczos steps from `z`."""
     check_damping(damping)
-    if steps < 1:
-        raise ValueError(f"steps={steps} is not usable: expected at least 1")
+    check_count("steps", steps, "products")
     if not operator.damps_parameters:
         raise TypeError(
-            f"{operator._label()} damps other coordinates than the parameters', and has an exact logdet; use that"
+            f"{operator._label()} damps other coordinates than the parameters', which products do not see; use its "
+            "logdet, which is exact"
         )
     values = []
     for z in _probes(operator, samples, generator):
@@ -97,8 +98,7 @@ def _quadrature(operator: Operator, z: Tensor, steps: int) -> tuple[Tensor, Tens
 
 
 def _probes(operator: Operator, samples: int, generator: torch.Generator | None) -> Any:
-    if samples < 2:
-        raise ValueError(f"samples={samples} is not usable: a standard error needs at least 2")
+    check_count("samples", samples, least=2)  # of which the standard error is
     size, generator = (operator.space.size,), operator._source(generator)
     for _ in range(samples):
         signs = torch.randint(2, size, generator=generator, device=operator.device)

@@ -15,11 +15,16 @@ def vec(W: Shaped[Tensor, "*batch m n"]) -> Shaped[Tensor, "*batch mn"]:
     Returns:
         Of shape `(..., m n)`.
 
+    Raises:
+        ValueError: if `W` has less than two axes.
+
     Example:
         >>> import torch
         >>> vec(torch.tensor([[1, 2], [3, 4]]).float()).tolist()
         [1.0, 3.0, 2.0, 4.0]
     """
+    if W.ndim < 2:
+        raise ValueError(f"vec: W has shape {tuple(W.shape)}; expected a matrix, or a batch of them")
     return W.mT.flatten(-2)
 
 

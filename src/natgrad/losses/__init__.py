@@ -3,6 +3,8 @@
 Torch's own loss modules have closed forms; `Likelihood` takes any distribution of `torch.distributions`.
 """
 
+from typing import Any
+
 from torch import nn
 
 from natgrad.losses.base import ESTIMATORS, OutputCurvature
@@ -10,6 +12,7 @@ from natgrad.losses.elementwise import Bernoulli, Poisson, SquaredError
 from natgrad.losses.gaussian import Gaussian
 from natgrad.losses.likelihood import Likelihood, LikelihoodCurvature
 from natgrad.losses.softmax import Softmax
+from natgrad.options import described
 
 __all__ = ["ESTIMATORS", "Likelihood", "OutputCurvature", "output_curvature"]
 
@@ -21,6 +24,15 @@ _KNOWN: dict[type[nn.Module], type[OutputCurvature]] = {
     nn.GaussianNLLLoss: Gaussian,
     Likelihood: LikelihoodCurvature,
 }
+_MEANT = {
+    "cross_entropy": "CrossEntropyLoss",
+    "mse_loss": "MSELoss",
+    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
+    "poisson_nll_loss": "PoissonNLLLoss",
+    "gaussian_nll_loss": "GaussianNLLLoss",
+    "NLLLoss": "CrossEntropyLoss",  # which leaves log-probabilities as they are
+}
+"""What is meant by torch's functions, and by a loss that another one computes, too."""
 
 
 def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
@@ -52,10 +64,18 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
     for known, curvature in _KNOWN.items():
         if isinstance(loss, known) and type(loss).forward is known.forward:
             return curvature(loss, kind)
-    came = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
+    came = described(loss)
     if isinstance(loss, tuple(_KNOWN)):
         came += ", which computes another loss in a forward of its own"
     names = [f"nn.{k.__name__}()" for k in _KNOWN if k is not Likelihood]
     raise TypeError(
         f"loss is {came}; expected an instance of one of {', '.join(names)}, or natgrad.losses.Likelihood(fn)"
+        f"{_in_its_place(loss)}"
     )
+
+
+def _in_its_place(loss: Any) -> str:
+    """The end of the message: which supported loss is meant by one that is not."""
+    known = {k.__name__: k.__name__ for k in _KNOWN if k is not Likelihood} | _MEANT
+    name = getattr(loss, "__name__", type(loss).__name__)
+    return f"; did you mean nn.{known[name]}()?" if name in known else ""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.options import check_choice
+from natgrad.options import check_choice, described
 
 ESTIMATORS = ("exact", "mc", "empirical")
 """Where the columns `S` come from: a factor of `D`, labels drawn from the model, or the targets as they are."""
@@ -53,7 +53,7 @@ class OutputCurvature(ABC):
         if module.reduction not in ("mean", "sum"):
             raise ValueError(
                 f"{type(module).__name__} has reduction={module.reduction!r}; the matrix of an objective needs "
-                "'mean' or 'sum'"
+                "'mean' or 'sum': make the loss with one of them"
             )
 
     @property
@@ -83,8 +83,8 @@ class OutputCurvature(ABC):
         """
         if not isinstance(output, Tensor):
             raise ValueError(
-                f"the model returned a {type(output).__name__}; expected a tensor. Pass "
-                "forward=lambda model, batch: (output, target)"
+                f"the model returned {described(output)}; expected a tensor. Pass forward=lambda model, batch: "
+                "(output, target), where output is the tensor that the loss takes"
             )
         return output
 
@@ -93,9 +93,24 @@ class OutputCurvature(ABC):
         value: Tensor = self.module(output, target)
         return value
 
+    def check(self, output: Tensor, target: Any) -> None:
+        """Raises TypeError if the target is no tensor, ValueError if the two do not fit this loss: their devices and
+        shapes, the target's dtype and classes."""
+        if not isinstance(target, Tensor):
+            raise TypeError(
+                f"{type(self.module).__name__}: target is {described(target)}; expected a Tensor, as by "
+                "torch.as_tensor(target)"
+            )
+        if target.device != output.device:
+            raise ValueError(
+                f"{type(self.module).__name__}: target is on {target.device} and output on {output.device}; expected "
+                f"one device: target.to({str(output.device)!r})"
+            )
+        self._check(output, target)
+
     @abstractmethod
-    def check(self, output: Tensor, target: Tensor) -> None:
-        """Raises ValueError if the two do not fit this loss: their shapes, the target's dtype and classes."""
+    def _check(self, output: Tensor, target: Tensor) -> None:
+        """Raises ValueError if the two do not fit this loss."""
 
     @abstractmethod
     def normalizer(self, output: Tensor, target: Tensor) -> Tensor:
@@ -176,7 +191,10 @@ class OutputCurvature(ABC):
                 f"{tuple(target.shape)}; expected the same shape (reshape the target; nothing is broadcast)"
             )
         if output.ndim == 0:
-            raise ValueError(f"{type(self.module).__name__}: expected outputs with an example axis, got a scalar")
+            raise ValueError(
+                f"{type(self.module).__name__}: output is a scalar; expected an axis of examples first: "
+                "output.unsqueeze(0), and the same for the target"
+            )
 
     def _wrong_dtype(self, target: Tensor, expected: str) -> ValueError:
         return ValueError(f"{type(self.module).__name__}: target has dtype {target.dtype}; expected {expected}")

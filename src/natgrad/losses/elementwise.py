@@ -14,7 +14,7 @@ from natgrad.losses.base import OutputCurvature, one_by_one
 class Elementwise(OutputCurvature):
     """A loss that sums over the output's entries: `D = diag(d)`."""
 
-    def check(self, output: Tensor, target: Tensor) -> None:
+    def _check(self, output: Tensor, target: Tensor) -> None:
         self._same_shape(output, target)
 
     def normalizer(self, output: Tensor, target: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ class Elementwise(OutputCurvature):
 class SquaredError(Elementwise):
     """`nn.MSELoss`, the negative log-likelihood of a Gaussian with variance 1/2: `D = 2 I`."""
 
-    def check(self, output: Tensor, target: Tensor) -> None:
-        super().check(output, target)
+    def _check(self, output: Tensor, target: Tensor) -> None:
+        super()._check(output, target)
         if target.is_complex():
             raise self._wrong_dtype(target, "a real one, such as target.real")
 
@@ -53,8 +53,8 @@ class Bernoulli(Elementwise):
     For labels in {0, 1} this is the loss's Hessian; `weight` and `pos_weight` enter as case weights.
     """
 
-    def check(self, output: Tensor, target: Tensor) -> None:
-        super().check(output, target)
+    def _check(self, output: Tensor, target: Tensor) -> None:
+        super()._check(output, target)
         if not target.is_floating_point():
             raise self._wrong_dtype(target, "a floating one: target.to(output.dtype)")
 
@@ -85,8 +85,8 @@ class Poisson(Elementwise):
     def canonical(self) -> bool:  # type: ignore[override]
         return bool(self.module.log_input)
 
-    def check(self, output: Tensor, target: Tensor) -> None:
-        super().check(output, target)
+    def _check(self, output: Tensor, target: Tensor) -> None:
+        super()._check(output, target)
         if target.is_complex():
             raise self._wrong_dtype(target, "counts: a real one")
         if (target < 0).any():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from natgrad.losses.base import OutputCurvature, one_by_one
+from natgrad.options import described
 
 
 class Gaussian(OutputCurvature):
@@ -26,7 +27,7 @@ class Gaussian(OutputCurvature):
     def join(self, output: Any) -> Tensor:
         if not (isinstance(output, (tuple, list)) and [isinstance(t, Tensor) for t in output] == [True, True]):
             raise ValueError(
-                f"GaussianNLLLoss: the model returned a {type(output).__name__}; expected two tensors (mean, var)"
+                f"GaussianNLLLoss: the model returned {described(output)}; expected two tensors (mean, var)"
             )
         mean, var = output
         spread = var.unsqueeze(-1) if var.shape == mean.shape[:-1] else var  # as torch reads it
@@ -42,7 +43,7 @@ class Gaussian(OutputCurvature):
         value: Tensor = self.module(mean, target, var)
         return value
 
-    def check(self, output: Tensor, target: Tensor) -> None:
+    def _check(self, output: Tensor, target: Tensor) -> None:
         mean, var = output.unbind(-1)
         self._same_shape(mean, target)
         if (var < 0).any():

@@ -13,7 +13,7 @@ from torch.distributions.gumbel import Gumbel
 from torch.distributions.transforms import Transform
 
 from natgrad.losses.base import OutputCurvature
-from natgrad.options import check_choice
+from natgrad.options import check_choice, described
 
 
 class Likelihood(nn.Module):
@@ -51,6 +51,11 @@ class Likelihood(nn.Module):
     def __init__(self, fn: Callable[[Tensor], Distribution], reduction: str = "mean"):
         super().__init__()
         check_choice("reduction", reduction, ("mean", "sum"))
+        if not callable(fn):
+            raise TypeError(
+                f"Likelihood: fn is {described(fn)}; expected a function of the output that returns one: "
+                "lambda f: Normal(f, 1.0)"
+            )
         self.fn, self.reduction = fn, reduction
 
     def distribution(self, output: Tensor) -> Distribution:
@@ -58,7 +63,7 @@ class Likelihood(nn.Module):
         p = self.fn(output)
         if not isinstance(p, Distribution):
             raise TypeError(
-                f"Likelihood: fn returned a {type(p).__name__}; expected a torch.distributions.Distribution, such as "
+                f"Likelihood: fn returned {described(p)}; expected a torch.distributions.Distribution, such as "
                 "Normal(output, 1.0)"
             )
         return p
@@ -90,7 +95,7 @@ class LikelihoodCurvature(OutputCurvature):
 
     canonical = False
 
-    def check(self, output: Tensor, target: Tensor) -> None:
+    def _check(self, output: Tensor, target: Tensor) -> None:
         with torch.no_grad():
             p = self.module.distribution(output)
         check_target(p, target)
@@ -222,7 +227,10 @@ def _drawing_from(generator: torch.Generator | None, device: torch.device) -> It
         yield
         return
     if generator.device.type != device.type:
-        raise ValueError(f"generator is on {generator.device}, and the output on {device}; expected one device")
+        raise ValueError(
+            f"generator is on {generator.device}, and the output on {device}; expected one device: "
+            f"torch.Generator({str(device)!r})"
+        )
     cuda = device.type == "cuda"
     with torch.random.fork_rng([device] if cuda else []):
         if cuda:

@@ -17,10 +17,13 @@ class Softmax(OutputCurvature):
     target is `ignore_index`. Label smoothing alone leaves `D` as it is.
     """
 
-    def check(self, output: Tensor, target: Tensor) -> None:
+    def _check(self, output: Tensor, target: Tensor) -> None:
         name = type(self.module).__name__
         if output.ndim < 2:
-            raise ValueError(f"{name}: output has shape {tuple(output.shape)}; expected (examples, classes, ...)")
+            raise ValueError(
+                f"{name}: output has shape {tuple(output.shape)}; expected (examples, classes, ...), as the model "
+                "returns logits and not classes"
+            )
         C, weight = output.shape[1], self.module.weight
         if weight is not None and weight.shape != (C,):
             raise ValueError(
@@ -28,6 +31,8 @@ class Softmax(OutputCurvature):
                 f"weight for each of the {C} classes on axis 1"
             )
         if target.is_floating_point():
+            if target.shape == (output.shape[0], *output.shape[2:]):
+                raise self._wrong_dtype(target, "class indices of dtype torch.int64 (target.long()) for this shape")
             self._same_shape(output, target)
             return
         # torch takes bytes too, but not at positions.

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 
-from natgrad.linalg.operator import check_damping
 from natgrad.optim import averaging, shown
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
@@ -26,8 +25,10 @@ from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.precision import check_precision
 from natgrad.optim.quadratic import Minimum, minimize
+from natgrad.optim.saved import state_of
 from natgrad.optim.scaler import scale_taken_out
-from natgrad.optim.vectors import Vector, combine, copied, dot, finite, gram
+from natgrad.optim.vectors import Vector, check_dense, combine, copied, dot, finite, gram
+from natgrad.options import check_flag, check_number, check_within
 
 BACKTRACKING = (0.25, 0.0625, 0.015625)
 """The shares of a step that are tried where the whole of it would raise the loss."""
@@ -74,13 +75,11 @@ class Adaptive(Following):
         generator: torch.Generator | None,
         more: dict[str, Any] | None = None,
     ):
-        if damping is not None:
-            check_damping(damping)
+        check_number("damping", damping, optional=True)
         check_precision(matmul_precision)
-        if max_kl is not None and not max_kl > 0:
-            raise ValueError(f"max_kl={max_kl} is not usable: expected a number > 0, or None for no bound")
-        if average is not None and not 0 <= average < 1:
-            raise ValueError(f"average={average} is not usable: expected a number in [0, 1), or None for no average")
+        check_number("max_kl", max_kl, optional=True, positive=True)
+        check_within("average", average, "[0, 1)", optional=True)
+        check_flag("decoupled_weight_decay", decoupled_weight_decay)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -225,9 +224,11 @@ class Adaptive(Following):
         Join.notify_join_context(self)
         if closure is not None and value is None and self._world.size == 1 and not (pending or gradients):
             return None  # a closure that found nothing to do, as where Lightning's training_step returns None
+        check_dense(gradients)
         if self._world.size == 1 and not (pending and gradients):
+            early = "loss.backward()" if pending else "any loss that opt.loss gave" if gradients else "any loss"
             raise RuntimeError(
-                "step() came before any loss: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
+                f"step() came before {early}: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
             )
         self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "damping": self._damping}
         assert self._watch is not None
@@ -611,11 +612,11 @@ class Adaptive(Following):
         Raises:
             ValueError: if it is not of such an optimizer, or of other parameters.
         """
-        saved = state_dict.get(self._key)
-        if saved is None:
+        saved = state_of(state_dict, self._key, type(self).__name__)
+        missing = [k for k in ("steps", "damping", "combination", "generator", "faults") if k not in saved]
+        if missing:
             raise ValueError(
-                f"the state has {', '.join(map(repr, state_dict))} and no {self._key!r}: it is not a "
-                f"{type(self).__name__} optimizer's"
+                f"the state has no {missing[0]!r} under {self._key!r}; expected what state_dict() of this version gives"
             )
         self._check_own_state(saved)
         whole = {k: v for k, v in state_dict.items() if k != self._key}

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_values
 
-if TYPE_CHECKING:
-    from natgrad.optim.adaptive import Adaptive
+from natgrad.optim.adaptive import Adaptive
+from natgrad.options import described
 
 Path = tuple[Any, ...]
 BY_LAYER = ("moments", "squares", "bases", "inverse")
@@ -31,6 +27,7 @@ def load_checkpoint(opt: Adaptive, path: str | PathLike[str], key: str = "optimi
         key: the optimizer's in what was saved.
 
     Raises:
+        TypeError: if it is another library's optimizer.
         FileNotFoundError: if there is no checkpoint in the folder.
         ValueError: if it has no such key, or is of another optimizer or model.
 
@@ -42,10 +39,20 @@ def load_checkpoint(opt: Adaptive, path: str | PathLike[str], key: str = "optimi
         >>> _ = dcp.save({"optimizer": opt.state_dict()}, checkpoint_id=folder, no_dist=True)
         >>> natgrad.load_checkpoint(natgrad.KFAC(model, torch.nn.CrossEntropyLoss()), folder)
     """
+    # These take longer to import than all of this library.
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load as load_values
+
+    if not isinstance(opt, Adaptive):
+        raise TypeError(
+            f"opt is {described(opt)}; expected a KFAC or NaturalGradient optimizer; others load as in torch"
+        )
     reader = FileSystemReader(path)
     try:
         metadata = reader.read_metadata()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{path} has no checkpoint (no file .metadata); expected a folder that torch.distributed.checkpoint.save "
             "has written to, on all ranks the same"
@@ -84,6 +91,8 @@ def _layer_of(path: Path) -> str | None:
 
 def _room(opt: Adaptive, what: Any, path: Path) -> Any:
     """A tensor to read one into; nothing, for what is not a tensor."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     if not isinstance(what, TensorStorageMetadata):
         return None
     if path[0] == "state":

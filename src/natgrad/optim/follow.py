@@ -17,8 +17,9 @@ from natgrad.losses import ESTIMATORS, output_curvature
 from natgrad.optim.batch import Batch, Forward, full_precision
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups, as_group, check_alike, parameter_groups
+from natgrad.optim.unchanged import Unchanged
 from natgrad.optim.watch import Watch
-from natgrad.options import check_choice, check_number
+from natgrad.options import check_choice, check_function, check_generator, check_number, described, did_you_mean
 
 
 class Following(torch.optim.Optimizer, Joinable, ABC):
@@ -55,13 +56,16 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         self._around = model if isinstance(model, DistributedDataParallel) else None
         if not self._for_many_ranks:
             refuse_ranks(type(self).__name__, self._place)
+        check_function("output", output, "from what the model returns to what the loss takes")
         self._output, self.estimator = output, estimator
         self._parameters: dict[str, Tensor] = {}
         self._watch: Watch | None = None
         torch.optim.Optimizer.__init__(self, parameter_groups(self.model, params), defaults)
         Joinable.__init__(self)
+        check_generator(generator, self._device)
         self._given_generator = generator
         self._own_generator = torch.Generator(self._device).manual_seed(torch.initial_seed())
+        self._unchanged = Unchanged(generator)
         self._pending: list[Batch] = []
         wrapper = None if model is self.model else model
         self._watch = Watch(self.model, self._parameters, wrapper=wrapper, within=self._see_ranks)
@@ -125,7 +129,11 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
     def _check_groups(self) -> None:
         for group in self.param_groups:
             for name in ("lr", "momentum", "weight_decay"):
-                check_number(name, group[name])
+                check_number(name, group[name], optional=name != "weight_decay")
+            for key in group.keys() - {"params", *self.defaults}:
+                near = did_you_mean(key, self.defaults)
+                if near and key != "initial_lr":  # other keys are the user's own, as in torch
+                    raise ValueError(f"a group has {key!r}; expected settings among {', '.join(self.defaults)}{near}")
         for name in ("lr", "momentum"):
             check_alike(self.param_groups, name)
 
@@ -188,6 +196,8 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
                 "as Lightning's is under DistributedDataParallel, make the optimizer for the module that the output is "
                 f"of: {type(self).__name__}(self.net, ...)"
             )
+        if self._statistics_due() and self._place.shards is None:  # shards stand aside during a forward
+            self._unchanged.check(self.model, self._parameters)
         output, way = self._read(output, forward)
         with torch.autocast(output.device.type, enabled=False):
             return self._loss(forward, output, way, target)
@@ -200,7 +210,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
             return full_precision(self._output(output)), self._output
         if not isinstance(output, Tensor):
             raise ValueError(
-                f"opt.loss was given a {type(output).__name__}; expected the tensor that the loss takes. Give it one "
+                f"opt.loss was given {described(output)}; expected the tensor that the loss takes. Give it one "
                 "of those that the model returned, or pass output= (how to make it of what the model returns) to "
                 f"{type(self).__name__} and give opt.loss all that the model returned"
             )
@@ -217,6 +227,10 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
                 "returned.logits[:, :-1].flatten(0, 1), and give opt.loss all that the model returned. Or fix lr, "
                 "momentum and damping (and the solver of a NaturalGradient)"
             )
+        if torch.is_grad_enabled() and not output.requires_grad:
+            raise ValueError(
+                "opt.loss was given a tensor without a graph; expected the model's output as it is: leave detach() out"
+            )
         recorder, forward.recorder = forward.recorder, None
         if recorder is not None:
             self._check_recorded(recorder, output)
@@ -227,7 +241,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
             batch.weight = self._weight(float(mass))
             loss = loss.detach() + batch.weight * (loss - loss.detach())
         if not torch.isfinite(loss):
-            batch.fault = "the loss is not finite: look for NaN or inf in the batch"
+            batch.fault = "the loss is not finite: look for NaN or inf in the batch and in the parameters"
         elif recorder is not None:
             if self._statistics_due():
                 self._observe(batch, recorder, output)

@@ -35,7 +35,7 @@ from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.precision import matmul_precision as precision_of_products
 from natgrad.optim.running import RUNNING, Statistics
 from natgrad.optim.vectors import Vector, gram
-from natgrad.options import check_choice, check_max_dim, check_number
+from natgrad.options import check_choice, check_count, check_flag, check_max_dim, check_number, check_within
 
 ENOUGH = 250
 """Examples that suffice for the moments of one batch."""
@@ -168,9 +168,13 @@ class KFAC(Adaptive):
         check_choice("structure", structure, tuple(RUNNING))
         check_choice("bias_update", bias_update, ("exact", "simple"))
         check_choice("sharing", sharing, SHARING)
+        for name, flag in (("centered", centered), ("orthogonalize", orthogonalize)):
+            check_flag(name, flag)
         one_sided = structure == "input"
         if orthogonalize and not one_sided:
-            raise ValueError(f"orthogonalize=True needs structure='input'; got structure={structure!r}")
+            raise ValueError(
+                f"orthogonalize=True needs structure='input'; got structure={structure!r}: use that, or leave it out"
+            )
         damping_style = damping_style or ("factored" if centered else "exact")
         check_choice("damping_style", damping_style, ("exact", "factored"))
         adaptive = lr is None or momentum is None
@@ -186,14 +190,10 @@ class KFAC(Adaptive):
             ("bases_every", bases_every),
             ("adapt_every", adapt_every),
         ):
-            if every < 1:
-                raise ValueError(f"{name}={every} is not usable: expected a number of steps, at least 1")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay} is not usable: expected a number in [0, 1)")
-        if not 0 < damping_decay <= 1:
-            raise ValueError(f"damping_decay={damping_decay} is not usable: expected a number in (0, 1]")
-        if statistics_share is not None and not 0 < statistics_share <= 1:
-            raise ValueError(f"statistics_share={statistics_share} is not usable: expected a number in (0, 1], or None")
+            check_count(name, every, "steps")
+        check_within("decay", decay, "[0, 1)")
+        check_within("damping_decay", damping_decay, "(0, 1]")
+        check_within("statistics_share", statistics_share, "(0, 1]", optional=True)
         if damping_floor is None:
             damping_floor = 0.3 if centered and structure in ("kfac", "ekfac") else 0.03
         check_number("damping_floor", damping_floor)
@@ -577,7 +577,10 @@ class KFAC(Adaptive):
         for layer in map(Layer.of_key, saved["running"].get("moments", {})):
             unknown = [n for n in layer.names if n not in self._parameters]
             if unknown:
-                raise ValueError(f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here")
+                raise ValueError(
+                    f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here; load it "
+                    "for the model that it was saved of"
+                )
         running = RUNNING[self.structure](self.centered, self.sharing, self.max_dim)
         running.load(saved["running"])
         for layer, op in running.blocks().items():
@@ -585,7 +588,7 @@ class KFAC(Adaptive):
             if sum(map(prod, shapes)) != op.space.size:
                 raise ValueError(
                     f"the state has moments for {layer.names[0]!r} with matrices of {op.space.shapes}; here it has "
-                    f"shape {shapes[0]}"
+                    f"shape {shapes[0]}: load it for a model of the same widths"
                 )
 
 

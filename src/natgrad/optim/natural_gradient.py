@@ -19,7 +19,7 @@ from natgrad.optim.exact import ByProducts, TruncatedInverse, from_cases
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.vectors import Vector
-from natgrad.options import check_choice
+from natgrad.options import check_choice, check_count, check_within
 
 SOLVERS = ("dual", "primal", "cg")
 
@@ -110,17 +110,15 @@ class NaturalGradient(Adaptive):
         output: Way | None = None,
         generator: torch.Generator | None = None,
     ):
-        if solver is not None:
-            check_choice("solver", solver, SOLVERS)
+        check_choice("solver", solver, SOLVERS, optional=True)
         if solver == "cg" and estimator in ("mc", "empirical"):
-            raise ValueError(f"solver='cg' has products of the exact matrix only; got estimator={estimator!r}")
+            raise ValueError(
+                f"solver='cg' has products of the exact matrix only; got estimator={estimator!r}: leave one of them out"
+            )
         for name, count in (("max_size", max_size), ("max_iterations", max_iterations)):
-            if count < 1:
-                raise ValueError(f"{name}={count} is not usable: expected at least 1")
-        if tolerance is not None and not 0 < tolerance < 1:
-            raise ValueError(f"tolerance={tolerance} is not usable: expected a number in (0, 1)")
-        if not 0 < damping_decay <= 1:
-            raise ValueError(f"damping_decay={damping_decay} is not usable: expected a number in (0, 1]")
+            check_count(name, count)
+        check_within("tolerance", tolerance, "(0, 1)", optional=True)
+        check_within("damping_decay", damping_decay, "(0, 1]")
         super().__init__(
             model,
             loss,
@@ -148,6 +146,16 @@ class NaturalGradient(Adaptive):
 
     def _chosen(self) -> dict[str, Any]:
         return {} if self.solver is None else {"solver": self.solver}
+
+    def _check_groups(self) -> None:
+        super()._check_groups()
+        shares = {0.0 if group["decoupled_weight_decay"] else group["weight_decay"] for group in self.param_groups}
+        if len(shares) > 1:
+            raise ValueError(
+                f"weight_decay is {' and '.join(f'{eta:g}' for eta in sorted(shares))} in several groups, and "
+                "one matrix of all parameters is damped by one; expected the same in all groups, or "
+                "decoupled_weight_decay=True"
+            )
 
     def _size(self) -> int:
         return sum(p.numel() for p in self._parameters.values() if p.requires_grad)

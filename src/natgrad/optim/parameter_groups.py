@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from natgrad.options import select_parameters
+from natgrad.options import described
+from natgrad.selection import check_parameters, select_parameters, some_of
 
 Groups = Iterable[Any] | Callable[[str], bool] | None
 """All trainable parameters (None), names, a predicate on names, tensors, or dictionaries with such `"params"`."""
@@ -19,8 +20,13 @@ def parameter_groups(model: nn.Module, params: Groups) -> list[dict[str, Any]]:
     Raises:
         ValueError: if there is none, or something in it is not a parameter of the model.
     """
-    if params is None or callable(params):
+    if params is None or callable(params) or isinstance(params, str):
         return [{"params": list(select_parameters(model, params).values())}]
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            f"params is {described(params)}; expected parameters of the model, their names, a predicate on names, or "
+            "groups of them"
+        )
     entries = list(params)
     if not entries:
         raise ValueError("params is empty; expected parameters of the model, or groups of them")
@@ -32,7 +38,10 @@ def parameter_groups(model: nn.Module, params: Groups) -> list[dict[str, Any]]:
 def as_group(model: nn.Module, group: Mapping[str, Any]) -> dict[str, Any]:
     """A group with its parameters as tensors of the model."""
     if "params" not in group:
-        raise ValueError(f"a group has {', '.join(map(repr, group)) or 'nothing'} and no 'params'; say which it has")
+        raise ValueError(
+            f"a group has {', '.join(map(repr, group)) or 'nothing'} and no 'params'; expected its parameters under "
+            "that key"
+        )
     params = group["params"]
     if isinstance(params, (Tensor, str)):
         params = [params]
@@ -43,14 +52,13 @@ def as_group(model: nn.Module, group: Mapping[str, Any]) -> dict[str, Any]:
     names = {id(p): n for n, p in model.named_parameters()}
     for p in params:
         if not isinstance(p, Tensor):
-            raise ValueError(f"params has a {type(p).__name__}; expected parameters of the model, or their names")
+            raise ValueError(f"params has {described(p)}; expected parameters of the model, or their names")
         if id(p) not in names:
             raise ValueError(
                 f"params has a tensor of shape {tuple(p.shape)} that is not a parameter of the model; expected some "
-                f"of {', '.join(list(names.values())[:6])}"
+                f"of {some_of(names.values())}"
             )
-        if p.is_complex():
-            raise ValueError(f"parameter {names[id(p)]!r} is complex ({p.dtype}); expected a real one")
+    check_parameters({names[id(p)]: p for p in params})
     return {**group, "params": params}
 
 

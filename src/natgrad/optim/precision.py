@@ -7,17 +7,15 @@ from collections.abc import Iterator
 
 import torch
 
+from natgrad.options import check_choice
+
 PRECISIONS = {"highest": ("ieee", "ieee"), "high": ("ieee", "tf32"), "medium": ("bf16", "tf32")}
 """As `torch.set_float32_matmul_precision` has them, for CPUs and for CUDA."""
 
 
 def check_precision(precision: str | None) -> None:
     """Raises ValueError unless it is one of torch's names, or None."""
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(
-            f"matmul_precision={precision!r} is unknown: expected one of {', '.join(map(repr, PRECISIONS))}, or None "
-            "for torch's own setting"
-        )
+    check_choice("matmul_precision", precision, PRECISIONS, optional=True)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,11 @@ from natgrad.distributed.placement import placed, refuse_ranks
 from natgrad.linalg import factor
 from natgrad.linalg.eigen import semidefinite
 from natgrad.moments import MAX_DIM, AffineMoments, moments_of_state, state_of_moments
-from natgrad.optim.vectors import copied, finite
+from natgrad.optim.saved import state_of
+from natgrad.optim.vectors import check_dense, copied, finite
 from natgrad.optim.watch import Watch
-from natgrad.options import check_max_dim, check_number, select_parameters
+from natgrad.options import check_count, check_flag, check_max_dim, check_number, check_within
+from natgrad.selection import select_parameters
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,10 @@ class PRONG(torch.optim.Optimizer):
     ):
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             check_number(name, value)
-        check_number("epsilon", epsilon)
-        if epsilon == 0:
-            raise ValueError("epsilon=0 is not usable: expected a number > 0, as a covariance may be singular")
-        if every < 1:
-            raise ValueError(f"every={every} is not usable: expected a number of steps, at least 1")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay} is not usable: expected a number in [0, 1)")
+        check_number("epsilon", epsilon, positive=True)  # a covariance may be singular
+        check_count("every", every, "steps")
+        check_within("decay", decay, "[0, 1)")
+        check_flag("centered", centered)
         check_max_dim(max_dim)
         refuse_ranks(type(self).__name__, placed(model))
         self._parameters = select_parameters(model)
@@ -156,6 +155,7 @@ class PRONG(torch.optim.Optimizer):
         forward = self._watch.take()
         self.diagnostics = {"step": self._steps, "accepted": True, "refreshed": False}
         gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
+        check_dense(gradients)
         if gradients and not finite(gradients):
             self.diagnostics["accepted"] = False
             warnings.warn(
@@ -279,15 +279,14 @@ class PRONG(torch.optim.Optimizer):
         Raises:
             ValueError: if it is not of such an optimizer, or of other parameters.
         """
-        saved = state_dict.get("prong")
-        if saved is None:
-            raise ValueError(
-                f"the state has {', '.join(map(repr, state_dict))} and no 'prong': it is not a PRONG optimizer's"
-            )
+        saved = state_of(state_dict, "prong", type(self).__name__)
         moments = moments_of_state(copied(saved["moments"], next(iter(self._parameters.values())).device))
         unknown = [n for layer in moments for n in layer.names if n not in self._parameters]
         if unknown:
-            raise ValueError(f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here")
+            raise ValueError(
+                f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here; load it "
+                "for the model that it was saved of"
+            )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "prong"})
         self._steps = saved["steps"]
         self._moments = {layer: m for layer, m in moments.items() if isinstance(m, AffineMoments)}

@@ -36,6 +36,13 @@ def finite(v: Vector) -> bool:
     return math.isfinite(dot(v, v)) or all(bool(torch.isfinite(x).all()) for x in v.values())
 
 
+def check_dense(gradients: Vector) -> None:
+    """Raises ValueError if one is sparse, as those of `nn.Embedding(sparse=True)` are."""
+    for n, g in gradients.items():
+        if g.layout != torch.strided:
+            raise ValueError(f"the gradient of {n!r} is sparse; expected a dense one: make its layer with sparse=False")
+
+
 def copied(value: Any, device: torch.device) -> Any:
     """A copy of nested dictionaries, lists and tuples, with its tensors on `device`."""
     if isinstance(value, Tensor):

@@ -1,0 +1,37 @@
+"""Whether a model still has the parameters that its optimizer was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Unchanged:
+    """What the parameters were at the first loss: the same tensors, of one dtype, on the device of the generator, if
+    one was given."""
+
+    def __init__(self, generator: torch.Generator | None):
+        self._device = None if generator is None else generator.device
+        self._first: dict[str, torch.dtype] = {}
+
+    def check(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        """Raises RuntimeError if a parameter was replaced, moved to another kind of device, or has another dtype."""
+        now = {n: p for n, p in model.named_parameters() if n in parameters}
+        for n, p in parameters.items():
+            if now.get(n) is not p:
+                raise RuntimeError(
+                    f"the model's {n!r} is another tensor than when this optimizer was made; make a new optimizer for "
+                    "the model as it is"
+                )
+            if self._device is not None and p.device.type != self._device.type:
+                raise RuntimeError(
+                    f"{n!r} is on {p.device} and the generator= given on {self._device}; move the model first, then "
+                    "make the optimizer"
+                )
+            if self._first.setdefault(n, p.dtype) != p.dtype:
+                raise RuntimeError(
+                    f"{n!r} is {p.dtype} and was {self._first[n]} at the first step; convert the model first, and make "
+                    "make the optimizer"
+                )

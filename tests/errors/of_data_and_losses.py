@@ -1,0 +1,117 @@
+"""What users get wrong about data, losses and options of a matrix."""
+
+import torch
+from torch import nn
+from torch.distributions import Normal
+
+import natgrad
+from natgrad.losses import Likelihood
+
+X, LABELS = torch.randn(8, 4), torch.arange(8) % 3
+ONE = nn.Linear(4, 1)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def fisher(model=None, loss=None, data=(X, LABELS), *more, **options):
+    return natgrad.fisher(model or net(), loss or nn.CrossEntropyLoss(), data, *more, **options)
+
+
+def read_twice():
+    data = iter([(X, LABELS)])
+    fisher(data=data)
+    fisher(data=data)
+
+
+PAIR = "expected an (input, target) pair"
+OF_ANOTHER_FORM = "For batches of another form pass forward=lambda model, batch: (output, target)"
+AN_INSTANCE = "expected an instance of one of nn.CrossEntropyLoss(), nn.MSELoss()"
+
+# fmt: off
+ROWS = [
+    # The loss
+    ("a class of losses", lambda: fisher(loss=nn.MSELoss), TypeError,
+     "loss is the class MSELoss; ", AN_INSTANCE, "did you mean nn.MSELoss()?"),
+    ("a function of torch's as loss", lambda: fisher(loss=nn.functional.cross_entropy), TypeError,
+     "loss is a function; ", AN_INSTANCE, "did you mean nn.CrossEntropyLoss()?"),
+    ("a function of one's own as loss", lambda: fisher(loss=lambda f, y: (f - y).mean()), TypeError,
+     "loss is a function; ", AN_INSTANCE, "or natgrad.losses.Likelihood(fn)"),
+    ("no loss", lambda: natgrad.fisher(net(), None, (X, LABELS)), TypeError, "loss is None; ", AN_INSTANCE),
+    ("a loss of log-probabilities", lambda: fisher(loss=nn.NLLLoss()), TypeError,
+     "loss is a NLLLoss; ", AN_INSTANCE, "did you mean nn.CrossEntropyLoss()?"),
+    ("a distribution in place of a function", lambda: Likelihood(Normal(0, 1)), TypeError,
+     "Likelihood: fn is a Normal; expected a function of the output that returns one: lambda f: Normal(f, 1.0)"),
+    ("a reduction that is misspelt", lambda: Likelihood(lambda f: Normal(f, 1.0), reduction="men"), ValueError,
+     "reduction='men' is unknown: expected one of 'mean', 'sum'; did you mean 'mean'?"),
+    # Targets
+    ("a list of labels", lambda: fisher(data=(X, LABELS.tolist())), TypeError,
+     "CrossEntropyLoss: target is a list of 8; expected a Tensor, as by torch.as_tensor(target)"),
+    ("no labels", lambda: fisher(data=(X, None)), TypeError, "CrossEntropyLoss: target is None; expected a Tensor"),
+    ("labels as floats", lambda: fisher(data=(X, LABELS.float())), ValueError,
+     "CrossEntropyLoss: target has dtype torch.float32; expected class indices of dtype torch.int64 (target.long())"),
+    ("labels on another device", lambda: fisher(data=(X, LABELS.to("meta"))), ValueError,
+     "CrossEntropyLoss: target is on meta and output on cpu; expected one device: target.to('cpu')"),
+    ("labels in a column", lambda: fisher(data=(X, LABELS[:, None])), ValueError,
+     "CrossEntropyLoss: output has shape (8, 3) and target (8, 1); expected class indices of shape (8,)"),
+    ("classes in place of logits", lambda: fisher(forward=lambda m, b: (m(b[0]).argmax(1), b[1])), ValueError,
+     "CrossEntropyLoss: output has shape (8,); expected (examples, classes, ...)", "logits and not classes"),
+    ("a scalar output", lambda: fisher(ONE, nn.MSELoss(), forward=lambda m, b: (m(b[0]).mean(), X.mean())), ValueError,
+     "MSELoss: output is a scalar; expected an axis of examples first: output.unsqueeze(0)"),
+    ("complex targets", lambda: fisher(ONE, nn.MSELoss(), (X, X[:, :1] + 0j)), ValueError,
+     "MSELoss: target has dtype torch.complex64; expected a real one, such as target.real"),
+    ("complex counts", lambda: fisher(ONE, nn.PoissonNLLLoss(), (X, X[:, :1] + 0j)), ValueError,
+     "PoissonNLLLoss: target has dtype torch.complex64; expected counts: a real one"),
+    ("whole numbers as probabilities", lambda: fisher(ONE, nn.BCEWithLogitsLoss(), (X, LABELS[:, None])), ValueError,
+     "BCEWithLogitsLoss: target has dtype torch.int64; expected a floating one: target.to(output.dtype)"),
+    # Data
+    ("no data", lambda: natgrad.fisher(net(), nn.CrossEntropyLoss(), None), ValueError, "data is None; ", PAIR),
+    ("inputs alone", lambda: fisher(data=X), ValueError, "data is a Tensor of shape (8, 4); ", PAIR),
+    ("a dictionary", lambda: fisher(data={"x": X, "y": LABELS}), ValueError, "data is a dict; ", PAIR),
+    ("inputs and targets apart", lambda: natgrad.fisher(net(), nn.CrossEntropyLoss(), X, LABELS), TypeError,
+     "structure is a Tensor; expected its name, and data as one pair: (model, loss, (input, target), structure)"),
+    ("a generator without batches", lambda: fisher(data=(b for b in ())), ValueError,
+     "data is empty: expected at least one (input, target) batch. A generator", "make a new one, or give a list"),
+    ("an iterator that was read", read_twice, ValueError, "data is empty: ", "make a new one, or give a list"),
+    ("batches of three", lambda: fisher(data=[(X, LABELS, LABELS)]), ValueError,
+     "a batch is a tuple of 3; ", PAIR, OF_ANOTHER_FORM),
+    ("batches of inputs", lambda: fisher(data=[X, X, X]), ValueError,
+     "a batch is a Tensor of shape (8, 4); ", PAIR, OF_ANOTHER_FORM),
+    ("arrays of NumPy", lambda: fisher(data=(X.numpy(), LABELS.numpy())), ValueError,
+     "a batch is a NumPy array; ", PAIR),
+    ("a forward that returns the output", lambda: fisher(forward=lambda m, b: m(b[0])), ValueError,
+     "forward returned a Tensor of shape (8, 3); expected a pair (output, target)"),
+    ("a forward that is none", lambda: fisher(forward=3), TypeError,
+     "forward is an int; expected a function of the model and a batch that returns (output, target)"),
+    # Options
+    ("a structure that is misspelt", lambda: fisher(structure="kfca"), ValueError,
+     "structure='kfca' is unknown: expected one of 'implicit', 'dense', ", "; did you mean 'kfac'?"),
+    ("a structure in capitals", lambda: fisher(structure="EKFAC"), ValueError, "; did you mean 'ekfac'?"),
+    ("a structure that is cut short", lambda: fisher(structure="diag"), ValueError, "; did you mean 'diagonal'?"),
+    ("two structures", lambda: fisher(structure=["kfac", "dense"]), ValueError,
+     "structure is a list of 2: expected one of 'implicit', "),
+    ("a structure of the Hessian that is misspelt",
+     lambda: natgrad.hessian(net(), nn.CrossEntropyLoss(), (X, LABELS), "implicti"), ValueError,
+     "structure='implicti' is unknown: ", "; did you mean 'implicit'?"),
+    ("an estimator that is misspelt", lambda: fisher(estimator="exakt"), ValueError,
+     "estimator='exakt' is unknown: expected one of 'exact', 'mc', 'empirical'; did you mean 'exact'?"),
+    ("a sharing that is misspelt", lambda: fisher(sharing="expnd"), ValueError,
+     "sharing='expnd' is unknown: expected one of 'expand', 'reduce'; did you mean 'expand'?"),
+    ("half a sample", lambda: fisher(estimator="mc", samples=0.5), ValueError,
+     "samples=0.5 is not usable: expected a whole number, at least 1"),
+    ("samples in quotes", lambda: fisher(estimator="mc", samples="1"), ValueError, "samples='1' is not usable: "),
+    ("max_dim in quotes", lambda: fisher(max_dim="9"), ValueError,
+     "max_dim='9' is not usable: expected a whole number of rows, at least 1"),
+    ("centered in words", lambda: fisher(centered="no"), ValueError,
+     "centered='no' is not usable: expected True or False"),
+    ("a dtype in quotes", lambda: fisher(dtype="float64"), TypeError,
+     "dtype='float64' is not usable: expected a floating torch.dtype, such as torch.float64"),
+    ("a dtype of whole numbers", lambda: fisher(dtype=torch.int64), TypeError, "dtype=torch.int64 is not usable: "),
+    ("a seed in place of a generator", lambda: fisher(estimator="mc", generator=0), TypeError,
+     "generator is an int; expected a torch.Generator, such as torch.Generator().manual_seed(0)"),
+    ("half a permutation", lambda: natgrad.residual(net(), nn.CrossEntropyLoss(), (X, LABELS), permutations=0.5),
+     ValueError, "permutations=0.5 is not usable: expected a whole number, at least 0"),
+    ("a layer that is misspelt", lambda: natgrad.residual(net(), nn.CrossEntropyLoss(), (X, LABELS))["00"], KeyError,
+     "no layer is called '00'; expected one of '0', '2'; did you mean '0'?"),
+]

@@ -1,0 +1,71 @@
+"""What users get wrong about files."""
+
+import json
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from of_data_and_losses import net
+from of_vectors import matrix
+from safetensors.torch import save_file
+from torch import nn
+
+import natgrad
+
+FOLDER = Path(mkdtemp())
+
+
+def written(name: str, content: bytes) -> Path:
+    path = FOLDER / name
+    path.write_bytes(content)
+    return path
+
+
+def cut_short() -> None:
+    whole = FOLDER / "whole.safetensors"
+    matrix().save(whole)
+    natgrad.load(written("half.safetensors", whole.read_bytes()[:1000]))
+
+
+def described_by(structure: str, version: str = "1") -> None:
+    path = FOLDER / "described.safetensors"
+    save_file({"0": torch.ones(2)}, path, metadata={"natgrad": structure, "format": version})
+    natgrad.load(path)
+
+
+def a_models_own() -> None:
+    path = FOLDER / "model.pt"
+    torch.save(net().state_dict(), path)
+    natgrad.load(path)
+
+
+def of_another_model() -> None:
+    path = FOLDER / "of.safetensors"
+    matrix().save(path)
+    natgrad.load(path, model=nn.Linear(4, 3))
+
+
+# fmt: off
+ROWS = [
+    ("a folder that does not exist", lambda: matrix().save(FOLDER / "none" / "f.safetensors"), FileNotFoundError,
+     "f.safetensors cannot be written, as there is no folder ", "; make it first"),
+    ("a folder to save to", lambda: matrix().save(FOLDER), IsADirectoryError,
+     " is a folder; expected the name of a file: ", "matrix.safetensors"),
+    ("a file that does not exist", lambda: natgrad.load(FOLDER / "none.safetensors"), FileNotFoundError,
+     "none.safetensors is no file; expected a safetensors file that save() wrote"),
+    ("a folder to load", lambda: natgrad.load(FOLDER), IsADirectoryError, " is no file; expected a safetensors file"),
+    ("a file of torch.save", a_models_own, ValueError,
+     "model.pt is not a safetensors file (", "expected one that save()"),
+    ("an empty file", lambda: natgrad.load(written("empty", b"")), ValueError, "empty is not a safetensors file ("),
+    ("half a file", cut_short, ValueError, "half.safetensors is not a safetensors file (", "expected one that save()"),
+    ("a file of a later version", lambda: described_by("{}", "2"), ValueError,
+     "is of format '2' and this version of natgrad reads '1'; load it with the version that saved it, or compute"),
+    ("a damaged file", lambda: described_by("{]"), ValueError,
+     "is damaged: what its tensors are cannot be read; save the matrix again"),
+    ("a matrix of another kind", lambda: described_by(json.dumps({"dict": [["kind", "Toeplitz"]]})), ValueError,
+     "the saved operator is of kind 'Toeplitz'; expected one of Kronecker, ", "load it with the version that saved it"),
+    ("the matrix of another model", of_another_model, ValueError,
+     "is of another model: '0.weight', of shape (5, 4) there, is not a parameter of this one; give the model that"),
+    ("an implicit matrix to be saved", lambda: matrix("implicit").save(FOLDER / "f"), TypeError,
+     "ImplicitGaussNewton holds a model and data, not a matrix, and cannot be saved; use structure='kfac', "),
+]
