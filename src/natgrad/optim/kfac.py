@@ -95,7 +95,7 @@ class KFAC(Adaptive):
         adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`.
         damping_decay: the least factor per step by which the damping may fall.
         damping_floor: the damping falls no further than this share of the curvature's diagonal: of its mean in a layer,
-            the median over the parameters. None: 0.3 of that in centered coordinates, else 0.03, as the means of the
+            the median over the parameters. None: 1 times that in centered coordinates, else 0.03, as the means of the
             inputs count in it.
         decay: the weight of the past in the moving average of the moments, each time they are updated.
         max_dim: factors of more rows than this are kept as their diagonals.
@@ -195,7 +195,7 @@ class KFAC(Adaptive):
         check_within("damping_decay", damping_decay, "(0, 1]")
         check_within("statistics_share", statistics_share, "(0, 1]", optional=True)
         if damping_floor is None:
-            damping_floor = 0.3 if centered and structure in ("kfac", "ekfac") else 0.03
+            damping_floor = 1.0 if centered and structure in ("kfac", "ekfac") else 0.03
         check_number("damping_floor", damping_floor)
         check_max_dim(max_dim)
         self._relative = damping is None and one_sided

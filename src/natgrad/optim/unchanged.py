@@ -32,6 +32,6 @@ class Unchanged:
                 )
             if self._first.setdefault(n, p.dtype) != p.dtype:
                 raise RuntimeError(
-                    f"{n!r} is {p.dtype} and was {self._first[n]} at the first step; convert the model first, and make "
+                    f"{n!r} is {p.dtype} and was {self._first[n]} at the first step; convert the model first, then "
                     "make the optimizer"
                 )
