@@ -118,7 +118,7 @@ class TestDecoupledDecay:
         model = model_of(D, C)
         groups = [{"params": ["0.weight"], "weight_decay": 0.1}, {"params": ["0.bias"]}]
         opt = natgrad.KFAC(
-            model, nn.CrossEntropyLoss(), params=groups, estimator="exact", damping=0.05, momentum=0.0
+            model, nn.CrossEntropyLoss(), params=groups, estimator="exact", damping=0.05, momentum=0.0, centered=False
         )  # fmt: skip
         W, b = (p.detach().clone() for p in model.parameters())
         step(model, opt)

@@ -143,7 +143,9 @@ class KroneckerEigen(Operator):
     def __init__(
         self, U_A: Float[Tensor, "i i"] | None, U_B: Float[Tensor, "o o"] | None, values: Float[Tensor, "o i"]
     ):
-        self.U_A, self.U_B, self.values = U_A, U_B, values
+        # Row by row, as they are in a file: products are then the same to the last bit.
+        self.U_A, self.U_B = (None if U is None else U.contiguous() for U in (U_A, U_B))
+        self.values = values.contiguous()
         self.space = Space((tuple(values.shape),))
         self.dtype, self.device = values.dtype, values.device
 
