@@ -42,14 +42,14 @@ class Trainer(transformers.Trainer):
             `DataParallel`; by `train`, if they have a scheduler of a step size that is adapted.
 
     Example:
-        >>> import torch, natgrad, transformers
+        >>> import tempfile, torch, natgrad, transformers
         >>> from natgrad.integrations.transformers import Trainer
         >>> _ = torch.manual_seed(0)
         >>> config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)
         >>> model = transformers.GPT2LMHeadModel(config)
         >>> data = [{"input_ids": row, "labels": row} for row in torch.randint(20, (32, 8))]
         >>> opt = natgrad.KFAC(model, torch.nn.CrossEntropyLoss())
-        >>> args = transformers.TrainingArguments(lr_scheduler_type="constant", report_to="none", use_cpu=True)
+        >>> args = transformers.TrainingArguments(tempfile.mkdtemp(), lr_scheduler_type="constant", use_cpu=True)
         >>> trainer = Trainer(model, args, train_dataset=data, optimizers=(opt, None))
     """
 
