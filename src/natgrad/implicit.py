@@ -148,7 +148,7 @@ class ImplicitHessian(Implicit):
         """The rows and columns of some parameters, each row one gradient of an entry of the gradient."""
         if space.size > DENSE_LIMIT:
             raise ValueError(
-                f"the Hessian of {space.describe()} is above the limit of {DENSE_LIMIT} rows; use structure='implicit'"
+                f"the Hessian has {space.size} rows, above the limit of {DENSE_LIMIT}; use structure='implicit'"
             )
         names = space.names or ()
         H = torch.zeros(space.size, space.size, dtype=self.problem.dtype, device=self.device)

@@ -63,7 +63,7 @@ ROWS = [
     ("a damaged file", lambda: described_by("{]"), ValueError,
      "is damaged: what its tensors are cannot be read; save the matrix again"),
     ("a matrix of another kind", lambda: described_by(json.dumps({"dict": [["kind", "Toeplitz"]]})), ValueError,
-     "the saved operator is of kind 'Toeplitz'; expected one of Kronecker, ", "load it with the version that saved it"),
+     "the saved operator is of kind 'Toeplitz', which this version of natgrad does not know; ", "load it with the"),
     ("the matrix of another model", of_another_model, ValueError,
      "is of another model: '0.weight', of shape (5, 4) there, is not a parameter of this one; give the model that"),
     ("an implicit matrix to be saved", lambda: matrix("implicit").save(FOLDER / "f"), TypeError,

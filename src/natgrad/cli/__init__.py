@@ -11,12 +11,13 @@ from natgrad.cli.errors import UserError
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         from natgrad import __version__
 
         print(f"natgrad {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -112,8 +112,8 @@ def restore(state: Any) -> Any:
     arguments = {a: restore(v) for a, v in state.items() if a != "kind"}
     if kind not in _KINDS:
         raise ValueError(
-            f"the saved operator is of kind {kind!r}; expected one of {', '.join(_KINDS)}: load it with the version "
-            "that saved it"
+            f"the saved operator is of kind {kind!r}, which this version of natgrad does not know; load it with the "
+            "version that saved it"
         )
     return _KINDS[kind](**arguments)
 

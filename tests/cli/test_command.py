@@ -1,0 +1,55 @@
+"""The command itself: its version, its help, and what it says to what it does not know."""
+
+import pytest
+
+import natgrad
+from natgrad.cli import main
+
+
+def run_command(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(arguments))
+    code = exit_info.value.code
+    assert isinstance(code, int)
+    return code, *capfd.readouterr()
+
+
+def test_it_says_its_version(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(capfd, "--version") == (0, f"natgrad {natgrad.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("demo", "-h"), ("inspect", "--help"), ("plan", "--help")])
+def test_every_help_fits_80_columns(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, output, errors = run_command(capfd, *arguments)
+    assert (code, errors) == (0, "")
+    assert "--help" in output
+    assert "…" not in output
+    assert max(map(len, output.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspct",), "there is no command 'inspct'; expected one of "),
+        (("inspct",), "did you mean 'inspect'?\n"),
+        (("--verzion",), "there is no option --verzion; did you mean '--version'? `natgrad --help`"),
+        (("demo", "--sedonds", "3"), "did you mean '--seconds'? `natgrad demo --help` lists what is accepted.\n"),
+        (
+            ("demo", "--task", "mnst"),
+            "--task was 'mnst'; expected --task curves or --task mnist; did you mean",
+        ),
+        (("inspect", "a:b", "--estimator", "exat"), "; did you mean 'exact'?"),
+        (("plan", "gpt2smal"), "; did you mean 'gpt2-small'?"),
+        (("inspect",), "Missing argument 'MODULE:FUNCTION'. `natgrad inspect --help`"),
+    ],
+)
+def test_what_it_does_not_know_gives_one_line_with_what_is_near(
+    arguments: tuple[str, ...], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, output, errors = run_command(capfd, *arguments)
+    assert (code, output) == (2, "")
+    assert errors.count("\n") == 1
+    assert words in errors
