@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from natgrad.study.measure import condition_number
 
+
 @dataclass(frozen=True)
 class LayerConditioning:
     """The condition numbers at one affine layer's input.

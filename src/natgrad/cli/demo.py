@@ -15,7 +15,6 @@ from natgrad.cli.training import demo_runs, train
 from natgrad.study.networks import make_autoencoder
 from natgrad.study.tasks import SUBSET, autoencoder
 
-
 TASKS = ("curves", "mnist")
 
 

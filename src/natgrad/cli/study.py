@@ -43,8 +43,7 @@ def run(given: str, out: Path | None, processes: int | None, replace: bool) -> N
         soft_wrap=True,
     )
     with Interruption() as interruption:
-        total = len({(j.task.name, j.optimizer, j.seed, str(j.setting)) for j in pending(spec, results)})
-        with StudyDisplay(console, total, processes) as display:
+        with StudyDisplay(console, len(pending(spec, results))) as display:
             for event in run_study(spec, results, processes, lambda: interruption.requested):
                 if event.result is not None and event.result["status"] != "died":
                     event.result["machine"]["processes"] = processes

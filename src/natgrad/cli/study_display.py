@@ -6,7 +6,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from natgrad.study.pool import Event
 from natgrad.study.statistics import final
@@ -15,7 +15,7 @@ from natgrad.study.statistics import final
 class StudyDisplay:
     """While entered, a bar of all runs and one of each that is running; pass every event to `show`."""
 
-    def __init__(self, console: Console, total: int, processes: int) -> None:
+    def __init__(self, console: Console, total: int) -> None:
         self._console = console
         self._finished = 0
         self._live: Progress | None = None
@@ -24,7 +24,7 @@ class StudyDisplay:
             self._live = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=14),
-                MofNCompleteColumn() if processes < 1 else TextColumn("{task.fields[state]}"),
+                TextColumn("{task.fields[state]}"),
                 TimeElapsedColumn(),
                 console=console,
                 refresh_per_second=4,

@@ -97,7 +97,9 @@ def jobs(spec: Spec) -> Iterator[Job]:
                     yield spec.job(task, optimizer, setting, seed)
 
 
-def chosen(spec: Spec, task: TaskEntry, optimizer: OptimizerEntry, results: Mapping[str, Result]) -> dict[str, Any] | None:
+def chosen(
+    spec: Spec, task: TaskEntry, optimizer: OptimizerEntry, results: Mapping[str, Result]
+) -> dict[str, Any] | None:
     """The setting with the lowest last figure on the first seed; None as long as that is not known."""
     settings = optimizer.settings.get(task.name, ())
     if len(settings) < 2:

@@ -55,6 +55,15 @@ class Kind:
         kept = [n for n in names if n not in ("params", "model", "loss", "generator", "output", *COMMON)]
         return [*COMMON, *kept, *(["rest"] if self.rest else [])]
 
+    def types(self, option: str) -> tuple[type, ...]:
+        """What the option may be, as far as its annotation says; empty: anything."""
+        known = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": ()}
+        parameter = inspect.signature(self.load()).parameters.get(option)
+        words = str(parameter.annotation).replace("<class '", "").replace("'>", "") if parameter else "Any"
+        words = {"average": "float", "weight_decay": "float", "rest": "float"}.get(option, words)
+        parts = [part.strip() for part in words.split("|")]
+        return tuple(t for part in parts for t in known[part]) if all(part in known for part in parts) else ()
+
     def make(self, model: nn.Module, task: Task, setting: Setting) -> Stepper:
         """From a model, a task and options to what takes a step."""
         own = {**self.defaults, **setting}

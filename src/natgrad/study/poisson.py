@@ -1,6 +1,6 @@
 """A physics-informed network for Poisson's equation.
 
-    −Δu = f  on the unit square,  u = 0 on its boundary,  u* = sin(πx) sin(πy)
+−Δu = f  on the unit square,  u = 0 on its boundary,  u* = sin(πx) sin(πy)
 """
 
 import math

@@ -65,8 +65,8 @@ class Table:
         place = f"{self.where}.{key}" if self.where and key else self.where or key
         return UserError(f"{self.file}: {place} is {came}; expected {expected}; {mend}")
 
-    def keys(self) -> list[str]:
-        """Those that nobody took yet."""
+    def names_left(self) -> list[str]:
+        """The keys that nobody took yet."""
         return list(self._values)
 
     def take(self, key: str, default: Any = None) -> Any:

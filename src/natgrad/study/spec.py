@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from natgrad.cli.errors import UserError
-from natgrad.study.optimizers import OPTIMIZERS, check
+from natgrad.study.optimizers import OPTIMIZERS, Kind, check
 from natgrad.study.own_task import digest
 from natgrad.study.reading import Table, near, parse, read_text, shown
 from natgrad.study.tasks import TASKS
@@ -236,11 +236,11 @@ def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...]) -> Optimiz
     if use not in OPTIMIZERS:
         mend = near(use, OPTIMIZERS)
         if use == name:
-            mend += " Under a name of its own it has a key, say, use = \"KFAC\"."
+            mend += ' Under a name of its own it has a key, say, use = "KFAC".'
         raise table.fail("use" if use != name else "", f"{use!r}, which is no optimizer", "an optimizer's name", mend)
     task_names = [t.name for t in tasks]
     on = table.table("on")
-    overrides = {task: on.table(task).rest() for task in on.keys()}
+    overrides = {task: on.table(task).rest() for task in on.names_left()}
     for task in overrides:
         if task not in task_names:
             raise table.fail(f"on.{task}", "about no task of the study", "one of its tasks", near(task, task_names))
@@ -263,6 +263,7 @@ def _grid(table: Table, use: str) -> tuple[Setting, ...]:
     kind = OPTIMIZERS[use]
     options = table.rest()
     names = kind.options()
+    several: list[list[tuple[str, Any]]] = []
     for key, value in options.items():
         if key not in names:
             raise UserError(
@@ -270,9 +271,8 @@ def _grid(table: Table, use: str) -> tuple[Setting, ...]:
             )
         if value == []:
             raise table.fail(key, "an empty list", "at least one value", "give one, or leave the key out.")
-        if key == "batch" and any(type(v) is not int or v < 1 for v in (value if isinstance(value, list) else [value])):
-            raise table.fail(key, shown(value), "a whole number of at least 1", "write, say, batch = 250.")
-    several = [[(k, v) for v in (value if isinstance(value, list) else [value])] for k, value in options.items()]
+        several.append([(key, v) for v in (value if isinstance(value, list) else [value])])
+        _check_types(table, kind, key, [v for _, v in several[-1]])
     settings = tuple(dict(chosen) for chosen in itertools.product(*several))
     for setting in settings:
         try:
@@ -284,3 +284,14 @@ def _grid(table: Table, use: str) -> tuple[Setting, ...]:
                 f"{table.file}: [{table.where}] with {what} is refused by {use}: {said}; mend the option."
             ) from error
     return settings
+
+
+def _check_types(table: Table, kind: Kind, key: str, values: list[Any]) -> None:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+    types = kind.types(key) if key != "batch" else (int,)
+    for value in values:
+        if types and type(value) not in types:
+            expected = " or ".join(words[t] for t in dict.fromkeys(types) if not (t is int and float in types))
+            raise table.fail(key, shown(value), f"{expected}, or a list of such to try", "mend it.")
+        if key == "batch" and value < 1:
+            raise table.fail(key, shown(value), "a whole number of at least 1", "write, say, batch = 250.")

@@ -112,7 +112,7 @@ def paired(task: str, optimizer: str, baseline: str, ours: Mapping[int, float], 
 
 
 def reach(result: Result, target: float) -> tuple[int, float] | None:
-    """Steps and seconds until the figure is at most `target` for good: at the first evaluation from which on it stays."""
+    """Steps and seconds until the figure is at most `target` for good: the first evaluation from which on it is."""
     reached = None
     for point in reversed(result["curve"]):
         value = point[result["figure"]]
