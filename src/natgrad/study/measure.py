@@ -25,8 +25,9 @@ threshold by which NumPy and MATLAB, too, tell a matrix's rank."""
 
 
 def measure(model: nn.Module, task: Task, wanted: Measure, seed: int) -> dict[str, Any]:
-    """By layer: `relative`, `unbiased` (`hsic_unbiased^½ / ‖G‖`, or zero), `cka`, `p_value`, the spreads of `x xᵀ` and of the output curvature from case to case in units of the norms of their means, and the
-    condition numbers of `A` and `C`. None for what does not exist; the random numbers are its own.
+    """By layer: `relative`, `unbiased` (`hsic_unbiased^½ / ‖G‖`, or zero), `cka`, `p_value`, the spreads of
+    `x xᵀ` and of the output curvature in units of the norms of their means, and the condition numbers of `A` and `C`.
+    None is what does not exist. The random numbers are its own: the training goes on as if nothing had been measured.
 
     Residuals are over `wanted.examples` examples, as a test of independence compares each with each; condition numbers
     over the first 2,000, as fewer cases than inputs make every covariance singular.

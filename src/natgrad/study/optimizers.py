@@ -29,6 +29,7 @@ class Stepper:
 
     step: Callable[[tuple[Tensor, Tensor]], None]
     averaged: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    optimizers: list[Any] = field(default_factory=list)
     rejected: int = 0
     """Steps that the optimizer took back."""
 
@@ -104,7 +105,7 @@ def _plain(opts: list[Any], model: nn.Module, task: Task, average: float | None)
             with torch.no_grad():
                 averaging.take_in(parameters, states.__getitem__, average)
 
-    return Stepper(step, lambda: averaging.swapped(parameters, states.__getitem__))
+    return Stepper(step, lambda: averaging.swapped(parameters, states.__getitem__), opts)
 
 
 def _following(opt: Any, model: nn.Module, task: Task, average: float | None) -> Stepper:
@@ -120,7 +121,7 @@ def _following(opt: Any, model: nn.Module, task: Task, average: float | None) ->
             opt.step()
         stepper.rejected += not opt.diagnostics["accepted"]
 
-    stepper = Stepper(step, contextlib.nullcontext if average is None else opt.averaged)
+    stepper = Stepper(step, contextlib.nullcontext if average is None else opt.averaged, [opt])
     return stepper
 
 
