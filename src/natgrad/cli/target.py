@@ -49,10 +49,16 @@ def call(target: str) -> Any:
         ) from error
 
 
-def _load_module(name: str) -> Any:
+def look_here() -> str:
+    """Let modules be found in the current directory first; return it."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     importlib.invalidate_caches()
+    return here
+
+
+def _load_module(name: str) -> Any:
+    here = look_here()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

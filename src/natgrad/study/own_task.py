@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.cli.errors import UserError
-from natgrad.cli.target import call, checked
+from natgrad.cli.target import call, checked, look_here
 from natgrad.study.tasks import SUBSET, Batch, Task, indices
 
 FORM = "expected (model, loss, data) or (model, loss, data, evaluate)"
@@ -57,11 +57,8 @@ def own_task(name: str, target: str, seed: int) -> Task:
 
 
 def digest(target: str) -> str:
-    """Of the text of the file that the function is in, to notice when it changes; empty where there is none.
-
-    Raises:
-        UserError: never; a module that cannot be found is told of where it is called.
-    """
+    """Of the text of the file that the function is in, to notice when it changes; empty where there is none."""
+    look_here()
     try:
         spec = importlib.util.find_spec(target.partition(":")[0])
         assert spec is not None
