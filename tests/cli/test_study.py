@@ -30,16 +30,9 @@ def slow():
 
 def dies():
     model, loss, data = problem()
-    parent = os.getppid()
-    def end(module, given):
-        # In a worker, and of the first seed only.
-        if torch.initial_seed() == 0 and os.environ.get("PARENT") != str(os.getpid()):
-            os.kill(os.getpid(), signal.SIGKILL)
-    model.register_forward_pre_hook(lambda module, given: end(module, given) if module.training else None)
+    if torch.initial_seed() == 0:
+        model.register_forward_pre_hook(lambda m, _: os.kill(os.getpid(), signal.SIGKILL) if m.training else None)
     return model, loss, data
-
-def diverges():
-    return problem()
 """
 SPEC = """
 title = "A tiny study"

@@ -170,7 +170,7 @@ def test_a_mistake_is_one_sentence_with_file_and_key(name):
 
 
 def test_a_task_that_nobody_runs_on():
-    with pytest.raises(UserError, match="tasks.mnist is a task that no optimizer runs on"):
+    with pytest.raises(UserError, match=r"tasks\.mnist is a task that no optimizer runs on"):
         read('steps = 3\ntasks = ["curves", "mnist"]\n[optimizers.Adam]\ntasks = ["curves"]')
 
 

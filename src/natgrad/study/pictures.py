@@ -38,7 +38,7 @@ def draw_curves(task: TaskSummary, path: Path) -> None:
             axes.plot(s.x, s.median, color=colour, linestyle=style, linewidth=1.8, label=g.optimizer)
             axes.plot(s.x[-1:], s.median[-1:], "o", color=colour, markersize=4)
             positive = positive and bool((s.low > 0).all())
-            settled += [*s.low[len(s.x) // 8 :], *s.high[len(s.x) // 8 :]]
+            settled += [*s.low[len(s.x) // 5 :], *s.high[len(s.x) // 5 :]]
     left, right = panels
     if positive:
         left.set_yscale("log")

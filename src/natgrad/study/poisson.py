@@ -35,6 +35,7 @@ class PoissonResidual(nn.Module):
         gradient = torch.eye(2, dtype=points.dtype).expand(len(points), 2, 2)
         derivatives = torch.cat([gradient, torch.zeros_like(gradient[:, :1])], 1)  # ∂x, ∂y, Δ along axis 1
         for depth, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
             if depth > 0:
                 z = z.tanh()
                 slope = (1 - z.square()).unsqueeze(1)

@@ -50,6 +50,7 @@ class Task:
 
 def autoencoder(name: str, data_seed: int = 0) -> Task:
     """Summed cross-entropy of images; the figure is the squared error per image, on 2,000 of those trained on."""
+    widths: tuple[int, ...]
     if name == "curves":
         images, widths = draw_curves(10_000, data_seed), (784, 400, 200, 100, 50, 25, 6)
     else:
