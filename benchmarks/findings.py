@@ -18,6 +18,11 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 DIGITS = 5
+PICTURES = {
+    "centering": ["pairs", "curves-curves", "curves-mnist"],
+    "residual": ["residuals-perceptron", "residuals-curves", "conditions-curves"],
+}
+"""Those that the page shows."""
 
 
 def rounded(value: Any) -> Any:
@@ -35,12 +40,14 @@ def commit(folder: Path) -> None:
     (DOCS / "studies").mkdir(exist_ok=True)
     name = results["study"]
     (DOCS / "studies" / f"{name}.json").write_text(json.dumps(results, separators=(",", ":")) + "\n")
-    for picture in folder.glob("*.png"):
-        shutil.copy(picture, DOCS / "images" / f"study-{name}-{picture.name}")
+    for picture in PICTURES[name]:
+        shutil.copy(folder / f"{picture}.png", DOCS / "images" / f"study-{name}-{picture}.png")
 
 
 def number(value: float) -> str:
-    return f"{value:.2g}" if value < 100 else f"{value:.0f}" if value < 1e4 else f"{value:.0e}".replace("e+0", "e")
+    if value < 100:
+        return f"{value:.2g}"
+    return f"{value:.0f}" if value < 1e4 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 def pair_rows(results: dict[str, Any]) -> Iterator[str]:
@@ -68,18 +75,21 @@ def final_rows(results: dict[str, Any]) -> Iterator[str]:
 
 
 def layer_rows(results: dict[str, Any], kinds: tuple[str, ...]) -> Iterator[str]:
-    """For each task, optimizer and layer the medians over the seeds at the first and at the last measurement."""
+    """For each task and layer the medians over the baseline's seeds at the first and at the last measurement; of some
+    condition numbers only a bound from below is known."""
     for name, task in results["tasks"].items():
-        for optimizer in dict.fromkeys(r["optimizer"] for r in task["runs"]):
-            runs = [r["measured"] for r in task["runs"] if r["optimizer"] == optimizer and r["measured"]]
-            for layer in runs[0][0]["layers"]:
-                cells = []
-                for kind in kinds:
-                    ends = [[run[at]["layers"][layer][kind] for run in runs] for at in (0, -1)]
-                    known = [[v for v in values if v is not None] for values in ends]
-                    words = [number(statistics.median(values)) if values else "–" for values in known]
-                    cells.append(" → ".join(words) if words != ["–", "–"] else "–")
-                yield f"| {name} | {optimizer} | {layer} | {' | '.join(cells)} |"
+        runs = [r["measured"] for r in task["runs"] if r["optimizer"] == results["baseline"] and r["measured"]]
+        for layer in runs[0][0]["layers"]:
+            cells = []
+            for kind in kinds:
+                ends = [[run[at]["layers"][layer] for run in runs] for at in (0, -1)]
+                words = []
+                for layers in ends:
+                    known = [m[kind] for m in layers if m[kind] is not None]
+                    bound = "≥ " if kind in ("A", "C") and any(m["floored"] for m in layers) else ""
+                    words.append(bound + number(statistics.median(known)) if known else "–")
+                cells.append(" → ".join(words) if words != ["–", "–"] else "–")
+            yield f"| {name} | {layer} | {' | '.join(cells)} |"
 
 
 def gain_rows(results: dict[str, Any]) -> Iterator[str]:

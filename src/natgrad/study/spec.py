@@ -126,7 +126,7 @@ def find_spec(given: str) -> tuple[str, str, str]:
         UserError: if there is no such file and no such shipped study.
     """
     if given in SHIPPED:
-        file = resources.files("natgrad.study").joinpath("specs", f"{given}.toml")
+        file = resources.files("natgrad.study").joinpath("specs").joinpath(f"{given}.toml")
         return given, f"{given}.toml", file.read_text(encoding="utf-8")
     path = Path(given)
     if not path.is_file():

@@ -155,7 +155,7 @@ def _reached(entry: TaskEntry, groups: Sequence[Group]) -> list[Reached]:
             got = [t for t in tried if t is not None]
             # The median over all seeds, of which those that never came there count as endless.
             lost = [math.inf] * (len(tried) - len(got))
-            steps, seconds = (median([*(t[i] for t in got), *lost]) for i in (0, 1))
+            steps, seconds = (median([*(float(t[i]) for t in got), *lost]) for i in (0, 1))
             if tried:
                 some = math.isfinite(steps)
                 found.append(
@@ -169,7 +169,7 @@ def _row(g: Group) -> tuple[str, ...]:
     values = sorted(g.finals.values())
     done = g.finished
     last = [r["curve"][-1] for r in done]
-    steps = f"{median([p['step'] for p in last]):,.0f}" if last else "–"
+    steps = f"{median([float(p['step']) for p in last]):,.0f}" if last else "–"
     pace = f"{median([1000 * p['seconds'] / max(1, p['step']) for p in last]):.1f}" if last else "–"
     runs = f"{len(done)}" if len(done) == len(g.results) else f"{len(done)} of {len(g.results)}"
     return name, runs, steps, pace, *(number(v) for v in (median(values), values[0], values[-1]))
