@@ -21,50 +21,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import natgrad
-from benchmarks.race.contestants import plain, second_order, shampoo, soap
-from benchmarks.race.tasks import TASKS, Task
+from natgrad.study.optimizers import OPTIMIZERS
+from natgrad.study.tasks import TASKS, Batch, Task
 
 BLOCK = 40  # a multiple of the intervals between statistics, inverses and adaptations
 FIXED = {"lr": 1e-2, "momentum": 0.9, "damping": 1.0, "statistics_every": 10, "inverses_every": 100}
 
 
-def kfac(**options: Any) -> Callable[[nn.Module, Task], natgrad.KFAC]:
-    return lambda model, task: natgrad.KFAC(model, task.loss, weight_decay=task.weight_decay, **options)
-
-
-ADAPTIVE = {
-    "KFAC": kfac(),
-    "KFAC, not centered": kfac(centered=False),
-    "KFAC, fixed step size": kfac(**FIXED),
-    "EKFAC": kfac(structure="ekfac"),
-    "KFAC, input factor": kfac(structure="input", lr=1e-3, momentum=0.9),
-}
-PEERS = {
-    "AdamW": lambda model, task, _: [torch.optim.AdamW(model.parameters(), lr=1e-3)],
-    "SOAP": soap,
-    "Shampoo": shampoo,
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "AdamW": ("AdamW", {"lr": 1e-3}),
+    "SOAP": ("SOAP", {"lr": 1e-3}),
+    "Shampoo": ("Shampoo", {"lr": 1e-3}),
+    "KFAC": ("KFAC", {}),
+    "KFAC, not centered": ("KFAC", {"centered": False}),
+    "KFAC, fixed step size": ("KFAC", FIXED),
+    "EKFAC": ("KFAC", {"structure": "ekfac"}),
+    "KFAC, input factor": ("KFAC", {"structure": "input", "lr": 1e-3, "momentum": 0.9}),
 }
 
 
-def steps_of(name: str, model: nn.Module, task: Task) -> tuple[Callable[[Tensor, Tensor], float], list[Any]]:
+def step_of(name: str, model: nn.Module, task: Task) -> tuple[Callable[[Batch], None], list[Any]]:
     """A function that takes a step, and the optimizers behind it."""
-    made: list[Any] = []
-    if name in ADAPTIVE:
-        make = second_order(lambda m, t, _: made.append(ADAPTIVE[name](m, t)) or made[-1])
-    else:
-        make = plain(lambda m, t, s: made.extend(PEERS[name](m, t, s)) or made)
-    return make(model, task, {"lr": 1e-3})[0], made
+    use, setting = WAYS[name]
+    stepper = OPTIMIZERS[use].make(model, task, setting)
+    return stepper.step, stepper.optimizers
 
 
-def memory(task: Task, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+def memory(task: Task, batches: Iterator[Batch]) -> None:
     """Bytes of each optimizer's `state_dict` over those of the parameters."""
     print(f"| {task.name} | numbers kept per parameter |\n| --- | --- |")
-    for name in [*PEERS, *ADAPTIVE]:
+    for name in WAYS:
         model = task.make_model(0)
-        step, made = steps_of(name, model, task)
+        step, made = step_of(name, model, task)
         for _ in range(60):
-            step(*next(batches))
+            step(next(batches))
         kept = {t.untyped_storage().data_ptr(): t for opt in made for t in tensors(opt.state_dict())}
         own = sum(p.nbytes for p in model.parameters())
         print(f"| {name} | {sum(t.nbytes for t in kept.values()) / own:.2f} |", flush=True)
@@ -101,13 +91,13 @@ def main() -> None:
         memory(task, batches)
         return
     initial = task.make_model(0)
-    steps = {name: steps_of(name, copy.deepcopy(initial), task)[0] for name in options.only}
+    steps = {name: step_of(name, copy.deepcopy(initial), task)[0] for name in options.only}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for block in range(options.blocks + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             for _ in range(BLOCK):
-                step(*next(batches))
+                step(next(batches))
             if block > 0:  # the first warms up
                 times[name].append((time.perf_counter() - start) / BLOCK)
     base = times[options.only[0]]
@@ -124,7 +114,7 @@ def main() -> None:
         profile = cProfile.Profile()
         with profile:
             for _ in range(BLOCK):
-                steps["KFAC"](*next(batches))
+                steps["KFAC"](next(batches))
         pstats.Stats(profile).sort_stats("cumulative").print_stats("natgrad|run_backward|linear|cholesky", 30)
 
 

@@ -1,8 +1,8 @@
-"""KFAC's defaults where nobody looks: many seeds on every task, batches of any size, inputs of any scale.
+"""KFAC's defaults where nobody looks: batches of any size, inputs of any scale. Many seeds on every task are a study,
+no_care.toml.
 
-python -m benchmarks.no_care seeds --seeds 0 1 2 --seconds 20   # beside Adam at its best learning rate
-python -m benchmarks.no_care batches                            # CURVES, batches of 64 to 4,096, by images seen
-python -m benchmarks.no_care inputs                             # CURVES, images times 100, plus 10
+python -m benchmarks.no_care batches   # CURVES, batches of 64 to 4,096, by images seen
+python -m benchmarks.no_care inputs    # CURVES, images times 100, plus 10
 """
 
 from __future__ import annotations
@@ -18,32 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
-from benchmarks.race.__main__ import kept
-from benchmarks.race.contestants import CONTESTANTS, Contestant, kfac, second_order
-from benchmarks.race.report import final
-from benchmarks.race.tasks import TASKS, Task
 from natgrad.figures import new_figure, save, tidy
-
-
-def seeds(options: argparse.Namespace) -> None:
-    """The figure after equal time, by seed, beside Adam's at the best rate of its grid on the first seed."""
-    print("| task | | figure, by seed | worst over Adam |\n| --- | --- | --- | --- |")
-    adam = next(c for c in CONTESTANTS if c.name == "Adam")
-    own = Contestant("KFAC", second_order(kfac))
-    for name in options.tasks:
-        task = TASKS[name]()
-
-        def figure(contestant: Contestant, setting: dict[str, Any], seed: int, task: Task = task) -> float:
-            return final(kept(options.out, task, contestant, setting, seed, options.seconds)[0])
-
-        best = min(adam.settings(name), key=lambda s: figure(adam, s, options.seeds[0]))
-        ours, theirs = [], []
-        for seed in options.seeds:
-            theirs.append(figure(adam, best, seed))
-            ours.append(figure(own, {}, seed))
-        worst = max(o / t for o, t in zip(ours, theirs, strict=True))
-        print(f"| {name} | Adam, {best} | {', '.join(f'{v:.3g}' for v in theirs)} | |")
-        print(f"| {name} | KFAC | {', '.join(f'{v:.3g}' for v in ours)} | {worst:.2f} |", flush=True)
+from natgrad.study.optimizers import OPTIMIZERS
+from natgrad.study.tasks import TASKS
 
 
 def batches(options: argparse.Namespace) -> None:
@@ -54,10 +31,10 @@ def batches(options: argparse.Namespace) -> None:
         values = []
         for seed in options.seeds:
             model = task.make_model(seed)
-            step, _ = second_order(kfac)(model, task, {})
+            stepper = OPTIMIZERS["KFAC"].make(model, task, {})
             source = task.batches(seed, size)
             for _ in range(150):
-                step(*next(source))
+                stepper.step(next(source))
             values.append(task.evaluate(model)["squared error"])
         print(f"| {size} | {', '.join(f'{v:.3g}' for v in values)} |", flush=True)
 
@@ -152,14 +129,11 @@ def trained(model: nn.Module, setting: dict[str, Any] | None, change: Change, ta
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["seeds", "batches", "inputs"])
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("what", choices=["batches", "inputs"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/no care"), help="where runs are kept")
     parser.add_argument("--plot", type=Path, default=Path("benchmarks/results/inputs.png"), help="of inputs")
     options = parser.parse_args()
-    {"seeds": seeds, "batches": batches, "inputs": inputs}[options.what](options)
+    {"batches": batches, "inputs": inputs}[options.what](options)
 
 
 if __name__ == "__main__":

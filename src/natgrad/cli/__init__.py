@@ -68,6 +68,39 @@ def inspect(
 
 
 @app.command()
+def study(
+    spec: Annotated[
+        str,
+        typer.Argument(metavar="SPEC", help="A TOML file, or one that comes along: centering, residual or peers."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the runs and the report. Default: natgrad-study/, and the study's name."),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="Runs at a time, which share the machine. Default: one for each core, at most 8; 1 if budgets are in "
+            "seconds."
+        ),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Run anew what was kept from another spec.")] = False,
+    print_spec: Annotated[bool, typer.Option("--print", help="Print the TOML file, to begin your own with.")] = False,
+) -> None:
+    """Compare optimizers on tasks over several seeds, and write a report with confidence intervals.
+
+    Every finished run is kept in the folder; the same command again goes on where it was stopped. Ctrl-C writes the
+    report on what there is; a second Ctrl-C aborts. docs/study.md says how to write a study of your own model.
+    """
+    from natgrad.cli.study import run, show
+
+    if print_spec:
+        show(spec)
+    else:
+        run(spec, out, processes, replace)
+
+
+@app.command()
 def plan(
     target: Annotated[
         str,

@@ -10,9 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# Eigenvalues below the largest one times this, times the matrix's size, are rounding errors, and are
-# counted as that product: the threshold by which NumPy and MATLAB, too, tell a matrix's rank.
-RELATIVE_FLOOR = torch.finfo(torch.float64).eps
+from natgrad.study.measure import condition_number
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ def layer_conditioning(model: nn.Sequential, images: Float[Tensor, "images pixel
             varying = inputs.amax(0) > inputs.amin(0)
             inputs = inputs[:, varying]
             homogeneous = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
-            second_moment, floored_second_moment = condition_number(homogeneous)
-            covariance, floored_covariance = condition_number(inputs - inputs.mean(0))
+            second_moment, floored_second_moment = condition_number(_second_moment(homogeneous))
+            covariance, floored_covariance = condition_number(_second_moment(inputs - inputs.mean(0)))
             result.append(
                 LayerConditioning(
                     f"{module.in_features}→{module.out_features}",
@@ -60,17 +58,5 @@ def layer_conditioning(model: nn.Sequential, images: Float[Tensor, "images pixel
     return result
 
 
-def condition_number(rows: Float[Tensor, "rows columns"]) -> tuple[float, int]:
-    """Return the condition number of E[r r^T] over the rows r, and how many eigenvalues were floored.
-
-    >>> condition_number(torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
-    (4.0, 0)
-    """
-    if rows.shape[1] == 0:
-        return 1.0, 0
-    eigenvalues = torch.linalg.eigvalsh(rows.T @ rows / len(rows))
-    largest = eigenvalues[-1].item()
-    floor = RELATIVE_FLOOR * rows.shape[1] * largest
-    floored = int((eigenvalues < floor).sum())
-    smallest = max(eigenvalues[0].item(), floor)
-    return (largest / smallest if smallest > 0 else 1.0), floored
+def _second_moment(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns columns"]:
+    return rows.T @ rows / len(rows)

@@ -11,8 +11,12 @@ from natgrad.cli.errors import UserError
 from natgrad.cli.interrupt import Interruption
 from natgrad.cli.progress import TrainingDisplay, summary_table
 from natgrad.cli.report import check_seed, check_writable
-from natgrad.cli.tasks import make_autoencoder, make_task
-from natgrad.cli.training import SUBSET, demo_runs, train
+from natgrad.cli.training import demo_runs, train
+from natgrad.options import did_you_mean
+from natgrad.study.networks import make_autoencoder
+from natgrad.study.tasks import SUBSET, autoencoder
+
+TASKS = ("curves", "mnist")
 
 
 def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
@@ -20,9 +24,13 @@ def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
     if not (0 < seconds < math.inf):
         raise UserError(f"--seconds was {seconds:g}; expected a number above 0; give, say, --seconds 40.")
     check_seed(seed)
+    if task_name not in TASKS:
+        near = did_you_mean(task_name, TASKS)
+        raise UserError(f"--task was {task_name!r}; expected --task curves or --task mnist{near or '.'}")
     console = Console()
     with Interruption() as interruption:
-        task = make_task(task_name, seed)
+        task = autoencoder(task_name, seed)
+        assert task.images is not None
         check_writable(out)
         initial = make_autoencoder(task.widths, seed)
         runs = demo_runs()

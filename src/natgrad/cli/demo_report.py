@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from natgrad.cli.conditioning import RELATIVE_FLOOR, LayerConditioning
+from natgrad.cli.conditioning import LayerConditioning
 from natgrad.cli.plots import plot_conditioning, plot_error, plot_reconstructions
 from natgrad.cli.progress import SUMMARY_HEADINGS, summary_rows
 from natgrad.cli.report import finite, write_json, write_page
-from natgrad.cli.tasks import Task
-from natgrad.cli.training import SUBSET, Point, Run
+from natgrad.cli.training import Point, Run
+from natgrad.study.measure import RELATIVE_FLOOR
+from natgrad.study.tasks import SUBSET, Task
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Outcome:
 
 def write_all(outcome: Outcome, out: Path) -> Path:
     """Write results.json, the pictures and report.html to `out`; return the report's path."""
+    images = outcome.task.images
+    assert images is not None
     pictures = {name: out / f"{name}.png" for name in ("error", "reconstructions", "conditioning")}
     write_results(outcome, out / "results.json")
     plot_error(outcome.runs, pictures["error"])
-    plot_reconstructions(outcome.runs, outcome.task.images, pictures["reconstructions"])
+    plot_reconstructions(outcome.runs, images, pictures["reconstructions"])
     plot_conditioning(outcome.conditioning, pictures["conditioning"])
     report = out / "report.html"
     write_page(
@@ -42,7 +45,7 @@ def write_all(outcome: Outcome, out: Path) -> Path:
         headings=SUMMARY_HEADINGS,
         rows=summary_rows(outcome.runs),
         sizes=[*outcome.task.widths, *reversed(outcome.task.widths[:-1])],
-        subset=min(SUBSET, len(outcome.task.images)),
+        subset=min(SUBSET, len(images)),
         floor=RELATIVE_FLOOR,
     )
     return report
@@ -50,6 +53,7 @@ def write_all(outcome: Outcome, out: Path) -> Path:
 
 def write_results(outcome: Outcome, path: Path) -> None:
     """Write everything that was measured as JSON; numbers that are not finite become null."""
+    assert outcome.task.images is not None
     results = {
         "task": outcome.task.name,
         "seed": outcome.seed,

@@ -1,9 +1,7 @@
 """`natgrad inspect`: the residual report of a user's own model."""
 
 import contextlib
-import importlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from natgrad import residual
 from natgrad.cli.errors import UserError
 from natgrad.cli.report import check_seed, check_writable, write_json, write_page
+from natgrad.cli.target import load_problem, words
 from natgrad.losses.base import ESTIMATORS
 from natgrad.options import did_you_mean
 from natgrad.residual_figures import PANELS, draw
 from natgrad.residual_report import COLUMNS, ResidualReport
-
-EXPECTED = "expected (model, loss, data), as for natgrad.residual(model, loss, data)"
 
 
 def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: Path) -> None:
@@ -70,35 +67,6 @@ def _ranks(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
             dist.destroy_process_group()
 
 
-def load_problem(target: str) -> tuple[nn.Module, nn.Module, Any]:
-    """Import the module, from the current directory or from where Python finds it, and call the function.
-
-    Raises:
-        UserError: if there is no such module or function, or it raises, or what it returns is something else.
-    """
-    module_name, _, function_name = target.partition(":")
-    if not (module_name and function_name) or ":" in function_name:
-        raise UserError(
-            f"{target!r} came; expected MODULE:FUNCTION, say training:problem for the function problem() in "
-            "training.py; give such a name."
-        )
-    function = getattr(_load_module(module_name), function_name, None)
-    if not callable(function):
-        what = "is not a function" if function is not None else "does not exist"
-        raise UserError(
-            f"{function_name!r} {what} in module {module_name!r}; expected a function without arguments that returns "
-            "(model, loss, data); define it there, or give another name."
-        )
-    try:
-        problem = function()
-    except Exception as error:
-        raise UserError(
-            f"{target} raised {_words(error)}; expected it to return (model, loss, data) when called without "
-            "arguments; mend the function."
-        ) from error
-    return _checked(target, problem)
-
-
 def write_all(report: ResidualReport, settings: dict[str, Any], out: Path) -> Path:
     """Write results.json, the pictures and report.html to `out`; return the report's path."""
     write_json({**settings, "layers": report.to_dict()}, out / "results.json")
@@ -119,44 +87,6 @@ def write_all(report: ResidualReport, settings: dict[str, Any], out: Path) -> Pa
     return page
 
 
-def _load_module(name: str) -> Any:
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    importlib.invalidate_caches()
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise UserError(
-                f"module {name!r} imports {error.name!r}, which is not installed; expected a module that can be "
-                "imported; install what it needs."
-            ) from error
-        raise UserError(
-            f"there is no module {name!r} in {here} or on sys.path; expected one, without the ending .py; change to "
-            "its folder, or set PYTHONPATH."
-        ) from error
-    except Exception as error:
-        raise UserError(
-            f"importing module {name!r} raised {_words(error)}; expected a module that can be imported; mend it."
-        ) from error
-
-
-def _checked(target: str, problem: Any) -> tuple[nn.Module, nn.Module, Any]:
-    if not isinstance(problem, (tuple, list)) or len(problem) != 3:
-        came = f"a {type(problem).__name__}"
-        if isinstance(problem, (tuple, list)):
-            came += f" of {len(problem)}"
-        raise UserError(f"{target} returned {came}; {EXPECTED}; return these three.")
-    model, loss, data = problem
-    for name, value in (("model", model), ("loss", loss)):
-        if not isinstance(value, nn.Module):
-            raise UserError(
-                f"{target} returned a {type(value).__name__} as its {name}; {EXPECTED}; return a torch.nn.Module "
-                "in its place."
-            )
-    return model, loss, data
-
-
 def _residual(
     target: str, model: nn.Module, loss: nn.Module, data: Any, estimator: str, seed: int, permutations: int
 ) -> ResidualReport:
@@ -167,8 +97,4 @@ def _residual(
             model, loss, data, estimator=estimator, generator=generator, permutations=permutations, progress=True
         )
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: the model's own, on data of another shape
-        raise UserError(f"what {target} returned cannot be inspected: {_words(error)}") from error
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise UserError(f"what {target} returned cannot be inspected: {words(error)}") from error

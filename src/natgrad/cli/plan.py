@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from natgrad.cli.errors import UserError
-from natgrad.cli.inspect import load_problem
+from natgrad.cli.target import load_problem
 from natgrad.data import Problem
 from natgrad.distributed.plan import SCHEMES, Machine, Prediction, Settings, best, predict
 from natgrad.distributed.sizes import MODELS, Size, sizes_of

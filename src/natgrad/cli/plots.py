@@ -11,9 +11,9 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from natgrad.cli.conditioning import LayerConditioning
-from natgrad.cli.tasks import SIDE
 from natgrad.cli.training import Run
 from natgrad.figures import COLOURS, name_bars, new_figure, save, tidy
+from natgrad.study.images import SIDE
 
 # Of the lines, beside their colours.
 STYLES = ((0, (5, 1.5)), (0, (1.5, 1)), "solid")

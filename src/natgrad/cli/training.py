@@ -2,20 +2,20 @@
 
 import copy
 import math
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-WEIGHT_COST = 1e-5
+from natgrad.study.tasks import SUBSET, WEIGHT_COST, reconstruction, shuffled_batches
+from natgrad.study.training import Budget, moments
+
 EVALUATIONS = 50
-SUBSET = 2000
 
 
 @dataclass(frozen=True)
@@ -79,26 +79,25 @@ def train(
     The time spent on evaluation does not count. `on_step` is called after each step and each evaluation.
     """
     model = run.model = copy.deepcopy(initial)
-    step = make_step(run, model)
+    take_step = make_step(run, model)
+
+    def step(batch: Tensor) -> None:
+        take_step(batch)
+        run.step += 1
+
     batches = shuffled_batches(images, run.batch, seed)
     subset = images[:SUBSET]
-    due = 0.0
-    while True:
-        done = run.seconds >= seconds or stopped()
-        if done or run.seconds >= due:
-            point = Point(run.step, run.seconds, *evaluate(model, subset))
+    for moment in moments(step, batches, Budget(seconds=seconds), EVALUATIONS, stopped):
+        run.seconds = moment.seconds
+        on_step(run)
+        if moment.due:
+            point = Point(run.step, run.seconds, *reconstruction(model, subset))
             run.curve.append(point)
             run.diverged = not math.isfinite(point.loss)
-            due = run.seconds + seconds / EVALUATIONS
             on_step(run)
-        if done or run.diverged:
+        if run.diverged:
             break
-        start = time.perf_counter()
-        step(next(batches))
-        run.seconds += time.perf_counter() - start
-        run.step += 1
-        on_step(run)
-    run.final = Point(run.step, run.seconds, *evaluate(model, images))
+    run.final = Point(run.step, run.seconds, *reconstruction(model, images))
 
 
 def make_step(run: Run, model: nn.Sequential) -> Callable[[Tensor], None]:
@@ -132,25 +131,3 @@ def make_step(run: Run, model: nn.Sequential) -> Callable[[Tensor], None]:
         run.rejected += not kfac.diagnostics["accepted"]
 
     return kfac_step
-
-
-def shuffled_batches(images: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    """Yield batches of one size for ever, in an order drawn anew for each pass through the images."""
-    generator = Generator().manual_seed(seed)
-    size = min(size, len(images))
-    while True:
-        order = torch.randperm(len(images), generator=generator)
-        # What does not fill a batch is left for a later pass: all batches weigh the same.
-        for start in range(0, len(images) - size + 1, size):
-            yield images[order[start : start + size]]
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor) -> tuple[float, float]:
-    """Return the cross-entropy and the squared error, summed over pixels and averaged over images."""
-    loss = error = 0.0
-    for part in images.split(1000):
-        logits = model(part)
-        loss += functional.binary_cross_entropy_with_logits(logits, part, reduction="sum").item()
-        error += functional.mse_loss(logits.sigmoid(), part, reduction="sum").item()
-    return loss / len(images), error / len(images)

@@ -1,11 +1,11 @@
 """kfac-jax on the autoencoders, from the same weights and images, in an environment of its own:
 
 python -m venv jax && jax/bin/pip install kfac-jax==0.0.8 jax==0.4.38 jaxlib==0.4.38
-python -m benchmarks.race export --task curves --seeds 0
-jax/bin/python benchmarks/race/kfac_jax_peer.py "benchmarks/results/curves seed 0.npz" --damping 1 10 100
+python -m benchmarks.export curves --seeds 0
+jax/bin/python benchmarks/kfac_jax_peer.py "curves seed 0.npz" --damping 1 10 100 --out natgrad-study/peers
 
 All that it can adapt is left to adapt; the first damping, which it cannot, is tuned. Compilation takes no part in the
-time. The runs land beside the others.
+time. The runs land in the folder `others` of a study's, whose report then has them too: `natgrad study peers`.
 """
 
 import argparse
@@ -95,10 +95,11 @@ def run(data, damping: float, size: int, seconds: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="what `python -m benchmarks.race export` wrote")
+    parser.add_argument("data", type=Path, help="what `python -m benchmarks.export` wrote")
     parser.add_argument("--damping", type=float, nargs="+", default=[1.0, 10.0, 100.0])
     parser.add_argument("--batch", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--out", type=Path, default=Path("natgrad-study/peers"), help="folder of the study")
     options = parser.parse_args()
 
     data = np.load(options.data)
@@ -108,15 +109,14 @@ def main() -> None:
         whole = {
             "task": str(data["task"]),
             "figure": "squared error",
-            "contestant": "kfac-jax",
+            "optimizer": "kfac-jax",
             "setting": setting,
-            "seconds": options.seconds,
             "machine": f"{platform.processor() or platform.machine()}, jax {jax.__version__}",
-            "torch": "none",
             **came,
         }
         name = f"{whole['task']} {options.seconds:g}s kfac-jax damping={damping:g} seed {whole['seed']}.json"
-        (options.data.parent / name).write_text(json.dumps(whole))
+        (options.out / "others").mkdir(parents=True, exist_ok=True)
+        (options.out / "others" / name).write_text(json.dumps(whole))
         last = came["curve"][-1]
         pace = 1e3 * last["seconds"] / max(1, last["step"])
         print(f"{name}: {last['step']} steps, {pace:.1f} ms/step, {last['squared error']:.3f}")

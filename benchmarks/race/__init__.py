@@ -1,1 +1,0 @@
-"""Optimizers against one another at equal time, on five tasks: `python -m benchmarks.race --help`."""

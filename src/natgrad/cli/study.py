@@ -1,0 +1,86 @@
+"""`natgrad study`: optimizers x tasks x seeds, from a TOML file to a report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from natgrad.cli.errors import UserError
+from natgrad.cli.interrupt import Interruption
+from natgrad.cli.report import check_writable
+from natgrad.cli.study_display import StudyDisplay
+from natgrad.cli.study_report import write_report
+from natgrad.study.images import check_mnist
+from natgrad.study.keeping import jobs, keep, kept, others, pending
+from natgrad.study.own_task import own_task
+from natgrad.study.pool import run_study
+from natgrad.study.spec import Spec, find_spec, load_spec
+from natgrad.study.summary import HEADINGS, summarize
+from natgrad.study.tasks import NEED_MNIST
+
+MOST_PROCESSES = 8
+
+
+def run(given: str, out: Path | None, processes: int | None, replace: bool) -> None:
+    """Run what is not there yet, keep every run in `out`, and write the report there."""
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes was {processes}; expected at least 1; leave it out to use the machine's cores.")
+    spec = load_spec(given)
+    check_tasks(spec)
+    out = Path("natgrad-study") / spec.name if out is None else out
+    check_writable(out)
+    results = kept(out, spec, replace)
+    others(out, spec)
+    processes = processes or default_processes(spec)
+    console = Console()
+    console.print(
+        f"{spec.title}: {len(spec.optimizers)} optimizers, {len(spec.tasks)} tasks, {len(spec.seeds)} seeds; "
+        f"{len(results)} runs are there, {processes} at a time. Ctrl-C stops and writes what there is.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with Interruption() as interruption:
+        with StudyDisplay(console, len(pending(spec, results))) as display:
+            for event in run_study(spec, results, processes, lambda: interruption.requested):
+                if event.result is not None and event.result["status"] != "died":
+                    event.result["machine"]["processes"] = processes
+                    keep(out, event.job, event.result)
+                display.show(event, len(pending(spec, results)))
+        summary = summarize(spec, [*results.values(), *others(out, spec)], interruption.requested)
+        report = write_report(summary, out)
+    for task in summary.tasks:
+        table = Table(title=f"{task.entry.name}: {task.figure} after {task.entry.budget}", title_justify="left")
+        for i, heading in enumerate(HEADINGS):
+            table.add_column(heading, justify="right" if i else "left")
+        for row in task.rows:
+            table.add_row(*row)
+        console.print(table)
+    for trouble in summary.troubles:
+        console.print(trouble, markup=False, highlight=False, soft_wrap=True)
+    if summary.interrupted:
+        console.print("Stopped early: the same command goes on from here.")
+    console.print(f"Report: {report}", soft_wrap=True, markup=False, highlight=False)
+
+
+def show(given: str) -> None:
+    """Print the spec's text."""
+    print(find_spec(given)[2], end="")
+
+
+def check_tasks(spec: Spec) -> None:
+    """Raises UserError if a task cannot be made."""
+    for task in spec.tasks:
+        if ":" in task.use:
+            own_task(task.name, task.use, spec.seeds[0])
+        elif task.use in NEED_MNIST:
+            check_mnist()
+
+
+def default_processes(spec: Spec) -> int:
+    """One where runs are given a time, else as many as fit the cores, at most 8."""
+    if spec.in_seconds:
+        return 1
+    return max(1, min((os.cpu_count() or 1) // spec.threads, MOST_PROCESSES, len(list(jobs(spec)))))

@@ -1,0 +1,1 @@
+"""Optimizers x tasks x seeds: what `natgrad study` runs, keeps and compares."""

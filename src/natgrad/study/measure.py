@@ -1,0 +1,108 @@
+"""What K-FAC leaves out, and how well conditioned its input factors are, in the middle of a run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+import natgrad
+from natgrad.blocks import homogeneous
+from natgrad.data import Problem
+from natgrad.moments import AffineMoments
+from natgrad.structures import KfacStructure
+from natgrad.study.spec import Measure
+from natgrad.study.tasks import SUBSET, Task
+
+FEW_OUTPUTS = 16
+"""With up to so many outputs an example, all columns of the output curvature are taken; else sampled labels."""
+RELATIVE_FLOOR = torch.finfo(torch.float64).eps
+"""Eigenvalues below the largest times this, times the matrix's size, are rounding errors and are raised to that: the
+threshold by which NumPy and MATLAB, too, tell a matrix's rank."""
+
+
+def measure(model: nn.Module, task: Task, wanted: Measure, seed: int) -> dict[str, Any]:
+    """By layer: `relative`, `unbiased` (`hsic_unbiased^½ / ‖G‖`, or zero), `cka`, `p_value`, the spreads of
+    `x xᵀ` and of the output curvature in units of the norms of their means, and the condition numbers of `A` and `C`.
+    None is what does not exist. The random numbers are its own: the training goes on as if nothing had been measured.
+
+    Residuals are over `wanted.examples` examples, as a test of independence compares each with each; condition numbers
+    over the first 2,000, as fewer cases than inputs make every covariance singular.
+    """
+    x, y = task.sample(wanted.examples)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            outputs = model(x[:1]).numel()
+        few = outputs <= FEW_OUTPUTS
+        report = natgrad.residual(
+            model,
+            task.loss,
+            (x, y),
+            estimator="exact" if few else "mc",
+            samples=1 if few else wanted.samples,
+            permutations=wanted.permutations,
+            generator=torch.Generator(x.device).manual_seed(seed),
+        )
+        conditions = conditioning(model, task)
+    return {
+        name: {
+            "relative": _number(r.relative),
+            "unbiased": _number(math.sqrt(max(r.hsic_unbiased, 0.0)) / r.block_norm if r.block_norm else math.nan),
+            "cka": _number(r.cka),
+            "input_spread": _number(r.input_spread / r.input_norm if r.input_norm else math.nan),
+            "output_spread": _number(r.output_spread / r.output_norm if r.output_norm else math.nan),
+            "p_value": _number(r.p_value),
+            **conditions.get(name, {"A": None, "C": None, "floored": False}),
+        }
+        for name, r in report.items()
+    }
+
+
+def conditioning(model: nn.Module, task: Task) -> dict[str, dict[str, float | bool | None]]:
+    """By layer, the condition numbers of the second moment `A` of `x = [h; 1]` and of the covariance `C` of `h`, and
+    whether one of them is a lower bound, as some eigenvalues are rounding errors."""
+    x, y = task.sample(SUBSET)
+    structure = KfacStructure()
+    batches = list(zip(x.split(500), y.split(500), strict=True))
+    for cases in Problem(model, task.loss, batches, estimator="mc", dtype=torch.float64).cases():
+        structure.add(cases)
+    found: dict[str, dict[str, float | bool | None]] = {}
+    for layer, m in structure.moments.items():
+        if not isinstance(m, AffineMoments) or not layer.weight or m.scatter.ndim == 1:
+            continue
+        varying = m.C.diagonal() > RELATIVE_FLOOR * m.A.diagonal()
+        A = homogeneous(m).double() if layer.bias else m.A.double()
+        of_A, raised = condition_number(_part(A, varying))
+        of_C, more = condition_number(_part(m.C.double(), varying)) if layer.bias else (None, 0)
+        found[layer.name] = {"A": of_A, "C": of_C, "floored": raised + more > 0}
+    return found
+
+
+def _part(M: Float[Tensor, "d d"], varying: Bool[Tensor, " inputs"]) -> Float[Tensor, "kept kept"]:
+    """Without the inputs that never vary, such as pixels at the border; the row of the bias, if any, stays."""
+    kept = torch.cat([varying, varying.new_ones(len(M) - len(varying))])
+    return M[kept][:, kept]
+
+
+def condition_number(M: Float[Tensor, "d d"]) -> tuple[float, int]:
+    """The largest over the smallest eigenvalue of a positive semidefinite matrix, and how many eigenvalues were raised
+    to the floor: where there are any, the number is a lower bound.
+
+    >>> condition_number(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)))
+    (4.0, 0)
+    """
+    if len(M) == 0:
+        return 1.0, 0
+    eigenvalues = torch.linalg.eigvalsh(M)
+    largest = eigenvalues[-1].item()
+    floor = RELATIVE_FLOOR * len(M) * largest
+    smallest = max(eigenvalues[0].item(), floor)
+    return (largest / smallest if smallest > 0 else 1.0), int((eigenvalues < floor).sum())
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,187 @@
+"""The optimizers: what each is called in a study, how it is made, and how it takes a step."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from natgrad.cli.errors import UserError
+from natgrad.optim import averaging
+from natgrad.study.tasks import Task
+
+Setting = Mapping[str, Any]
+COMMON = ("batch", "weight_decay", "average")
+"""Options that every optimizer takes: the size of a batch, the objective's weight decay (the task's own where there is
+none), and a decay with which the iterates are averaged for the evaluation."""
+
+
+@dataclass
+class Stepper:
+    """`step((x, y))` updates the model; within `averaged()` it is as it is to be evaluated."""
+
+    step: Callable[[tuple[Tensor, Tensor]], None]
+    averaged: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    optimizers: list[Any] = field(default_factory=list)
+    rejected: int = 0
+    """Steps that the optimizer took back."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`load()` is the class, whose keywords a study may set; `rest`: whether there is a learning rate of its own for
+    all that is not a hidden matrix."""
+
+    load: Callable[[], type[Any]]
+    follows_loss: bool = False
+    """Whether it is one of this library's that read the loss: `opt.loss(model(x), y)`."""
+    whole_model: bool = False
+    """Whether it takes the model in place of its parameters."""
+    rest: bool = False
+    defaults: Setting = field(default_factory=dict)
+    decays: bool = True
+    """Whether the task's weight decay is handed on: not where it would be decoupled from the gradient."""
+
+    def options(self) -> list[str]:
+        """The options' names."""
+        own = inspect.signature(self.load()).parameters.values()
+        names = [p.name for p in own if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        kept = [n for n in names if n not in ("params", "model", "loss", "generator", "output", *COMMON)]
+        return [*COMMON, *kept, *(["rest"] if self.rest else [])]
+
+    def types(self, option: str) -> tuple[type, ...]:
+        """What the option may be, as far as its annotation says; empty: anything."""
+        known = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": ()}
+        parameter = inspect.signature(self.load()).parameters.get(option)
+        words = str(parameter.annotation).replace("<class '", "").replace("'>", "") if parameter else "Any"
+        words = {"average": "float", "weight_decay": "float", "rest": "float"}.get(option, words)
+        parts = [part.strip() for part in words.split("|")]
+        return tuple(t for part in parts for t in known[part]) if all(part in known for part in parts) else ()
+
+    def make(self, model: nn.Module, task: Task, setting: Setting) -> Stepper:
+        """From a model, a task and options to what takes a step."""
+        own = {**self.defaults, **setting}
+        own.pop("batch", None)
+        if self.decays:
+            own.setdefault("weight_decay", task.weight_decay)
+        own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+        rest = own.pop("rest", None)
+        if self.follows_loss:
+            if rest is not None:
+                hidden, others = matrices(model)
+                own["params"] = [{"params": hidden}, {"params": others, "lr": rest}]
+            return _following(self.load()(model, task.loss, **own), model, task, own.get("average"))
+        average = own.pop("average", None)
+        if self.whole_model:
+            return _plain([self.load()(model, **own)], model, task, average)
+        if rest is None:
+            return _plain([self.load()(model.parameters(), **own)], model, task, average)
+        hidden, others = matrices(model)
+        opts = [self.load()(hidden, **own)] if hidden else []
+        return _plain([*opts, torch.optim.AdamW(others, lr=rest, weight_decay=0.0)], model, task, average)
+
+
+def _plain(opts: list[Any], model: nn.Module, task: Task, average: float | None) -> Stepper:
+    """A step by one or several torch optimizers."""
+    parameters = dict(model.named_parameters())
+    states: dict[str, dict[str, Any]] = {n: {} for n in parameters}
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        loss = task.loss(model(x), y) / task.share(x)
+        for opt in opts:
+            opt.zero_grad()
+        loss.backward()
+        for opt in opts:
+            opt.step()
+        if average is not None:
+            with torch.no_grad():
+                averaging.take_in(parameters, states.__getitem__, average)
+
+    return Stepper(step, lambda: averaging.swapped(parameters, states.__getitem__), opts)
+
+
+def _following(opt: Any, model: nn.Module, task: Task, average: float | None) -> Stepper:
+    """A step by one of this library's that read the loss."""
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        loss = opt.loss(model(x), y) / task.share(x)
+        opt.zero_grad()
+        loss.backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of a rejected step, which is counted instead
+            opt.step()
+        stepper.rejected += not opt.diagnostics["accepted"]
+
+    stepper = Stepper(step, contextlib.nullcontext if average is None else opt.averaged, [opt])
+    return stepper
+
+
+def matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Hidden weights, which Muon is for, and all else: biases, scales, embeddings, kernels."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    hidden = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    own = {id(p) for p in hidden}
+    return hidden, [p for p in model.parameters() if id(p) not in own]
+
+
+def _peer(name: str) -> Callable[[], type[Any]]:
+    """A class of pytorch_optimizer."""
+
+    def load() -> type[Any]:
+        try:
+            import pytorch_optimizer
+        except ImportError as error:
+            raise UserError(
+                "SOAP and Shampoo are those of pytorch_optimizer, which is not installed; "
+                "run `pip install pytorch_optimizer`, or leave them out."
+            ) from error
+        return getattr(pytorch_optimizer, name)
+
+    return load
+
+
+OPTIMIZERS: dict[str, Kind] = {
+    # Adam with the objective's own weight decay: decoupled, the tasks' 1e-5 does nothing.
+    "Adam": Kind(lambda: torch.optim.Adam),
+    "AdamW": Kind(lambda: torch.optim.AdamW, decays=False),
+    "SGD": Kind(lambda: torch.optim.SGD),
+    "Muon": Kind(
+        lambda: torch.optim.Muon, rest=True, defaults={"rest": 2e-3, "lr": 0.02, "weight_decay": 0.0}, decays=False
+    ),
+    "SOAP": Kind(_peer("SOAP")),
+    "Shampoo": Kind(
+        _peer("ScalableShampoo"),
+        defaults={
+            "start_preconditioning_step": 10,
+            "preconditioning_compute_steps": 20,
+            "graft_type": 4,  # RMSProp's length, normalized
+            "block_size": 1024,
+        },
+    ),
+    "KFAC": Kind(lambda: natgrad.KFAC, follows_loss=True, rest=True),
+    "NaturalGradient": Kind(lambda: natgrad.NaturalGradient, follows_loss=True),
+    "PRONG": Kind(lambda: natgrad.PRONG, whole_model=True),
+}
+
+
+def check(use: str, setting: Setting) -> None:
+    """Makes the optimizer for a model of two layers.
+
+    Raises:
+        ValueError, TypeError: what the optimizer says of its options.
+    """
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    x = torch.zeros(2, 2)
+    task = Task("", "", 2, nn.MSELoss(), lambda _: model, lambda *_: iter(()), lambda _: {}, lambda _: (x, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        OPTIMIZERS[use].make(model, task, setting)

@@ -1,0 +1,297 @@
+"""What a study is to run, as its TOML file says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from natgrad.cli.errors import UserError
+from natgrad.study.optimizers import OPTIMIZERS, Kind, check
+from natgrad.study.own_task import digest
+from natgrad.study.reading import Table, near, parse, read_text, shown
+from natgrad.study.tasks import TASKS
+from natgrad.study.training import Budget
+
+SHIPPED = ("centering", "residual", "peers")
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A task under its name in the study. `use` is the task's own name, or `MODULE:FUNCTION`."""
+
+    name: str
+    use: str
+    budget: Budget
+    batch: int | None = None
+    targets: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """An optimizer under its name in the study, with the settings tried on each task; a task that is not there is one
+    that it does not run on."""
+
+    name: str
+    use: str
+    settings: Mapping[str, tuple[Setting, ...]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of the model, at `points` moments of a run from the first to the last."""
+
+    residual: bool = False
+    points: int = 4
+    examples: int = 500
+    samples: int = 8
+    permutations: int = 100
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    task: TaskEntry
+    optimizer: str
+    use: str
+    setting: Setting
+    seed: int
+    evaluations: int
+    threads: int
+    measure: Measure
+
+    @property
+    def label(self) -> str:
+        words = [self.task.name, self.optimizer]
+        if self.setting:
+            words.append(brief(self.setting))
+        return f"{', '.join(words)}, seed {self.seed}"
+
+    def what(self) -> dict[str, Any]:
+        """All that the result depends on, ready for JSON: a kept run of another `what` is not this one."""
+        measured = {k: v for k, v in vars(self.measure).items() if self.measure.residual}
+        own = {"source": digest(self.task.use)} if ":" in self.task.use else {}
+        return {
+            "task": self.task.use,
+            "batch": self.task.batch,
+            **self.task.budget.to_dict(),
+            "optimizer": self.use,
+            "setting": self.setting,
+            "seed": self.seed,
+            "evaluations": self.evaluations,
+            "threads": self.threads,
+            "measure": measured,
+            **own,
+        }
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Optimizers x tasks x seeds."""
+
+    name: str
+    title: str
+    text: str
+    tasks: tuple[TaskEntry, ...]
+    optimizers: tuple[OptimizerEntry, ...]
+    seeds: tuple[int, ...]
+    baseline: str
+    evaluations: int
+    threads: int
+    measure: Measure
+
+    def job(self, task: TaskEntry, optimizer: OptimizerEntry, setting: Setting, seed: int) -> Job:
+        return Job(task, optimizer.name, optimizer.use, setting, seed, self.evaluations, self.threads, self.measure)
+
+    @property
+    def in_seconds(self) -> bool:
+        """Whether some budget is a time."""
+        return any(task.budget.seconds is not None for task in self.tasks)
+
+
+def brief(setting: Mapping[str, Any]) -> str:
+    """The options on one line."""
+    return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={shown(v)}" for k, v in setting.items())
+
+
+def find_spec(given: str) -> tuple[str, str, str]:
+    """What to call the study, the file's name for messages, and its text.
+
+    Raises:
+        UserError: if there is no such file and no such shipped study.
+    """
+    if given in SHIPPED:
+        file = resources.files("natgrad.study").joinpath("specs").joinpath(f"{given}.toml")
+        return given, f"{given}.toml", file.read_text(encoding="utf-8")
+    path = Path(given)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is neither a file nor a study that comes with natgrad"
+        raise UserError(f"SPEC was {given!r}, which {what}; expected a TOML file; {near(given, SHIPPED)}")
+    return path.stem, str(path), read_text(path)
+
+
+def load_spec(given: str) -> Spec:
+    """The study of a TOML file's path, or of a shipped one's name.
+
+    Raises:
+        UserError: for a mistake in the file, with the file and the key.
+    """
+    name, file, text = find_spec(given)
+    return read_spec(name, file, text)
+
+
+def read_spec(name: str, file: str, text: str) -> Spec:
+    """The study that the text describes.
+
+    Raises:
+        UserError: for a mistake in it, with the file and the key.
+    """
+    top = Table(file, "", parse(text, file))
+    title = top.text("title", name)
+    seeds = _seeds(top)
+    budget = _budget(top)
+    evaluations = top.whole("evaluations", 40, 2)
+    threads = top.whole("threads", 1)
+    batch = top.whole("batch", None)
+    measure = _measure(top.table("measure"))
+    tasks = _tasks(top, budget, batch)
+    optimizers = _optimizers(top, tasks)
+    names = [o.name for o in optimizers]
+    baseline = top.text("baseline", names[0])
+    if baseline not in names:
+        raise top.fail("baseline", shown(baseline), "the name of one of the optimizers", near(baseline, names))
+    top.finish()
+    for task in tasks:
+        if not any(o.settings.get(task.name) for o in optimizers):
+            raise top.fail(f"tasks.{task.name}", "a task that no optimizer runs on", "at least one", "leave it out.")
+    return Spec(name, title, text, tasks, optimizers, seeds, baseline, evaluations, threads, measure)
+
+
+def _seeds(top: Table) -> tuple[int, ...]:
+    value = top.take("seeds", 3)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return tuple(range(value))
+    good = isinstance(value, list) and value and all(type(v) is int and 0 <= v < 2**63 for v in value)
+    if not good or len(set(value)) < len(value):
+        raise top.fail("seeds", shown(value), "how many, or a list of different ones", "write, say, seeds = 3.")
+    return tuple(value)
+
+
+def _budget(table: Table) -> Budget | None:
+    steps, seconds = table.whole("steps", None), table.number("seconds", None)
+    if steps is not None and seconds is not None:
+        raise table.fail("steps", "given beside seconds", "one of the two", "leave out the one or the other.")
+    if steps is None and seconds is None:
+        return None
+    return Budget(steps, None if seconds is None else float(seconds))
+
+
+def _measure(table: Table) -> Measure:
+    d = Measure()
+    found = Measure(
+        table.truth("residual", d.residual),
+        table.whole("points", d.points, 2),
+        table.whole("examples", d.examples, 8),
+        table.whole("samples", d.samples),
+        table.whole("permutations", d.permutations, 0),
+    )
+    table.finish()
+    return found
+
+
+def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEntry, ...]:
+    entries = []
+    for name, table in top.names("tasks", f"tasks: {', '.join(TASKS)}", 'write, say, tasks = ["curves"].').items():
+        use = table.text("use", name)
+        if use not in TASKS and ":" not in use:
+            raise table.fail(
+                "use" if use != name else "",
+                f"{use!r}, which is no task",
+                "a task's name, or MODULE:FUNCTION",
+                near(use, TASKS),
+            )
+        its_budget = _budget(table) or budget
+        if its_budget is None:
+            raise table.fail("", "without a budget", "steps or seconds", "write, say, steps = 200 at the top.")
+        targets = table.take("targets", [])
+        if not isinstance(targets, list) or not all(type(t) in (int, float) for t in targets):
+            raise table.fail("targets", shown(targets), "a list of numbers", "write, say, targets = [10, 5].")
+        entries.append(TaskEntry(name, use, its_budget, table.whole("batch", batch), tuple(map(float, targets))))
+        table.finish()
+    return tuple(entries)
+
+
+def _optimizers(top: Table, tasks: tuple[TaskEntry, ...]) -> tuple[OptimizerEntry, ...]:
+    expected, mend = f"optimizers: {', '.join(OPTIMIZERS)}", 'write, say, optimizers = ["Adam", "KFAC"].'
+    return tuple(_optimizer(name, table, tasks) for name, table in top.names("optimizers", expected, mend).items())
+
+
+def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...]) -> OptimizerEntry:
+    use = table.text("use", name)
+    if use not in OPTIMIZERS:
+        mend = near(use, OPTIMIZERS)
+        if use == name:
+            mend += ' Under a name of its own it has a key, say, use = "KFAC".'
+        raise table.fail("use" if use != name else "", f"{use!r}, which is no optimizer", "an optimizer's name", mend)
+    task_names = [t.name for t in tasks]
+    on = table.table("on")
+    overrides = {task: on.table(task).rest() for task in on.names_left()}
+    for task in overrides:
+        if task not in task_names:
+            raise table.fail(f"on.{task}", "about no task of the study", "one of its tasks", near(task, task_names))
+    only = table.take("tasks", task_names)
+    if not isinstance(only, list) or not only or not all(isinstance(t, str) for t in only):
+        raise table.fail("tasks", shown(only), "a list of names of tasks", f'write, say, tasks = ["{task_names[0]}"].')
+    for task in only:
+        if task not in task_names:
+            raise table.fail("tasks", shown(task), "names of the study's tasks", near(task, task_names))
+    options = table.rest()
+    settings = {}
+    for task in only:
+        where = f"{table.where}.on.{task}" if task in overrides else table.where
+        settings[task] = _grid(Table(table.file, where, {**options, **overrides.get(task, {})}), use)
+    return OptimizerEntry(name, use, settings)
+
+
+def _grid(table: Table, use: str) -> tuple[Setting, ...]:
+    """Every combination of the options, of which a list has several; each is tried on a small model."""
+    kind = OPTIMIZERS[use]
+    options = table.rest()
+    names = kind.options()
+    several: list[list[tuple[str, Any]]] = []
+    for key, value in options.items():
+        if key not in names:
+            raise UserError(
+                f"{table.file}: {use} has no option {key!r}, which is in [{table.where}]; {near(key, names)}"
+            )
+        if value == []:
+            raise table.fail(key, "an empty list", "at least one value", "give one, or leave the key out.")
+        several.append([(key, v) for v in (value if isinstance(value, list) else [value])])
+        _check_types(table, kind, key, [v for _, v in several[-1]])
+    settings = tuple(dict(chosen) for chosen in itertools.product(*several))
+    for setting in settings:
+        try:
+            check(use, setting)
+        except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
+            said = " ".join(str(error).split()).rstrip(".")
+            what = brief(setting) or "nothing set"
+            raise UserError(
+                f"{table.file}: [{table.where}] with {what} is refused by {use}: {said}; mend the option."
+            ) from error
+    return settings
+
+
+def _check_types(table: Table, kind: Kind, key: str, values: list[Any]) -> None:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
+    types = kind.types(key) if key != "batch" else (int,)
+    for value in values:
+        if types and type(value) not in types:
+            expected = " or ".join(words[t] for t in dict.fromkeys(types) if not (t is int and float in types))
+            raise table.fail(key, shown(value), f"{expected}, or a list of such to try", "mend it.")
+        if key == "batch" and value < 1:
+            raise table.fail(key, shown(value), "a whole number of at least 1", "write, say, batch = 250.")

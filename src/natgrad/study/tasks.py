@@ -1,0 +1,207 @@
+"""The tasks: a model, its batches, its loss, and what counts in the end."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from natgrad.study.images import draw_curves, load_mnist
+from natgrad.study.networks import Transformer, make_autoencoder, make_convolutional, make_perceptron
+from natgrad.study.poisson import PoissonResidual, collocation_points, relative_error
+
+Batch = tuple[Tensor, Tensor]
+WEIGHT_COST = 1e-5
+SUBSET = 2000
+"""Examples that a figure of the training data is over."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """`loss(model(x), y) / share(x)` is what is differentiated. Less of `figure` is better; it is the first of what
+    `evaluate` returns."""
+
+    name: str
+    figure: str
+    batch: int
+    """The size of a batch, where an optimizer has none of its own."""
+    loss: nn.Module
+    make_model: Callable[[int], nn.Module]
+    """From a seed."""
+    batches: Callable[[int, int], Iterator[Batch]]
+    """From a seed and a size, for ever."""
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    sample: Callable[[int], Batch]
+    """The same examples of the training data each time, at most so many."""
+    weight_decay: float = 0.0
+    images: Tensor | None = None
+    """Of an autoencoder."""
+    widths: tuple[int, ...] = ()
+    """Of an autoencoder, from the image to the code."""
+
+    def share(self, x: Tensor) -> int:
+        """What the objective divides the loss by: the examples, where the loss is a sum."""
+        return len(x) if getattr(self.loss, "reduction", "mean") == "sum" else 1
+
+
+def autoencoder(name: str, data_seed: int = 0) -> Task:
+    """Summed cross-entropy of images; the figure is the squared error per image, on 2,000 of those trained on."""
+    widths: tuple[int, ...]
+    if name == "curves":
+        images, widths = draw_curves(10_000, data_seed), (784, 400, 200, 100, 50, 25, 6)
+    else:
+        images, widths = load_mnist()[0], (784, 1000, 500, 250, 30)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        loss, error = reconstruction(model, images[:SUBSET])
+        return {"squared error": error, "loss": loss}
+
+    return Task(
+        name,
+        "squared error",
+        1000,
+        nn.BCEWithLogitsLoss(reduction="sum"),
+        lambda seed: make_autoencoder(widths, seed),
+        lambda seed, size: ((x, x) for x in shuffled_batches(images, size, seed)),
+        evaluate,
+        lambda count: (images[:count], images[:count]),
+        WEIGHT_COST,
+        images,
+        widths,
+    )
+
+
+@torch.no_grad()
+def reconstruction(model: nn.Module, images: Tensor) -> tuple[float, float]:
+    """Return the cross-entropy and the squared error, summed over pixels and averaged over images."""
+    loss = error = 0.0
+    for part in images.split(1000):
+        logits = model(part)
+        loss += F.binary_cross_entropy_with_logits(logits, part, reduction="sum").item()
+        error += F.mse_loss(logits.sigmoid(), part, reduction="sum").item()
+    return loss / len(images), error / len(images)
+
+
+def classifier(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Task:
+    """A classifier of 4,000 digits; 1,000 more are for the test."""
+    pixels, labels = load_mnist()
+    order = torch.randperm(len(pixels), generator=Generator().manual_seed(0))
+    x, y = pixels.view(-1, *shape)[order], labels[order]
+
+    def make_model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return make()
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        train, test = model(x[:SUBSET]), model(x[4000:])
+        return {
+            "training loss": F.cross_entropy(train, y[:SUBSET]).item(),
+            "test loss": F.cross_entropy(test, y[4000:]).item(),
+            "test error, %": 100 * (test.argmax(1) != y[4000:]).float().mean().item(),
+        }
+
+    return Task(
+        name,
+        "training loss",
+        250,
+        nn.CrossEntropyLoss(),
+        make_model,
+        lambda seed, size: ((x[i], y[i]) for i in indices(4000, size, seed)),
+        evaluate,
+        lambda count: (x[: min(count, 4000)], y[: min(count, 4000)]),
+    )
+
+
+CONTEXT, PASSAGE = 64, 2000
+
+
+def language_model() -> Task:
+    """The characters of Python's language reference, as CPython ships it; every tenth passage is for validation."""
+    text = "".join(pydoc_data.topics.topics[k] for k in sorted(pydoc_data.topics.topics))
+    alphabet = sorted(set(text))
+    number = {c: i for i, c in enumerate(alphabet)}
+    codes = torch.tensor([number[c] for c in text])
+    passages = codes[: len(codes) - len(codes) % PASSAGE].view(-1, PASSAGE)
+    apart = torch.arange(len(passages)) % 10 == 9
+    held_out = passages[apart].unfold(1, CONTEXT + 1, CONTEXT).flatten(0, 1)[:512]
+    windows = passages[~apart].unfold(1, CONTEXT + 1, 1).flatten(0, 1)
+
+    def make_model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return Transformer(len(alphabet), CONTEXT)
+
+    def batches(seed: int, size: int) -> Iterator[Batch]:
+        generator = Generator().manual_seed(seed)
+        while True:
+            w = windows[torch.randint(len(windows), (size,), generator=generator)]
+            yield w[:, :-1], w[:, 1:]
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return {"validation loss": F.cross_entropy(model(held_out[:, :-1]), held_out[:, 1:]).item()}
+
+    def sample(count: int) -> Batch:
+        some = windows[:: max(1, len(windows) // count)][:count]
+        return some[:, :-1], some[:, 1:]
+
+    return Task("language", "validation loss", 32, nn.CrossEntropyLoss(), make_model, batches, evaluate, sample)
+
+
+def pinn() -> Task:
+    """Poisson's equation on the unit square, from its residuals at 480 points."""
+    points = collocation_points(20, 20)
+    zero = torch.zeros(len(points), 1, dtype=points.dtype)
+
+    def make_model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return PoissonResidual()
+
+    def batches(seed: int, size: int) -> Iterator[Batch]:
+        while True:
+            yield points, zero
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, PoissonResidual)
+        return {"relative error": relative_error(model)}
+
+    return Task(
+        "pinn",
+        "relative error",
+        len(points),
+        nn.MSELoss(),
+        make_model,
+        batches,
+        evaluate,
+        lambda count: (points[:count], zero[:count]),
+    )
+
+
+def indices(count: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Batches of indices for ever, in an order drawn anew for each pass."""
+    generator = Generator().manual_seed(seed)
+    size = min(size, count)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        # What does not fill a batch is left for a later pass: all batches weigh the same.
+        yield from order[: count - count % size].split(size)
+
+
+def shuffled_batches(examples: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Yield batches of one size for ever, in an order drawn anew for each pass through the examples."""
+    return (examples[i] for i in indices(len(examples), size, seed))
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "curves": lambda: autoencoder("curves"),
+    "mnist": lambda: autoencoder("mnist"),
+    "classifier": lambda: classifier("classifier", make_convolutional, (1, 28, 28)),
+    "perceptron": lambda: classifier("perceptron", lambda: make_perceptron((784, 100, 50, 10)), (784,)),
+    "language": language_model,
+    "pinn": pinn,
+}
+NEED_MNIST = ("mnist", "classifier", "perceptron")
