@@ -521,7 +521,7 @@ class KFAC(Adaptive):
             return 1.0  # the damping is relative
         operators = [block.operator for block in self._own_blocks().values()]
         traces = torch.stack([op.trace_in_coordinates() for op in operators]).tolist() if operators else []
-        means = [(trace / op.space.size, op.space.size) for trace, op in zip(traces, operators, strict=True)]
+        means = [(trace / op.space.size, float(op.space.size)) for trace, op in zip(traces, operators, strict=True)]
         if self._is_spread:
             means = [mean for own in self._shards.world.gather(means, "the traces of the curvature") for mean in own]
         return weighted_median(means)
