@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from natgrad.linalg import CenteredKronecker
+
 f64 = torch.float64
 
 
@@ -126,3 +128,15 @@ class Power(nn.Module):
 
     def forward(self, x):
         return x.abs().add(0.1).pow(self.exponent)
+
+
+def damping_matrix(opt, damping):
+    """`λ Tᵀ T` with `T: (W, b) ↦ (W, b + W m)` for each layer: `λ I` in the coordinates that the step is damped in."""
+    blocks = []
+    for block in opt.curvature().blocks.values():
+        (rows, columns), _ = block.space.shapes
+        m = block.m if isinstance(block, CenteredKronecker) else torch.zeros(columns, dtype=f64)
+        T = torch.eye(rows * columns + rows, dtype=f64)
+        T[rows * columns :, : rows * columns] = torch.kron(torch.eye(rows, dtype=f64), m)
+        blocks.append(damping * T.mT @ T)
+    return torch.block_diag(*blocks)

@@ -12,7 +12,18 @@ from torch import nn
 
 import natgrad
 from natgrad.linalg import CenteredKronecker
-from oracles import close, f64, homogeneous, homogeneous_kron, net, normalizer, output_hessian, randn, summed
+from oracles import (
+    close,
+    damping_matrix,
+    f64,
+    homogeneous,
+    homogeneous_kron,
+    net,
+    normalizer,
+    output_hessian,
+    randn,
+    summed,
+)
 
 N, D, C = 24, 5, 3
 X, LABELS = randn(N, D), torch.arange(N) % C
@@ -208,7 +219,8 @@ class TestAgainstHandCapturedFactors:
 
 
 class TestQuadraticModel:
-    """The adaptive step, with Levenberg-Marquardt on, minimizes `½ δᵀ(F + (λ + η) I) δ + gᵀ δ`."""
+    """The adaptive step, with Levenberg-Marquardt on, minimizes `½ δᵀ(F + λ TᵀT + η I) δ + gᵀ δ`, with `T` the
+    centered coordinates."""
 
     @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
     @pytest.mark.parametrize("scale", [1.0, 50.0])
@@ -234,7 +246,7 @@ class TestQuadraticModel:
                 assert d["loss_after"] == pytest.approx(after)
                 assert d["reduction_ratio"] == pytest.approx((after - d["loss"]) / d["predicted_change"])
             if k:
-                M = F + (damping + eta) * eye(len(F))
+                M = F + damping_matrix(opt, damping) + eta * eye(len(F))
                 assert d["predicted_change"] == pytest.approx(float(0.5 * delta @ M @ delta + g @ delta))
                 r = M @ delta + g
                 tolerance = 1e-8 * float(g.norm())
@@ -252,8 +264,9 @@ class TestQuadraticModel:
         opt = natgrad.KFAC(model, loss, momentum=momentum, damping=0.05, **ADAPTIVE)
         for k in range(4):
             before, g = flat(model), gradient(model, loss)
-            M = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense() + 0.05 * eye(len(before))
+            F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
             step(model, opt)
+            M = F + damping_matrix(opt, 0.05)
             direction = opt.curvature().solve(g, 0.05, damping_style="factored")
             assert abs((M @ (flat(model) - before) + g) @ direction) < 1e-10
             assert opt.diagnostics["momentum"] == (momentum if k else 0.0)
@@ -263,8 +276,9 @@ class TestQuadraticModel:
         opt, previous = natgrad.KFAC(model, loss, lr=0.2, damping=0.05, **ADAPTIVE), None
         for _ in range(4):
             before, g = flat(model), gradient(model, loss)
-            M = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense() + 0.05 * eye(len(before))
+            F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
             step(model, opt)
+            M = F + damping_matrix(opt, 0.05)
             delta = flat(model) - before
             assert opt.diagnostics["lr"] == pytest.approx(0.2)
             if previous is not None:
@@ -275,13 +289,13 @@ class TestQuadraticModel:
         model, loss = model_of(D, 4, C), nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1)
         opt = natgrad.KFAC(model, loss, damping=0.05, **ADAPTIVE)
         before, g = flat(model), gradient(model, loss)
-        M = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense() + 0.05 * eye(len(before))
+        F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
         whole = normalizer(loss, model(X), LABELS)
         for x, y in zip(X.split([5, 19]), LABELS.split([5, 19]), strict=True):
             output = model(x)
             (opt.loss(output, y) * (normalizer(loss, output, y) / whole).detach()).backward()
         opt.step()
-        delta = flat(model) - before
+        delta, M = flat(model) - before, F + damping_matrix(opt, 0.05)
         assert opt.diagnostics["predicted_change"] == pytest.approx(float(0.5 * delta @ M @ delta + g @ delta))
         assert opt.diagnostics["predicted_change"] == pytest.approx(float(0.5 * g @ delta))
 
@@ -318,14 +332,14 @@ class TestRandomAndStatefulModels:
         for k in range(3):
             before = flat(model)
             torch.manual_seed(k)
-            F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense() + 0.05 * eye(len(before))
+            F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
             torch.manual_seed(k)
             g = gradient(model, loss)
             damping = opt.diagnostics.get("damping", 0.05)
             torch.manual_seed(k)
             step(model, opt)
             delta = flat(model) - before
-            predicted = float(0.5 * delta @ F @ delta + g @ delta)
+            predicted = float(0.5 * delta @ (F + damping_matrix(opt, 0.05)) @ delta + g @ delta)
             assert damping == 0.05
             assert opt.diagnostics["predicted_change"] == pytest.approx(predicted)
 

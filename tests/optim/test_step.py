@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import natgrad
-from natgrad.linalg import CenteredKronecker
-from oracles import close, f64, homogeneous, homogeneous_kron, net, randn
+from oracles import close, damping_matrix, f64, homogeneous, homogeneous_kron, net, randn
 
 N, D, C = 24, 5, 3
 X, LABELS = randn(N, D), torch.arange(N) % C
@@ -218,18 +217,6 @@ def test_a_sum_over_outputs_steps_as_the_mean(loss):
     mean = run(model, loss, ADAPTIVE, [(X, y, 1.0)])
     close(run(model, summed, ADAPTIVE, [(X, y, 1 / y.numel())]), mean)
     close(run(model, summed, ADAPTIVE, [(X, y, 1.0)]), mean)
-
-
-def damping_matrix(opt, damping):
-    """`λ Tᵀ T` with `T: (W, b) ↦ (W, b + W m)` for each layer: `λ I` in the coordinates that the step is damped in."""
-    blocks = []
-    for block in opt.curvature().blocks.values():
-        (rows, columns), _ = block.space.shapes
-        m = block.m if isinstance(block, CenteredKronecker) else torch.zeros(columns, dtype=f64)
-        T = torch.eye(rows * columns + rows, dtype=f64)
-        T[rows * columns :, : rows * columns] = torch.kron(torch.eye(rows, dtype=f64), m)
-        blocks.append(damping * T.mT @ T)
-    return torch.block_diag(*blocks)
 
 
 @pytest.mark.parametrize("centered", [True, False])

@@ -414,7 +414,8 @@ class KFAC(Adaptive):
         a layer's inputs."""
         if self.structure == "input":  # there the damping is in units of the inputs
             return torch.zeros(len(directions), len(directions), dtype=torch.float64)
-        return damping * gram([self._in_coordinates(d) for d in directions])
+        precision = self._precision
+        return damping * gram([self._in_coordinates({n: t.to(precision) for n, t in d.items()}) for d in directions])
 
     def _in_coordinates(self, d: Vector) -> Vector:
         usable = {names for names in self._usable(d) if len(names) > 1}
