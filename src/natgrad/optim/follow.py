@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         check_choice("estimator", estimator, ESTIMATORS)
         self._place = placed(model)
         self.model, self._world = self._place.model, self._place.world
-        self._around = model if isinstance(model, DistributedDataParallel) else None
+        self._around = _weakly(model)
         if not self._for_many_ranks:
             refuse_ranks(type(self).__name__, self._place)
         check_function("output", output, "from what the model returns to what the loss takes")
@@ -75,12 +76,12 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
     def _see_ranks(self, around: DistributedDataParallel) -> None:
         """Joins the ranks of a `DistributedDataParallel` that the model turns out to be in: one made after the
         optimizer, or of a module that the model is a part of."""
-        if around is self._around or self._place.shards is not None:
+        if around is self._around() or self._place.shards is not None:
             return
         place = placed_within(around, self.model)
         if not self._for_many_ranks:
             refuse_ranks(type(self).__name__, place)
-        self._place, self._world, self._around = place, place.world, around
+        self._place, self._world, self._around = place, place.world, weakref.ref(around)
         if around.module is self.model and self._watch is not None:
             self._watch.see_wrapper(around)
 
@@ -318,6 +319,12 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
             f"a {type(self).__name__} optimizer cannot be copied or pickled; make one for the new model and load "
             "state_dict()"
         )
+
+
+def _weakly(model: nn.Module) -> Callable[[], DistributedDataParallel | None]:
+    """A reference that does not keep it: where its reducer is the last to let go of the ranks' group, at the end of a
+    process, torch's gloo may wait for ever."""
+    return weakref.ref(model) if isinstance(model, DistributedDataParallel) else lambda: None
 
 
 class _Idle(JoinHook):
