@@ -105,7 +105,16 @@ def gain_rows(results: dict[str, Any]) -> Iterator[str]:
             yield f"| {name} | {optimizer} | {cells[0]} | {cells[1]} |"
 
 
-MEASURES = ("relative", "cka", "output_spread", "input_spread", "A", "C")
+def test_rows(results: dict[str, Any]) -> Iterator[str]:
+    """For each task and optimizer how many of the tests of independence reject it at 5%."""
+    for name, task in results["tasks"].items():
+        for optimizer in dict.fromkeys(r["optimizer"] for r in task["runs"]):
+            measured = [m for r in task["runs"] if r["optimizer"] == optimizer for m in r["measured"]]
+            p = [layer["p_value"] for m in measured for layer in m["layers"].values() if layer["p_value"] is not None]
+            yield f"| {name} | {optimizer} | {sum(v <= 0.05 for v in p)} of {len(p)} |"
+
+
+MEASURES = ("relative", "unbiased", "cka", "output_spread", "input_spread", "A", "C")
 
 
 def tables(name: str) -> list[str]:
@@ -113,7 +122,7 @@ def tables(name: str) -> list[str]:
     results = json.loads((DOCS / "studies" / f"{name}.json").read_text())
     rows = [*final_rows(results), *pair_rows(results)]
     if any(r["measured"] for t in results["tasks"].values() for r in t["runs"]):
-        rows = [*final_rows(results), *layer_rows(results, MEASURES), *gain_rows(results)]
+        rows = [*final_rows(results), *layer_rows(results, MEASURES), *test_rows(results), *gain_rows(results)]
     return rows
 
 

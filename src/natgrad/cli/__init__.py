@@ -89,8 +89,11 @@ def study(
 ) -> None:
     """Compare optimizers on tasks over several seeds, and write a report with confidence intervals.
 
-    Every finished run is kept in the folder; the same command again goes on where it was stopped. Ctrl-C writes the
-    report on what there is; a second Ctrl-C aborts. docs/study.md says how to write a study of your own model.
+    Finished runs are kept in the folder: the same command again goes on from there.
+
+    Ctrl-C stops and writes the report on what there is; a second Ctrl-C aborts.
+
+    Your own model, and all that a SPEC may say: docs/study.md.
     """
     from natgrad.cli.study import run, show
 
