@@ -14,6 +14,10 @@ def scalars(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str
     Truth values are 0 and 1, nested dictionaries give names with slashes. What is None or in words is left out: `texts`
     has the words. `step` is left out too, as loggers have their own.
 
+    Args:
+        diagnostics: of a step.
+        prefix: what the names begin with.
+
     Example:
         >>> scalars({"step": 3, "accepted": True, "reason": "", "damping": 0.5, "faults": {"rejected": 2}})
         {'natgrad/accepted': 1.0, 'natgrad/damping': 0.5, 'natgrad/faults/rejected': 2.0}
@@ -23,6 +27,10 @@ def scalars(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str
 
 def texts(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, str]:
     """The words of `opt.diagnostics` by flat names: why a step was rejected, which layers have diagonal factors.
+
+    Args:
+        diagnostics: of a step.
+        prefix: what the names begin with.
 
     Example:
         >>> texts({"reason": "the loss is not finite", "diagonal_factors": {"head": ("output",)}})
