@@ -100,7 +100,7 @@ def test_inspect_under_torchrun(tmp_path):
     def run(*command):
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=here, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        return re.sub(r"\d+:\d\d:\d\d", "", done.stdout)  # the bars' times
+        return re.sub(r"\[Gloo\].*\n|\d+:\d\d:\d\d", "", done.stdout)  # torch's own lines, the bars' times
 
     alone = run(*inspect, "--out", "alone")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
