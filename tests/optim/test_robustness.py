@@ -303,6 +303,22 @@ class TestResuming:
             assert torch.equal(flat(model), flat(other))
         assert opt.diagnostics == resumed.diagnostics
 
+    def test_a_state_from_another_kind_of_device_has_random_numbers_of_another_kind(self):
+        model, opt = made()
+        step(model, opt)
+        saved = copy.deepcopy(opt.state_dict())
+        saved["kfac"]["generator"] = torch.zeros(16, dtype=torch.uint8)  # as CUDA's are
+        resumed = []
+        for _ in range(2):
+            twin = copy.deepcopy(model)
+            again = natgrad.KFAC(twin, nn.CrossEntropyLoss(), generator=torch.Generator().manual_seed(9))
+            again.load_state_dict(saved)
+            for _ in range(3):
+                step(twin, again)
+            resumed.append(flat(twin))
+        assert torch.equal(*resumed)
+        assert torch.isfinite(resumed[0]).all()
+
     def test_before_the_first_step(self):
         _, opt = made()
         other, fresh = made()

@@ -589,6 +589,7 @@ class Adaptive(Following):
             "loss_before": self._loss_before,
             "first_mass": self._first_mass[0] if self._first_mass else None,
             "generator": self._generator.get_state(),
+            "seed": self._generator.initial_seed(),
         }
         whole, params = super().state_dict(), self._by_index()
         state = {
@@ -600,6 +601,14 @@ class Adaptive(Following):
     def _by_index(self) -> list[Tensor]:
         """The parameters as `state_dict` counts them."""
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _resume_generator(self, state: Tensor, seed: int) -> None:
+        """Random numbers go on as they would have; or, from another kind of device, whose generators are others, from a
+        seed of the run's own."""
+        if state.shape == self._generator.get_state().shape:
+            self._generator.set_state(state)
+        else:
+            self._generator.manual_seed((seed * 1_000_003 + self._steps) % 2**63)
 
     def _adopt(self, sizes: Mapping[str, Sequence[torch.Size]]) -> tuple[Callable[[str], bool], dict[str, Any]]:
         """For the state of layers with moments of these sizes, saved on any number of ranks: which layers' is to be
@@ -630,7 +639,7 @@ class Adaptive(Following):
         self._rejections, self._loss_before = saved["rejections"], saved["loss_before"]
         self._first_mass = [] if saved["first_mass"] is None else [saved["first_mass"]]
         self._faults = Counter(saved["faults"])
-        self._generator.set_state(saved["generator"].cpu())
+        self._resume_generator(saved["generator"].cpu(), saved["seed"])
         self._load_own_state(saved)
         self._pending = []
         self._arm()
