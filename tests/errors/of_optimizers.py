@@ -83,7 +83,7 @@ ROWS = [
     ("a decay in quotes", lambda: kfac(decay="0.9"), ValueError, "decay='0.9' is not usable: "),
     ("a damping decay of zero", lambda: kfac(damping_decay=0), ValueError,
      "damping_decay=0 is not usable: expected a number in (0, 1]"),
-    ("no damping floor", lambda: kfac(damping_floor=None), ValueError, "damping_floor=None is not usable: "),
+    ("a damping floor below zero", lambda: kfac(damping_floor=-1.0), ValueError, "damping_floor=-1.0 is not usable: "),
     ("a bound of zero", lambda: kfac(max_kl=0), ValueError, "max_kl=0 is not usable: expected a number > 0, or None"),
     ("an average of one", lambda: kfac(average=1), ValueError, "average=1 is not usable: expected a number in [0, 1)"),
     ("centering in words", lambda: kfac(centered="yes"), ValueError, "centered='yes' is not usable: expected True or"),

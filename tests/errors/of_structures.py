@@ -87,13 +87,6 @@ def too_many_cases():
     step(natural(estimator="mc", max_size=2, lr=0.1, damping=1.0))
 
 
-def by_hand_found_inf():
-    opt = kfac()
-    opt.loss(opt.model(X), LABELS).backward()
-    opt.found_inf = torch.zeros(1)
-    opt.step()
-
-
 def a_matrix_by_itself():
     path = f"{tempfile.mkdtemp()}/kronecker"
     linalg.Kronecker(EYE, EYE).save(path)
@@ -137,8 +130,6 @@ ROWS = [
      "structure='identity' keeps no curvature; choose another structure"),
     ("the curvature before a step", lambda: kfac().curvature(), RuntimeError,
      "there is no curvature before the first step; take one"),
-    ("found_inf by hand", by_hand_found_inf, RuntimeError,
-     "found_inf was set on the optimizer, but no GradScaler has called step; call scaler.step(opt)"),
     # Algebra
     ("factored damping of products", lambda: matrix("implicit").inverse(1.0, damping_style="factored"), TypeError,
      f"an implicit matrix {FACTORS}"),

@@ -44,7 +44,7 @@ def errors() -> list[tuple[str, str]]:
 
 def handed_on(words: str) -> bool:
     """Whether it ends in another error's message, which has a mend of its own."""
-    return words.endswith(f": {HOLE}")
+    return words.endswith((f": {HOLE}", f"; {HOLE}"))
 
 
 ERRORS = errors()

@@ -48,7 +48,9 @@ def test_a_run_is_read_back(tmp_path):
         assert [v for _, v in own] == pytest.approx([v for _, v in expected], rel=1e-6)
     assert [e.value for e in events.Scalars("natgrad/accepted")] == [1, 1, 1, 1, 0, 1]
     assert [(e.step, e.value) for e in events.Scalars("natgrad/faults/rejected")] == [(4, 1), (5, 1)]
-    assert words(events, "natgrad/reason") == [(4, "the loss is not finite: look for NaN or inf in the batch")]
+    assert words(events, "natgrad/reason") == [
+        (4, "the loss is not finite: look for NaN or inf in the batch and in the parameters")
+    ]
     layer, factor = next(iter(seen[0]["diagonal_factors"].items()))
     said = words(events, f"natgrad/diagonal_factors/{layer}")
     assert said[0] == (0, ", ".join(factor))

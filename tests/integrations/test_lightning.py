@@ -98,14 +98,14 @@ def test_in_bfloat16_and_clipped():
 
 
 def test_in_float16_with_a_scaler_and_clipped():
-    model, bare = Classifier({}), Classifier({})
+    model, bare = (Classifier({"damping": 0.1}) for _ in range(2))
     for each in (model, bare):
         each.net.float()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
     fit(model, plugins=MixedPrecision("16-mixed", "cpu", scaler), gradient_clip_val=0.5)
     fit(bare, gradient_clip_val=0.5)
     assert scaler.get_scale() > 2.0**10
-    same(weights(model.net), weights(bare.net), atol=0.05)
+    same(weights(model.net), weights(bare.net), atol=0.01)  # a damping of the run's own would fall out otherwise
     assert model.losses[-1] < 0.6 * model.losses[0]
 
 

@@ -15,7 +15,13 @@ import natgrad
 ROOT = Path(__file__).parents[2]
 SOURCES = Path(natgrad.__file__).parent
 NEEDED = {"torch", "numpy", "safetensors", "jaxtyping", "typer", "rich", "matplotlib", "jinja2", "natgrad"}
-OPTIONAL = {"mlxtend": {"cli/tasks.py"}}  # where an error says how to install it
+OPTIONAL = {  # where an error says how to install it, or which nobody imports without having it
+    "mlxtend": {"study/images.py"},
+    "pytorch_optimizer": {"study/optimizers.py"},
+    "tomli": {"study/reading.py"},  # declared for Python 3.10 alone
+    "lightning": {"integrations/lightning.py"},
+    "transformers": {"integrations/transformers.py"},
+}
 
 
 def python(*arguments: str | Path, python: str | Path = sys.executable, **options) -> str:

@@ -34,7 +34,7 @@ class Trainer(transformers.Trainer):
 
     Args:
         read: `read(returned, labels)` gives the loss's input and target, for a model or a loss that needs another way.
-        The others are those of `transformers.Trainer`.
+        model, args, optimizers: and all else, as for `transformers.Trainer`.
 
     Raises:
         TypeError: if `optimizers` has no optimizer of natgrad that follows a loss.
@@ -79,7 +79,7 @@ class Trainer(transformers.Trainer):
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu={self.args.n_gpu} in one process is DataParallel, whose copies of the model are not followed; "
-                "start one process for each by torchrun"
+                "run one process for each, by torchrun"
             )
         # Whether it counts the labels of all microbatches, and leaves it to `compute_loss` to divide by them.
         self.model_accepts_loss_kwargs = read is None

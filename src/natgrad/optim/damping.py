@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 
 CEILING = 10.0
 
@@ -71,9 +72,6 @@ def weighted_median(values: Iterable[tuple[float, float]]) -> float:
         2.0
     """
     ordered = sorted(values)
-    half, below = sum(weight for _, weight in ordered) / 2, 0.0
-    for value, weight in ordered:
-        below += weight
-        if below >= half:
-            return value
-    raise ValueError("there is no median of no values")
+    half = sum(weight for _, weight in ordered) / 2
+    below = accumulate(weight for _, weight in ordered)
+    return next(value for (value, _), sofar in zip(ordered, below, strict=True) if sofar >= half)
