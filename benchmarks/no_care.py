@@ -102,14 +102,15 @@ def inputs(options: argparse.Namespace) -> None:
 
 
 def trained(model: nn.Module, setting: dict[str, Any] | None, change: Change, task: Any, seed: int) -> list[float]:
-    """The squared error at `STEPS` on changed inputs."""
+    """The squared error at `STEPS` on changed inputs. Without weight decay, which would weigh another function's
+    parameters."""
     errors = []
     change.begin(model)
     if setting is None:
         opt: Any = torch.optim.Adam(model.parameters(), lr=1e-3)
         loss_of = task.loss
     else:
-        opt = natgrad.KFAC(model, task.loss, weight_decay=task.weight_decay, **setting)
+        opt = natgrad.KFAC(model, task.loss, **setting)
         loss_of = opt.loss
     source = task.batches(seed, 1000)
     for taken in range(STEPS[-1] + 1):

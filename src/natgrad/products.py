@@ -117,9 +117,9 @@ class _Replay(TorchFunctionMode):
 
 
 def _along(h: Tensor, W_dot: Tensor, b_dot: Tensor | None) -> Tensor:
-    """`Ẇ h + ḃ`, as `Ẇ (h − m) + (ḃ + Ẇ m)`: where products are computed in few digits, inputs far from zero would
-    leave none of them."""
-    m = h.mean(tuple(range(h.ndim - 1)))
+    """`Ẇ h + ḃ`, as `Ẇ (h − m) + (ḃ + Ẇ m)` with the first case for `m`: where products are computed in few digits,
+    inputs far from zero would leave none of them."""
+    m = h.reshape(-1, h.shape[-1])[:1].sum(0)
     c = torch.linalg.vecdot(W_dot, m)  # a product of matrices may be in few digits
     return F.linear(h - m, W_dot, c if b_dot is None else c + b_dot)
 
