@@ -95,7 +95,8 @@ class KFAC(Adaptive):
         adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`.
         damping_decay: the least factor per step by which the damping may fall.
         damping_floor: the damping falls no further than this times a typical curvature: the mean of a layer's diagonal,
-            in centered coordinates where it is centered, and the median of that over the parameters.
+            in centered coordinates where it is centered, and the median of that over the parameters. None: 1 where
+            centered, else 0.03, as the means of the inputs count in it.
         decay: the weight of the past in the moving average of the moments, each time they are updated.
         max_dim: factors of more rows than this are kept as their diagonals.
         matmul_precision: of the float32 products of the direction and of the quadratic model, as in
@@ -157,7 +158,7 @@ class KFAC(Adaptive):
         bases_every: int | None = None,
         adapt_every: int = 8,
         damping_decay: float = 0.8,
-        damping_floor: float = 1.0,
+        damping_floor: float | None = None,
         decay: float = 0.8,
         max_dim: int = MAX_DIM,
         matmul_precision: str | None = "medium",
@@ -193,6 +194,8 @@ class KFAC(Adaptive):
         check_within("decay", decay, "[0, 1)")
         check_within("damping_decay", damping_decay, "(0, 1]")
         check_within("statistics_share", statistics_share, "(0, 1]", optional=True)
+        if damping_floor is None:
+            damping_floor = 1.0 if centered and structure in ("kfac", "ekfac") else 0.03
         check_number("damping_floor", damping_floor)
         check_max_dim(max_dim)
         self._relative = damping is None and one_sided
