@@ -420,7 +420,7 @@ class KFAC(Adaptive):
     def _in_coordinates(self, d: Vector) -> Vector:
         usable = {names for names in self._usable(d) if len(names) > 1}
         blocks = [b for b in (self._inverse or {}).values() if b.names in usable and not b.operator.damps_parameters]
-        if self._place.shards is not None and self.centered:
+        if self._place.shards is not None:
             owners = {n: rank for names, rank in self._owners.items() if names in usable for n in names}
             blocks = [block for block in blocks if self._owners[block.names] == self._shards.rank]
             whole = self._shards.gathered(d, owners, {n: self._parameters[n].shape for n in owners})
