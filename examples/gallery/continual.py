@@ -17,6 +17,7 @@ from torch import nn
 import natgrad
 
 FOLDER, STRENGTHS = Path(*sys.argv[1:]), (1.0, 10.0, 100.0, 1000.0, 10000.0)
+FOLDER.mkdir(parents=True, exist_ok=True)
 torch.manual_seed(0)
 images, labels = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
 shuffled = torch.randperm(len(labels))

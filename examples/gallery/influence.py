@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 import natgrad
 
 FOLDER, N, DECAY = Path(*sys.argv[1:]), 600, 1e-2
+FOLDER.mkdir(parents=True, exist_ok=True)
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
 x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))

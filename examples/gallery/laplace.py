@@ -18,6 +18,7 @@ from torch.func import functional_call, jacrev, vmap
 import natgrad
 
 FOLDER, NOISE, PRIOR = Path(*sys.argv[1:]), 0.15, 3.0
+FOLDER.mkdir(parents=True, exist_ok=True)
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
 x = torch.cat([torch.rand(40, 1) * 1.6 - 3, torch.rand(40, 1) * 2.2 + 0.8])  # nothing between -1.4 and 0.8

@@ -20,6 +20,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import natgrad
 
 FOLDER, DAMPINGS = Path(*sys.argv[1:]), torch.logspace(-6, 1, 15).tolist()
+FOLDER.mkdir(parents=True, exist_ok=True)
 torch.manual_seed(0)
 images, labels = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
 shuffled = torch.randperm(len(labels))

@@ -63,5 +63,7 @@ for axes, title, values in zip(panels, ("the network's u", "its error"), (u, err
     axes.set(title=title, xlabel="x", ylabel="y")
     axes.grid(False)
     figure.colorbar(picture, ax=axes)
-figure.savefig(Path(*sys.argv[1:]) / "pinn.png")
+folder = Path(*sys.argv[1:])
+folder.mkdir(parents=True, exist_ok=True)
+figure.savefig(folder / "pinn.png")
 print(f"relative error after 100 steps: {error.norm() / solution(fine).norm():.1e}")

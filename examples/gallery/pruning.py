@@ -19,6 +19,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import natgrad
 
 FOLDER, DAMPING = Path(*sys.argv[1:]), 1e-3
+FOLDER.mkdir(parents=True, exist_ok=True)
 GOALS = [k / 20 for k in range(19)]  # the shares of the weights that are gone after each round
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)

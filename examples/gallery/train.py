@@ -17,6 +17,7 @@ from torch import nn
 import natgrad
 
 FOLDER, STEPS, RATES = Path(*sys.argv[1:]), 150, (1e-3, 3e-3, 1e-2, 3e-2)
+FOLDER.mkdir(parents=True, exist_ok=True)
 images, labels = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
 shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
 x, y = images[shuffled].float() / 16, labels[shuffled]

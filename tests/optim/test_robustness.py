@@ -383,6 +383,21 @@ class TestAsATorchOptimizer:
         with pytest.raises(ValueError, match=r"a scheduler .* is to change lr, which is None"):
             step(model, opt)
 
+    def test_nor_one_that_writes_numbers_where_there_were_none(self):
+        model, opt = made()
+        torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10)
+        with pytest.raises(ValueError, match=r"a scheduler .* is to change lr, which is None"):
+            step(model, opt)
+
+    def test_a_rejected_step_has_the_figures_of_any_other(self):
+        model, opt = made()
+        step(model, opt)
+        taken = opt.diagnostics.keys()
+        with pytest.warns(RuntimeWarning, match="rejected"):
+            step(model, opt, X * math.nan)
+        assert {"loss", "lr", "momentum", "predicted_change", "faults"} <= opt.diagnostics.keys() & taken
+        assert opt.diagnostics["lr"] is None
+
     def test_momentum_and_step_size_as_numbers(self):
         model, opt = made(**FIXED)
         start = flat(model)

@@ -43,6 +43,13 @@ def test_paired_ratio_is_of_logarithms_on_the_same_seed():
     assert (found.pairs, found.lost, found.better) == (3, 0, 0)
 
 
+def test_one_pair_has_a_ratio_and_no_interval():
+    one = paired("t", "a", "b", {0: 2.0}, {0: 1.0})
+    assert one.ratio.mean == pytest.approx(2.0)
+    assert math.isnan(one.ratio.low)
+    assert math.isnan(one.ratio.high)
+
+
 def test_a_run_without_an_end_is_no_pair_but_counts():
     found = paired("t", "a", "b", {0: 1.0, 1: math.inf, 2: 3.0}, {0: 2.0, 1: 1.0, 2: 6.0, 3: 1.0})
     assert (found.pairs, found.lost, found.better) == (2, 1, 2)

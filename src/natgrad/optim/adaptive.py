@@ -92,6 +92,7 @@ class Adaptive(Following):
         self.average = average
         self.diagnostics: dict[str, Any] = {}
         self._damping, self._adaptive_damping = damping, damping is None
+        self._adapts_lr = self._has_free_lr()  # whatever a scheduler writes into the groups
         self._steps = 0
         self._combination: list[float] | None = None
         self._rejections = 0  # in a row
@@ -181,6 +182,9 @@ class Adaptive(Following):
         """Whether step size and momentum are given."""
         return all(group["lr"] is not None and group["momentum"] is not None for group in self.param_groups)
 
+    def _has_free_lr(self) -> bool:
+        return any(group["lr"] is None for group in self.param_groups)
+
     def _runs_again(self) -> bool:
         return not self._is_fixed() or self._measures()
 
@@ -208,7 +212,7 @@ class Adaptive(Following):
             RuntimeError: if no `opt.loss` and backward came before.
             ValueError: if one of torch's schedulers is to change a step size that is adapted.
         """
-        if any("initial_lr" in group and group["lr"] is None for group in self.param_groups):
+        if self._adapts_lr and any("initial_lr" in group for group in self.param_groups):
             raise ValueError(
                 "a scheduler of torch.optim.lr_scheduler is to change lr, which is None here: it is adapted at every "
                 "step. Give numbers for lr and momentum, or leave the scheduler out"
@@ -231,6 +235,7 @@ class Adaptive(Following):
                 f"step() came before {early}: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
             )
         self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "damping": self._damping}
+        self.diagnostics |= {"loss": None, "lr": None, "momentum": None, "predicted_change": None}
         assert self._watch is not None
         with self._watch.suspended(), torch.autocast(self._device.type, enabled=False):
             fault = self._step(pending, gradients)
@@ -639,6 +644,7 @@ class Adaptive(Following):
         self._rejections, self._loss_before = saved["rejections"], saved["loss_before"]
         self._first_mass = [] if saved["first_mass"] is None else [saved["first_mass"]]
         self._faults = Counter(saved["faults"])
+        self._adapts_lr = self._has_free_lr()
         self._resume_generator(saved["generator"].cpu(), saved["seed"])
         self._load_own_state(saved)
         self._pending = []

@@ -106,7 +106,7 @@ def paired(task: str, optimizer: str, baseline: str, ours: Mapping[int, float], 
         difference = mean_interval([ours[s] - its[s] for s in good])
         if all(ours[s] > 0 and its[s] > 0 for s in good):
             logs = mean_interval([math.log(ours[s] / its[s]) for s in good])
-            ratio = Interval(*(math.exp(v) if v < 700 else math.inf for v in (logs.mean, logs.low, logs.high)))
+            ratio = Interval(*(math.inf if v >= 700 else math.exp(v) for v in (logs.mean, logs.low, logs.high)))
     better = sum(ours[s] < its[s] for s in seeds)
     return Paired(task, optimizer, baseline, len(good), len(seeds) - len(good), better, ratio, difference)
 
