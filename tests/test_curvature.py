@@ -273,3 +273,17 @@ class TestBadInput:
     def test_batches_of_an_unknown_form(self):
         with pytest.raises(ValueError, match="forward=lambda"):
             self.fisher(data=[{"x": self.data[0]}])
+
+
+@pytest.mark.parametrize("structure", ["kfac", "block", "dense", "implicit"])
+def test_batch_normalization_is_left_as_it_was(structure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    buffers = {n: id(b) for n, b in model.named_buffers()}
+    data = torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 2
+    F = natgrad.fisher(model, nn.CrossEntropyLoss(), data, structure=structure)
+    F @ torch.ones(F.space.size, dtype=torch.float64)
+    for n, b in model.named_buffers():
+        assert torch.equal(b, before[n]), n
+        assert id(b) == buffers[n]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -87,8 +88,10 @@ class Problem:
             )
 
     def run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        """The model's output on a batch, in the precision that was in force when the matrix was asked for."""
-        with torch.autocast(self.device.type, self._precision, enabled=self._precision is not None):
+        """The model's output on a batch, in the precision that was in force when the matrix was asked for. Its buffers,
+        the running averages of batch normalization among them, stay as they were."""
+        lowered = torch.autocast(self.device.type, self._precision, enabled=self._precision is not None)
+        with lowered, buffers_kept(self.model):
             return self._run(model, batch)
 
     def _run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -168,6 +171,20 @@ class Problem:
                 between()
                 self._labels.set_state(state)
             yield from kept if kept is not None else self.cases()
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Within, the model writes to copies of its buffers."""
+    own = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    copies = {id(b): b.clone() for _, _, b in own}
+    for m, name, b in own:
+        m._buffers[name] = copies[id(b)]
+    try:
+        yield
+    finally:
+        for m, name, b in own:
+            m._buffers[name] = b
 
 
 def check_output(output: Tensor) -> None:
