@@ -157,7 +157,7 @@ class Translator(nn.Module):
     def forward(self, x):
         h = self.embed(x) + self.place
         h = h if self.batch_first else h.transpose(0, 1)
-        mask = nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=h.dtype)
+        mask = nn.Transformer.generate_square_subsequent_mask(LENGTH, h.device, h.dtype)
         out = self.transformer(h, h, tgt_mask=mask)
         return self.head(out if self.batch_first else out.transpose(0, 1)).transpose(1, 2)
 

@@ -20,10 +20,8 @@ def gradient(model, loss, data):
     return torch.cat([g.flatten() for g in grads])
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_the_hessian_is_the_difference_of_gradients(structure):
-    model, loss, data = problem()
-    H, flat, step = natgrad.hessian(model, loss, data, structure), nn.utils.parameters_to_vector, 1e-4
+def is_the_difference_of_gradients(H, model, loss, data):
+    flat, step = nn.utils.parameters_to_vector, 1e-4
     start = flat(model.parameters()).detach().clone()
     for seed in range(3):
         v, gradients = randn(numel(model), seed=seed), []
@@ -32,6 +30,12 @@ def test_the_hessian_is_the_difference_of_gradients(structure):
             gradients.append(gradient(model, loss, data))
         nn.utils.vector_to_parameters(start, model.parameters())
         close(H @ v, (gradients[0] - gradients[1]) / (2 * step), 1e-6)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_hessian_is_the_difference_of_gradients(structure):
+    model, loss, data = problem()
+    is_the_difference_of_gradients(natgrad.hessian(model, loss, data, structure), model, loss, data)
 
 
 def test_the_hessian_of_a_saddle_is_indefinite_and_says_so():
@@ -76,3 +80,21 @@ def test_a_parameter_without_curvature_has_zeros(structure):
 def test_structures_that_a_hessian_has_not():
     with pytest.raises(ValueError, match=r"structure='kfac' is unknown: expected one of 'implicit', 'dense', 'block'"):
         natgrad.hessian(*problem(), "kfac")
+
+
+class Attention(nn.Module):
+    """One head of torch's fused attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 6), nn.Linear(2, CLASSES)
+
+    def forward(self, x):
+        h = nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+        return self.out(h.mean(1))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_of_fused_attention(structure):
+    model, loss, data = Attention().double(), nn.CrossEntropyLoss(), (randn(N, 3, 4), torch.arange(N) % CLASSES)
+    is_the_difference_of_gradients(natgrad.hessian(model, loss, data, structure), model, loss, data)

@@ -91,7 +91,7 @@ class Problem:
         """The model's output on a batch, in the precision that was in force when the matrix was asked for. Its buffers,
         the running averages of batch normalization among them, stay as they were."""
         lowered = torch.autocast(self.device.type, self._precision, enabled=self._precision is not None)
-        with lowered, buffers_kept(self.model):
+        with lowered, buffers_kept(self.model), without_cudnn(self.model):
             return self._run(model, batch)
 
     def _run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -185,6 +185,17 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for m, name, b in own:
             m._buffers[name] = b
+
+
+@contextlib.contextmanager
+def without_cudnn(model: nn.Module) -> Iterator[None]:
+    """Within, a recurrent network on a GPU is torch's own, not cuDNN's: the gradients of that one cannot be taken in
+    evaluation mode, for many outputs at once, or again."""
+    if not any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 def check_output(output: Tensor) -> None:

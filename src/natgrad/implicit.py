@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from natgrad.data import Problem, check_mass, check_output
 from natgrad.distributed.gathering import in_common, jointly
@@ -122,7 +123,7 @@ class ImplicitHessian(Implicit):
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(model, {**rest, **leaves, **buffers}, args, kwargs)
 
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             output, target = self.problem.run(forward, batch)
             check_output(output)
             mass = curvature.normalizer(output.detach(), target)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -67,10 +68,31 @@ def tangent(
     give = duals or partial(duals_in_place, model)
     # The fused kernels of attention have no forward mode.
     with torch.no_grad(), forward_ad.dual_level(), give(direction) as own:
-        with _Replay(own.names, uses), sdpa_kernel(SDPBackend.MATH):
+        with _Replay(own.names, uses), sdpa_kernel(SDPBackend.MATH), _without_savers():
             output = call(own.forward)
         primal, Jd = forward_ad.unpack_dual(output)
         return primal, torch.zeros_like(primal) if Jd is None else Jd
+
+
+@contextlib.contextmanager
+def _without_savers() -> Iterator[None]:
+    """Before torch 2.12, checkpointed blocks keep their inputs also where there are no gradients, by a function without
+    forward mode."""
+    saver = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
+    if saver is None:
+        yield
+        return
+    torch.utils.checkpoint._NoopSaveInputs = _KeepNothing  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint._NoopSaveInputs = saver  # type: ignore[attr-defined]
+
+
+class _KeepNothing:
+    @staticmethod
+    def apply(dummy: Tensor, *inputs: Any) -> Tensor:
+        return dummy.detach()
 
 
 class _Replay(TorchFunctionMode):
@@ -88,6 +110,8 @@ class _Replay(TorchFunctionMode):
                 return COMPOSITES[func].function(*args, **kwargs)
         if func is F.embedding_bag:  # nor has this
             return embedding_bag(*args, **kwargs)
+        if func is torch._cudnn_rnn_flatten_weight:  # nor this, for which there is no use
+            return None
         if func is F.linear and self._left:
             out = self._linear(*args, **kwargs)
             if out is not None:

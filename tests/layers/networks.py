@@ -19,7 +19,7 @@ class Around(nn.Module):
     def forward(self, x):
         h = self.call(self.first, x)
         h = h.movedim(self.axis, -1)
-        weight = torch.linspace(0.5, 1.5, h[0, ..., 0].numel(), dtype=h.dtype).view(h.shape[1:-1])
+        weight = torch.linspace(0.5, 1.5, h[0, ..., 0].numel(), dtype=h.dtype, device=h.device).view(h.shape[1:-1])
         return self.last((h.tanh() * weight.unsqueeze(-1)).flatten(1, -2).sum(1) if h.ndim > 2 else h.tanh())
 
 
@@ -70,7 +70,7 @@ class Bag(nn.Module):
         self.bag = nn.EmbeddingBag(7, 4, mode=mode)
 
     def forward(self, x):
-        flat, offsets = x.flatten(), torch.arange(0, x.numel(), x.shape[1])
+        flat, offsets = x.flatten(), torch.arange(0, x.numel(), x.shape[1], device=x.device)
         weights = None if self.bag.mode == "mean" else 0.5 + flat.to(self.bag.weight.dtype) / 7
         return self.bag(flat, offsets, weights)
 
@@ -97,7 +97,7 @@ def cross(layer, x):
 
 def positions_first(layer, x):
     x = x.transpose(0, 1)
-    mask = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+    mask = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
     return layer(x, x, x, attn_mask=mask)[0].transpose(0, 1)
 
 
@@ -106,7 +106,7 @@ def narrow_keys(layer, x):
 
 
 def masked(layer, x):
-    hidden = torch.zeros(x.shape[:2], dtype=torch.bool)
+    hidden = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     hidden[:, -1] = x[:, -1, 0] > 0
     return layer(x, x, x, key_padding_mask=hidden)[0]
 

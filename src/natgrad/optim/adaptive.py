@@ -27,7 +27,7 @@ from natgrad.optim.precision import check_precision
 from natgrad.optim.quadratic import Minimum, minimize
 from natgrad.optim.saved import state_of
 from natgrad.optim.scaler import scale_taken_out
-from natgrad.optim.vectors import Vector, check_dense, combine, copied, dot, finite, gram
+from natgrad.optim.vectors import Vector, check_dense, combine, copied, dot, dots, finite, gram
 from natgrad.options import check_flag, check_number, check_within
 
 BACKTRACKING = (0.25, 0.0625, 0.015625)
@@ -437,7 +437,8 @@ class Adaptive(Following):
         if self.max_kl is not None:
             # (F + λI) Δ = v, so that the step's ½ δᵀFδ is at most this.
             lengths = [(group["lr"], own) for group, own in steps]
-            kl = sum(0.5 * lr**2 * dot({n: v[n] for n in own}, {n: names[n] for n in own}) for lr, own in lengths)
+            products = dots(({n: v[n] for n in own}, {n: names[n] for n in own}) for _, own in lengths)
+            kl = sum(0.5 * lr**2 * product for (lr, _), product in zip(lengths, products, strict=True))
             share = self._share_within(self._total([kl])[0])
         parts = [Part(own, -group["lr"] * share, _shrink(group, group["lr"])) for group, own in steps]
         step = Step(names, parts)
@@ -508,7 +509,7 @@ class Adaptive(Following):
     ) -> Minimum | None:
         F = objective.products(directions)
         Q = self._damped_gram(directions, damping) + decay.gram(directions)
-        slope = torch.tensor([dot(g, d) for d in directions], dtype=torch.float64)
+        slope = torch.tensor(dots((g, d) for d in directions), dtype=torch.float64)
         numbers = torch.tensor(self._total([*Q.flatten().tolist(), *slope.tolist()]), dtype=Q.dtype)
         Q, slope = F + numbers[: Q.numel()].view_as(F), numbers[Q.numel() :]
         minimum = minimize(Q, slope, fixed)

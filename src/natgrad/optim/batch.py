@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,10 @@ from natgrad.distributed.placement import Whole
 from natgrad.losses import OutputCurvature
 from natgrad.optim.output import Returned, Way
 from natgrad.optim.precision import matmul_precision
+from natgrad.optim.vectors import symmetric
 from natgrad.products import tangent
+
+LOSS_NOT_FINITE = "the loss is not finite: look for NaN or inf in the batch and in the parameters"
 
 
 @dataclass
@@ -122,17 +126,19 @@ class Objective:
     ):
         self._place, self._curvature, self.batches, self._precision = place, curvature, batches, precision
         self._model, self._world = place.model, place.world
-        if all(b.scale is None for b in batches):  # gradients that were set by hand
-            share = 1.0 / max(1, len(batches)) if curvature.is_mean else 1.0
-            factors = [share for _ in batches]
-        else:
-            factors = [float(b.scale) for b in batches if b.scale is not None]
+        by_hand = 1.0 / max(1, len(batches)) if curvature.is_mean else 1.0  # of gradients that were set by hand
+        scales = [b.loss.new_tensor(by_hand) if b.scale is None else b.scale for b in batches]
+        numbers = [torch.stack([scale, b.mass, b.loss]) for scale, b in zip(scales, batches, strict=True)]
+        rows: list[list[float]] = torch.stack(numbers).tolist() if numbers else []  # a GPU is waited for once
+        factors, self._masses, losses = ([row[i] for row in rows] for i in range(3))
+        for b, its_loss in zip(batches, losses, strict=True):
+            if not math.isfinite(its_loss):
+                b.fault = b.fault or LOSS_NOT_FINITE
         factors = [0.0 if b.is_empty else f for f, b in zip(factors, batches, strict=True)]
         if curvature.is_mean:
             factors = [f * b.weight for f, b in zip(factors, batches, strict=True)]
-        masses = [1.0 if curvature.is_mean else float(b.mass) for b in batches]
-        total = sum(f * m for f, m in zip(factors, masses, strict=True))
-        loss = sum(f * float(b.loss) for f, b in zip(factors, batches, strict=True))
+        total = sum(f * (1.0 if curvature.is_mean else m) for f, m in zip(factors, self._masses, strict=True))
+        loss = sum(f * its_loss for f, its_loss in zip(factors, losses, strict=True))
         idle = all(b.is_empty for b in batches)
         total, loss, self.idle, *faults = self._world.numbers([total, loss, float(idle), *self._faults()], "the loss")
         self.scale = total / self._world.size  # gradients are averaged over the ranks
@@ -156,8 +162,8 @@ class Objective:
         """The factor of each batch's sum over cases."""
         if not self._curvature.is_mean:
             return self._weights
-        pairs = zip(self._weights, self.batches, strict=True)
-        return [0.0 if b.is_empty else w / float(b.mass) for w, b in pairs]
+        each = zip(self._weights, self._masses, self.batches, strict=True)
+        return [0.0 if b.is_empty else w / mass for w, mass, b in each]
 
     @property
     def runs_again(self) -> bool:
@@ -180,16 +186,18 @@ class Objective:
 
     def products(self, directions: list[dict[str, Tensor]]) -> Tensor:
         """The matrix of `d_iᵀ F d_j`, in float64, by forward mode on the batches."""
-        Q = torch.zeros(len(directions), len(directions), dtype=torch.float64)
+        n = len(directions)
+        lower = [0.0] * (n * (n + 1) // 2)
         for share, batch in zip(self.shares, self.batches, strict=True):
             with matmul_precision(self._precision):
                 pushed = [tangent(self._model, batch.run, d, batch.uses, self._place.duals) for d in directions]
-            for i, (output, Jd) in enumerate(() if batch.is_empty else pushed):
-                DJd = self._curvature.product(output, batch.target, Jd)
-                for j in range(i + 1):
-                    Q[i, j] += share * float(torch.dot(DJd.flatten(), pushed[j][1].flatten()))
-        Q = torch.tensor(self._world.numbers(Q.flatten().tolist(), "the quadratic model"), dtype=Q.dtype).view_as(Q)
-        return Q + Q.tril(-1).mT
+            if batch.is_empty:
+                continue
+            curved = [self._curvature.product(output, batch.target, Jd) for output, Jd in pushed]
+            pairs = ((DJd, pushed[j][1]) for i, DJd in enumerate(curved) for j in range(i + 1))
+            own = torch.stack([torch.dot(u.flatten(), v.flatten()) for u, v in pairs]).tolist()
+            lower = [total + share * value for total, value in zip(lower, own, strict=True)]
+        return symmetric(self._world.numbers(lower, "the quadratic model"), n)
 
     def product(self, names: Sequence[str]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         """The map `d ↦ F d` on the named parameters, at their values now: the graph of one forward is kept, and each

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from natgrad.optim.vectors import Vector, dot
+from natgrad.optim.vectors import Vector, dots, gram
 
 
 class Decay:
@@ -20,7 +20,8 @@ class Decay:
         return self.eta.get(name, 0.0)
 
     def value(self, parameters: Mapping[str, Tensor]) -> float:
-        return 0.5 * sum(eta * float(parameters[n].square().sum()) for n, eta in self.eta.items())
+        squares = dots(({n: parameters[n]}, {n: parameters[n]}) for n in self.eta)
+        return 0.5 * sum(eta * square for eta, square in zip(self.eta.values(), squares, strict=True))
 
     def add_gradient(self, g: Vector, parameters: Mapping[str, Tensor]) -> None:
         """Adds `η_n θ_n` to each."""
@@ -37,7 +38,7 @@ class Decay:
                 by_value.setdefault(eta, []).append(n)
         for eta, names in by_value.items():
             parts = [{n: d[n] for n in names} for d in directions]
-            Q += eta * torch.tensor([[dot(u, v) for v in parts] for u in parts], dtype=torch.float64)
+            Q += eta * gram(parts)
         return Q
 
     def same(self, parameters: Mapping[str, Tensor]) -> float:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from natgrad.capture import Recorder
 from natgrad.distributed.placement import placed, placed_within, refuse_ranks
 from natgrad.losses import ESTIMATORS, output_curvature
-from natgrad.optim.batch import Batch, Forward, full_precision
+from natgrad.optim.batch import LOSS_NOT_FINITE, Batch, Forward, full_precision
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups, as_group, check_alike, parameter_groups
 from natgrad.optim.unchanged import Unchanged
@@ -241,11 +241,12 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         if self._world.size > 1 and self._curvature.is_mean:
             batch.weight = self._weight(float(mass))
             loss = loss.detach() + batch.weight * (loss - loss.detach())
-        if not torch.isfinite(loss):
-            batch.fault = "the loss is not finite: look for NaN or inf in the batch and in the parameters"
-        elif recorder is not None:
+        if recorder is not None:
             if self._statistics_due():
-                self._observe(batch, recorder, output)
+                if torch.isfinite(loss):
+                    self._observe(batch, recorder, output)
+                else:
+                    batch.fault = LOSS_NOT_FINITE
             if self._runs_again():
                 batch.uses = recorder.uses
         forward.returned = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,12 +14,26 @@ Vector = dict[str, Tensor]
 
 def dot(u: Vector, v: Vector) -> float:
     """`uᵀ v`."""
-    return float(torch.stack([torch.dot(u[n].flatten(), v[n].flatten()) for n in u]).sum())
+    return dots([(u, v)])[0]
+
+
+def dots(pairs: Iterable[tuple[Vector, Vector]]) -> list[float]:
+    """`uᵀ v` of every pair; a GPU is waited for once."""
+    sums = [torch.stack([torch.dot(u[n].flatten(), v[n].flatten()) for n in u]).sum() for u, v in pairs]
+    return torch.stack(sums).tolist() if sums else []
 
 
 def gram(directions: list[Vector]) -> Tensor:
     """The matrix of `d_iᵀ d_j`, in float64."""
-    return torch.tensor([[dot(u, v) for v in directions] for u in directions], dtype=torch.float64)
+    return symmetric(dots((u, directions[j]) for i, u in enumerate(directions) for j in range(i + 1)), len(directions))
+
+
+def symmetric(lower: list[float], n: int) -> Tensor:
+    """The matrix with these entries on and below its diagonal, row by row, in float64."""
+    Q = torch.zeros(n, n, dtype=torch.float64)
+    rows, columns = torch.tril_indices(n, n)
+    Q[rows, columns] = Q[columns, rows] = torch.tensor(lower, dtype=Q.dtype)
+    return Q
 
 
 def combine(coefficients: list[float], directions: list[Vector]) -> Vector:
