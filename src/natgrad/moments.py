@@ -78,7 +78,8 @@ class AffineMoments:
         g = g.to(self.output.dtype)
         if self.output.ndim == 1:
             self.output.add_(g.square().sum((0, 1)))
-        elif g.shape[1] > 1 and g.stride(2) != 1:  # a convolution's: its features are not side by side in memory
+        elif g.shape[1] > 1 and g.stride(2) != 1 and g.device.type == "cpu":
+            # A convolution's: its features are not side by side in memory. On a GPU this is one product an example.
             self.output.addbmm_(g.mT, g)
         else:
             rows = g.flatten(0, 1)

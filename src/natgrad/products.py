@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.capture import Use
 from natgrad.layers import COMPOSITES
-from natgrad.layers.affine import Affine, affine
 from natgrad.layers.embedding import embedding_bag
 
 
@@ -95,13 +94,17 @@ class _KeepNothing:
         return dummy.detach()
 
 
+REPLAYED = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+
+
 class _Replay(TorchFunctionMode):
-    """Takes the outputs of `linear` from recorded uses, and computes their tangents alone."""
+    """Takes the outputs of linear maps and convolutions from recorded uses, and computes their tangents alone."""
 
     def __init__(self, names: Mapping[int, str], uses: Sequence[Use]):
         super().__init__()
         self._names = names
-        self._left = [first for first in map(_first, uses) if first.function is F.linear and first.direct]
+        calls = {id(first.a): first for first in map(_first, uses)}  # one of each: groups of channels have a use each
+        self._left = [first for first in calls.values() if first.function in REPLAYED and first.direct]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -112,29 +115,35 @@ class _Replay(TorchFunctionMode):
             return embedding_bag(*args, **kwargs)
         if func is torch._cudnn_rnn_flatten_weight:  # nor this, for which there is no use
             return None
-        if func is F.linear and self._left:
-            out = self._linear(*args, **kwargs)
+        if func in REPLAYED and self._left:
+            out = self._replayed(func, *args, **kwargs)
             if out is not None:
                 return out
         return func(*args, **kwargs)
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    def _replayed(
+        self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *how: Any, **also: Any
+    ) -> Tensor | None:
         names = self._names.get(id(weight)), self._names.get(id(bias))
         if names == (None, None):
             return None
         use = self._left[0]
-        if (use.weight, use.bias) != names or use.kind != Affine() or not use.a_intact:
+        if (use.function, use.weight, use.bias) != (func, *names):
             self._left = []  # another path than the recorded one: compute it all
             return None
         del self._left[0]
+        if not use.a_intact:  # a function in place, as that of ReLU
+            return None
         h, h_dot = forward_ad.unpack_dual(input)
         W, W_dot = forward_ad.unpack_dual(weight)
         b_dot = None if bias is None else forward_ad.unpack_dual(bias).tangent
-        a_dot = None if W_dot is None else _along(h, W_dot, b_dot)
-        if a_dot is None:
-            a_dot = affine(h, None, b_dot, False)
+        a_dot: Tensor | None = None
+        if W_dot is not None:
+            a_dot = _along(h, W_dot, b_dot) if func is F.linear else func(h, W_dot, b_dot, *how, **also)
+        elif b_dot is not None:
+            a_dot = b_dot if func is F.linear else b_dot.view(-1, *[1] * (weight.ndim - 2))
         if h_dot is not None:
-            through = F.linear(h_dot, W)
+            through = func(h_dot, W, None, *how, **also)
             a_dot = through if a_dot is None else through.add_(a_dot)
         a = use.a.detach()
         return a if a_dot is None else forward_ad.make_dual(a, a_dot.expand_as(a))

@@ -121,13 +121,6 @@ VIEWS: dict[Any, Callable[..., View | None]] = {
 }
 
 
-def affine(h: Tensor, W: Tensor | None, b: Tensor | None, transposed: bool) -> Tensor | None:
-    """`W h + b` for a weight in either layout, with either part left out."""
-    if W is None:
-        return b
-    return F.linear(h, W.mT if transposed else W, b)
-
-
 def rows(t: Tensor) -> Float[Tensor, "n t d"]:
     """Inputs or output gradients of one use as `(example, position, features)`.
 

@@ -17,7 +17,9 @@ from natgrad.layers.kind import Call, Kind
 from natgrad.linalg.layout import Layout
 
 CHUNK = 1 << 23
-"""About how many numbers of the unfolded input are held at a time."""
+"""About how many numbers of the unfolded input are held at a time: what fits a processor's caches."""
+GPU_CHUNK = 1 << 27
+"""The same on a GPU, which wants large products."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Patches(Inputs):
         shift = self.h.mean([0, *range(2, self.h.ndim)])
         f = self.shape[2] // k
         M, total = self.h.new_zeros(k, f, k, f), self.h.new_zeros(k, f)
-        step = max(1, CHUNK * len(self.h) // max(1, self.h.numel() * prod(self.convolution.kernel[1:])))
+        chunk = CHUNK if self.h.device.type == "cpu" else GPU_CHUNK
+        step = max(1, chunk * len(self.h) // max(1, self.h.numel() * prod(self.convolution.kernel[1:])))
         for h in self.h.split(step):
             self._add(h, shift, M, total)
         c = self.h.shape[1]

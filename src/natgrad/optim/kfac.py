@@ -101,7 +101,7 @@ class KFAC(Adaptive):
         max_dim: factors of more rows than this are kept as their diagonals.
         matmul_precision: of the float32 products of the direction and of the quadratic model, as in
             `torch.set_float32_matmul_precision`: a direction from sampled factors, and the length of a step, need few
-            digits. None: as torch is set.
+            digits. The moments' own are `"high"` then. None: as torch is set.
         output: how the loss's input is made of what the model returns, say `lambda r: r.logits.transpose(1, 2)`;
             needed where that is neither one of the tensors returned nor a view of one.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
@@ -270,7 +270,8 @@ class KFAC(Adaptive):
         every = self._thinning(len(output))
         if every > 1:
             cases = cases.every(every, start=self._steps // self.statistics_every % every)
-        batch.statistics = self._running.observe(cases)
+        with precision_of_products("high" if self.matmul_precision else None):  # in bfloat16 they would be too coarse
+            batch.statistics = self._running.observe(cases)
         if not batch.statistics.finite():
             batch.fault = "the statistics are not finite"
 

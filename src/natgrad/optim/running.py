@@ -54,7 +54,7 @@ class Statistics:
 
     def finite(self) -> bool:
         every = [*self.moments.values(), *self.squares.values()]
-        return all(bool(m.is_finite()) for m in every)
+        return not every or bool(torch.stack([m.is_finite() for m in every]).all())
 
     def decayed(self, decay: float, new: Statistics) -> Statistics:
         """The moving average with a new batch in it. Layers that are not in the batch stay as they are."""
