@@ -61,7 +61,7 @@ class LayerResidual:
     """Centered kernel alignment of `x xᵀ` and `Y`: 0 where they are uncorrelated, 1 where they vary as one; NaN where
     a spread is zero."""
     hsic_unbiased: float
-    """An estimate of `‖R‖²` on endless data, of which these cases are a sample: unlike `norm²` it is not inflated by
+    """An estimate of `‖R‖²` of the distribution that these cases are a sample of: unlike `norm²` it is not inflated by
     their number being finite, and may be negative. NaN for fewer than 4 cases."""
     p_value: float
     """Of the permutation test that `x xᵀ` and `Y` are independent; NaN without permutations."""

@@ -115,7 +115,7 @@ def test_a_tiny_study_and_the_same_command_again(folder: Path, capfd: pytest.Cap
     before = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
     assert run_command("study", "tiny.toml", "--processes", "2") == 0
     assert {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()} == before
-    assert "5 runs are there" in capfd.readouterr().out
+    assert "5 runs are finished" in capfd.readouterr().out
 
     (folder / "tiny.toml").write_text(SPEC.replace("steps = 4", "steps = 5"))
     assert run_command("study", "tiny.toml") == 2
@@ -170,7 +170,7 @@ def test_after_a_kill_the_study_goes_on(folder: Path) -> None:
     again = start(folder, SLOW)
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
-    assert f"{len(kept)} runs are there" in output
+    assert f"{len(kept)} runs are finished" in output
     runs = {p.name: p.read_bytes() for p in (folder / "out" / "runs").glob("*.json")}
     assert len(runs) == 7  # SGD's grid of two on the first seed, and two optimizers on the others
     assert all(runs[name] == text for name, text in kept.items())

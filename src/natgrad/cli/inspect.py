@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from natgrad import residual
@@ -45,6 +46,8 @@ def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: 
         return
     console = Console()
     console.print(report.table(), markup=False, highlight=False, soft_wrap=True)
+    for remark in remarks(report, model):
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
     settings = {"target": target, "estimator": estimator, "seed": seed, "permutations": permutations}
     page = write_all(report, settings, out)
     console.print(f"Report: {page}", soft_wrap=True, markup=False, highlight=False)
@@ -65,6 +68,14 @@ def _ranks(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     finally:
         if began:
             dist.destroy_process_group()
+
+
+def remarks(report: ResidualReport, model: nn.Module) -> Iterator[str]:
+    """What a reader of the table may stumble over."""
+    if any(r.relative > 1 for r in report.values()):
+        yield "Where ‖R‖/‖G‖ is above 1, G is nearer to zero than to A ⊗ B."
+    if any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in model.modules()):
+        yield "The model is in training mode, and dropout was drawn: return model.eval() for a trained one."
 
 
 def write_all(report: ResidualReport, settings: dict[str, Any], out: Path) -> Path:

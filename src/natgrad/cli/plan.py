@@ -17,6 +17,8 @@ from natgrad.options import did_you_mean
 from natgrad.structures import KfacStructure
 
 UNITS = {"flops": ("TFLOP/s", 1e12), "bandwidth": ("GB/s", 1e9), "latency": ("µs", 1e-6), "memory": ("GiB", 2.0**30)}
+LEAST = 1e-4
+"""Seconds: a shorter step is not worth predicting."""
 
 
 def run_plan(target: str, ranks: str, machine: Path | None, given: dict[str, float | None], settings: Settings) -> None:
@@ -43,11 +45,20 @@ def run_plan(target: str, ranks: str, machine: Path | None, given: dict[str, flo
     console = Console()
     millions = sum(layer.parameters for layer in layers) / 1e6
     console.print(f"{target}: {millions:,.1f}M parameters in {len(layers)} layers, {settings.batch} examples a rank")
+    console.print(_assumed(constants, machine))
     console.print(table)
     console.print(f"On {counts[-1]} ranks, ms a step:")
     for scheme, p in last.items():
         spent = ", ".join(f"{what} {1e3 * s:.3g}" for what, s in p.seconds.items() if s > 0)
         console.print(f"  {scheme}: {spent}", soft_wrap=True)
+    if any(p.time < LEAST for p in last.values()):
+        console.print("Less than 0.1 ms is less than Python takes to start it: of so small a model, time it.")
+
+
+def _assumed(constants: Machine, file: Path | None) -> str:
+    values = {name: getattr(constants, name) / unit for name, (_, unit) in UNITS.items()}
+    said = ", ".join(f"{name} {value:.3g} {UNITS[name][0]}" for name, value in values.items())
+    return f"Assumed of a device: {said}" + ("" if file else " (--machine: your own, by benchmarks/constants.py)")
 
 
 def _row(p: Prediction, chosen: bool, memory: float) -> tuple[str, ...]:
@@ -97,7 +108,7 @@ def _layers(target: str) -> list[Size]:
         return MODELS[target]()
     if ":" not in target:
         raise UserError(
-            f"{target!r} came; expected {', '.join(MODELS)}, or MODULE:FUNCTION for a function that returns "
+            f"{target!r} is not a model; expected {', '.join(MODELS)}, or MODULE:FUNCTION for a function that returns "
             f"(model, loss, data), as for natgrad inspect{did_you_mean(target, MODELS) or '.'}"
         )
     model, loss, data = load_problem(target)

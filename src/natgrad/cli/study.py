@@ -37,8 +37,9 @@ def run(given: str, out: Path | None, processes: int | None, replace: bool) -> N
     processes = processes or default_processes(spec)
     console = Console()
     console.print(
-        f"{spec.title}: {len(spec.optimizers)} optimizers, {len(spec.tasks)} tasks, {len(spec.seeds)} seeds; "
-        f"{len(results)} runs are there, {processes} at a time. Ctrl-C stops and writes what there is.",
+        f"{spec.title}: {_count(len(spec.optimizers), 'optimizer')}, {_count(len(spec.tasks), 'task')}, "
+        f"{_count(len(spec.seeds), 'seed')}; {len(results)} runs are finished, {processes} at a time. "
+        "Ctrl-C stops and writes what there is.",
         highlight=False,
         soft_wrap=True,
     )
@@ -63,6 +64,10 @@ def run(given: str, out: Path | None, processes: int | None, replace: bool) -> N
     if summary.interrupted:
         console.print("Stopped early: the same command goes on from here.")
     console.print(f"Report: {report}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def show(given: str) -> None:

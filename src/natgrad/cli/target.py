@@ -30,8 +30,8 @@ def call(target: str) -> Any:
     module_name, _, function_name = target.partition(":")
     if not (module_name and function_name) or ":" in function_name:
         raise UserError(
-            f"{target!r} came; expected MODULE:FUNCTION, say training:problem for the function problem() in "
-            "training.py; give such a name."
+            f"{target!r} names no function; expected MODULE:FUNCTION, say training:problem for the function problem() "
+            "in training.py; give such a name."
         )
     function = getattr(_load_module(module_name), function_name, None)
     if not callable(function):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,9 +28,14 @@ from natgrad.optim.saved import state_of
 from natgrad.optim.scaler import scale_taken_out
 from natgrad.optim.vectors import Vector, check_dense, combine, copied, dot, dots, finite, gram
 from natgrad.options import check_flag, check_number, check_within
+from natgrad.warning import warn
 
 BACKTRACKING = (0.25, 0.0625, 0.015625)
 """The shares of a step that are tried where the whole of it would raise the loss."""
+
+DIVERGED = 9.0
+"""How many times the first loss a loss has risen by in a run that is said to diverge."""
+MEND = "give max_kl=0.01, which bounds a step, a larger damping, or a smaller lr; or leave all three out"
 
 
 class Adaptive(Following):
@@ -98,6 +102,8 @@ class Adaptive(Following):
         self._rejections = 0  # in a row
         self._faults: Counter[str] = Counter()
         self._loss_before: float | None = None
+        self._first_loss: float | None = None
+        self._diverged = False
 
     # What a subclass supplies --------------------------------------------------------------------------
 
@@ -269,12 +275,27 @@ class Adaptive(Following):
         self._see_gradient(g)
         loss = objective.loss + self._penalty(decay)
         self.diagnostics["loss"] = loss
+        self._look_for_divergence(loss)
         if self._damping is None:
             self._calibrate(objective, g, decay)
         elif self._was_too_far(objective.loss) and self._undo_last(objective, objective.loss):
             return f"the loss had risen to {objective.loss:.4g} by the last step, which is undone"
         self._loss_before = objective.loss
         return self._move(objective, g, decay, loss)
+
+    def _look_for_divergence(self, loss: float) -> None:
+        """Says it, once, where a run with numbers of the user's own goes astray: there nothing is undone."""
+        if self._first_loss is None:
+            self._first_loss = loss
+        if not self._is_fixed() or self._adaptive_damping or self._diverged:
+            return
+        if loss - self._first_loss > DIVERGED * abs(self._first_loss):
+            self._diverged = True
+            warn(
+                f"{type(self).__name__} diverges: the loss is {loss:.4g} at step {self._steps}, and was "
+                f"{self._first_loss:.4g} at the first. With numbers for lr, momentum and damping nothing is undone: "
+                f"{MEND}"
+            )
 
     def _from_others(self, gradients: Vector) -> Vector:
         """The gradients, for a rank that has none as it has run out of data, from the first that has."""
@@ -334,6 +355,8 @@ class Adaptive(Following):
             self._prepare(damping, decay)
             step, change = self._propose(objective, g, damping, decay)
         except ValueError as error:
+            if self._diverged:
+                raise ValueError(f"the run has diverged, to a loss of {loss:.4g} ({error}); {MEND}") from error
             if not self._adaptive_damping:
                 raise
             return f"{self._what_is_inverted} could not be inverted: {error}"
@@ -528,7 +551,7 @@ class Adaptive(Following):
             self._damping = self._rule.after_rejection(self._damping, self._rejections)
             self.diagnostics["damping"] = self._damping
         self._expire()
-        warnings.warn(f"{type(self).__name__} rejected step {self._steps}: {fault}", RuntimeWarning, stacklevel=4)
+        warn(f"{type(self).__name__} rejected step {self._steps}: {fault}")
 
     def _undo_last(self, objective: Objective, loss: float = math.inf) -> bool:
         """Takes the last step back if it has raised this batch's loss to `loss` by more than what is tolerated."""
@@ -593,6 +616,7 @@ class Adaptive(Following):
             "rejections": self._rejections,
             "faults": dict(self._faults),
             "loss_before": self._loss_before,
+            "first_loss": self._first_loss,
             "first_mass": self._first_mass[0] if self._first_mass else None,
             "generator": self._generator.get_state(),
             "seed": self._generator.initial_seed(),
@@ -643,6 +667,7 @@ class Adaptive(Following):
         saved = copied(saved, self._device)
         self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
         self._rejections, self._loss_before = saved["rejections"], saved["loss_before"]
+        self._first_loss = saved["first_loss"]
         self._first_mass = [] if saved["first_mass"] is None else [saved["first_mass"]]
         self._faults = Counter(saved["faults"])
         self._adapts_lr = self._has_free_lr()

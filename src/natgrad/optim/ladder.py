@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable
 
 import torch
 
 from natgrad.linalg import Diagonal, Operator
+from natgrad.warning import warn
 
 MORE = (10.0, 100.0, 1000.0)
 
@@ -60,7 +60,7 @@ class Ladder:
 
     def _note(self, fault: str, message: str) -> None:
         self._faults[fault] += 1
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warn(message)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

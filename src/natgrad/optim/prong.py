@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from natgrad.optim.vectors import check_dense, copied, finite
 from natgrad.optim.watch import Watch
 from natgrad.options import check_count, check_flag, check_max_dim, check_number, check_within
 from natgrad.selection import select_parameters
+from natgrad.warning import warn
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,7 @@ class PRONG(torch.optim.Optimizer):
         check_dense(gradients)
         if gradients and not finite(gradients):
             self.diagnostics["accepted"] = False
-            warnings.warn(
-                f"PRONG rejected step {self._steps}: the gradient is not finite", RuntimeWarning, stacklevel=2
-            )
+            warn(f"PRONG rejected step {self._steps}: the gradient is not finite")
         else:
             if self._steps % self.every == 0 or not self._whitenings:
                 if forward is None or forward.recorder is None:

@@ -281,7 +281,7 @@ def _grid(table: Table, use: str) -> tuple[Setting, ...]:
             said = " ".join(str(error).split()).rstrip(".")
             what = brief(setting) or "nothing set"
             raise UserError(
-                f"{table.file}: [{table.where}] with {what} is refused by {use}: {said}; mend the option."
+                f"{table.file}: [{table.where}] with {what} is refused by {use}: {said}; give it another value."
             ) from error
     return settings
 

@@ -1,0 +1,54 @@
+"""A run with numbers of the user's own that goes astray says so, at the user's line, once."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import natgrad
+from oracles import net, randn
+
+LOSS = nn.CrossEntropyLoss()
+RASH = {"lr": 1.0, "momentum": 0.95, "damping": 1e-8}
+
+
+def train(opt, model, count):
+    x, y = randn(30, 4), torch.arange(30) % 3
+    for _ in range(count):
+        loss = opt.loss(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return loss.item()
+
+
+def test_it_is_said_once_and_where_the_step_is_the_users():
+    model = net(4, 16, 3)
+    opt = natgrad.KFAC(model, LOSS, **RASH)
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError, match=r"diverged.*max_kl=0\.01"):
+        warnings.simplefilter("always")
+        train(opt, model, 60)
+    said = [w for w in caught if "diverges" in str(w.message)]
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert "max_kl=0.01" in str(said[0].message)
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.1, "momentum": 0.9, "damping": 0.1}, {}])
+def test_a_run_that_goes_well_says_nothing(options):
+    model = net(4, 16, 3)
+    opt = natgrad.KFAC(model, LOSS, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        train(opt, model, 20)
+
+
+def test_the_first_loss_is_kept_over_a_resumption():
+    model = net(4, 16, 3)
+    opt = natgrad.KFAC(model, LOSS, lr=0.1, momentum=0.9, damping=0.1)
+    train(opt, model, 3)
+    fresh = natgrad.KFAC(model, LOSS, lr=0.1, momentum=0.9, damping=0.1)
+    fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert fresh.state_dict()["kfac"]["first_loss"] == opt.state_dict()["kfac"]["first_loss"] > 0
