@@ -27,13 +27,27 @@ def train(opt, model, count):
 def test_it_is_said_once_and_where_the_step_is_the_users():
     model = net(4, 16, 3)
     opt = natgrad.KFAC(model, LOSS, **RASH)
-    with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError, match=r"diverged.*max_kl=0\.01"):
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(opt, model, 60)
     said = [w for w in caught if "diverges" in str(w.message)]
     assert len(said) == 1
     assert said[0].filename == __file__
     assert "max_kl=0.01" in str(said[0].message)
+
+
+def test_what_cannot_be_inverted_then_is_put_down_to_it(monkeypatch):
+    model = net(4, 16, 3)
+    opt = natgrad.KFAC(model, LOSS, **RASH)
+    with pytest.warns(RuntimeWarning, match="diverges"):
+        train(opt, model, 60)
+
+    def singular(damping, decay):
+        raise ValueError("factor A is singular")
+
+    monkeypatch.setattr(opt, "_prepare", singular)
+    with pytest.raises(ValueError, match=r"diverged.*factor A is singular.*max_kl=0\.01"):
+        train(opt, model, 1)
 
 
 @pytest.mark.parametrize("options", [{"lr": 0.1, "momentum": 0.9, "damping": 0.1}, {}])
