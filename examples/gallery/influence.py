@@ -53,10 +53,10 @@ test = x[i_test], y[i_test]
 H = natgrad.gauss_newton(model, loss_fn, (x[:N] / 16, y[:N]), "kfac", centered=False)
 direction = H.solve(grad(loss_of)(trained, *test), damping=DECAY)
 each = vmap(grad(loss_of), (None, 0, 0))(trained, x[:N], y[:N])
-foretold = sum(each[name].flatten(1) @ direction[name].flatten() for name in each) / N
-chosen = torch.cat([foretold.argsort()[:8], foretold.argsort()[-8:]])
+predicted = sum(each[name].flatten(1) @ direction[name].flatten() for name in each) / N
+chosen = torch.cat([predicted.argsort()[:8], predicted.argsort()[-8:]])
 found = torch.stack([loss_of(train(trained, every[every != i]), *test) for i in chosen]) - loss_of(trained, *test)
-correlation = torch.corrcoef(torch.stack([foretold[chosen], found]))[0, 1]
+correlation = torch.corrcoef(torch.stack([predicted[chosen], found]))[0, 1]
 
 plt.style.use(Path(__file__).with_name("gallery.mplstyle"))
 figure, panels = plt.subplot_mosaic("Tabcsss;.defsss", figsize=(9.5, 3))
@@ -65,8 +65,8 @@ for key, title, i in [*shown, *(("def"[k], "against it", chosen[k]) for k in ran
     panels[key].imshow(x[i].view(8, 8), cmap="gray_r")
     panels[key].set(title=f"{title}: a {y[i]}", xticks=[], yticks=[])
 panels["s"].axline((0, 0), slope=1, color="C0", linewidth=1)
-panels["s"].plot(foretold[chosen], found, "o", color="C2")
-panels["s"].set(xlabel="change of the test loss, foretold", ylabel="found by training again")
+panels["s"].plot(predicted[chosen], found, "o", color="C2")
+panels["s"].set(xlabel="change of the test loss, predicted", ylabel="found by training again")
 figure.savefig(FOLDER / "influence.png")
-size = found @ foretold[chosen] / foretold[chosen].square().sum()
-print(f"changes of the test loss: found are {size:.2f} of those foretold, correlation {correlation:.3f}")
+size = found @ predicted[chosen] / predicted[chosen].square().sum()
+print(f"changes of the test loss: found are {size:.2f} of those predicted, correlation {correlation:.3f}")

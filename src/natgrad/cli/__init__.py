@@ -71,7 +71,7 @@ def inspect(
 def study(
     spec: Annotated[
         str,
-        typer.Argument(metavar="SPEC", help="A TOML file, or one that comes along: centering, residual or peers."),
+        typer.Argument(metavar="SPEC", help="A TOML file, or one that ships with natgrad: centering, residual or peers."),
     ],
     out: Annotated[
         Path | None,
@@ -89,7 +89,7 @@ def study(
 ) -> None:
     """Compare optimizers on tasks over several seeds, and write a report with confidence intervals.
 
-    Finished runs are kept in the folder: the same command again goes on from there.
+    Finished runs are kept in the folder: the same command resumes from there.
 
     Ctrl-C stops and writes the report on what there is; a second Ctrl-C aborts.
 

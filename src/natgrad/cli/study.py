@@ -62,7 +62,7 @@ def run(given: str, out: Path | None, processes: int | None, replace: bool) -> N
     for trouble in summary.troubles:
         console.print(trouble, markup=False, highlight=False, soft_wrap=True)
     if summary.interrupted:
-        console.print("Stopped early: the same command goes on from here.")
+        console.print("Stopped early: the same command resumes from here.")
     console.print(f"Report: {report}", soft_wrap=True, markup=False, highlight=False)
 
 
