@@ -3,13 +3,14 @@
 from natgrad import linalg, losses
 from natgrad.curvature import fisher, gauss_newton, hessian
 from natgrad.linalg import load
-from natgrad.optim import KFAC, PRONG, NaturalGradient, load_checkpoint
+from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, load_checkpoint
 from natgrad.residual import residual
 
 __version__ = "0.1.0"
 __all__ = [
     "KFAC",
     "PRONG",
+    "GrowingBatches",
     "NaturalGradient",
     "fisher",
     "gauss_newton",

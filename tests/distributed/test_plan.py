@@ -116,7 +116,7 @@ def test_the_command_plans_for_a_model_of_ones_own(capsys, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["gpt3"], "'gpt3' came; expected gpt2-small, llama-7b, or MODULE:FUNCTION"),
+        (["gpt3"], "'gpt3' is not a model; expected gpt2-small, llama-7b, or MODULE:FUNCTION"),
         (["gpt2-small", "--ranks", "1;2"], "--ranks was '1;2'; expected numbers of ranks with commas between"),
         (["gpt2-small", "--ranks", "0"], "--ranks was '0'; expected"),
         (["gpt2-small", "--batch", "0"], "--batch was 0; expected the examples on each rank, at least 1"),

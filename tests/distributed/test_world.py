@@ -37,6 +37,18 @@ def test_bytes_sent_are_those_of_the_formula(ranks):
         assert came["the moments"] == 8 * (means + sums)
 
 
+def test_moments_travel_while_the_backward_runs(ranks):
+    for said in ranks(2, work.under_way):
+        assert said == [(True,), (False, True), (True,), (False,), (False,)]
+
+
+def test_a_loss_that_one_rank_has_not_used_has_no_part_in_the_statistics(ranks):
+    expected = work.dropped(None)
+    for came in ranks(2, work.dropped):
+        for n, p in expected.items():
+            close(came[n], p, 1e-9)
+
+
 @given(costs=st.lists(st.integers(1, 20), min_size=1, max_size=7), ranks=st.integers(1, 3))
 def test_an_assignment_is_nearly_the_best(costs, ranks):
     named = {str(i): float(c) for i, c in enumerate(costs)}

@@ -214,6 +214,59 @@ def sent(group: Any) -> dict[str, int]:
     return dict(opt._world.sent)
 
 
+def under_way(group: Any) -> list[tuple[bool, ...]]:
+    """Whether the moments were on their way before the backward: for the one microbatch of a step; for each of two, the
+    first within no_sync(); after a loss that a rank has not used; where a rank's batch is empty; within a Join."""
+    model = DistributedDataParallel(network(), process_group=group)
+    rank = dist.get_rank(group)
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), lr=0.1, momentum=0.9, damping=0.1, statistics_every=1)
+    said = []
+
+    def forward(step: int, size: int = 24) -> bool:
+        x, y = batch(step, size)
+        before = opt._world.sent["the moments"]
+        loss = opt.loss(model(x), y)
+        sent = opt._world.sent["the moments"] > before
+        loss.backward()
+        return sent
+
+    def step(*sent: bool) -> None:
+        opt.step()
+        opt.zero_grad()
+        said.append(sent)
+
+    step(forward(0))
+    with model.no_sync():
+        first = forward(1)
+    step(first, forward(2))
+    if rank == 0:
+        with model.no_sync():
+            opt.loss(model(batch(3)[0]), batch(3)[1])
+    step(forward(4))
+    step(forward(5, 24 if rank else 0))
+    with Join([model, opt]):
+        step(forward(6))
+    return said
+
+
+def dropped(group: Any) -> dict[str, Tensor]:
+    """The weights after steps before each of which one rank has asked for a loss that it has not used."""
+    model = network()
+    called = placed(model, group, "") if group is not None else model
+    opt = natgrad.KFAC(called, nn.CrossEntropyLoss(), estimator="exact", statistics_every=2)
+    size = 1 if group is None else dist.get_world_size(group)
+    for step in range(6):
+        x, y = batch(step, 24)
+        own = slice(None) if group is None else slice(dist.get_rank(group), None, size)
+        if group is not None and dist.get_rank(group) == 1:
+            with called.no_sync():
+                opt.loss(called(x[:4]), y[:4])
+        opt.loss(called(x[own]), y[own]).backward()
+        opt.step()
+        opt.zero_grad()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
 def state_of_one_rank(group: Any) -> str:
     """The error where the state of a rank with shards is given to an optimizer of the whole model."""
     model = placed(network(), group, "fsdp")

@@ -71,7 +71,7 @@ def inspect(
 def study(
     spec: Annotated[
         str,
-        typer.Argument(metavar="SPEC", help="A TOML file, or one that ships with natgrad: centering, residual or peers."),
+        typer.Argument(metavar="SPEC", help="A TOML file, or one of natgrad's own: centering, residual or peers."),
     ],
     out: Annotated[
         Path | None,

@@ -45,12 +45,12 @@ def run_plan(target: str, ranks: str, machine: Path | None, given: dict[str, flo
     console = Console()
     millions = sum(layer.parameters for layer in layers) / 1e6
     console.print(f"{target}: {millions:,.1f}M parameters in {len(layers)} layers, {settings.batch} examples a rank")
-    console.print(_assumed(constants, machine))
     console.print(table)
     console.print(f"On {counts[-1]} ranks, ms a step:")
     for scheme, p in last.items():
         spent = ", ".join(f"{what} {1e3 * s:.3g}" for what, s in p.seconds.items() if s > 0)
         console.print(f"  {scheme}: {spent}", soft_wrap=True)
+    console.print(_assumed(constants, machine), soft_wrap=True)
     if any(p.time < LEAST for p in last.values()):
         console.print("Less than 0.1 ms is less than Python takes to start it: of so small a model, time it.")
 

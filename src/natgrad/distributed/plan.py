@@ -81,8 +81,8 @@ class Prediction:
 def predict(layers: Sequence[Size], ranks: int, scheme: str, machine: Machine, settings: Settings) -> Prediction:
     """The cost of one step on average over the intervals: `docs/scaling.md` has the formulas.
 
-    Sums of gradients, and under `"sharded"` the bringing together of parameters, overlap with forward and backward, as
-    torch's own do; the rest does not.
+    Sums of gradients and, under `"replicated"`, of moments overlap with the backward; under `"sharded"`, sums of
+    gradients and the bringing together of parameters do, with forward and backward; the rest does not.
 
     Raises:
         ValueError: for a scheme that is none.
@@ -117,11 +117,13 @@ def predict(layers: Sequence[Size], ranks: int, scheme: str, machine: Machine, s
     }
     if scheme == "replicated":
         inverse_sent = sum(layer.inverse_sent(size) for layer in layers)
+        gradients = max(0.0, m.all_reduce(parameters, ranks) - 2 * hidden)
+        both = max(0.0, m.all_reduce(parameters, ranks) + m.all_reduce(moments_sent, ranks) - 2 * hidden)
         seconds = {
             **computed,
             "direction": sum(layer.direction_flops() for layer in layers) / m.flops,
-            "gradients sent": max(0.0, m.all_reduce(parameters, ranks) - 2 * hidden),
-            "moments sent": m.all_reduce(moments_sent, ranks) / s.statistics_every,
+            "gradients sent": gradients,
+            "moments sent": (both - gradients) / s.statistics_every,
             "inverses sent": m.spread(inverse_sent, ranks, owners) / s.inverses_every,
         }
         held = 3.0 * parameters + sum(layer.held(size) for layer in layers)

@@ -44,16 +44,30 @@ def reduced(
     """
     if world.size == 1 or not moments:
         return dict(moments)
-    moments = _around_common_means(moments, world, what)
     if keep is not None:
-        return _kept(moments, keep, what)
-    tensors = list(chain.from_iterable(_sums(m) for m in moments.values()))
-    forms = list(chain.from_iterable(_forms(m) for m in moments.values()))
-    buffers = packed(tensors, forms)
-    for buffer in buffers.values():
-        world.sum(buffer, what)
-    whole = iter(unpacked(buffers, forms))
-    return {layer: _with_sums(m, [next(whole) for _ in _sums(m)]) for layer, m in moments.items()}
+        return _kept(_around_common_means(moments, world, what), keep, what)
+    return Reduction(moments, world, what).result()
+
+
+class Reduction:
+    """`reduced` for all layers, under way: counts and means are brought together when it is made, the sums around them
+    until its result is asked for.
+
+    Raises:
+        ValueError: if the ranks have seen different layers.
+    """
+
+    def __init__(self, moments: Mapping[Layer, Moments], world: World, what: str):
+        self._moments = _around_common_means(moments, world, what)
+        tensors = list(chain.from_iterable(_sums(m) for m in self._moments.values()))
+        self._forms = list(chain.from_iterable(_forms(m) for m in self._moments.values()))
+        buffers = packed(tensors, self._forms)
+        self._arriving = {dtype: world.begin_sum(buffer, what) for dtype, buffer in buffers.items()}
+
+    def result(self) -> dict[Layer, Moments]:
+        buffers = {dtype: arrived() for dtype, arrived in self._arriving.items()}
+        whole = iter(unpacked(buffers, self._forms))
+        return {layer: _with_sums(m, [next(whole) for _ in _sums(m)]) for layer, m in self._moments.items()}
 
 
 def completed(moments: Mapping[Layer, Moments], world: World) -> dict[Layer, Moments]:

@@ -44,6 +44,18 @@ class World:
             self.sent[what] += values.nbytes
         return values
 
+    def begin_sum(self, values: Tensor, what: str) -> Callable[[], Tensor]:
+        """The sum over the ranks, in place, while other work goes on; what is returned waits for it."""
+        work = dist.all_reduce(values, group=self.group, async_op=True)
+        self.sent[what] += values.nbytes
+
+        def wait() -> Tensor:
+            with self._waiting(what):
+                work.wait()
+            return values
+
+        return wait
+
     def sum_at(self, values: Sequence[Tensor], what: str) -> Tensor:
         """The sum over the ranks of what each has for this rank: `values[r]` is for rank `r`, and is overwritten."""
         with self._waiting(what):

@@ -1,8 +1,9 @@
 """The optimizers: damping rules and step rules over the operators of `natgrad.linalg`."""
 
 from natgrad.optim.checkpoint import load_checkpoint
+from natgrad.optim.growing import GrowingBatches
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.natural_gradient import NaturalGradient
 from natgrad.optim.prong import PRONG
 
-__all__ = ["KFAC", "PRONG", "NaturalGradient", "load_checkpoint"]
+__all__ = ["KFAC", "PRONG", "GrowingBatches", "NaturalGradient", "load_checkpoint"]

@@ -38,6 +38,15 @@ class Forward:
     autocast: torch.dtype | None = None
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """The ranks' statistics on their way to one another, while a backward runs: of which batches here, and what waits
+    for the sum of all; None where a rank had none to give."""
+
+    batches: list[Batch]
+    result: Callable[[], Any] | None
+
+
 @dataclass
 class Batch:
     """A batch whose loss was asked for.
@@ -58,6 +67,7 @@ class Batch:
     fault: str | None = None
     uses: list[Use] = field(default_factory=list)
     weight: float = 1.0
+    sharing: Sharing | None = None
 
     @property
     def is_empty(self) -> bool:

@@ -72,6 +72,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         self._watch = Watch(self.model, self._parameters, wrapper=wrapper, within=self._see_ranks)
         self._watch.see_more(self._place.follow)
         self._first_mass: list[float] = []  # of the first batch, on all ranks; empty before
+        self._joined: list[bool] = []  # once there is a Join, and not empty then
 
     def _see_ranks(self, around: DistributedDataParallel) -> None:
         """Joins the ranks of a `DistributedDataParallel` that the model turns out to be in: one made after the
@@ -250,10 +251,24 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
             if self._runs_again():
                 batch.uses = recorder.uses
         forward.returned = None
+        return self._noted(batch, loss)
+
+    def _noted(self, batch: Batch, loss: Tensor) -> Tensor:
         if loss.requires_grad:
             loss.register_hook(batch.observe)
         self._pending.append(batch)
+        if self._statistics_due() and self._brings_together():
+            self._share(self._pending)
         return loss
+
+    def _brings_together(self) -> bool:
+        """Whether the backward to come is one in which the ranks' gradients are brought together: not within
+        `no_sync()`, and not where ranks may run out of batches."""
+        around = self._around()
+        return around is not None and bool(around.require_backward_grad_sync) and not self._joined
+
+    def _share(self, pending: list[Batch]) -> None:
+        """Begins to bring the ranks' statistics of these batches together."""
 
     def _no_loss(self, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
         """The loss of a rank that has no examples where others have: zero, with gradients that are zero."""
@@ -266,10 +281,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
         batch = Batch(forward, target, output.shape, way, loss.new_zeros(()), loss.detach())
         if self._curvature.is_mean:
             batch.weight = self._weight(0.0)
-        if loss.requires_grad:
-            loss.register_hook(batch.observe)
-        self._pending.append(batch)
-        return loss
+        return self._noted(batch, loss)
 
     def _follow_along(self, recorder: Recorder, output: Tensor, target: Tensor) -> None:
         """Takes part in bringing together the shards for other ranks' statistics, of which this rank has none."""
@@ -304,6 +316,7 @@ class Following(torch.optim.Optimizer, Joinable, ABC):
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """For `torch.distributed.algorithms.Join([model, opt])`: a rank without further batches takes the others' steps
         with them. Every rank needs one batch at least, and a step follows every backward."""
+        self._joined.append(True)
         return _Idle(self)
 
     @property

@@ -24,7 +24,7 @@ from natgrad.linalg import Block, BlockDiagonal
 from natgrad.linalg.state import dump, restore
 from natgrad.moments import MAX_DIM, SHARING, AffineMoments
 from natgrad.optim.adaptive import Adaptive
-from natgrad.optim.batch import Batch, Objective
+from natgrad.optim.batch import Batch, Objective, Sharing
 from natgrad.optim.damping import LevenbergMarquardt, weighted_median
 from natgrad.optim.decay import Decay
 from natgrad.optim.interval import Interval
@@ -303,12 +303,38 @@ class KFAC(Adaptive):
         own = next(iter(self._parameters.values())).dtype
         return torch.promote_types(own, torch.float32)
 
+    def _share(self, pending: list[Batch]) -> None:
+        """The sums go on their way before the backward, so that they travel while it runs."""
+        if self._world.size == 1 or self._place.shards is not None:
+            return
+        fresh = [b for b in pending if b.sharing is None]
+        own = [b.statistics for b in fresh if b.statistics is not None]
+        ready = len(own) == len(fresh) and not any(b.fault for b in fresh)
+        (count,) = self._world.numbers([float(ready)], "who has statistics")
+        result = reduce(Statistics.__add__, own).begun(self._world) if count == self._world.size else None
+        for b in fresh:
+            b.sharing = Sharing(fresh, result)
+
+    def _arrived(self, objective: Objective) -> list[Statistics] | None:
+        """The ranks' statistics of this step's batches, if they are under way on all ranks."""
+        if self._place.shards is not None:
+            return None
+        sharings = list({id(s): s for b in objective.batches if (s := b.sharing) is not None}.values())
+        sent = [id(b) for s in sharings if s.result is not None for b in s.batches]
+        (count,) = self._world.numbers([float(sent == [id(b) for b in objective.batches] != [])], "what was sent")
+        if count < self._world.size:
+            return None
+        return [s.result() for s in sharings if s.result is not None]
+
     def _take_in(self, objective: Objective, gradients: Vector) -> None:
         new = [b.statistics for b in objective.batches if b.statistics is not None]
         known = set(self._running.layers)
         if (self._world.size > 1 or self._place.shards) and self._statistics_due():
-            own = reduce(Statistics.__add__, new, Statistics())
-            new = [self._reduced(own.completed(self._world) if objective.idle else own)]
+            arrived = self._arrived(objective)
+            if arrived is None:
+                own = reduce(Statistics.__add__, new, Statistics())
+                arrived = [self._reduced(own.completed(self._world) if objective.idle else own)]
+            new = arrived
         taken = self.diagnostics["statistics"] = self._running.take_in(new, self.decay)
         self._spoiled = self._spoiled and not taken
         if taken:

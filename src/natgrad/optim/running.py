@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from natgrad.blocks import homogeneous, kfac_blocks
 from natgrad.cases import Cases, Layer
-from natgrad.distributed.reduction import Keep, completed, reduced
+from natgrad.distributed.reduction import Keep, Reduction, completed, reduced
 from natgrad.distributed.world import World
 from natgrad.eigenbasis import Eigenbasis, bases_of, squares_in, turned
 from natgrad.groups import has_rival, tiled
@@ -51,6 +51,12 @@ class Statistics:
         """Those of all ranks' batches, from one rank's own; with `keep`, of the layers that are this rank's."""
         moments = reduced(self.moments, world, "the moments", keep)
         return Statistics(moments, reduced(self.squares, world, "the squares", keep))
+
+    def begun(self, world: World) -> Callable[[], Statistics]:
+        """`reduced`, under way: what is returned waits for it."""
+        moments = Reduction(self.moments, world, "the moments")
+        squares = Reduction(self.squares, world, "the squares") if self.squares else None
+        return lambda: Statistics(moments.result(), {} if squares is None else squares.result())
 
     def finite(self) -> bool:
         every = [*self.moments.values(), *self.squares.values()]

@@ -1,0 +1,90 @@
+"""Batches that grow: small ones while gradients are large, large ones when what is left of them is noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from natgrad.options import check_count, check_generator
+
+
+class GrowingBatches(Sampler[list[int]]):
+    """Batches of indices for `torch.utils.data.DataLoader(dataset, batch_sampler=...)`, each a little larger than the
+    last, over passes through the data in random order.
+
+    The `k`-th batch has `first · (last / first)^(k / steps)` indices, and from `steps` batches on `last`: an
+    exponential schedule, as that of Martens & Grosse (2015), section 13. An iteration is one pass; the size goes on
+    from pass to pass. What does not fill a batch at the end of a pass is left for a later one, so that all batches of
+    a size weigh the same.
+
+    Args:
+        data: the data set, or anything with a length.
+        first: the size of the first batch.
+        last: the size that batches grow to.
+        steps: after how many batches.
+        generator: the source of the order. Default: one seeded from torch's own.
+
+    Raises:
+        ValueError: if a number is not a whole one above zero, or `first`, `last` and the data's length are not in
+            ascending order.
+        TypeError: if the data has no length.
+
+    Example:
+        >>> import torch, natgrad
+        >>> batches = natgrad.GrowingBatches(range(1000), first=10, last=160, steps=4)
+        >>> [len(batch) for batch in batches]
+        [10, 20, 40, 80, 160, 160, 160, 160, 160]
+        >>> [len(batch) for batch in batches]  # the next pass
+        [160, 160, 160, 160, 160, 160]
+    """
+
+    def __init__(
+        self, data: Sized, first: int, last: int, steps: int, generator: torch.Generator | None = None
+    ) -> None:
+        if not isinstance(data, Sized):
+            raise TypeError(f"data is a {type(data).__name__}, which has no length; expected a data set, or range(n)")
+        for name, value in (("first", first), ("last", last), ("steps", steps)):
+            check_count(name, value)
+        if not first <= last <= len(data):
+            raise ValueError(
+                f"first={first}, last={last} and {len(data)} examples are not in ascending order; expected batches "
+                "that grow, and no larger than the data"
+            )
+        check_generator(generator, torch.device("cpu"))
+        self.data, self.first, self.last, self.steps = data, first, last, steps
+        self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
+        self._taken = 0
+
+    def size(self, k: int) -> int:
+        """Of the `k`-th batch, counted from 0."""
+        share = min(1.0, k / self.steps)
+        return round(math.exp((1 - share) * math.log(self.first) + share * math.log(self.last)))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(len(self.data), generator=self.generator).tolist()
+        start = 0
+        while start + self.size(self._taken) <= len(order):
+            batch = order[start : start + self.size(self._taken)]
+            start += len(batch)
+            self._taken += 1
+            yield batch
+
+    def __len__(self) -> int:
+        """The batches of the next pass."""
+        count, left = 0, len(self.data)
+        while (left := left - self.size(self._taken + count)) >= 0:
+            count += 1
+        return count
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches were taken, and the generator's state: between two passes, training resumes from these."""
+        return {"taken": self._taken, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the batches that were taken when `state_dict` gave this."""
+        self._taken = state["taken"]
+        self.generator.set_state(state["generator"])
