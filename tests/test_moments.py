@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from natgrad.cases import Layer
 from natgrad.layers import Rows
-from natgrad.moments import AffineMoments, merge
+from natgrad.moments import AffineMoments, KnownSums, merge
 from oracles import close, f64, randn
 
 D_IN, D_OUT = 3, 2
@@ -228,3 +228,15 @@ def test_a_nan_among_the_cases_survives_merging(where):
     good = moments(*data(3))
     assert not (moments(h, g) + good).is_finite()
     assert not (0.5 * good + moments(h, g)).is_finite()
+
+
+def test_inputs_that_layers_share_are_summed_once_in_another_precision_too(monkeypatch):
+    x = randn(3, 4, 2).bfloat16()
+    calls = []
+    sums = Rows.sums
+    monkeypatch.setattr(Rows, "sums", lambda *arguments: calls.append(1) or sums(*arguments))
+    known = KnownSums()
+    first, again = known.of(Rows(x).to(f64), False), known.of(Rows(x).to(f64), False)
+    assert len(calls) == 1
+    assert first is again
+    assert first.scatter.dtype == f64

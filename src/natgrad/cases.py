@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -86,6 +86,24 @@ def _layer(kind: Kind, weight: str | None, bias: str | None, rows: tuple[int, in
     return Layer(weight, bias, kind.layout if weight else PLAIN, rows, isinstance(kind, Scale), kind.name)
 
 
+class Gradients(Mapping[Layer, list[Tensor]]):
+    """The gradients of one column, `(n, t, o)` for every use of a layer. They are copied to `dtype` when they are read,
+    one layer after the other: all at once, a half-precision model's would take more memory than its training."""
+
+    def __init__(self, own: Mapping[Layer, list[Tensor]], dtype: torch.dtype | None):
+        self.own, self.dtype = own, dtype
+
+    def __getitem__(self, layer: Layer) -> list[Tensor]:
+        uses = self.own[layer]
+        return uses if self.dtype is None else [g.to(self.dtype) for g in uses]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
 @dataclass
 class Cases:
     """One batch: what went into every layer, and column by column the gradient in what came out of it.
@@ -95,7 +113,7 @@ class Cases:
     """
 
     h: dict[Layer, list[Inputs]]
-    columns: Iterable[dict[Layer, list[Tensor]]]
+    columns: Iterable[Mapping[Layer, list[Tensor]]]
     """The gradients `g`, `(n, t, o)` each: a dictionary for each column `s_k` of the output, each a backward pass when
     it is read."""
     d_out: dict[Layer, int]
@@ -125,9 +143,11 @@ class Cases:
         def thinned(g: Tensor) -> Tensor:
             return g[start::step] if len(g) == whole else share**0.5 * g
 
-        def columns() -> Iterator[dict[Layer, list[Tensor]]]:
+        def columns() -> Iterator[Mapping[Layer, list[Tensor]]]:
             for column in self.columns:
-                yield {layer: [thinned(g) for g in uses] for layer, uses in column.items()}
+                own, dtype = (column.own, column.dtype) if isinstance(column, Gradients) else (column, None)
+                yield Gradients({layer: [thinned(g) for g in uses] for layer, uses in own.items()}, dtype)
+                del column, own  # before the next one is made
 
         h = {
             layer: [use.part(start, whole, step) if use.shape[0] == whole else use for use in uses]
@@ -240,7 +260,7 @@ def _gradients(
     output: Tensor,
     columns: Iterable[Tensor],
     dtype: torch.dtype | None,
-) -> Iterator[dict[Layer, list[Tensor]]]:
+) -> Iterator[Mapping[Layer, list[Tensor]]]:
     places: dict[tuple[object, int], int] = {}
     for use in uses:  # the groups of a convolution have one edge
         places.setdefault((use.edge.node, use.edge.output_nr), len(places))
@@ -253,10 +273,10 @@ def _gradients(
             for use in its_uses:
                 g = gradients[places[use.edge.node, use.edge.output_nr]]
                 g = torch.zeros_like(use.a) if g is None else g.reshape(use.a.shape)
-                g = use.by_example(g.to(dtype or use.a.dtype), len(output))
+                g = use.by_example(g, len(output))
                 by_layer[layer].append(_kind(layer, use).gradients(use.by_example(use.h, len(output)), g))
         del gradients, g
-        yield by_layer
+        yield Gradients(by_layer, dtype)
         del by_layer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -321,7 +321,7 @@ def _with_one(h: Float[Tensor, "*n i"], layer: Layer) -> Tensor:
 
 
 def _in_float64(cases: Cases) -> Cases:
-    def cast(uses: dict[Layer, list[Tensor]]) -> dict[Layer, list[Tensor]]:
+    def cast(uses: Mapping[Layer, list[Tensor]]) -> Mapping[Layer, list[Tensor]]:
         return {layer: [t.double() for t in its] for layer, its in uses.items()}
 
     h = {layer: [use.to(torch.float64) for use in uses] for layer, uses in cases.h.items()}

@@ -36,6 +36,10 @@ def relative_residuals(report: Report, axes: Axes) -> None:
 
 def relative_spreads(report: Report, axes: Axes) -> None:
     """How much inputs and output curvature vary from case to case, each against its mean."""
+    report = {name: r for name, r in report.items() if not math.isnan(r.input_spread)}
+    if not report:
+        _say(axes, "no layer here has spreads")
+        return
     _, handles = _pairs(
         axes,
         list(report),
@@ -50,6 +54,10 @@ def relative_spreads(report: Report, axes: Axes) -> None:
 
 def condition_numbers(report: Report, axes: Axes) -> None:
     """Condition numbers of `A` and `C`; the bars of singular matrices reach the top, hatched."""
+    report = {name: r for name, r in report.items() if r.condition != (None, None)}
+    if not report:
+        _say(axes, "no layer here has condition numbers")
+        return
     A = [math.nan if r.condition.A is None else r.condition.A for r in report.values()]
     C = [math.nan if r.condition.C is None else r.condition.C for r in report.values()]
     top = 10.0 ** math.ceil(math.log10(max(filter(math.isfinite, A + C), default=1.0)) + 1)
@@ -84,6 +92,12 @@ def _pairs(
     ]
     name_bars(axes, names)
     return bars, [Patch(color=colour, label=label) for colour, label in zip(COLOURS[1:], labels, strict=True)]
+
+
+def _say(axes: Axes, words: str) -> None:
+    """In place of bars."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, words, ha="center", va="center", color=INK, transform=axes.transAxes)
 
 
 def _legend(axes: Axes, handles: Sequence[Patch]) -> None:

@@ -73,3 +73,23 @@ def test_parts_are_those_of_the_dense_inputs(start, length, step, seed):
         expected = inputs.dense()[start : start + length : step]
         assert part.shape == expected.shape
         close(part.dense(), expected)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("what", ["rows", "patches"])
+def test_of_half_precision_the_sums_are_those_of_a_copy_in_full(what, kept):
+    low = (randn(3, 2, 6, 5) + 3).bfloat16()
+    if what == "rows":
+        inputs, copy = Rows(low.flatten(2)), Rows(low.flatten(2).double())
+    else:
+        geometry = ((2, 3), (1, 2), ((1, 0), (0, 1)), (1, 1))
+        inputs, copy = patches(low, *geometry), patches(low.double(), *geometry)
+    which = torch.arange(copy.shape[0] * copy.shape[1]).view(copy.shape[:2]) % 3 > 0 if kept else None
+    lazy = inputs.to(f64)
+    for one in (lazy, lazy.part(0, 3)):
+        found, expected = one.sums(which), copy.sums(which)
+        close(found.mean, expected.mean, 1e-12)
+        close(found.scatter, expected.scatter, 1e-12)
+        close(one.averaged(which).dense(), copy.averaged(which).dense(), 1e-12)
+        assert one.dense().dtype == f64
+    assert torch.equal(lazy.dense(), copy.dense())

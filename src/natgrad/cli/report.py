@@ -35,11 +35,16 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed was {seed}; expected 0 to 2^63 - 1; give, say, --seed 0.")
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_machine() -> dict[str, Any]:
     """Describe what the command ran on, as far as it bears on the timings."""
     return {
         "cpu": _processor(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.table import Table
 
 from natgrad.cli.errors import UserError
 from natgrad.cli.interrupt import Interruption
-from natgrad.cli.report import check_writable
+from natgrad.cli.report import check_writable, cores
 from natgrad.cli.study_display import StudyDisplay
 from natgrad.cli.study_report import write_report
 from natgrad.study.images import check_mnist
@@ -88,4 +87,4 @@ def default_processes(spec: Spec) -> int:
     """One where runs are given a time, else as many as fit the cores, at most 8."""
     if spec.in_seconds:
         return 1
-    return max(1, min((os.cpu_count() or 1) // spec.threads, MOST_PROCESSES, len(list(jobs(spec)))))
+    return max(1, min(cores() // spec.threads, MOST_PROCESSES, len(list(jobs(spec)))))

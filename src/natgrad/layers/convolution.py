@@ -70,8 +70,8 @@ class Convolution(Kind):
 class Patches(Inputs):
     """The patches of a convolution's input, `(example, position, channels · kernel)`, written out only if need be."""
 
-    def __init__(self, h: Float[Tensor, "n c ..."], convolution: Convolution):
-        self.h, self.convolution = h, convolution
+    def __init__(self, h: Float[Tensor, "n c ..."], convolution: Convolution, dtype: torch.dtype | None = None):
+        self.h, self.convolution, self.dtype = h, convolution, dtype or h.dtype
         spatial = zip(h.shape[2:], *self._geometry(), strict=True)
         self.sizes = [(size + sum(pad) - d * (k - 1) - 1) // s + 1 for size, k, s, pad, d in spatial]
         self.shape = (len(h), prod(self.sizes), h.shape[1] * prod(convolution.kernel))
@@ -92,7 +92,7 @@ class Patches(Inputs):
 
     def dense(self) -> Tensor:
         space = len(self.sizes)
-        windows = self._unfolded(self._padded(self.h), 0)
+        windows = self._unfolded(self._padded(self.h.to(self.dtype)), 0)
         return windows.flatten(2 + space).flatten(2, 1 + space).permute(0, 2, 1, 3).flatten(2)
 
     def sums(self, kept: Tensor | None = None, diagonal: bool = False) -> InputSums:
@@ -106,20 +106,20 @@ class Patches(Inputs):
         if kept is not None or diagonal:
             return Rows(self.dense()).sums(kept, diagonal)
         k = self.convolution.kernel[0]
-        shift = self.h.mean([0, *range(2, self.h.ndim)])
+        shift = self.h.mean([0, *range(2, self.h.ndim)], dtype=self.dtype)
         f = self.shape[2] // k
-        M, total = self.h.new_zeros(k, f, k, f), self.h.new_zeros(k, f)
+        M, total = shift.new_zeros(k, f, k, f), shift.new_zeros(k, f)
         chunk = CHUNK if self.h.device.type == "cpu" else GPU_CHUNK
         step = max(1, chunk * len(self.h) // max(1, self.h.numel() * prod(self.convolution.kernel[1:])))
         for h in self.h.split(step):
-            self._add(h, shift, M, total)
+            self._add(h.to(self.dtype), shift, M, total)
         c = self.h.shape[1]
 
         def channels_first(t: Tensor) -> Tensor:
             return t.unflatten(-1, (c, -1)).movedim(-3, -2).flatten(-3)  # (k, c · rest) to c · k · rest
 
         M = channels_first(channels_first(M).movedim(-1, 0)).mT
-        count = self.h.new_tensor(float(self.shape[0] * self.shape[1]))
+        count = shift.new_tensor(float(self.shape[0] * self.shape[1]))
         mean = channels_first(total) / count
         scatter = M - count * torch.outer(mean, mean)
         return InputSums(count, mean + shift.repeat_interleave(prod(self.convolution.kernel)), scatter)
@@ -161,17 +161,17 @@ class Patches(Inputs):
         if kept is not None:
             return Rows(self.dense()).averaged(kept)
         space = len(self.sizes)
-        windows = self._unfolded(self._padded(self.h), 0)
+        windows = self._unfolded(self._padded(self.h.to(self.dtype)), 0)
         return Rows(windows.mean([*range(2, 2 + space)]).flatten(1).unsqueeze(1))
 
     def to(self, dtype: torch.dtype) -> Patches:
-        return Patches(self.h.to(dtype), self.convolution)
+        return Patches(self.h, self.convolution, dtype)
 
     def part(self, start: int, stop: int, step: int = 1) -> Patches:
-        return Patches(self.h[start:stop:step], self.convolution)
+        return Patches(self.h[start:stop:step], self.convolution, self.dtype)
 
     def blank(self, n: int) -> Patches:
-        return Patches(self.h.new_zeros(n, *self.h.shape[1:]), self.convolution)
+        return Patches(self.h.new_zeros(n, *self.h.shape[1:]), self.convolution, self.dtype)
 
 
 def _convolution(space: int) -> Callable[..., list[Call] | None]:

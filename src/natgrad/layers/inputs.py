@@ -45,7 +45,7 @@ class Inputs(ABC):
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Inputs:
-        """The same in another precision."""
+        """The same in another precision. Nothing large is copied before it is needed, nor kept for longer."""
 
     @abstractmethod
     def part(self, start: int, stop: int, step: int = 1) -> Inputs:
@@ -62,9 +62,10 @@ class Inputs(ABC):
 
 @dataclass
 class Rows(Inputs):
-    """Inputs as they are."""
+    """Inputs as they are; of precision `dtype` where one is given."""
 
     x: Float[Tensor, "n t i"]
+    dtype: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:  # type: ignore[override]
@@ -72,10 +73,10 @@ class Rows(Inputs):
         return n, t, d
 
     def dense(self) -> Tensor:
-        return self.x
+        return self.x if self.dtype is None else self.x.to(self.dtype)
 
     def sums(self, kept: Tensor | None = None, diagonal: bool = False) -> InputSums:
-        x = self.x.flatten(0, 1)
+        x = self.dense().flatten(0, 1)
         if kept is None:
             count = x.new_tensor(float(len(x)))
             mean = x.mean(0)
@@ -88,22 +89,23 @@ class Rows(Inputs):
         return InputSums(count, mean, d.square().sum(0) if diagonal else d.mT @ d)
 
     def averaged(self, kept: Tensor | None = None) -> Rows:
+        x = self.dense()
         if kept is None:
-            return Rows(self.x.mean(1, keepdim=True))
-        weight = kept.to(self.x.dtype)
-        return Rows((weight.unsqueeze(1) @ self.x) / weight.sum(1).clamp_min(1)[:, None, None])
+            return Rows(x.mean(1, keepdim=True))
+        weight = kept.to(x.dtype)
+        return Rows((weight.unsqueeze(1) @ x) / weight.sum(1).clamp_min(1)[:, None, None])
 
     def to(self, dtype: torch.dtype) -> Rows:
-        return Rows(self.x.to(dtype))
+        return Rows(self.x, dtype)
 
     def place(self) -> tuple[Any, ...] | None:
-        return self.x.data_ptr(), self.x.dtype, self.x.shape, self.x.stride()
+        return self.x.data_ptr(), self.x.dtype, self.dtype, self.x.shape, self.x.stride()
 
     def part(self, start: int, stop: int, step: int = 1) -> Rows:
-        return Rows(self.x[start:stop:step])
+        return Rows(self.x[start:stop:step], self.dtype)
 
     def blank(self, n: int) -> Rows:
-        return Rows(self.x.new_zeros(n, 1, self.x.shape[2]))
+        return Rows(self.x.new_zeros(n, 1, self.x.shape[2]), self.dtype)
 
 
 @dataclass
@@ -204,8 +206,10 @@ def _joined_sparse(inputs: Sequence[Sparse]) -> Sparse:
 
 def stacked(inputs: Sequence[Inputs]) -> list[Inputs]:
     """Uses as cases of their own, plain ones in one tensor."""
-    plain = [i.x.flatten(0, 1) for i in inputs if isinstance(i, Rows)]
+    plain = [i for i in inputs if isinstance(i, Rows)]
     rest: list[Inputs] = [i for i in inputs if not isinstance(i, Rows)]
     if not plain:
         return rest
-    return [Rows((plain[0] if len(plain) == 1 else torch.cat(plain)).unsqueeze(1)), *rest]
+    if len(plain) == 1:
+        return [Rows(plain[0].x.flatten(0, 1).unsqueeze(1), plain[0].dtype), *rest]
+    return [Rows(torch.cat([i.dense().flatten(0, 1) for i in plain]).unsqueeze(1)), *rest]

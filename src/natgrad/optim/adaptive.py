@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -18,15 +17,14 @@ from natgrad.optim import averaging, shown
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
 from natgrad.optim.decay import Decay
-from natgrad.optim.follow import Following
 from natgrad.optim.move import Part, Step
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.precision import check_precision
 from natgrad.optim.quadratic import Minimum, minimize
-from natgrad.optim.saved import state_of
+from natgrad.optim.resuming import Resuming
 from natgrad.optim.scaler import scale_taken_out
-from natgrad.optim.vectors import Vector, check_dense, combine, copied, dot, dots, finite, gram
+from natgrad.optim.vectors import Vector, check_dense, combine, dot, dots, finite, gram
 from natgrad.options import check_flag, check_number, check_within
 from natgrad.warning import warn
 
@@ -38,7 +36,7 @@ DIVERGED = 9.0
 MEND = "give max_kl=0.01, which bounds a step, a larger damping, or a smaller lr; or leave all three out"
 
 
-class Adaptive(Following):
+class Adaptive(Resuming):
     """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`, everything adaptive by default:
 
         θ ← θ − α Δ + μ δ
@@ -52,8 +50,6 @@ class Adaptive(Following):
     A subclass says what `F` is, and how it is inverted.
     """
 
-    _key: ClassVar[str]
-    """Under which `state_dict` has what is not torch's own."""
     _what_is_inverted: ClassVar[str]
     _tolerated_rise: ClassVar[float]
     """A step after which the loss is higher by more than this share is taken back."""
@@ -96,13 +92,6 @@ class Adaptive(Following):
         self.average = average
         self.diagnostics: dict[str, Any] = {}
         self._damping, self._adaptive_damping = damping, damping is None
-        self._adapts_lr = self._has_free_lr()  # whatever a scheduler writes into the groups
-        self._steps = 0
-        self._combination: list[float] | None = None
-        self._rejections = 0  # in a row
-        self._faults: Counter[str] = Counter()
-        self._loss_before: float | None = None
-        self._first_loss: float | None = None
         self._diverged = False
 
     # What a subclass supplies --------------------------------------------------------------------------
@@ -122,16 +111,6 @@ class Adaptive(Following):
     @abstractmethod
     def _scale(self) -> float:
         """The mean of the curvature's diagonal: what a damping is large or small against."""
-
-    def _own_state(self) -> dict[str, Any]:
-        """What the next steps depend on beside the parameters and the state that is kept here."""
-        return {}
-
-    def _load_own_state(self, saved: dict[str, Any]) -> None:
-        """Takes what `_own_state` gave."""
-
-    def _check_own_state(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError if it is of other parameters."""
 
     def _prepare(self, damping: float, decay: Decay) -> None:
         """Sees to it that there is an inverse for the next step."""
@@ -187,9 +166,6 @@ class Adaptive(Following):
     def _is_fixed(self) -> bool:
         """Whether step size and momentum are given."""
         return all(group["lr"] is not None and group["momentum"] is not None for group in self.param_groups)
-
-    def _has_free_lr(self) -> bool:
-        return any(group["lr"] is None for group in self.param_groups)
 
     def _runs_again(self) -> bool:
         return not self._is_fixed() or self._measures()
@@ -601,80 +577,6 @@ class Adaptive(Following):
         """The parameters as they were: adding a step and taking it away would leave rounding behind."""
         for n, p in self._values.items():
             p.copy_(before[n])
-
-    # Saving --------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on beside the parameters: they resume bit for bit.
-
-        As in torch, tensors are not copied.
-        """
-        own = {
-            "steps": self._steps,
-            "damping": self._damping,
-            "combination": self._combination,
-            "rejections": self._rejections,
-            "faults": dict(self._faults),
-            "loss_before": self._loss_before,
-            "first_loss": self._first_loss,
-            "first_mass": self._first_mass[0] if self._first_mass else None,
-            "generator": self._generator.get_state(),
-            "seed": self._generator.initial_seed(),
-        }
-        whole, params = super().state_dict(), self._by_index()
-        state = {
-            i: {k: self._place.stored(params[i], v) if isinstance(v, Tensor) else v for k, v in its.items()}
-            for i, its in whole["state"].items()
-        }
-        return whole | {"state": state, self._key: own | self._own_state()}
-
-    def _by_index(self) -> list[Tensor]:
-        """The parameters as `state_dict` counts them."""
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _resume_generator(self, state: Tensor, seed: int) -> None:
-        """Random numbers go on as they would have; or, from another kind of device, whose generators are others, from a
-        seed of the run's own."""
-        if state.shape == self._generator.get_state().shape:
-            self._generator.set_state(state)
-        else:
-            self._generator.manual_seed((seed * 1_000_003 + self._steps) % 2**63)
-
-    def _adopt(self, sizes: Mapping[str, Sequence[torch.Size]]) -> tuple[Callable[[str], bool], dict[str, Any]]:
-        """For the state of layers with moments of these sizes, saved on any number of ranks: which layers' is to be
-        here, and what else is not as it was saved."""
-        return lambda layer: True, {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes from what `state_dict` gave, for a model of the same parameters.
-
-        Raises:
-            ValueError: if it is not of such an optimizer, or of other parameters.
-        """
-        saved = state_of(state_dict, self._key, type(self).__name__)
-        missing = [k for k in ("steps", "damping", "combination", "generator", "faults") if k not in saved]
-        if missing:
-            raise ValueError(
-                f"the state has no {missing[0]!r} under {self._key!r}; expected what state_dict() of this version gives"
-            )
-        self._check_own_state(saved)
-        whole = {k: v for k, v in state_dict.items() if k != self._key}
-        state = {
-            i: {k: self._place.local(v) if isinstance(v, Tensor) else v for k, v in its.items()}
-            for i, its in whole["state"].items()
-        }
-        super().load_state_dict(whole | {"state": state})
-        saved = copied(saved, self._device)
-        self._steps, self._damping, self._combination = saved["steps"], saved["damping"], saved["combination"]
-        self._rejections, self._loss_before = saved["rejections"], saved["loss_before"]
-        self._first_loss = saved["first_loss"]
-        self._first_mass = [] if saved["first_mass"] is None else [saved["first_mass"]]
-        self._faults = Counter(saved["faults"])
-        self._adapts_lr = self._has_free_lr()
-        self._resume_generator(saved["generator"].cpu(), saved["seed"])
-        self._load_own_state(saved)
-        self._pending = []
-        self._arm()
 
 
 def _shrink(group: dict[str, Any], length: float) -> float:
