@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import natgrad
+from natgrad.study.networks import make_convolutional
 
 CLASSES = 10
 Timed = Callable[[], object]
@@ -39,18 +40,7 @@ def mlp() -> nn.Sequential:
 
 
 def cnn() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(3136, 128),
-        nn.ReLU(),
-        nn.Linear(128, CLASSES),
-    )
+    return make_convolutional((32, 64), 128)
 
 
 MODELS = {"mlp": (mlp, (784,)), "cnn": (cnn, (1, 28, 28))}

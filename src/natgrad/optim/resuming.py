@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from natgrad.optim.follow import Following
-from natgrad.optim.output import Way
-from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.saved import state_of
 from natgrad.optim.vectors import copied
 
@@ -24,18 +22,8 @@ class Resuming(Following):
     """Under which `state_dict` has what is not torch's own."""
     _damping: float | None
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: nn.Module,
-        params: Groups,
-        defaults: dict[str, Any],
-        *,
-        estimator: str,
-        output: Way | None,
-        generator: torch.Generator | None,
-    ):
-        super().__init__(model, loss, params, defaults, estimator=estimator, output=output, generator=generator)
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
         self._adapts_lr = self._has_free_lr()  # whatever a scheduler writes into the groups
         self._steps = 0
         self._combination: list[float] | None = None

@@ -48,19 +48,20 @@ def make_perceptron(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*modules[:-1])
 
 
-def make_convolutional() -> nn.Sequential:
+def make_convolutional(channels: tuple[int, int] = (16, 32), hidden: int = 64) -> nn.Sequential:
     """Make a small convolutional classifier of images of 28 x 28."""
+    first, second = channels
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
+        nn.Conv2d(1, first, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
+        nn.Conv2d(first, second, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(32 * 49, 64),
+        nn.Linear(second * 49, hidden),
         nn.ReLU(),
-        nn.Linear(64, 10),
+        nn.Linear(hidden, 10),
     )
 
 
