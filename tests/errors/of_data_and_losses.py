@@ -31,8 +31,6 @@ AN_INSTANCE = "expected an instance of one of nn.CrossEntropyLoss(), nn.MSELoss(
 
 # fmt: off
 ROWS = [
-    ("output and target in the other order", lambda: fisher(forward=lambda model, batch: (batch[1], model(batch[0]))),
-     ValueError, "output has dtype torch.int64; expected what the model returned, which comes first"),
     ("batches that grow, of what has no length", lambda: natgrad.GrowingBatches(iter(X), 1, 4, 2), TypeError,
      "data is a tuple_iterator, which has no length; expected a data set, or range(n)"),
     # The loss

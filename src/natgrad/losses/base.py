@@ -94,17 +94,12 @@ class OutputCurvature(ABC):
         return value
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Raises TypeError if the target is no tensor, ValueError if the two do not fit this loss: their order, devices
-        and shapes, the target's dtype and classes."""
+        """Raises TypeError if the target is no tensor, ValueError if the two do not fit this loss: their devices and
+        shapes, the target's dtype and classes."""
         if not isinstance(target, Tensor):
             raise TypeError(
                 f"{type(self.module).__name__}: target is {described(target)}; expected a Tensor, as by "
                 "torch.as_tensor(target)"
-            )
-        if not output.is_floating_point():
-            raise ValueError(
-                f"{type(self.module).__name__}: output has dtype {output.dtype}; expected what the model returned, "
-                "which comes first, and then the target"
             )
         if target.device != output.device:
             raise ValueError(
