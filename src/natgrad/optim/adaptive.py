@@ -34,6 +34,10 @@ BACKTRACKING = (0.25, 0.0625, 0.015625)
 DIVERGED = 9.0
 """How many times the first loss a loss has risen by in a run that is said to diverge."""
 MEND = "give max_kl=0.01, which bounds a step, a larger damping, or a smaller lr; or leave all three out"
+NO_SCHEDULER = (
+    "a scheduler of torch.optim.lr_scheduler is to change lr, which is None here: it is adapted at every step. Give "
+    "numbers for lr and momentum, or leave the scheduler out"
+)
 
 
 class Adaptive(Resuming):
@@ -182,6 +186,12 @@ class Adaptive(Resuming):
 
     # The step ------------------------------------------------------------------------------------------
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """One of torch's schedulers, when it is made, wraps `step` before it computes with `lr`."""
+        if name == "step" and hasattr(value, "_wrapped_by_lr_sched") and self._adapts_lr:
+            raise ValueError(NO_SCHEDULER)
+        super().__setattr__(name, value)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the parameters from their gradients. What was done is in `diagnostics`.
@@ -195,10 +205,7 @@ class Adaptive(Resuming):
             ValueError: if one of torch's schedulers is to change a step size that is adapted.
         """
         if self._adapts_lr and any("initial_lr" in group for group in self.param_groups):
-            raise ValueError(
-                "a scheduler of torch.optim.lr_scheduler is to change lr, which is None here: it is adapted at every "
-                "step. Give numbers for lr and momentum, or leave the scheduler out"
-            )
+            raise ValueError(NO_SCHEDULER)
         value = None
         if closure is not None:
             with torch.enable_grad():
