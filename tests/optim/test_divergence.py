@@ -50,6 +50,21 @@ def test_what_cannot_be_inverted_then_is_put_down_to_it(monkeypatch):
         train(opt, model, 1)
 
 
+def test_beyond_return_the_run_ends():
+    model = net(4, 16, 3)
+    opt = natgrad.KFAC(model, LOSS, **RASH)
+    with pytest.warns(RuntimeWarning, match="diverges"):
+        train(opt, model, 60)
+    before = [p.clone() for p in model.parameters()]
+    model.register_forward_pre_hook(lambda module, args: (args[0] * torch.nan,))
+    with (
+        pytest.warns(RuntimeWarning, match="rejected"),
+        pytest.raises(ValueError, match=r"has diverged, and the last 8 steps were rejected.*max_kl=0\.01"),
+    ):
+        train(opt, model, 60)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("options", [{"lr": 0.1, "momentum": 0.9, "damping": 0.1}, {}])
 def test_a_run_that_goes_well_says_nothing(options):
     model = net(4, 16, 3)

@@ -78,6 +78,65 @@ def test_a_nan_anywhere_at_any_step(spoil, when, structure, options, monkeypatch
     assert losses[-1] < losses[0]
 
 
+class TestBuffers:
+    """Batch normalization has taken in a batch before anything can be said of its loss."""
+
+    @pytest.fixture
+    def made(self):
+        model = nn.Sequential(nn.Linear(D, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, C)).double()
+        return model, natgrad.KFAC(model, nn.CrossEntropyLoss(), adapt_every=2)
+
+    @staticmethod
+    def spoiled(model, opt):
+        with pytest.warns(RuntimeWarning, match="rejected"):
+            spoil_inputs(model, opt, None)
+        assert not opt.diagnostics["accepted"]
+
+    @pytest.mark.parametrize("when", [0, 1, 4])
+    def test_are_as_before_a_batch_that_is_not_finite(self, made, when):
+        model, opt = made
+        for _ in range(when):
+            step(model, opt)
+        before = copy.deepcopy(dict(model.named_buffers()))
+        self.spoiled(model, opt)
+        for n in ("1.running_mean", "1.running_var"):
+            assert torch.equal(model.get_buffer(n), before[n])
+        step(model, opt)
+        assert not torch.equal(model.get_buffer("1.running_mean"), before["1.running_mean"])
+
+    def test_are_as_before_the_first_of_several_microbatches(self, made):
+        model, opt = made
+        before = copy.deepcopy(dict(model.named_buffers()))
+        for x in (X * math.nan, X):
+            opt.loss(model(x), LABELS).backward()
+        with pytest.warns(RuntimeWarning, match="rejected"):
+            opt.step()
+        assert torch.equal(model.get_buffer("1.running_var"), before["1.running_var"])
+
+    def test_that_were_loaded_come_back_as_they_were_loaded(self, made):
+        model, opt = made
+        step(model, opt)
+        model.load_state_dict({n: torch.full_like(t, 2) for n, t in model.state_dict().items()})
+        self.spoiled(model, opt)
+        assert torch.equal(model.get_buffer("1.running_mean"), torch.full((6,), 2.0, dtype=torch.float64))
+
+
+def test_of_many_rejected_steps_in_a_row_a_few_are_told():
+    model, opt = made()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(9):
+            step(model, opt, X * math.nan)
+    told = [str(w.message) for w in caught if "rejected" in str(w.message)]
+    assert [("in a row" in line, line.split(":")[0]) for line in told] == [
+        (False, "KFAC rejected step 0"),
+        (True, "KFAC rejected step 1 (2 in a row)"),
+        (True, "KFAC rejected step 3 (4 in a row)"),
+        (True, "KFAC rejected step 7 (8 in a row)"),
+    ]
+    assert opt.diagnostics["faults"] == {"rejected": 9}
+
+
 class TestLadder:
     def test_more_damping_where_that_helps(self, monkeypatch):
         model, opt = made(**FIXED)
@@ -140,16 +199,16 @@ class TestLadder:
     def test_faults_are_counted_over_the_run_and_saved(self):
         model, opt = made()
         step(model, opt)
-        for _ in range(2):
-            with pytest.warns(RuntimeWarning, match="rejected"):
+        with pytest.warns(RuntimeWarning, match="rejected"):
+            for _ in range(3):
                 step(model, opt, X * math.nan)
         state = copy.deepcopy(opt.state_dict())
-        assert opt.diagnostics["faults"] == {"rejected": 2}
+        assert opt.diagnostics["faults"] == {"rejected": 3}
         _, resumed = made()
         resumed.load_state_dict(state)
-        with pytest.warns(RuntimeWarning, match="rejected"):
+        with pytest.warns(RuntimeWarning, match="4 in a row"):
             step(resumed.model, resumed, X * math.nan)
-        assert resumed.diagnostics["faults"] == {"rejected": 3}
+        assert resumed.diagnostics["faults"] == {"rejected": 4}
 
 
 TRAINING = """

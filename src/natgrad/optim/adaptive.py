@@ -33,6 +33,8 @@ BACKTRACKING = (0.25, 0.0625, 0.015625)
 
 DIVERGED = 9.0
 """How many times the first loss a loss has risen by in a run that is said to diverge."""
+HOPELESS = 8
+"""How many steps in a row are rejected in a run that has diverged before it ends."""
 MEND = "give max_kl=0.01, which bounds a step, a larger damping, or a smaller lr; or leave all three out"
 NO_SCHEDULER = (
     "a scheduler of torch.optim.lr_scheduler is to change lr, which is None here: it is adapted at every step. Give "
@@ -202,7 +204,8 @@ class Adaptive(Resuming):
 
         Raises:
             RuntimeError: if no `opt.loss` and backward came before.
-            ValueError: if one of torch's schedulers is to change a step size that is adapted.
+            ValueError: if one of torch's schedulers is to change a step size that is adapted; if a run with numbers of
+                the user's own has diverged beyond return.
         """
         if self._adapts_lr and any("initial_lr" in group for group in self.param_groups):
             raise ValueError(NO_SCHEDULER)
@@ -229,11 +232,16 @@ class Adaptive(Resuming):
         with self._watch.suspended(), torch.autocast(self._device.type, enabled=False):
             fault = self._step(pending, gradients)
         self._place.settle()
+        self._watch.buffers.end_step(accepted=fault is None)
         if fault is not None:
             self._reject(fault)
         self.diagnostics["faults"] = dict(self._faults)
         self._steps += 1
         self._arm()
+        if fault is not None and self._diverged and self._rejections >= HOPELESS:
+            raise ValueError(
+                f"the run has diverged, and the last {self._rejections} steps were rejected ({fault}); {MEND}"
+            )
         return value
 
     def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
@@ -534,7 +542,9 @@ class Adaptive(Resuming):
             self._damping = self._rule.after_rejection(self._damping, self._rejections)
             self.diagnostics["damping"] = self._damping
         self._expire()
-        warn(f"{type(self).__name__} rejected step {self._steps}: {fault}")
+        if self._rejections & (self._rejections - 1) == 0:  # the first in a row, the second, the fourth, the eighth, ...
+            again = f" ({self._rejections} in a row)" if self._rejections > 1 else ""
+            warn(f"{type(self).__name__} rejected step {self._steps}{again}: {fault}")
 
     def _undo_last(self, objective: Objective, loss: float = math.inf) -> bool:
         """Takes the last step back if it has raised this batch's loss to `loss` by more than what is tolerated."""

@@ -168,6 +168,7 @@ class PRONG(torch.optim.Optimizer):
                     )
                 self._refresh(forward.recorder)
             self._descend(gradients)
+        self._watch.buffers.end_step(accepted=self.diagnostics["accepted"])
         self._steps += 1
         self._arm()
         return value

@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 
 from natgrad.capture import Recorder, Tap
 from natgrad.optim.batch import Forward, RandomState
+from natgrad.optim.buffers import Buffers
 from natgrad.optim.output import Returned
 
 
@@ -40,6 +41,7 @@ class Watch:
     ):
         self.recording, self._beyond_evaluation = True, beyond_evaluation
         self._model, self._parameters = weakref.ref(model), dict(parameters)
+        self.buffers = Buffers(model)
         self._forward: Forward | None = None
         self._recorder: Recorder | None = None
         self._depth = 0
@@ -133,6 +135,7 @@ class Watch:
             self._forward = None
         if not trains:
             return
+        self.buffers.keep()
         # torch's own note of whose forward is running, for its compiler.
         around = DistributedDataParallel._active_ddp_module
         if around is not None and self._within is not None and (within := self._within()) is not None:
