@@ -31,9 +31,10 @@ def covariance(x, y):
     return ((X - X.mean(0)).mT @ (Y - Y.mean(0)) / len(x)).norm().item()
 
 
-@given(n=st.integers(1, 9), k=st.integers(1, 3), seed=st.integers(0, 10**6))
-def test_centered_kernel_is_that_of_the_centered_matrices(n, k, seed):
-    z = randn(n, k, 3, seed=seed)
+@given(n=st.integers(1, 9), k=st.integers(1, 3), d=st.integers(1, 9), seed=st.integers(0, 10**6))
+def test_centered_kernel_is_that_of_the_centered_matrices(n, k, d, seed):
+    """Where the matrices are formed (they are small beside k), and where they are not."""
+    z = randn(n, k, d, seed=seed)
     K, cases = kernel(z), torch.arange(n)
     Z = matrices(z)
     close(K.block(cases, cases), Z @ Z.mT)

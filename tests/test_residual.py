@@ -84,13 +84,14 @@ def test_a_layer_of_a_bias_alone():
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("reduction", [meant, summed])
 @pytest.mark.parametrize("model", ["pooled", "sequence", "twice"])
-def test_norms_with_several_positions(model, sharing, reduction):
+@pytest.mark.parametrize("chunk", [8, 30, 2000], ids=["by cases", "formed in parts", "formed"])
+def test_norms_with_several_positions(model, sharing, reduction, chunk):
     loss, positions = reduction(nn.CrossEntropyLoss()), () if model == "twice" else (3,)
     data = [
         (randn(n, *positions, 4, seed=n), labels(n, *positions) if model == "sequence" else labels(n)) for n in (5, 6)
     ]
     model = MODELS[model](4, 5, bias=True)
-    report = check_against_dense(model, loss, data, sharing=sharing, chunk=8)
+    report = check_against_dense(model, loss, data, sharing=sharing, chunk=chunk)
     shared = report["first"]
     assert shared.bound is None
     assert shared.cases == 11 * ((len(model.uses) - 1 if not positions else 3) if sharing == "expand" else 1)

@@ -10,12 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+FEW_COLUMNS = 4
+"""The matrices are formed where they have no more rows than so many times the columns that they are made of."""
 SMALLEST_CHUNK = 8
 """Cases are parted evenly, so that with this no part has fewer than the 4 that the unbiased estimate needs."""
 
 
 class Kernel:
-    """`k(i, j) = ⟨Z_i, Z_j⟩ = Σ_kq (z_ik·z_jq)²` of the matrices `Z_i = Σ_k z_ik z_ikᵀ`, of which none is formed.
+    """`k(i, j) = ⟨Z_i, Z_j⟩ = Σ_kq (z_ik·z_jq)²` of the matrices `Z_i = Σ_k z_ik z_ikᵀ`, which are formed only where they
+    take little more room than the `z_ik`.
 
     With the mean `M` of the `Z_i` the kernel is centered in closed form, one block at a time:
     `⟨Z_i − M, Z_j − M⟩ = k(i, j) − r(i) − r(j) + ‖M‖²`, where `r(i) = Σ_k z_ikᵀ M z_ik` is the mean of row i.
@@ -32,11 +35,18 @@ class Kernel:
     def block(self, a: Tensor, b: Tensor) -> Float[Tensor, "a b"]:
         """The kernel between the cases of two index sets, in float64."""
         za, zb = self.z[a].double(), self.z[b].double()
+        if za.shape[2] <= FEW_COLUMNS * za.shape[1]:
+            return _formed(za) @ _formed(zb).mT
         products = ((za[:, k] @ zb[:, q].mT).square_() for k in range(za.shape[1]) for q in range(zb.shape[1]))
         return reduce(Tensor.add_, products)
 
     def centered(self, block: Float[Tensor, "a b"], a: Tensor, b: Tensor) -> Float[Tensor, "a b"]:
         return block - self.row_means[a, None] - self.row_means[b] + self.norm.square()
+
+
+def _formed(z: Float[Tensor, "a k d"]) -> Float[Tensor, "a dd"]:
+    """The matrices `Z_i`."""
+    return (z.mT @ z).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -292,9 +292,18 @@ def _norms(
 
     `G = scale Σ_ik s_ik s_ikᵀ` with `s_ik = Σ_t x_it ⊗ g_ikt`. `‖G‖²` is that of the Gram matrix,
     `s_ik·s_jq = Σ_tu (x_it·x_ju)(g_ikt·g_jqu)`, of which at most `chunk` x `chunk` terms, or those of two examples,
-    are held at a time; and `⟨G, A ⊗ B⟩ = scale Σ_ik s_ikᵀ (A ⊗ B) s_ik`.
+    are held at a time; and `⟨G, A ⊗ B⟩ = scale Σ_ik s_ikᵀ (A ⊗ B) s_ik`. Where `G` has no more rows than there are
+    columns, nor than `chunk`, it is formed.
     """
-    n, K, t, _ = g.shape
+    n, K, t, o = g.shape
+    size = x.shape[2] * o
+    if size <= min(chunk, n * K):
+        G = torch.zeros(size, size, dtype=torch.float64, device=g.device)
+        step = max(1, chunk**2 // (K * size))
+        for its_x, its_g in zip(x.split(step), g.split(step), strict=True):
+            S = torch.einsum("nkto,nti->nkoi", its_g.double(), its_x.double()).reshape(-1, size)
+            G.addmm_(S.mT, S, alpha=scale)
+        return float(torch.linalg.matrix_norm(G - torch.kron(B, A))), float(torch.linalg.matrix_norm(G))
     parts = torch.arange(n, device=g.device).split(max(1, chunk // t))
     GG = GK = torch.zeros((), dtype=torch.float64, device=g.device)
     for i, a in enumerate(parts):
