@@ -295,9 +295,10 @@ class Recorder(TorchFunctionMode):
         if missed:
             named = ", ".join(f"{n!r} (used by {missed[n]})" for n in self._names.values() if n in missed)
             raise NotImplementedError(
-                f"no layer kind covers {named}; expected linear maps, convolutions, embeddings, normalizations, or "
-                "elementwise scales and shifts, with a bias of shape (d_out,). Freeze these parameters with "
-                "requires_grad_(False), or leave them out with params="
+                f"no layer kind covers {named}; expected linear maps, convolutions, embeddings, normalizations, "
+                "attention, recurrent layers, or elementwise scales and shifts, with a bias of shape (d_out,). Freeze "
+                "these parameters with requires_grad_(False), or leave them out with params=, for another optimizer to "
+                "train"
             )
         self.uses = [part for use in self.uses for part in use.parts(reached)]
 

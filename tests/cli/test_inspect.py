@@ -28,6 +28,13 @@ def nothing(): ...
 def pair():
     return problem()[:2]
 
+def of_batches():
+    model, loss, data = problem()
+    return model, loss, [{"x": x, "y": y} for x, y in data], lambda model, batch: (model(batch["x"]), batch["y"])
+
+def four():
+    return *problem(), "forward"
+
 def string():
     return "model", nn.MSELoss(), ()
 
@@ -90,6 +97,16 @@ def test_it_writes_a_report(folder: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert str(out / "report.html") in printed
 
 
+def test_batches_may_be_of_another_form(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for target in ("given:problem", "given:of_batches"):
+        assert run_command(target, "--out", str(folder / target[6:]), "--permutations", "0") == 0
+    assert results(folder / "of_batches")["layers"] == results(folder / "problem")["layers"]
+    with pytest.raises(SystemExit) as exit_info:
+        main(["plan", "given:of_batches", "--ranks", "1"])
+    assert exit_info.value.code == 0
+    assert "in 2 layers" in capfd.readouterr().out
+
+
 def test_the_seed_fixes_everything(folder: Path) -> None:
     def layers(seed: int) -> object:
         arguments = ("--estimator", "mc", "--seed", str(seed), "--permutations", "9", "--out", str(folder / "out"))
@@ -117,6 +134,7 @@ def test_the_seed_fixes_everything(folder: Path) -> None:
         (["given:raises"], ["given:raises raised FileNotFoundError", "no file called data.pt"]),
         (["given:nothing"], ["returned a NoneType", "(model, loss, data)"]),
         (["given:pair"], ["returned a tuple of 2", "(model, loss, data)"]),
+        (["given:four"], ["a str as its forward", "forward(model, batch)"]),
         (["given:string"], ["a str as its model", "torch.nn.Module"]),
         (["given:function_as_loss"], ["a function as its loss", "torch.nn.Module"]),
         (["given:problem", "--estimator", "best"], ["--estimator", "'best'", "exact, mc, empirical"]),

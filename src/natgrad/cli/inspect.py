@@ -17,6 +17,7 @@ from natgrad import residual
 from natgrad.cli.errors import UserError
 from natgrad.cli.report import check_seed, check_writable, write_json, write_page
 from natgrad.cli.target import load_problem, words
+from natgrad.data import Forward
 from natgrad.losses.base import ESTIMATORS
 from natgrad.options import did_you_mean
 from natgrad.residual_figures import PANELS, draw
@@ -37,11 +38,11 @@ def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: 
         raise UserError(f"--permutations was {permutations}; expected 0 or more; leave it out for 200.")
     check_seed(seed)
     torch.manual_seed(seed)
-    model, loss, data = load_problem(target)
+    model, loss, data, forward = load_problem(target)
     with _ranks(model) as (model, rank):
         if rank == 0:
             check_writable(out)
-        report = _residual(target, model, loss, data, estimator, seed, permutations)
+        report = _residual(target, model, loss, data, forward, estimator, seed, permutations)
     if rank > 0:
         return
     console = Console()
@@ -99,13 +100,27 @@ def write_all(report: ResidualReport, settings: dict[str, Any], out: Path) -> Pa
 
 
 def _residual(
-    target: str, model: nn.Module, loss: nn.Module, data: Any, estimator: str, seed: int, permutations: int
+    target: str,
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    forward: Forward | None,
+    estimator: str,
+    seed: int,
+    permutations: int,
 ) -> ResidualReport:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
     try:
         return residual(
-            model, loss, data, estimator=estimator, generator=generator, permutations=permutations, progress=True
+            model,
+            loss,
+            data,
+            forward=forward,
+            estimator=estimator,
+            generator=generator,
+            permutations=permutations,
+            progress=True,
         )
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: the model's own, on data of another shape
         raise UserError(f"what {target} returned cannot be inspected: {words(error)}") from error

@@ -111,10 +111,10 @@ def _layers(target: str) -> list[Size]:
             f"{target!r} is not a model; expected {', '.join(MODELS)}, or MODULE:FUNCTION for a function that returns "
             f"(model, loss, data), as for natgrad inspect{did_you_mean(target, MODELS) or '.'}"
         )
-    model, loss, data = load_problem(target)
+    model, loss, data, forward = load_problem(target)
     structure = KfacStructure()
     try:
-        problem = Problem(model, loss, data, estimator="mc")
+        problem = Problem(model, loss, data, estimator="mc", forward=forward)
         cases = next(iter(problem.cases()))
         structure.add(cases)
         return sizes_of(structure.moments, problem.parameters, cases.examples)

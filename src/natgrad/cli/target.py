@@ -3,22 +3,32 @@
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from natgrad.cli.errors import UserError
 
-EXPECTED = "expected (model, loss, data), as for natgrad.residual(model, loss, data)"
+EXPECTED = "expected (model, loss, data), as for natgrad.residual(model, loss, data), or (model, loss, data, forward)"
 
 
-def load_problem(target: str) -> tuple[nn.Module, nn.Module, Any]:
-    """Import the module, from the current directory or from where Python finds it, and call the function.
+def load_problem(target: str) -> tuple[nn.Module, nn.Module, Any, Callable[..., Any] | None]:
+    """Import the module, from the current directory or from where Python finds it, and call the function: a model, a
+    loss and data, and a function for batches of another form than pairs, if there is one.
 
     Raises:
         UserError: if there is no such module or function, or it raises, or what it returns is something else.
     """
-    return checked(target, call(target))
+    problem, forward = call(target), None
+    if isinstance(problem, (tuple, list)) and len(problem) == 4:
+        *problem, forward = problem
+        if not callable(forward):
+            raise UserError(
+                f"{target} returned a {type(forward).__name__} as its forward; {EXPECTED}; return a function "
+                "forward(model, batch) that gives (output, target) in its place, or three things."
+            )
+    return *checked(target, problem), forward
 
 
 def call(target: str) -> Any:

@@ -39,9 +39,11 @@ class Softmax(OutputCurvature):
         if target.dtype not in (torch.int64, torch.uint8) or (target.dtype == torch.uint8 and output.ndim > 2):
             raise self._wrong_dtype(target, "class indices of dtype torch.int64 (target.long()), or probabilities")
         if target.shape != (output.shape[0], *output.shape[2:]):
+            last = output.ndim > 2 and target.shape == output.shape[:-1]
             raise ValueError(
                 f"{name}: output has shape {tuple(output.shape)} and target {tuple(target.shape)}; expected "
                 f"class indices of shape {(output.shape[0], *output.shape[2:])}, or probabilities of the output's shape"
+                + ("; classes are on axis 1, as torch has them: give output.movedim(-1, 1)" if last else "")
             )
         _, index = self._classes(target)
         outside = index[(index < 0) | (index >= C)]
