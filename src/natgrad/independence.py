@@ -17,8 +17,8 @@ SMALLEST_CHUNK = 8
 
 
 class Kernel:
-    """`k(i, j) = ⟨Z_i, Z_j⟩ = Σ_kq (z_ik·z_jq)²` of the matrices `Z_i = Σ_k z_ik z_ikᵀ`, which are formed only where they
-    take little more room than the `z_ik`.
+    """`k(i, j) = ⟨Z_i, Z_j⟩ = Σ_kq (z_ik·z_jq)²` of the matrices `Z_i = Σ_k z_ik z_ikᵀ`, which are formed only where
+    they take little more room than the `z_ik`.
 
     With the mean `M` of the `Z_i` the kernel is centered in closed form, one block at a time:
     `⟨Z_i − M, Z_j − M⟩ = k(i, j) − r(i) − r(j) + ‖M‖²`, where `r(i) = Σ_k z_ikᵀ M z_ik` is the mean of row i.

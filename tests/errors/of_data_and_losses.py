@@ -58,7 +58,7 @@ ROWS = [
     ("labels in a column", lambda: fisher(data=(X, LABELS[:, None])), ValueError,
      "CrossEntropyLoss: output has shape (8, 3) and target (8, 1); expected class indices of shape (8,)"),
     ("classes on the last axis, as language models have them",
-     lambda: fisher(model=nn.Linear(4, 3), data=(torch.randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.long))), ValueError,
+     lambda: fisher(model=nn.Linear(4, 3), data=(torch.randn(2, 5, 4), torch.zeros(2, 5).long())), ValueError,
      "output has shape (2, 5, 3) and target (2, 5)", "classes are on axis 1", "output.movedim(-1, 1)"),
     ("classes in place of logits", lambda: fisher(forward=lambda m, b: (m(b[0]).argmax(1), b[1])), ValueError,
      "CrossEntropyLoss: output has shape (8,); expected (examples, classes, ...)", "logits and not classes"),

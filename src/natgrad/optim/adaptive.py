@@ -542,9 +542,7 @@ class Adaptive(Resuming):
             self._damping = self._rule.after_rejection(self._damping, self._rejections)
             self.diagnostics["damping"] = self._damping
         self._expire()
-        if (
-            self._rejections & (self._rejections - 1) == 0
-        ):  # the first in a row, the second, the fourth, the eighth, ...
+        if self._rejections & (self._rejections - 1) == 0:  # the first, second, fourth, eighth in a row, ...
             again = f" ({self._rejections} in a row)" if self._rejections > 1 else ""
             warn(f"{type(self).__name__} rejected step {self._steps}{again}: {fault}")
 
