@@ -76,7 +76,7 @@ class Problem:
             from rich.progress import track
 
             total = len(self._data) if isinstance(self._data, Sized) else None
-            data = track(self._data, description="curvature", total=total)
+            data = track(self._data, description="curvature", total=total, transient=True)
         empty = True
         for batch in data:
             empty = False

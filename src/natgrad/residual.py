@@ -342,4 +342,4 @@ def _shown(layers: Collection[Layer], progress: bool) -> Iterable[Layer]:
         return layers
     from rich.progress import track
 
-    return track(layers, description="residual")
+    return track(layers, description="residual", transient=True)
