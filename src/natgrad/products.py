@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from natgrad.capture import Use
 from natgrad.layers import COMPOSITES
 from natgrad.layers.embedding import embedding_bag
+from natgrad.tangents import tangent_rule
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ class _Replay(TorchFunctionMode):
         if func in COMPOSITES:  # fused ones have no forward mode
             with self:
                 return COMPOSITES[func].function(*args, **kwargs)
+        rule = tangent_rule(func, args)
+        if rule is not None and (found := rule(*args, **kwargs)) is not None:
+            return found
         if func is F.embedding_bag:  # nor has this
             return embedding_bag(*args, **kwargs)
         if func is torch._cudnn_rnn_flatten_weight:  # nor this, for which there is no use
