@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from layers.networks import NETWORKS, make
 from natgrad.products import tangent
 from natgrad.tangents import RULES, tangent_rule
 from oracles import close, f64, randn
@@ -129,6 +130,18 @@ def every(function, args):
 def test_of_a_model(products):
     close(products(every, f64), products(none, f64), 1e-12)
     close(products(tangent_rule, f64), products(none, f64), 1e-12)
+
+
+@pytest.mark.parametrize(("name", "training"), [*((name, False) for name in NETWORKS), ("batch norm", True)])
+def test_of_every_kind(name, training, monkeypatch):
+    model, x, _ = make(name)
+    model.train(training)
+    d = {n: randn(1, *p.shape, seed=i)[0] for i, (n, p) in enumerate(model.named_parameters())}
+    found = {}
+    for rules in (none, every):
+        monkeypatch.setattr("natgrad.products.tangent_rule", rules)
+        _, found[rules] = tangent(model, lambda forward: forward(x), d)
+    close(found[every], found[none], 1e-12)
 
 
 def test_in_bfloat16_it_is_the_tangent_in_float64_to_few_digits(products):

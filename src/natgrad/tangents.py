@@ -111,23 +111,35 @@ def _normalized(
         normal = normalize(leaf)
     y = normal.detach()
     y_dot = None if x_dot is None else torch.autograd.grad(normal, leaf, x_dot.to(normal.dtype))[0].to(y.dtype)
-    if weight is not None:
-        w, w_dot = (None if t is None else t.to(y.dtype) for t in forward_ad.unpack_dual(weight))
-        y_dot = _sum(None if y_dot is None else y_dot * w, None if w_dot is None else y * w_dot)
-        y = y * w
-    if bias is not None:
-        b, b_dot = (None if t is None else t.to(y.dtype) for t in forward_ad.unpack_dual(bias))
-        y, y_dot = y + b, _sum(y_dot, b_dot)
-    return y if y_dot is None else forward_ad.make_dual(y, y_dot.expand_as(y))
+    (w, w_dot), (b, b_dot) = (_as(t, y.dtype) for t in (weight, bias))
+    y_dot = _affine(y_dot, w, b_dot)
+    if w_dot is not None:
+        y_dot = _affine(y, w_dot, y_dot)
+    out = _affine(y, w, b)
+    assert out is not None
+    return out if y_dot is None else forward_ad.make_dual(out, y_dot.expand_as(out))
+
+
+def _affine(x: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """`w x + b` of what there is."""
+    if x is None:
+        return b
+    if w is None:
+        return x if b is None else x + b
+    return x * w if b is None else torch.addcmul(b, x, w)
+
+
+def _as(t: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """A parameter and its tangent, in this precision."""
+    if t is None:
+        return None, None
+    primal, tangent = forward_ad.unpack_dual(t)
+    return primal.to(dtype), None if tangent is None else tangent.to(dtype)
 
 
 def _by_channel(t: Tensor | None, input: Tensor) -> Tensor | None:
     """As it multiplies an input with channels on axis 1."""
     return None if t is None else t.view(-1, *[1] * (input.ndim - 2))
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
 
 
 def _tangent(t: Tensor | None) -> Tensor | None:

@@ -47,7 +47,7 @@ def test_the_matrix_is_the_cpus(name, structure):
 
 
 @pytest.mark.parametrize("make_matrix", [natgrad.fisher, natgrad.hessian], ids=["fisher", "hessian"])
-@pytest.mark.parametrize("name", ["LSTM", "attention", "conv2d"])
+@pytest.mark.parametrize("name", ["LSTM", "attention", "attention, masked", "conv2d", "layer norm", "group norm"])
 def test_products_are_the_cpus(name, make_matrix):
     model, x, y = make(name)
     model.eval()
@@ -56,6 +56,16 @@ def test_products_are_the_cpus(name, make_matrix):
     expected = here @ v
     there = make_matrix(model.to(GPU), LOSS, (x.to(GPU), y.to(GPU)), "implicit")
     close((there @ v.to(GPU)).cpu(), expected, 1e-9)
+
+
+def test_products_with_a_batchs_own_averages_are_the_cpus():
+    model, x, y = make("batch norm")
+    model.train()
+    here, there = copy.deepcopy(model), model.to(GPU)
+    here = natgrad.fisher(here, LOSS, (x, y), "implicit")
+    there = natgrad.fisher(there, LOSS, (x.to(GPU), y.to(GPU)), "implicit")
+    v = randn(here.space.size)
+    close((there @ v.to(GPU)).cpu(), here @ v, 1e-9)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "empirical"])
