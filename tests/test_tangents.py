@@ -18,16 +18,17 @@ N, HEADS, L, S, E = 2, 4, 5, 7, 6
 
 
 def dual(t, with_tangent, seed):
-    return forward_ad.make_dual(t, randn(*t.shape, seed=100 + seed)) if with_tangent else t
+    moves = with_tangent and t is not None
+    return forward_ad.make_dual(t, randn(*t.shape, seed=100 + seed)) if moves else t
 
 
-def compare(function, tensors, moving, **options):
+def compare(function, tensors, moving, *after_first, **options):
     """The rule's output and tangent beside torch's."""
     with torch.no_grad(), forward_ad.dual_level():
-        duals = [dual(t, moves, seed) for seed, (t, moves) in enumerate(zip(tensors, moving, strict=True))]
-        found = forward_ad.unpack_dual(RULES[function](*duals, **options))
+        first, *rest = (dual(t, moves, seed) for seed, (t, moves) in enumerate(zip(tensors, moving, strict=True)))
+        found = forward_ad.unpack_dual(RULES[function](first, *after_first, *rest, **options))
         with sdpa_kernel(SDPBackend.MATH):
-            expected = forward_ad.unpack_dual(function(*duals, **options))
+            expected = forward_ad.unpack_dual(function(first, *after_first, *rest, **options))
     close(found.primal, expected.primal, 1e-12)
     close(found.tangent, expected.tangent, 1e-12)
 
@@ -72,16 +73,7 @@ def test_of_normalizations(function, shape, middle, options, affine, moving):
         return
     size = middle[0] if function is F.layer_norm else (shape[1],)
     weight, bias = (randn(*size, seed=1), randn(*size, seed=2)) if affine else (None, None)
-    x = randn(*shape)
-    with torch.no_grad(), forward_ad.dual_level():
-        x, weight, bias = (
-            None if t is None else dual(t, moves, seed)
-            for seed, (t, moves) in enumerate(zip((x, weight, bias), moving, strict=True))
-        )
-        found = forward_ad.unpack_dual(RULES[function](x, *middle, weight, bias, **options))
-        expected = forward_ad.unpack_dual(function(x, *middle, weight, bias, **options))
-    close(found.primal, expected.primal, 1e-12)
-    close(found.tangent, expected.tangent, 1e-12)
+    compare(function, (randn(*shape), weight, bias), moving, *middle, **options)
 
 
 def test_what_has_no_rule_is_left_to_torch():

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from natgrad.layers.scale import PARSERS, Scale
+
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MANY_KEYS = 8
 """On a CPU, the rule of attention is the faster one where there are so many times as many keys as a key has entries."""
@@ -64,25 +66,6 @@ def attention(
     return forward_ad.make_dual(O.contiguous(), O_dot + gradient[..., Q.shape[-1] :])
 
 
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    """The rule of `F.layer_norm`."""
-    return _normalized(lambda x: F.layer_norm(x, normalized_shape, eps=eps), input, weight, bias)
-
-
-def group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor | None:
-    """The rule of `F.group_norm`."""
-    weight, bias = (_by_channel(t, input) for t in (weight, bias))
-    return _normalized(lambda x: F.group_norm(x, num_groups, eps=eps), input, weight, bias)
-
-
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -96,22 +79,24 @@ def batch_norm(
     """The rule of `F.batch_norm` where it takes the batch's own averages; the running ones stay as they are."""
     if not training:
         return None
-    weight, bias = (_by_channel(t, input) for t in (weight, bias))
-    return _normalized(lambda x: F.batch_norm(x, None, None, training=True, eps=eps), input, weight, bias)
+    return normalization(F.batch_norm, input, None, None, weight, bias, training, eps=eps)
 
 
-def _normalized(
-    normalize: Callable[[Tensor], Tensor], input: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def normalization(function: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`w x̂ + b`, with the tangent `w S ẋ + ẇ x̂ + ḃ`: the Jacobian of `x̂ = (x − mean) / deviation`, which is
     `S = (I − 1 1ᵀ/n − x̂ x̂ᵀ/n) / deviation`, is symmetric, so that reverse mode is forward mode."""
-    x, x_dot = forward_ad.unpack_dual(input)
+    call = PARSERS[function](*args, **kwargs)
+    assert call is not None
+    kind = call.kind
+    assert isinstance(kind, Scale)
+    assert kind.normalize is not None
+    x, x_dot = forward_ad.unpack_dual(call.h)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        normal = normalize(leaf)
+        normal = kind.normalize(leaf)
     y = normal.detach()
     y_dot = None if x_dot is None else torch.autograd.grad(normal, leaf, x_dot.to(normal.dtype))[0].to(y.dtype)
-    (w, w_dot), (b, b_dot) = (_as(t, y.dtype) for t in (weight, bias))
+    (w, w_dot), (b, b_dot) = (_spread(t, kind.spread, y.dtype) for t in (call.weight, call.bias))
     y_dot = _affine(y_dot, w, b_dot)
     if w_dot is not None:
         y_dot = _affine(y, w_dot, y_dot)
@@ -129,17 +114,12 @@ def _affine(x: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor | No
     return x * w if b is None else torch.addcmul(b, x, w)
 
 
-def _as(t: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """A parameter and its tangent, in this precision."""
+def _spread(t: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """A parameter as it multiplies the input, in this precision, and its tangent likewise."""
     if t is None:
         return None, None
-    primal, tangent = forward_ad.unpack_dual(t)
+    primal, tangent = forward_ad.unpack_dual(t.view(shape))
     return primal.to(dtype), None if tangent is None else tangent.to(dtype)
-
-
-def _by_channel(t: Tensor | None, input: Tensor) -> Tensor | None:
-    """As it multiplies an input with channels on axis 1."""
-    return None if t is None else t.view(-1, *[1] * (input.ndim - 2))
 
 
 def _tangent(t: Tensor | None) -> Tensor | None:
@@ -166,7 +146,7 @@ def tangent_rule(function: Any, args: Sequence[Any]) -> Callable[..., Tensor | N
 
 RULES: dict[Any, Callable[..., Tensor | None]] = {
     F.scaled_dot_product_attention: attention,
-    F.layer_norm: layer_norm,
-    F.group_norm: group_norm,
+    F.layer_norm: partial(normalization, F.layer_norm),
+    F.group_norm: partial(normalization, F.group_norm),
     F.batch_norm: batch_norm,
 }

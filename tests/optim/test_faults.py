@@ -38,6 +38,12 @@ def step(model, opt, x=X, spoil=lambda model: None):
     return loss.detach()
 
 
+def reject(model, opt, count):
+    """So many rejected steps in a row."""
+    for _ in range(count):
+        step(model, opt, X * math.nan)
+
+
 def spoil_inputs(model, opt, monkeypatch):
     step(model, opt, X.index_fill(0, torch.tensor(3), math.nan))
 
@@ -125,8 +131,7 @@ def test_of_many_rejected_steps_in_a_row_a_few_are_told():
     model, opt = made()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(9):
-            step(model, opt, X * math.nan)
+        reject(model, opt, 9)
     told = [str(w.message) for w in caught if "rejected" in str(w.message)]
     assert [("in a row" in line, line.split(":")[0]) for line in told] == [
         (False, "KFAC rejected step 0"),
@@ -199,10 +204,8 @@ class TestLadder:
     def test_faults_are_counted_over_the_run_and_saved(self):
         model, opt = made()
         step(model, opt)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            for _ in range(3):
-                step(model, opt, X * math.nan)
+        with pytest.warns(RuntimeWarning, match="rejected"):
+            reject(model, opt, 3)
         state = copy.deepcopy(opt.state_dict())
         assert opt.diagnostics["faults"] == {"rejected": 3}
         _, resumed = made()

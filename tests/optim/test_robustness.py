@@ -135,11 +135,15 @@ class TestRejection:
         model, opt = made()
         step(model, opt)
         dampings = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            for _ in range(3):
+
+        def reject(count):
+            for _ in range(count):
                 step(model, opt, X * math.nan)
                 dampings.append(opt.diagnostics["damping"])
+
+        for count in (1, 1, 2):  # the third in a row is not told, the fourth is
+            with pytest.warns(RuntimeWarning, match="rejected"):
+                reject(count)
         assert dampings[1] / dampings[0] == pytest.approx(16)
         assert dampings[2] / dampings[1] == pytest.approx(64)
 

@@ -3,17 +3,17 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from natgrad.cli.errors import UserError
+from natgrad.data import Forward
 
 EXPECTED = "expected (model, loss, data), as for natgrad.residual(model, loss, data), or (model, loss, data, forward)"
 
 
-def load_problem(target: str) -> tuple[nn.Module, nn.Module, Any, Callable[..., Any] | None]:
+def load_problem(target: str) -> tuple[nn.Module, nn.Module, Any, Forward | None]:
     """Import the module, from the current directory or from where Python finds it, and call the function: a model, a
     loss and data, and a function for batches of another form than pairs, if there is one.
 
