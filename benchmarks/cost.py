@@ -25,6 +25,7 @@ from natgrad.study.optimizers import OPTIMIZERS
 from natgrad.study.tasks import TASKS, Batch, Task
 
 BLOCK = 40  # a multiple of the intervals between statistics, inverses and adaptations
+WARM_UP = 5  # blocks, after which the intervals have grown to what they stay at
 FIXED = {"lr": 1e-2, "momentum": 0.9, "damping": 1.0, "statistics_every": 10, "inverses_every": 100}
 
 
@@ -93,12 +94,12 @@ def main() -> None:
     initial = task.make_model(0)
     steps = {name: step_of(name, copy.deepcopy(initial), task)[0] for name in options.only}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for block in range(options.blocks + 1):
+    for block in range(WARM_UP + options.blocks):
         for name, step in steps.items():
             start = time.perf_counter()
             for _ in range(BLOCK):
                 step(next(batches))
-            if block > 0:  # the first warms up
+            if block >= WARM_UP:
                 times[name].append((time.perf_counter() - start) / BLOCK)
     base = times[options.only[0]]
     print(f"| {task.name}, batch {options.batch} | ms/step | in steps of {options.only[0]} |\n| --- | --- | --- |")

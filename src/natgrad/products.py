@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from natgrad.capture import Use
 from natgrad.layers import COMPOSITES
 from natgrad.layers.embedding import embedding_bag
+from natgrad.precision import linear
 from natgrad.tangents import tangent_rule
 
 
@@ -141,24 +142,33 @@ class _Replay(TorchFunctionMode):
         h, h_dot = forward_ad.unpack_dual(input)
         W, W_dot = forward_ad.unpack_dual(weight)
         b_dot = None if bias is None else forward_ad.unpack_dual(bias).tangent
-        a_dot: Tensor | None = None
-        if W_dot is not None:
-            a_dot = _along(h, W_dot, b_dot) if func is F.linear else func(h, W_dot, b_dot, *how, **also)
-        elif b_dot is not None:
-            a_dot = b_dot if func is F.linear else b_dot.view(-1, *[1] * (weight.ndim - 2))
-        if h_dot is not None:
-            through = func(h_dot, W, None, *how, **also)
-            a_dot = through if a_dot is None else through.add_(a_dot)
+        if func is F.linear:
+            a_dot = _tangent_of_linear(h, h_dot, W, W_dot, b_dot)
+        else:
+            a_dot = None if b_dot is None else b_dot.view(-1, *[1] * (weight.ndim - 2))
+            if W_dot is not None:
+                a_dot = func(h, W_dot, b_dot, *how, **also)
+            if h_dot is not None:
+                through = func(h_dot, W, None, *how, **also)
+                a_dot = through if a_dot is None else through.add_(a_dot)
         a = use.a.detach()
         return a if a_dot is None else forward_ad.make_dual(a, a_dot.expand_as(a))
 
 
-def _along(h: Tensor, W_dot: Tensor, b_dot: Tensor | None) -> Tensor:
-    """`Ẇ h + ḃ`, as `Ẇ (h − m) + (ḃ + Ẇ m)` with the first case for `m`: where products are computed in few digits,
-    inputs far from zero would leave none of them."""
-    m = h.reshape(-1, h.shape[-1])[:1].sum(0)
-    c = torch.linalg.vecdot(W_dot, m)  # a product of matrices may be in few digits
-    return F.linear(h - m, W_dot, c if b_dot is None else c + b_dot)
+def _tangent_of_linear(
+    h: Tensor, h_dot: Tensor | None, W: Tensor, W_dot: Tensor | None, b_dot: Tensor | None
+) -> Tensor | None:
+    """`Ẇ h + W ḣ + ḃ`, as `Ẇ (h − m) + W ḣ + (ḃ + Ẇ m)` with the first case for `m`: where products are computed in few
+    digits, inputs far from zero would leave none of them."""
+    terms = []
+    if W_dot is not None:
+        m = h.reshape(-1, h.shape[-1])[:1].sum(0)
+        c = torch.linalg.vecdot(W_dot, m)  # a product of matrices may be in few digits
+        b_dot = c if b_dot is None else c + b_dot
+        terms.append((h - m, W_dot))
+    if h_dot is not None:
+        terms.append((h_dot, W))
+    return linear(terms, b_dot) if terms else b_dot
 
 
 def _first(use: Use) -> Use:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.linalg.eigen import eigh, inverse_from_cholesky, positive
+from natgrad.precision import matmul
 
 Factor = Float[Tensor, "d *d"]
 Basis = Float[Tensor, "d d"] | None
@@ -20,19 +21,25 @@ def describe(name: str, F: Tensor) -> str:
 
 def from_left(F: Tensor, V: Tensor) -> Tensor:
     """`F V`."""
-    return F.unsqueeze(-1) * V if F.ndim == 1 else F @ V
+    return F.unsqueeze(-1) * V if F.ndim == 1 else matmul(F, V)
 
 
 def from_right(V: Tensor, F: Tensor) -> Tensor:
     """`V F`."""
-    return V * F if F.ndim == 1 else V @ F
+    return V * F if F.ndim == 1 else matmul(V, F)
+
+
+def between(B: Tensor, V: Tensor, A: Tensor) -> Tensor:
+    """`B V A`."""
+    return matmul(B, V, A) if B.ndim == A.ndim == 2 else from_right(from_left(B, V), A)
 
 
 def rotate(V: Tensor, U_B: Tensor | None, U_A: Tensor | None, *, back: bool = False) -> Tensor:
     """`U_Bᵀ V U_A`, or `back`: `U_B V U_Aᵀ`."""
-    if U_B is not None:
-        V = (U_B if back else U_B.mT) @ V
-    return V if U_A is None else V @ (U_A.mT if back else U_A)
+    left = None if U_B is None else U_B if back else U_B.mT
+    right = None if U_A is None else U_A.mT if back else U_A
+    factors = [F for F in (left, V, right) if F is not None]
+    return matmul(*factors) if len(factors) > 1 else V
 
 
 def diagonal(F: Tensor) -> Float[Tensor, " d"]:

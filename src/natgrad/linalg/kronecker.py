@@ -57,7 +57,7 @@ class Kronecker(Operator):
         return f"A ⊗ B, {factor.describe('A', self.A)}, {factor.describe('B', self.B)}"
 
     def _matmul(self, parts: Parts) -> Parts:
-        return (factor.from_right(factor.from_left(self.B, parts[0]), self.A),)
+        return (factor.between(self.B, parts[0], self.A),)
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Kronecker | KroneckerEigen:
         """`(A ⊗ B + damping I)⁻¹` exactly, or `(A + π√λ I)⁻¹ ⊗ (B + √λ/π I)⁻¹` with `damping_style="factored"`.

@@ -58,6 +58,10 @@ class Bernoulli(Elementwise):
         if not target.is_floating_point():
             raise self._wrong_dtype(target, "a floating one: target.to(output.dtype)")
 
+    def product(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
+        slope = torch.ops.aten.sigmoid_backward(v, output.sigmoid())  # p (1 − p) v in one pass over the entries
+        return slope if self._is_plain else self.case_weight(output, target) * slope
+
     def second_derivative(self, output: Tensor, target: Tensor) -> Tensor:
         p = output.sigmoid()
         return (self.case_weight(output, target) * (p * (1 - p))).expand_as(output)
@@ -65,7 +69,13 @@ class Bernoulli(Elementwise):
     def sampled_column(self, output: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:
         p = output.sigmoid()
         u = torch.rand(output.shape, dtype=output.dtype, device=output.device, generator=generator)
-        return (p - (u < p).to(p.dtype)) * self.case_weight(output, target).sqrt()
+        column = p - (u < p).to(p.dtype)
+        return column if self._is_plain else column * self.case_weight(output, target).sqrt()
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether all cases weigh the same."""
+        return self.module.weight is None and self.module.pos_weight is None
 
     def case_weight(self, output: Tensor, target: Tensor) -> Tensor:
         weight = output.new_ones(()) if self.module.weight is None else self.module.weight.to(output)

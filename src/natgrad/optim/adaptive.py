@@ -20,12 +20,12 @@ from natgrad.optim.decay import Decay
 from natgrad.optim.move import Part, Step
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
-from natgrad.optim.precision import check_precision
 from natgrad.optim.quadratic import Minimum, minimize
 from natgrad.optim.resuming import Resuming
 from natgrad.optim.scaler import scale_taken_out
 from natgrad.optim.vectors import Vector, check_dense, combine, dot, dots, finite, gram
 from natgrad.options import check_flag, check_number, check_within
+from natgrad.precision import check_precision
 from natgrad.warning import warn
 
 BACKTRACKING = (0.25, 0.0625, 0.015625)
@@ -488,19 +488,22 @@ class Adaptive(Resuming):
         along = self._combination
         if along is not None and len(directions) == 2 and not fixed and not self._adaptation_due():
             # Between adaptations α and μ keep their ratio: the length alone takes one forward-mode pass, not two.
-            minimum = self._minimum(objective, g, [combine(along, directions)], damping, decay, {})
+            delta = combine(along, directions)
+            minimum = self._minimum(objective, g, [delta], damping, decay, {})
             if minimum is None:
                 return None, 0.0
-            coefficients = [minimum.coefficients[0] * c for c in along]
+            (length,) = minimum.coefficients
+            coefficients = [length * c for c in along]
+            torch._foreach_mul_(list(delta.values()), length)
         else:
             minimum = self._minimum(objective, g, directions, damping, decay, fixed)
             if minimum is None:
                 return None, 0.0
             coefficients = minimum.coefficients
             self._combination = coefficients if len(directions) == 2 else None
+            delta = combine(coefficients, directions)
         change = minimum.change
         self.diagnostics |= {"lr": -coefficients[0], "momentum": (*coefficients, 0.0)[1], "predicted_change": change}
-        delta = combine(coefficients, directions)
         if not self._finite(delta):
             return None, 0.0
         parts = [Part(own, 1.0, _shrink(group, -coefficients[0])) for group, own in self._by_group(delta)]

@@ -16,8 +16,8 @@ from natgrad.capture import Recorder, Use
 from natgrad.distributed.placement import Whole
 from natgrad.losses import OutputCurvature
 from natgrad.optim.output import Returned, Way
-from natgrad.optim.precision import matmul_precision
 from natgrad.optim.vectors import symmetric
+from natgrad.precision import matmul_precision
 from natgrad.products import tangent
 
 LOSS_NOT_FINITE = "the loss is not finite: look for NaN or inf in the batch and in the parameters"

@@ -32,10 +32,10 @@ from natgrad.optim.ladder import Ladder
 from natgrad.optim.orthogonal import adam, nesterov, orthogonal_directions, take_in_squares
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
-from natgrad.optim.precision import matmul_precision as precision_of_products
 from natgrad.optim.running import RUNNING, Statistics
 from natgrad.optim.vectors import Vector, gram
 from natgrad.options import check_choice, check_count, check_flag, check_max_dim, check_number, check_within
+from natgrad.precision import matmul_precision as precision_of_products
 
 ENOUGH = 250
 """Examples that suffice for the moments of one batch."""

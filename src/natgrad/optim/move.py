@@ -45,6 +45,8 @@ class Step:
         """What is added to the parameters, apart from their shrinking."""
         delta: Vector = {}
         for part in self.parts:
-            scaled = torch._foreach_mul([self.direction[n] for n in part.names], part.factor)
-            delta |= dict(zip(part.names, scaled, strict=True))
+            own = [self.direction[n] for n in part.names]
+            delta |= dict(
+                zip(part.names, own if part.factor == 1 else torch._foreach_mul(own, part.factor), strict=True)
+            )
         return delta

@@ -12,8 +12,8 @@ from torch import Tensor
 from natgrad.linalg import Block, Operator, Rows
 from natgrad.linalg.centered import CenteredInverse
 from natgrad.linalg.space import Parts
-from natgrad.optim.precision import matmul_precision
 from natgrad.optim.vectors import Vector
+from natgrad.precision import matmul_precision
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 STEPS = 5
@@ -40,10 +40,11 @@ def newton_schulz(V: Float[Tensor, "*batch o i"]) -> Float[Tensor, "*batch o i"]
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    X = X.reshape(-1, *X.shape[-2:])
     for _ in range(STEPS):
         S = X @ X.mT
-        X = a * X + (b * S + c * S @ S) @ X
-    return (X.mT if tall else X).to(V.dtype)
+        X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).to(V.dtype).reshape(V.shape)
 
 
 def orthogonalized(matrices: Sequence[Float[Tensor, "_ _"]]) -> list[Tensor]:
