@@ -128,6 +128,19 @@ class Cases:
         self.columns = list(self.columns)
         return self
 
+    def rows(self) -> int:
+        """The length of the axis that can be thinned out: that of the output's examples, or of what they were flattened
+        from."""
+        lengths = (use.shape[0] for uses in self.h.values() for use in uses)
+        return min((n for n in lengths if n >= FEW and self.examples % n == 0), default=self.examples)
+
+    def fewest(self) -> int:
+        """How many cases the layer has that has the fewest, of those that are used on every row: a row at each of a
+        layer's positions is one."""
+        rows = self.rows()
+        used = (sum(t for n, t, _ in (use.shape for use in uses) if n == rows) for uses in self.h.values())
+        return rows * min((t for t in used if t), default=1)
+
     def every(self, step: int, start: int) -> Cases:
         """The cases of every `step`-th example alone, from `start` on: what is left of each sum is in proportion to
         what is left of `mass`, on average over `start`.
@@ -135,8 +148,7 @@ class Cases:
         Uses that have not one row for each example, as what all examples share, are kept whole, with that share of
         their gradients' squares.
         """
-        rows = [use.shape[0] for uses in self.h.values() for use in uses]
-        whole = min((n for n in rows if n >= FEW and self.examples % n == 0), default=self.examples)
+        whole = self.rows()
         left = len(range(start, whole, step))
         share = left / whole
 

@@ -300,6 +300,33 @@ def test_statistics_are_of_a_quarter_of_a_large_batch_and_all_of_a_small_one():
         assert m["count"] == left
 
 
+@pytest.mark.parametrize("flattened", [False, True], ids=["(N, C, T)", "(N T, C)"])
+@pytest.mark.parametrize(
+    ("rows", "positions", "left"), [(32, 64, 8), (32, 8, 32), (32, 16, 16), (3, 400, 3), (8, 400, 2)]
+)
+def test_positions_count_as_cases_in_whatever_form_the_loss_takes_them(rows, positions, left, flattened):
+    torch.manual_seed(0)
+    model = nn.Linear(3, C)
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+    output, y = model(torch.randn(rows, positions, 3)), torch.zeros(rows, positions, dtype=torch.long)
+    loss = opt.loss(output.flatten(0, 1), y.flatten()) if flattened else opt.loss(output.transpose(1, 2), y)
+    loss.backward()
+    opt.step()
+    (m,) = opt.state_dict()["kfac"]["running"]["moments"].values()
+    assert m["count"] == left * positions
+
+
+def test_nor_where_one_layer_has_an_example_for_a_case():
+    """A layer on what is left of the positions needs as many examples as one without."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 62, C))
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+    opt.loss(model(torch.randn(32, 1, 64)), torch.zeros(32, dtype=torch.long)).backward()
+    opt.step()
+    counts = {int(m["count"]) for m in opt.state_dict()["kfac"]["running"]["moments"].values()}
+    assert counts == {32, 32 * 62}
+
+
 def test_what_all_examples_share_counts_by_its_share():
     """A learned row that every example is added to has one use of one row: it stays whole."""
 

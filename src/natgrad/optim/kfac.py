@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from natgrad.blocks import assemble, named_blocks
 from natgrad.capture import Recorder
-from natgrad.cases import Layer, read_cases
+from natgrad.cases import Cases, Layer, read_cases
 from natgrad.distributed.assignment import assign, cost
 from natgrad.distributed.packing import leaves
 from natgrad.distributed.reduction import Keep
@@ -38,7 +38,7 @@ from natgrad.options import check_choice, check_count, check_flag, check_max_dim
 from natgrad.precision import matmul_precision as precision_of_products
 
 ENOUGH = 250
-"""Examples that suffice for the moments of one batch."""
+"""Cases that suffice for the moments of one batch: examples, and where positions count, those of every example."""
 MOST_THINNED = 4
 RELATIVE_DAMPING = 0.3
 """`ε` of the one-sided structure, in units of the mean eigenvalue of a layer's input factor."""
@@ -88,7 +88,8 @@ class KFAC(Adaptive):
             homogeneous input factor holds the mean of the inputs, which moves faster than their covariance; and where
             `lr` or `momentum` is adaptive, at first fewer, a tenth of the steps so far.
         statistics_share: the share of a batch's examples that the moments are of, as one of every two, three, and so
-            on, in turn. None: a quarter, or more where that would be fewer than 250 examples.
+            on, in turn. None: a quarter, or more where that would be fewer than 250 cases of some layer, examples times
+            positions, or fewer than two examples.
         inverses_every: steps between updates of the inverses. None: 20 where centered or for `"input"`, else 5; at
             first fewer, likewise.
         bases_every: steps between new bases of `"ekfac"`. None: 100.
@@ -101,7 +102,8 @@ class KFAC(Adaptive):
         max_dim: factors of more rows than this are kept as their diagonals.
         matmul_precision: of the float32 products of the direction and of the quadratic model, as in
             `torch.set_float32_matmul_precision`: a direction from sampled factors, and the length of a step, need few
-            digits. The moments' own are `"high"` then. None: as torch is set.
+            digits. `"medium"` is bfloat16 on CPUs that multiply it, TF32 on GPUs. The moments' own are `"high"` then.
+            None: as torch is set.
         output: how the loss's input is made of what the model returns, say `lambda r: r.logits.transpose(1, 2)`;
             needed where that is neither one of the tensors returned nor a view of one.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
@@ -267,7 +269,7 @@ class KFAC(Adaptive):
             ignored=self._curvature.ignored(output.detach(), batch.target),
             sampled=self.estimator == "mc" or not draws,
         )
-        every = self._thinning(len(output))
+        every = self._thinning(cases)
         if every > 1:
             cases = cases.every(every, start=self._steps // self.statistics_every % every)
         with precision_of_products("high" if self.matmul_precision else None):  # in bfloat16 they would be too coarse
@@ -283,11 +285,13 @@ class KFAC(Adaptive):
             edges = [use.edge for use in recorder.uses]
             torch.autograd.grad(output, edges, torch.zeros_like(output), retain_graph=True, allow_unused=True)
 
-    def _thinning(self, examples: int) -> int:
+    def _thinning(self, cases: Cases) -> int:
         """Of how many examples the moments take one."""
-        if self.statistics_share is None:
-            return min(max(1, examples // ENOUGH), MOST_THINNED)
-        return math.floor(1 / self.statistics_share)
+        if self.statistics_share is not None:
+            return math.floor(1 / self.statistics_share)
+        rows = cases.rows()
+        count = rows if self.sharing == "reduce" else cases.fewest()
+        return max(1, min(count // ENOUGH, MOST_THINNED, rows // 2))
 
     def _labels(self) -> torch.Generator:
         """The source of the random labels: on several ranks, of this rank, step and batch, as what one rank draws is
