@@ -422,3 +422,14 @@ class TestBadInput:
         loss, output, target = make("ce")
         with pytest.raises(ValueError, match=r"estimator='MC'.*expected.*'mc'"):
             list(output_curvature(loss).columns(output, target, "MC"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_that_are_said_not_to_be_negative_are_not(name):
+    module, target = CASES[name]
+    curvature = output_curvature(module)
+    assert curvature.nonnegative == (not name.startswith("poisson"))
+    if curvature.nonnegative:
+        shape = target.shape if target.is_floating_point() else (len(target), C, *target.shape[1:])
+        for scale in (0.1, 1.0, 100.0):
+            assert curvature.loss(scale * randn(*shape, seed=3), target) >= 0

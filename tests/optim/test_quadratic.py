@@ -31,6 +31,16 @@ def test_the_minimum_solves_the_linear_system(n, seed):
     assert minimum.change <= 0
 
 
+@given(n=st.integers(1, 3), seed=seeds, most=st.floats(1e-6, 10.0))
+def test_a_part_of_the_way_promises_no_more_than_there_is(n, seed, most):
+    whole = minimize(spd(n, seed), randn(n, seed=seed), {})
+    share = whole.share_that_promises(most)
+    part = whole.shortened(share)
+    assert 0 < share <= 1
+    assert -part.change == pytest.approx(min(most, -whole.change), rel=1e-9)
+    assert part.coefficients == pytest.approx([share * c for c in whole.coefficients])
+
+
 @given(n=st.integers(2, 4), index=st.integers(0, 1), seed=seeds)
 def test_held_coefficients_stay_and_the_others_minimize_what_is_left(n, index, seed):
     Q, slope, held = spd(n, seed), randn(n, seed=seed), -0.7

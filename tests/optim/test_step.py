@@ -260,3 +260,21 @@ def test_between_adaptations_the_length_alone_minimizes_it():
     # Steps 1 (the first with a past), 2 and 5 solve for both; 3 and 4 keep the ratio of 2.
     assert ratios[1] == pytest.approx(ratios[2], rel=1e-9) == pytest.approx(ratios[3], rel=1e-9)
     assert ratios[4] != pytest.approx(ratios[3], rel=1e-3)
+
+
+def test_no_step_promises_more_than_the_loss_has():
+    """One example that is wrong and sure of it, among many that are right, has a gradient and next to no curvature."""
+    x, labels = torch.eye(C, dtype=f64).repeat(40, 1), (torch.arange(40 * C) % C)
+    labels[0] = 1
+    model = nn.Linear(C, C).double()
+    with torch.no_grad():
+        model.weight.copy_(20 * torch.eye(C))
+        model.bias.zero_()
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), damping=1e-9)
+    for _ in range(5):
+        loss = opt.loss(model(x), labels)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        promised = opt.diagnostics["predicted_change"]
+        assert promised is None or -promised <= loss.item() * (1 + 1e-9)

@@ -45,6 +45,8 @@ class OutputCurvature(ABC):
 
     canonical = True
     """Whether the Hessian is the Fisher information whatever the target, as for canonical links."""
+    nonnegative = False
+    """Whether the loss is zero at the least, whatever the output."""
 
     def __init__(self, module: nn.Module, kind: str = "fisher"):
         self.module: Any = module

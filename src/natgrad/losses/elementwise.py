@@ -34,6 +34,8 @@ class Elementwise(OutputCurvature):
 class SquaredError(Elementwise):
     """`nn.MSELoss`, the negative log-likelihood of a Gaussian with variance 1/2: `D = 2 I`."""
 
+    nonnegative = True
+
     def _check(self, output: Tensor, target: Tensor) -> None:
         super()._check(output, target)
         if target.is_complex():
@@ -52,6 +54,8 @@ class Bernoulli(Elementwise):
 
     For labels in {0, 1} this is the loss's Hessian; `weight` and `pos_weight` enter as case weights.
     """
+
+    nonnegative = True
 
     def _check(self, output: Tensor, target: Tensor) -> None:
         super()._check(output, target)

@@ -17,6 +17,8 @@ class Softmax(OutputCurvature):
     target is `ignore_index`. Label smoothing alone leaves `D` as it is.
     """
 
+    nonnegative = True
+
     def _check(self, output: Tensor, target: Tensor) -> None:
         name = type(self.module).__name__
         if output.ndim < 2:

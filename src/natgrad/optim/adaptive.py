@@ -138,11 +138,14 @@ class Adaptive(Resuming):
         for group, names in self._by_group(g):
             if group["momentum"] == 0:
                 continue
-            for n in names:
-                state = self.state[self._parameters[n]]
-                if "momentum_buffer" in state:
-                    state["momentum_buffer"].mul_(group["momentum"]).add_(g[n])
-                else:
+            states = {n: self._state_of(n) for n in names}
+            begun = [n for n in names if "momentum_buffer" in states[n]]
+            if begun:
+                buffers = [states[n]["momentum_buffer"] for n in begun]
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, [g[n] for n in begun])
+            for n, state in states.items():
+                if "momentum_buffer" not in state:
                     state["momentum_buffer"] = g[n].clone()
                 v[n] = state["momentum_buffer"]
         return v
@@ -533,6 +536,8 @@ class Adaptive(Resuming):
         if minimum is not None and not self._is_fixed():
             c = torch.tensor(minimum.coefficients, dtype=torch.float64)
             minimum = minimum.shortened(self._share_within(0.5 * float(c @ F @ c)))
+            if self._curvature.nonnegative and self.diagnostics["loss"] > 0:  # a target out of range makes it negative
+                minimum = minimum.shortened(minimum.share_that_promises(self.diagnostics["loss"]))
         return minimum
 
     def _reject(self, fault: str) -> None:

@@ -23,6 +23,12 @@ class Minimum:
         """Of the objective, by the model; negative: a decrease."""
         return self.slope + self.curvature
 
+    def share_that_promises(self, most: float) -> float:
+        """The part of the way at which the model's decrease is `most`; all of it where it is less."""
+        if not -self.change > most:
+            return 1.0
+        return 2 * most / (-self.slope + math.sqrt(max(0.0, self.slope**2 - 4 * self.curvature * most)))
+
     def shortened(self, share: float) -> Minimum:
         """A part of the way there."""
         return Minimum([share * c for c in self.coefficients], share * self.slope, share**2 * self.curvature)
