@@ -38,6 +38,18 @@ def net(*widths, bias=True, activation=nn.Tanh):
     return nn.Sequential(*layers[:-1])
 
 
+def fit(opt, model, x, y, steps):
+    """Steps on one batch: the loss before each."""
+    losses = []
+    for _ in range(steps):
+        loss = opt.loss(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    return losses
+
+
 def summed(loss):
     """The same loss with reduction="sum"."""
     loss = copy.deepcopy(loss)

@@ -8,7 +8,7 @@ from torch import nn
 
 import natgrad
 from models import CLASSES, EXAMPLES, LENGTH, MODELS, TOKENS, Translator, gpt2, resnet
-from oracles import close, f64
+from oracles import close, f64, fit
 
 every_model = pytest.mark.parametrize("name", MODELS)
 LOSS = nn.CrossEntropyLoss()
@@ -145,13 +145,7 @@ class TestWideHead:
         model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 50_000))
         opt = natgrad.KFAC(model, LOSS)
         x, y = torch.randn(32, 8), torch.arange(32)
-        losses = []
-        for _ in range(10):
-            loss = opt.loss(model(x), y)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            losses.append(loss.item())
+        losses = fit(opt, model, x, y, 10)
         assert losses[-1] < 0.9 * losses[0]
         assert opt.diagnostics["diagonal_factors"] == {"2": ("output",)}
         assert "2 (B 50000 (diagonal))" in repr(opt.curvature())

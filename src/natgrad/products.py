@@ -145,12 +145,7 @@ class _Replay(TorchFunctionMode):
         if func is F.linear:
             a_dot = _tangent_of_linear(h, h_dot, W, W_dot, b_dot)
         else:
-            a_dot = None if b_dot is None else b_dot.view(-1, *[1] * (weight.ndim - 2))
-            if W_dot is not None:
-                a_dot = func(h, W_dot, b_dot, *how, **also)
-            if h_dot is not None:
-                through = func(h_dot, W, None, *how, **also)
-                a_dot = through if a_dot is None else through.add_(a_dot)
+            a_dot = _tangent_of_convolution(partial(func, **also), h, h_dot, W, W_dot, b_dot, *how)
         a = use.a.detach()
         return a if a_dot is None else forward_ad.make_dual(a, a_dot.expand_as(a))
 
@@ -169,6 +164,27 @@ def _tangent_of_linear(
     if h_dot is not None:
         terms.append((h_dot, W))
     return linear(terms, b_dot) if terms else b_dot
+
+
+def _tangent_of_convolution(
+    convolve: Callable[..., Tensor],
+    h: Tensor,
+    h_dot: Tensor | None,
+    W: Tensor,
+    W_dot: Tensor | None,
+    b_dot: Tensor | None,
+    *how: Any,
+) -> Tensor | None:
+    """`Ẇ ∗ h + W ∗ ḣ + ḃ`."""
+    a_dot: Tensor | None = None
+    if W_dot is not None:
+        a_dot = convolve(h, W_dot, b_dot, *how)
+    elif b_dot is not None:
+        a_dot = b_dot.view(-1, *[1] * (W.ndim - 2))
+    if h_dot is None:
+        return a_dot
+    through = convolve(h_dot, W, None, *how)
+    return through if a_dot is None else through.add_(a_dot)
 
 
 def _first(use: Use) -> Use:

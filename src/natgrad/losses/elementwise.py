@@ -67,8 +67,7 @@ class Bernoulli(Elementwise):
         return slope if self._is_plain else self.case_weight(output, target) * slope
 
     def second_derivative(self, output: Tensor, target: Tensor) -> Tensor:
-        p = output.sigmoid()
-        return (self.case_weight(output, target) * (p * (1 - p))).expand_as(output)
+        return self.product(output, target, torch.ones_like(output))
 
     def sampled_column(self, output: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:
         p = output.sigmoid()

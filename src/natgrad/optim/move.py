@@ -46,7 +46,7 @@ class Step:
         delta: Vector = {}
         for part in self.parts:
             own = [self.direction[n] for n in part.names]
-            delta |= dict(
-                zip(part.names, own if part.factor == 1 else torch._foreach_mul(own, part.factor), strict=True)
-            )
+            if part.factor != 1:
+                own = list(torch._foreach_mul(own, part.factor))
+            delta |= dict(zip(part.names, own, strict=True))
         return delta
