@@ -22,8 +22,8 @@ docs: .venv/.installed
 
 # What does not need other models or data, with the oldest versions that are admitted.
 test-minimal: .venv-minimal/.installed
-	.venv-minimal/bin/pytest -n auto tests/test_curvature.py tests/test_losses.py tests/test_structures.py \
-	  tests/test_capture.py tests/test_hessian.py tests/linalg tests/layers tests/optim tests/errors tests/cli
+	.venv-minimal/bin/pytest -n auto tests/losses tests/capture tests/curvature tests/linalg tests/optim \
+	  tests/errors tests/cli
 
 # The wheel and the source distribution in dist/, built, looked into, installed and used.
 dist: .venv/.installed

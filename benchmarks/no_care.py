@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.figures import new_figure, save, tidy
+from natgrad.report.figures import new_figure, save, tidy
 from natgrad.study.optimizers import OPTIMIZERS
 from natgrad.study.tasks import TASKS
 

@@ -18,7 +18,7 @@ from matplotlib.colors import SymLogNorm
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.figures import INK, new_figure, save
+from natgrad.report.figures import INK, new_figure, save
 
 EXAMPLES = 120
 WIDTHS = (4, 6, 5, 3)

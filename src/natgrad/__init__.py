@@ -1,10 +1,10 @@
 """Fisher and Gauss-Newton matrices of PyTorch models, and the optimizers that follow from them."""
 
 from natgrad import linalg, losses
-from natgrad.curvature import fisher, gauss_newton, hessian
+from natgrad.curvature.matrices import fisher, gauss_newton, hessian
+from natgrad.curvature.residual import residual
 from natgrad.linalg import load
 from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, load_checkpoint
-from natgrad.residual import residual
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,3 +21,8 @@ __all__ = [
     "losses",
     "residual",
 ]
+
+
+def __dir__() -> list[str]:
+    """What users want; the rooms behind it are modules of their own."""
+    return [*__all__, "__version__"]

@@ -6,7 +6,7 @@ import work
 from test_parity import EXACT, RECIPES
 
 import natgrad
-from natgrad.eigenbasis import turned
+from natgrad.curvature.bases import turned
 from natgrad.linalg.eigen import eigh, inverse_from_cholesky
 
 SLOW = pytest.mark.slow

@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
-from natgrad.data import Problem
+from natgrad.curvature.problem import Problem
+from natgrad.curvature.structures import KfacStructure
 from natgrad.distributed.packing import leaves
 from natgrad.distributed.sizes import Size, sizes_of
 from natgrad.linalg.state import dump
-from natgrad.structures import KfacStructure
 
 D, C, N = 5, 3, 48
 

@@ -6,8 +6,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import natgrad
-from natgrad.options import check_generator
-from natgrad.selection import check_parameters
+from natgrad.checks.parameters import check_parameters
+from natgrad.checks.values import check_generator
 
 CE = nn.CrossEntropyLoss()
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import natgrad
+from natgrad.curvature.moments import AffineMoments
 from natgrad.linalg import CenteredKronecker
-from natgrad.moments import AffineMoments
 from natgrad.optim.ladder import Ladder
 from oracles import net, randn
 

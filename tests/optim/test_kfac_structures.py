@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import natgrad
-from natgrad.eigenbasis import turned
+from natgrad.curvature.bases import turned
 from natgrad.linalg import factor
 from natgrad.optim.orthogonal import newton_schulz
 from oracles import close, f64, net, randn

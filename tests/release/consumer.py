@@ -12,7 +12,7 @@ from torch.distributions import Normal
 import natgrad
 from natgrad.linalg import CenteredKronecker, Estimate, Kronecker, Operator, Space
 from natgrad.losses import Likelihood
-from natgrad.residual_report import LayerResidual, ResidualReport
+from natgrad.report.residual import LayerResidual, ResidualReport
 
 Batch = tuple[Tensor, Tensor]
 

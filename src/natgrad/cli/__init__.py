@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "natgrad"
         if type(error).__name__ == "NoSuchOption" and context is not None:  # whose guesses vary with the version
-            from natgrad.options import did_you_mean
+            from natgrad.checks.values import did_you_mean
 
             wrong = getattr(error, "option_name", "")
             known = [name for option in context.command.params for name in option.opts]
@@ -174,7 +174,7 @@ def _check_command(arguments: list[str]) -> None:
     known = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None]
     known += [group.name for group in app.registered_groups if group.name]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
-        from natgrad.options import did_you_mean
+        from natgrad.checks.values import did_you_mean
 
         near = did_you_mean(arguments[0], known)
         _fail(f"there is no command {arguments[0]!r}; expected one of {', '.join(known)}{near or '.'}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from natgrad.checks.values import did_you_mean
 from natgrad.cli.conditioning import layer_conditioning
 from natgrad.cli.demo_report import Outcome, write_all
 from natgrad.cli.errors import UserError
@@ -12,7 +13,6 @@ from natgrad.cli.interrupt import Interruption
 from natgrad.cli.progress import TrainingDisplay, summary_table
 from natgrad.cli.report import check_seed, check_writable
 from natgrad.cli.training import demo_runs, train
-from natgrad.options import did_you_mean
 from natgrad.study.networks import make_autoencoder
 from natgrad.study.tasks import SUBSET, autoencoder
 

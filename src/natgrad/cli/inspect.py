@@ -14,14 +14,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from natgrad import residual
+from natgrad.checks.values import did_you_mean
 from natgrad.cli.errors import UserError
 from natgrad.cli.report import check_seed, check_writable, write_json, write_page
 from natgrad.cli.target import load_problem, words
-from natgrad.data import Forward
+from natgrad.curvature.problem import Forward
 from natgrad.losses.base import ESTIMATORS
-from natgrad.options import did_you_mean
-from natgrad.residual_figures import PANELS, draw
-from natgrad.residual_report import COLUMNS, ResidualReport
+from natgrad.report.residual import COLUMNS, ResidualReport
+from natgrad.report.residual_figures import PANELS, draw
 
 
 def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: Path) -> None:

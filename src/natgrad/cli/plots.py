@@ -12,7 +12,7 @@ from torch import Tensor
 
 from natgrad.cli.conditioning import LayerConditioning
 from natgrad.cli.training import Run
-from natgrad.figures import COLOURS, name_bars, new_figure, save, tidy
+from natgrad.report.figures import COLOURS, name_bars, new_figure, save, tidy
 from natgrad.study.images import SIDE
 
 # Of the lines, beside their colours.

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from natgrad.checks.parameters import check_model
+from natgrad.curvature.products import Duals, duals_in_place
 from natgrad.distributed.sharding import Shards
 from natgrad.distributed.world import CPU, World
-from natgrad.products import Duals, duals_in_place
-from natgrad.selection import check_model
 
 Named = Mapping[str, Tensor]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, log2
 
+from natgrad.checks.values import check_choice
 from natgrad.distributed.assignment import assign
 from natgrad.distributed.sizes import Size
-from natgrad.options import check_choice
 
 SCHEMES = ("replicated", "sharded")
 """Under `DistributedDataParallel`, and under `torch.distributed.fsdp.fully_shard`."""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from natgrad.curvature.products import Duals
 from natgrad.distributed.placement import Whole
 from natgrad.distributed.sharding import Shards, offsets_in
 from natgrad.distributed.world import World
-from natgrad.products import Duals
 
 Named = Mapping[str, Tensor]
 

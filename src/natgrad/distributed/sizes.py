@@ -8,9 +8,9 @@ from math import prod
 
 import torch
 
-from natgrad.cases import Layer
+from natgrad.capture.cases import Layer
+from natgrad.curvature.moments import MAX_DIM, AffineMoments, Moments, ScaleMoments
 from natgrad.distributed.assignment import cost
-from natgrad.moments import MAX_DIM, AffineMoments, Moments, ScaleMoments
 
 Shape = tuple[int, ...]
 

@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from natgrad.checks.values import ByLayer
 from natgrad.linalg.layout import PLAIN, Layout
 from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
-from natgrad.options import ByLayer
 
 T = TypeVar("T")
 

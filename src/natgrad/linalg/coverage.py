@@ -9,7 +9,7 @@ from typing import Any
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.state import nbytes
-from natgrad.notebook import table as table_html
+from natgrad.report.notebook import table as table_html
 
 HEADINGS = ("parameter", "shape", "use", "structure", "memory")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from natgrad.checks.values import ByLayer
 from natgrad.linalg.eigen import eigh, inverse_from_cholesky, positive
 from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
-from natgrad.options import ByLayer
 
 
 class Dense(Operator):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from natgrad.checks.values import described
 from natgrad.linalg.eigen import positive
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space
-from natgrad.options import described
 
 
 class Diagonal(Operator):

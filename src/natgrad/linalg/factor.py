@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.linalg.eigen import eigh, inverse_from_cholesky, positive
-from natgrad.precision import matmul
+from natgrad.linalg.precision import matmul
 
 Factor = Float[Tensor, "d *d"]
 Basis = Float[Tensor, "d d"] | None

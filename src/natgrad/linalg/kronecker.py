@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.checks.values import described
 from natgrad.linalg import factor
 from natgrad.linalg.eigen import positive, semidefinite
 from natgrad.linalg.factor import Factor
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space
-from natgrad.options import described
 
 
 class Kronecker(Operator):

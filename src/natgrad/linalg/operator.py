@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, check_number
 from natgrad.linalg.space import Parts, Space, check_order
-from natgrad.options import ByLayer, check_choice, check_count, check_generator, check_number
 
 if TYPE_CHECKING:
     from natgrad.linalg.coverage import Coverage

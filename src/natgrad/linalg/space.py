@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.checks.values import check_choice, described
 from natgrad.linalg.vec import unvec, vec
-from natgrad.options import check_choice, described
 
 Parts = tuple[Tensor, ...]
 ORDERS = {"torch": "rows, as Tensor.flatten", "vec": "columns"}

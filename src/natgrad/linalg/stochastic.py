@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.checks.values import check_count
 from natgrad.linalg.operator import Operator, check_damping, singular
-from natgrad.options import check_count
 
 
 @dataclass(frozen=True)

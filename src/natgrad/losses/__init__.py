@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from natgrad.checks.values import described
 from natgrad.losses.base import ESTIMATORS, OutputCurvature
 from natgrad.losses.elementwise import Bernoulli, Poisson, SquaredError
 from natgrad.losses.gaussian import Gaussian
 from natgrad.losses.likelihood import Likelihood, LikelihoodCurvature
 from natgrad.losses.softmax import Softmax
-from natgrad.options import described
 
 __all__ = ["ESTIMATORS", "Likelihood", "OutputCurvature", "output_curvature"]
 

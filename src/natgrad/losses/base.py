@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.options import check_choice, described
+from natgrad.checks.values import check_choice, described
 
 ESTIMATORS = ("exact", "mc", "empirical")
 """Where the columns `S` come from: a factor of `D`, labels drawn from the model, or the targets as they are."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.checks.values import described
 from natgrad.losses.base import OutputCurvature, one_by_one
-from natgrad.options import described
 
 
 class Gaussian(OutputCurvature):

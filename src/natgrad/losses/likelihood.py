@@ -12,8 +12,8 @@ from torch.distributions import Distribution, Laplace, TransformedDistribution, 
 from torch.distributions.gumbel import Gumbel
 from torch.distributions.transforms import Transform
 
+from natgrad.checks.values import check_choice, described
 from natgrad.losses.base import OutputCurvature
-from natgrad.options import check_choice, described
 
 
 class Likelihood(nn.Module):

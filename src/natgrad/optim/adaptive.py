@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 
+from natgrad.checks.values import check_flag, check_number, check_within
+from natgrad.checks.warning import warn
+from natgrad.linalg.precision import check_precision
 from natgrad.optim import averaging, shown
 from natgrad.optim.batch import Batch, Objective
 from natgrad.optim.damping import LevenbergMarquardt, calibrate
@@ -24,9 +27,6 @@ from natgrad.optim.quadratic import Minimum, minimize
 from natgrad.optim.resuming import Resuming
 from natgrad.optim.scaler import scale_taken_out
 from natgrad.optim.vectors import Vector, check_dense, combine, dot, dots, finite, gram
-from natgrad.options import check_flag, check_number, check_within
-from natgrad.precision import check_precision
-from natgrad.warning import warn
 
 BACKTRACKING = (0.25, 0.0625, 0.015625)
 """The shares of a step that are tried where the whole of it would raise the loss."""

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from natgrad.capture import Recorder, Use
+from natgrad.capture.recorder import Recorder
+from natgrad.capture.use import Use
+from natgrad.curvature.products import tangent
 from natgrad.distributed.placement import Whole
+from natgrad.linalg.precision import matmul_precision
 from natgrad.losses import OutputCurvature
 from natgrad.optim.output import Returned, Way
 from natgrad.optim.vectors import symmetric
-from natgrad.precision import matmul_precision
-from natgrad.products import tangent
 
 LOSS_NOT_FINITE = "the loss is not finite: look for NaN or inf in the batch and in the parameters"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from natgrad.checks.values import described
 from natgrad.optim.adaptive import Adaptive
-from natgrad.options import described
 
 Path = tuple[Any, ...]
 BY_LAYER = ("moments", "squares", "bases", "inverse")

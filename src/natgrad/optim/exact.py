@@ -7,16 +7,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from natgrad.blocks import assemble
-from natgrad.cases import Cases, Layer
-from natgrad.layers import Inputs, Rows
+from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.layers import Inputs, Rows
+from natgrad.curvature.blocks import assemble
+from natgrad.curvature.structures import ExactStructure
 from natgrad.linalg import Operator, Space
 from natgrad.linalg.joint import Joint
 from natgrad.linalg.krylov import Solution, conjugate_gradient
 from natgrad.linalg.operator import check_damping
 from natgrad.linalg.space import Parts
 from natgrad.optim.batch import Objective
-from natgrad.structures import ExactStructure
 
 
 def from_cases(objective: Objective, parameters: Mapping[str, Tensor]) -> Joint:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.nn.parallel import DistributedDataParallel
 
-from natgrad.capture import Recorder
+from natgrad.capture.recorder import Recorder
+from natgrad.checks.values import check_choice, check_function, check_generator, check_number, described, did_you_mean
 from natgrad.distributed.placement import placed, placed_within, refuse_ranks
 from natgrad.losses import ESTIMATORS, output_curvature
 from natgrad.optim.batch import LOSS_NOT_FINITE, Batch, Forward, full_precision
@@ -20,7 +21,6 @@ from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups, as_group, check_alike, parameter_groups
 from natgrad.optim.unchanged import Unchanged
 from natgrad.optim.watch import Watch
-from natgrad.options import check_choice, check_function, check_generator, check_number, described, did_you_mean
 
 
 class Following(torch.optim.Optimizer, Joinable, ABC):

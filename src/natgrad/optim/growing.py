@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-from natgrad.options import check_count, check_generator
+from natgrad.checks.values import check_count, check_generator
 
 
 class GrowingBatches(Sampler[list[int]]):

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.blocks import assemble, named_blocks
-from natgrad.capture import Recorder
-from natgrad.cases import Cases, Layer, read_cases
+from natgrad.capture.cases import Cases, Layer, read_cases
+from natgrad.capture.recorder import Recorder
+from natgrad.checks.values import check_choice, check_count, check_flag, check_max_dim, check_number, check_within
+from natgrad.curvature.blocks import assemble, named_blocks
+from natgrad.curvature.moments import MAX_DIM, SHARING, AffineMoments
 from natgrad.distributed.assignment import assign, cost
 from natgrad.distributed.packing import leaves
 from natgrad.distributed.reduction import Keep
 from natgrad.distributed.sharding import Shards
 from natgrad.linalg import Block, BlockDiagonal
+from natgrad.linalg.precision import matmul_precision as precision_of_products
 from natgrad.linalg.state import dump, restore
-from natgrad.moments import MAX_DIM, SHARING, AffineMoments
 from natgrad.optim.adaptive import Adaptive
 from natgrad.optim.batch import Batch, Objective, Sharing
 from natgrad.optim.damping import LevenbergMarquardt, weighted_median
@@ -34,8 +36,6 @@ from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.running import RUNNING, Statistics
 from natgrad.optim.vectors import Vector, gram
-from natgrad.options import check_choice, check_count, check_flag, check_max_dim, check_number, check_within
-from natgrad.precision import matmul_precision as precision_of_products
 
 ENOUGH = 250
 """Cases that suffice for the moments of one batch: examples, and where positions count, those of every example."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from natgrad.checks.warning import warn
 from natgrad.linalg import Diagonal, Operator
-from natgrad.warning import warn
 
 MORE = (10.0, 100.0, 1000.0)
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture import Recorder
-from natgrad.cases import read_cases
+from natgrad.capture.cases import read_cases
+from natgrad.capture.recorder import Recorder
+from natgrad.checks.values import check_choice, check_count, check_within
 from natgrad.linalg import Operator
 from natgrad.linalg.joint import Joint
 from natgrad.optim.adaptive import Adaptive
@@ -19,7 +20,6 @@ from natgrad.optim.exact import ByProducts, TruncatedInverse, from_cases
 from natgrad.optim.output import Way
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.vectors import Vector
-from natgrad.options import check_choice, check_count, check_within
 
 SOLVERS = ("dual", "primal", "cg")
 

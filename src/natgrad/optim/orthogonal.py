@@ -11,9 +11,9 @@ from torch import Tensor
 
 from natgrad.linalg import Block, Operator, Rows
 from natgrad.linalg.centered import CenteredInverse
+from natgrad.linalg.precision import matmul_precision
 from natgrad.linalg.space import Parts
 from natgrad.optim.vectors import Vector
-from natgrad.precision import matmul_precision
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 STEPS = 5

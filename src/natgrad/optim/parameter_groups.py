@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from natgrad.options import described
-from natgrad.selection import check_parameters, select_parameters, some_of
+from natgrad.checks.parameters import check_parameters, select_parameters, some_of
+from natgrad.checks.values import described
 
 Groups = Iterable[Any] | Callable[[str], bool] | None
 """All trainable parameters (None), names, a predicate on names, tensors, or dictionaries with such `"params"`."""

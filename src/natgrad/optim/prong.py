@@ -11,18 +11,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from natgrad.capture import Recorder
-from natgrad.cases import Layer, layers_of, read_inputs
+from natgrad.capture.cases import Layer, layers_of, read_inputs
+from natgrad.capture.recorder import Recorder
+from natgrad.checks.parameters import select_parameters
+from natgrad.checks.values import check_count, check_flag, check_max_dim, check_number, check_within
+from natgrad.checks.warning import warn
+from natgrad.curvature.moments import MAX_DIM, AffineMoments, moments_of_state, state_of_moments
 from natgrad.distributed.placement import placed, refuse_ranks
 from natgrad.linalg import factor
 from natgrad.linalg.eigen import semidefinite
-from natgrad.moments import MAX_DIM, AffineMoments, moments_of_state, state_of_moments
 from natgrad.optim.saved import state_of
 from natgrad.optim.vectors import check_dense, copied, finite
 from natgrad.optim.watch import Watch
-from natgrad.options import check_count, check_flag, check_max_dim, check_number, check_within
-from natgrad.selection import select_parameters
-from natgrad.warning import warn
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.blocks import homogeneous, kfac_blocks
-from natgrad.cases import Cases, Layer
-from natgrad.distributed.reduction import Keep, Reduction, completed, reduced
-from natgrad.distributed.world import World
-from natgrad.eigenbasis import Eigenbasis, bases_of, squares_in, turned
-from natgrad.groups import has_rival, tiled
-from natgrad.linalg import CenteredKronecker, Diagonal, Homogeneous, Kronecker, Operator, factor
-from natgrad.linalg import rows as tiles
-from natgrad.linalg.centered import CenteredInverse
-from natgrad.moments import (
+from natgrad.capture.cases import Cases, Layer
+from natgrad.curvature.bases import Eigenbasis, bases_of, squares_in, turned
+from natgrad.curvature.blocks import homogeneous, kfac_blocks
+from natgrad.curvature.groups import has_rival, tiled
+from natgrad.curvature.moments import (
     AffineMoments,
     DiagonalMoments,
     Moments,
@@ -30,7 +25,12 @@ from natgrad.moments import (
     moments_of_state,
     state_of_moments,
 )
-from natgrad.structures import diagonal_squares
+from natgrad.curvature.structures import diagonal_squares
+from natgrad.distributed.reduction import Keep, Reduction, completed, reduced
+from natgrad.distributed.world import World
+from natgrad.linalg import CenteredKronecker, Diagonal, Homogeneous, Kronecker, Operator, factor
+from natgrad.linalg import rows as tiles
+from natgrad.linalg.centered import CenteredInverse
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from natgrad.options import described
+from natgrad.checks.values import described
 
 
 def state_of(state_dict: Any, key: str, optimizer: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from natgrad.notebook import table
+from natgrad.report.notebook import table
 
 if TYPE_CHECKING:
     from natgrad.optim.adaptive import Adaptive

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from natgrad.capture import Recorder, Tap
+from natgrad.capture.recorder import Recorder
+from natgrad.capture.tap import Tap
 from natgrad.optim.batch import Forward, RandomState
 from natgrad.optim.buffers import Buffers
 from natgrad.optim.output import Returned

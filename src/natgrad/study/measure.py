@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.blocks import homogeneous
-from natgrad.data import Problem
-from natgrad.moments import AffineMoments
-from natgrad.structures import KfacStructure
+from natgrad.curvature.blocks import homogeneous
+from natgrad.curvature.moments import AffineMoments
+from natgrad.curvature.problem import Problem
+from natgrad.curvature.structures import KfacStructure
 from natgrad.study.spec import Measure
 from natgrad.study.tasks import SUBSET, Task
 

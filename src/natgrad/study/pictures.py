@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, MaxNLocator
 
-from natgrad.figures import INK, MORE_COLOURS, new_figure, save, tidy
+from natgrad.report.figures import INK, MORE_COLOURS, new_figure, save, tidy
 from natgrad.study.statistics import Paired, spread
 from natgrad.study.summary import Group, TaskSummary
 

@@ -1,0 +1,154 @@
+"""Scales and shifts `y = w ∘ z + c`, of normalization layers and of plain products and sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.capture.layers.inputs import Rows
+from natgrad.capture.layers.kind import Call, Kind
+
+
+@dataclass(frozen=True)
+class Scale(Kind):
+    """`y = w ∘ z + c` with parameters spread over the output as tensors of shape `spread` would be.
+
+    A case is an example, with `Σ g z` and `Σ g` over the places of the example that a coordinate is used at. K-FAC
+    keeps for each coordinate the exact block `E[(Σ g z, Σ g)(Σ g z, Σ g)ᵀ]` of scale and shift, and nothing between
+    coordinates. A batch normalization in training mode mixes examples, which is left out of account.
+    """
+
+    name: str
+    spread: tuple[int, ...]
+    has_scale: bool
+    has_shift: bool
+    normalize: Callable[[Tensor], Tensor] | None = None
+
+    def inputs(self, h: Tensor) -> Rows:
+        """Nothing: a scale's input is part of its gradient."""
+        return Rows(h.new_zeros(1, 1, 0))
+
+    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n t o"]:
+        """`(Σ g z, Σ g)` for every example, one after the other."""
+        parts = []
+        if self.has_scale:
+            z = h if self.normalize is None else self.normalize(h)
+            parts.append(self._sums(g * z.to(g.dtype)))
+        if self.has_shift:
+            parts.append(self._sums(g))
+        return torch.cat(parts, 1).unsqueeze(1)
+
+    def positions(self, a: Tensor) -> tuple[int, int]:
+        return len(a), 1
+
+    def width(self, a: Tensor) -> int:
+        return prod(self.spread) * (self.has_scale + self.has_shift)
+
+    def kept(self, weight: bool, bias: bool) -> Scale:
+        return replace(self, has_scale=weight, has_shift=bias)
+
+    def _sums(self, t: Tensor) -> Float[Tensor, "n d"]:
+        """The sum over all places of a coordinate, for each example."""
+        spread = (1,) * (t.ndim - len(self.spread)) + self.spread
+        axes = [i for i, s in enumerate(spread) if s == 1 and i > 0]
+        return (t.sum(axes) if axes else t).reshape(len(t), -1)
+
+
+def _norm(
+    name: str, spread: Sequence[int], input: Tensor, weight: Tensor | None, bias: Tensor | None, normalize: Any
+) -> Call:
+    kind = Scale(name, tuple(spread), weight is not None, bias is not None, normalize)
+    return Call(kind, input, weight, bias)
+
+
+def _channels(input: Tensor) -> tuple[int, ...]:
+    return (input.shape[1], *[1] * (input.ndim - 2))
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Call:
+    shape = list(normalized_shape)
+    return _norm("layer_norm", shape, input, weight, bias, lambda h: F.layer_norm(h, shape, eps=eps))
+
+
+def _rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Call:
+    shape = list(normalized_shape)
+    return _norm("rms_norm", shape, input, weight, None, lambda h: F.rms_norm(h, shape, eps=eps))
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Call:
+    spread = _channels(input)
+    return _norm("group_norm", spread, input, weight, bias, lambda h: F.group_norm(h, num_groups, eps=eps))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Call:
+    kept = (None, None) if training else (running_mean, running_var)
+
+    def normalize(h: Tensor) -> Tensor:
+        return F.batch_norm(h, *kept, training=training, eps=eps)
+
+    return _norm("batch_norm", _channels(input), input, weight, bias, normalize)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Call:
+    kept = (None, None) if use_input_stats else (running_mean, running_var)
+
+    def normalize(h: Tensor) -> Tensor:
+        return F.instance_norm(h, *kept, use_input_stats=use_input_stats, eps=eps)
+
+    return _norm("instance_norm", _channels(input), input, weight, bias, normalize)
+
+
+def product(z: Tensor, w: Tensor) -> Call:
+    """`z ∘ w` for a parameter `w`."""
+    return Call(Scale("mul", tuple(w.shape), True, False), z, w)
+
+
+def shift(z: Tensor, c: Tensor) -> Call:
+    """`z + c` for a parameter `c`."""
+    return Call(Scale("add", tuple(c.shape), False, True), z, None, c)
+
+
+def _expand(input: Tensor, *sizes: Any) -> Call:
+    return Call(Scale("expand", tuple(input.shape), False, True), input.new_zeros(()), None, input)
+
+
+PARSERS: dict[Any, Callable[..., Call | None]] = {
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    Tensor.expand: _expand,
+}
+
+ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
+PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}

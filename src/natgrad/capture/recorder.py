@@ -1,0 +1,304 @@
+"""Which parameter was used, how, with what input and output: recorded from the torch functions themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, VIEWS, Call, Kind, View
+from natgrad.capture.layers.scale import Scale, product, shift
+from natgrad.capture.use import Form, Use
+
+
+class Recorder(TorchFunctionMode):
+    """Records, while active, every use of the given parameters in a forward with gradients enabled.
+
+    `check(output)` raises for the parameters that the output depends on by any other way.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]):
+        super().__init__()
+        self.uses: list[Use] = []
+        self._names: dict[int, str] = {}
+        # Other forms of a parameter (`W.T`, `W.chunk(3)`), kept alive so that their ids stay theirs.
+        self._forms: dict[int, tuple[Tensor, Form]] = {}
+        self.know(parameters)
+        # Outputs of uses that have no bias yet: `h @ W.T + b` adds it in a second call.
+        self._open: dict[int, Use] = {}
+        # Outputs of uses with one row for all examples, which a sum spreads over them.
+        self._spread: dict[int, Use] = {}
+        # How parameters were used by functions of no kind, and with gradients disabled.
+        self._others: dict[str, str] = {}
+        self._without_gradients: dict[str, str] = {}
+        self._positions: int | None = None
+
+    def know(self, parameters: Mapping[str, Tensor]) -> None:
+        """Records the uses of these from now on."""
+        self._names |= {id(p): n for n, p in parameters.items()}
+        self._forms |= {id(p): (p, Form(n)) for n, p in parameters.items()}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        composite = COMPOSITES.get(func)
+        tensors = _tensors((args, kwargs))
+        given = [t for t in tensors if id(t) in self._forms]
+        if composite is not None and given and torch.is_grad_enabled():
+            outer, self._positions = self._positions, composite.positions(*args, **kwargs)
+            try:
+                with self:
+                    return composite.function(*args, **kwargs)
+            finally:
+                self._positions = outer
+        out = func(*args, **kwargs)
+        if given:
+            self._note(func, args, kwargs, out, given)
+        elif self._spread and func in ADDITIONS:
+            self._spread_out(args, out)
+        return out
+
+    def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, given: list[Tensor]) -> None:
+        covered, others, calls = set[str](), self._without_gradients, list[Call]()
+        if torch.is_grad_enabled():
+            if not any(t.requires_grad for t in _tensors(out)):
+                return
+            others = self._others
+            if self._look_at(VIEWS[func](*args, **kwargs) if func in VIEWS else None, out):
+                return
+            calls = self._calls(func, args, kwargs)
+            for call in calls:
+                covered |= self._record(func, call, out)
+        for t in given:
+            name = self._forms[id(t)][1].name
+            if name not in covered:
+                how = f" as a bias of shape {tuple(t.shape)}" if any(t is call.bias for call in calls) else ""
+                others.setdefault(name, _name(func) + how)
+
+    def _look_at(self, view: View | None, out: Any) -> bool:
+        """Keeps the forms of a parameter that a view gives, if it is one."""
+        held = None if view is None else self._forms.get(id(view.of))
+        if view is None or held is None:
+            return False
+        form = held[1]
+        if (view.rows and form.transposed) or (not view.rows and not view.transposed and form.transposed):
+            return False
+        first = form.rows[0] if form.rows else 0
+        rows = [(first + a, first + b) for a, b in view.rows] if view.rows else [form.rows]
+        for tensor, its_rows in zip(out if isinstance(out, (tuple, list)) else [out], rows, strict=True):
+            self._forms[id(tensor)] = (
+                tensor,
+                replace(form, rows=its_rows, transposed=form.transposed != view.transposed),
+            )
+        return True
+
+    def _calls(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
+        """The uses that a call is made of."""
+        if func in PARSERS:
+            calls = PARSERS[func](*args, **kwargs)
+            return calls if isinstance(calls, list) else [calls] if calls is not None else []
+        if func in ADDITIONS or func in PRODUCTS:
+            operands = [*args, *(kwargs[k] for k in ("input", "other") if k in kwargs)]
+            tensors = [t for t in operands if isinstance(t, Tensor)]
+            if len(tensors) == 2 and kwargs.get("alpha", 1) == 1:
+                own = [id(t) in self._forms for t in tensors]
+                if own == [True, False]:
+                    tensors.reverse()
+                if own != [True, True]:
+                    return [(shift if func in ADDITIONS else product)(*tensors)]
+        return []
+
+    def _record(self, func: Any, call: Call, out: Tensor) -> set[str]:
+        """Keeps the use that a call is. Returns the names of the parameters it covers."""
+        if call.weight is None and self._add_bias(call, out):
+            return {self._forms[id(call.bias)][1].name}
+        weight, bias = (self._form(t) for t in (call.weight, call.bias))
+        if bias is not None and not self._fits(call, bias, out):
+            bias = None
+        if weight is None and bias is None:
+            return set()
+        kind = call.kind.oriented(weight is not None and weight.transposed)
+        if kind is None or id(call.h) in self._forms or not self._is_matrix(call, weight, kind, out):
+            return set()
+        kind = kind.kept(weight is not None, bias is not None)
+        others = [call.h, *call.others]
+        others += [t for t, form in ((call.weight, weight), (call.bias, bias)) if form is None and t is not None]
+        use = Use(
+            None if weight is None else weight.name,
+            None if bias is None else bias.name,
+            kind,
+            None if weight is None else _within(weight.rows, call.rows),
+            None if bias is None else _within(bias.rows, call.rows),
+            func,
+            call.h.detach(),
+            out,
+            _edge(out),
+            tuple(get_gradient_edge(t).node for t in others if t.requires_grad),
+            (call.h._version, out._version),
+            0 if self._positions is None else 1,
+            _lead(call.h) if self._positions is None else self._positions,
+            all(t is None or id(t) in self._names for t in (call.weight, call.bias)),
+        )
+        self.uses.append(use)
+        if call.bias is None and call.weight is not None and kind.features == -1 and not isinstance(kind, Scale):
+            self._open[id(out)] = use
+        if len(out) == 1 and out.ndim > 1:
+            self._spread[id(out)] = use
+        return {form.name for form in (weight, bias) if form is not None}
+
+    def _form(self, t: Tensor | None) -> Form | None:
+        held = None if t is None else self._forms.get(id(t))
+        return None if held is None else held[1]
+
+    def _fits(self, call: Call, bias: Form, a: Tensor) -> bool:
+        """Whether a bias has an entry for each of `a`'s features, or is spread over them."""
+        assert call.bias is not None
+        if bias.transposed or (isinstance(call.kind, Scale) and not _spreads(call.bias, a)):
+            return False
+        return isinstance(call.kind, Scale) or call.bias.shape == (a.shape[call.kind.features],)
+
+    def _is_matrix(self, call: Call, weight: Form | None, kind: Kind, a: Tensor) -> bool:
+        """Whether the weight is read as its layout says: rows of a matrix that is stored row by row, or all of it."""
+        if weight is None:
+            return True
+        assert call.weight is not None
+        if isinstance(kind, Scale):
+            return weight.rows is None and _spreads(call.weight, a)
+        if weight.rows is not None and (kind.layout.form != "plain" or call.rows is not None):
+            return False
+        return call.weight.ndim > 1
+
+    def _add_bias(self, call: Call, out: Tensor) -> bool:
+        """Gives an affine use the bias that a call adds to its output."""
+        use, bias = self._open.get(id(call.h)), self._form(call.bias)
+        if use is None or bias is None or call.bias is None or not use.a_intact:
+            return False
+        if call.bias.shape != use.a.shape[-1:] or out.shape != use.a.shape:
+            return False
+        del self._open[id(call.h)]
+        self._extend(use, out, bias=bias.name, bias_rows=bias.rows)
+        return True
+
+    def _spread_out(self, args: Sequence[Any], out: Any) -> None:
+        """A use with one row for all examples, added to what has a row for each: it is a use for each."""
+        operands = [t for t in args if isinstance(t, Tensor)]
+        use = next((self._spread[id(t)] for t in operands if id(t) in self._spread), None)
+        if use is None or len(operands) != 2 or not use.a_intact or out.ndim != use.a.ndim or len(out) == 1:
+            return
+        other = operands[0] if operands[1] is use.a else operands[1]
+        if out.shape[1:] != use.a.shape[1:]:
+            return
+        del self._spread[id(use.a)]
+        more = (get_gradient_edge(other).node,) if other.requires_grad else ()
+        self._extend(use, out, h=use.h.expand(len(out), *use.h.shape[1:]), sources=use.sources + more)
+
+    def _extend(self, use: Use, out: Tensor, **changes: Any) -> None:
+        versions = (use.versions[0], out._version)
+        whole = replace(use, a=out, edge=_edge(out), versions=versions, before=use, **changes)
+        self.uses[self.uses.index(use)] = whole
+
+    def check(self, output: Any) -> None:
+        """Sees to it that `output` depends on the parameters by the recorded uses alone.
+
+        A use whose `W h` has gone elsewhere too, before the bias was added, is taken apart.
+
+        Raises:
+            NotImplementedError: naming the parameters that were used in another way. Without an output to start
+                from, any other use counts, whether it matters or not.
+        """
+        missed, reached = self._others, set[Node]()
+        roots = [get_gradient_edge(t).node for t in _tensors(output) if t.requires_grad]
+        if roots:
+            missed, reached = self._walk(roots)
+        if missed:
+            named = ", ".join(f"{n!r} (used by {missed[n]})" for n in self._names.values() if n in missed)
+            raise NotImplementedError(
+                f"no layer kind covers {named}; expected linear maps, convolutions, embeddings, normalizations, "
+                "attention, recurrent layers, or elementwise scales and shifts, with a bias of shape (d_out,). Freeze "
+                "these parameters with requires_grad_(False), or leave them out with params=, for another optimizer to "
+                "train"
+            )
+        self.uses = [part for use in self.uses for part in use.parts(reached)]
+
+    def _walk(self, roots: list[Node]) -> tuple[dict[str, str], set[Node]]:
+        """The parameters that the graph leads to from `roots`, and the nodes on the way.
+
+        A recorded use leads to its `sources` alone; so what is found was used in another way, whatever the function.
+        """
+        uses = {part.edge.node: part for use in self.uses for part in _chain(use)}
+        missed: dict[str, str] = {}
+        reached: set[Node] = set()
+        left = [("the output", node) for node in roots]
+        while left:
+            function, node = left.pop()
+            parameter = self._names.get(id(getattr(node, "variable", None)))  # of a leaf of the graph
+            if parameter is not None:
+                missed[parameter] = self._others.get(parameter, re.sub(r"Backward\d*$", "", function))
+            elif node not in reached:
+                reached.add(node)
+                function = node.name()
+                if function == "CheckpointFunctionBackward":  # a reentrant one: the backward alone makes its graph
+                    for n, f in self._without_gradients.items():
+                        missed[n] = f"{f} in a checkpoint, which needs use_reentrant=False"
+                ahead = uses[node].sources if node in uses else [n for n, _ in node.next_functions if n is not None]
+                left += [(function, n) for n in ahead]
+        return missed, reached
+
+
+def _edge(a: Tensor) -> GradientEdge:
+    """The edge of `a`. Where it is another shape of one tensor (`linear` with positions), the edge of that tensor:
+    an in-place function on a view gives the view a new node, and the old one leaves the graph."""
+    whole = a if a._base is None else a._base
+    reshaped = whole.numel() == a.numel() and whole.is_contiguous() and a.is_contiguous()
+    return get_gradient_edge(whole if reshaped else a)
+
+
+def _chain(use: Use | None) -> list[Use]:
+    """A use and what it was before."""
+    return [] if use is None else [use, *_chain(use.before)]
+
+
+def _within(outer: tuple[int, int] | None, inner: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Rows of rows."""
+    if outer is None or inner is None:
+        return outer or inner
+    return outer[0] + inner[0], outer[0] + inner[1]
+
+
+def _lead(h: Tensor) -> int | None:
+    """The first axis of what was flattened to the two axes of `h`."""
+    base = h._base
+    if h.ndim != 2 or base is None or base.ndim < 3 or base.numel() != h.numel() or len(h) % len(base):
+        return None
+    outermost = base.stride(0) * len(base) == base.numel()  # of the base's axes in memory
+    return len(base) if h.is_contiguous() and outermost else None
+
+
+def _spreads(parameter: Tensor, a: Tensor) -> bool:
+    """Whether a parameter is the same for all examples on axis 0 of `a`."""
+    return a.ndim > parameter.ndim or (a.ndim == parameter.ndim > 0 and len(parameter) == 1) or parameter.numel() == 1
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    found, left = [], [value]
+    while left:
+        v = left.pop()
+        if isinstance(v, Tensor):
+            found.append(v)
+        elif isinstance(v, (tuple, list)):
+            left += v
+        elif isinstance(v, dict):
+            left += v.values()
+    return found
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", func))

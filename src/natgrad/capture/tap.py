@@ -1,0 +1,40 @@
+"""Hooks around a model's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Tap:
+    """A forward pre-hook and hook of a model that keep a recorder active during its forward.
+
+    A copied or pickled model does not carry it along: the copy's tap is inert.
+    """
+
+    def __init__(self, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None):
+        self._before, self._after = before, after
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        return [
+            model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True),
+            model.register_forward_hook(_Hook(self, "after"), with_kwargs=True, always_call=True),
+        ]
+
+    def __deepcopy__(self, memo: Any) -> Tap:
+        return Tap()
+
+    def __reduce__(self) -> Any:
+        return Tap, ()
+
+
+class _Hook:
+    def __init__(self, tap: Tap, moment: str):
+        self.tap, self.moment = tap, moment
+
+    def __call__(self, *args: Any) -> None:
+        function = self.tap._before if self.moment == "before" else self.tap._after
+        if function is not None:
+            function(*args)

@@ -1,0 +1,89 @@
+"""One use of parameters in a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from natgrad.capture.layers import Kind
+
+
+@dataclass(eq=False)
+class Use:
+    """One use of trainable parameters, named; `None` where there is none.
+
+    `kind` says how `a` came of `h` and the parameters. `rows` are the rows of the weight's matrix that are in use, and
+    `bias_rows` those of the bias (None: all).
+    `edge` stands for `a` in the autograd graph: its gradient is that of the pre-activation even if an in-place
+    function has since overwritten the tensor, with the entries of `a` in its own shape. `sources` are where the
+    graph goes on from `a` beside these parameters. `before` is the use as it was until a later call added the bias,
+    or the examples that `W h` is the same for. `direct`: the function was given the parameters themselves.
+
+    Examples are on `example_axis`; or, where `lead` is given, on that axis of what has been flattened to two axes,
+    the first of size `lead`.
+    """
+
+    weight: str | None
+    bias: str | None
+    kind: Kind
+    rows: tuple[int, int] | None
+    bias_rows: tuple[int, int] | None
+    function: Any
+    h: Tensor
+    a: Tensor
+    edge: GradientEdge
+    sources: tuple[Node, ...]
+    versions: tuple[int, int]
+    example_axis: int = 0
+    lead: int | None = None
+    direct: bool = True
+    before: Use | None = None
+
+    def forget_output(self) -> None:
+        """Lets go of the memory of `a`; its shape stays."""
+        self.a, self.before = self.a.new_empty(()).expand(self.a.shape), None
+
+    def check_input(self) -> None:
+        """Raises RuntimeError if `h` was overwritten since the forward."""
+        if self.h._version != self.versions[0]:
+            raise RuntimeError(
+                f"the input of {self.weight or self.bias!r} was changed in place after it was used; "
+                "its statistics are lost. Replace the in-place operation by one that returns a new tensor"
+            )
+
+    @property
+    def a_intact(self) -> bool:
+        return self.a._version == self.versions[1]
+
+    def by_example(self, t: Tensor, examples: int) -> Tensor:
+        """`h`, or a tensor of `a`'s shape, with its examples on axis 0 if it can be told where they are."""
+        if self.kind.features == -1:
+            if self.lead is not None and t.ndim == 2 and (self.example_axis == 1 or len(t) != examples):
+                t = t.unflatten(0, (self.lead, -1))
+            if t.ndim > 2 and (self.example_axis == 1 or (len(t) != examples and t.shape[1] == examples)):
+                t = t.transpose(0, 1)
+        return t
+
+    def parts(self, reached: Set[Node]) -> list[Use]:
+        """The use itself; or, where the graph has reached what was `before`, that, and the bias added since with a
+        pre-activation of its own."""
+        if self.before is None or self.before.edge.node not in reached:
+            return [self]
+        if self.bias is None:
+            return self.before.parts(reached)
+        bias = replace(self, weight=None, function=torch.add, sources=(self.before.edge.node,), before=None)
+        return [self.before, bias]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A parameter as a function was given it: all of it or some rows, as it is or transposed."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+    transposed: bool = False

@@ -1,0 +1,25 @@
+"""Warnings that point at the user's own line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from types import FrameType
+
+import jaxtyping
+import torch
+
+OWN = Path(__file__).resolve().parent.parent
+BETWEEN = (OWN, *(Path(module.__file__ or "").resolve().parent for module in (torch, jaxtyping)))
+PASSED_OVER = tuple(f"{folder}{os.sep}" for folder in BETWEEN)
+
+
+def warn(message: str) -> None:
+    """A RuntimeWarning at the nearest line that is not this library's, nor of those that wrap its functions."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(PASSED_OVER):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -1,0 +1,1 @@
+"""From cases to matrices: moments, bases, structures and exact products."""

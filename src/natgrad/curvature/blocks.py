@@ -1,0 +1,112 @@
+"""From moments to operators: K-FAC's block of every layer, and the matrix of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from math import prod
+
+import torch
+from torch import Tensor
+
+from natgrad.capture.cases import Layer
+from natgrad.curvature.groups import groups, tiled, whole
+from natgrad.curvature.moments import AffineMoments, Moments, ScaleMoments
+from natgrad.linalg import (
+    Block,
+    BlockDiagonal,
+    CenteredKronecker,
+    CoordinateBlocks,
+    Diagonal,
+    Homogeneous,
+    Kronecker,
+    Operator,
+    Space,
+    factor,
+)
+from natgrad.linalg.centered import matrix_of
+
+
+def assemble(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tensor]) -> BlockDiagonal:
+    """The matrix of all layers, over the parameters that they have, in the parameters' order.
+
+    Raises:
+        NotImplementedError: if some rows of a parameter are in no layer.
+    """
+    names = tuple(n for n in parameters if any(n in layer.names for layer in layers))
+    space = Space(tuple(tuple(parameters[n].shape) for n in names), names)
+    return BlockDiagonal(named_blocks(layers, parameters), space)
+
+
+def named_blocks(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tensor]) -> dict[str, Block]:
+    """Every layer's operator with its parameters, by the layer's name.
+
+    Raises:
+        NotImplementedError: if some rows of a parameter are in no layer.
+    """
+    blocks = {}
+    for layer, op in layers.items():
+        shapes = tuple(tuple(parameters[n].shape) for n in layer.names)
+        if sum(map(prod, shapes)) != op.space.size:
+            raise NotImplementedError(
+                f"{layer.names[0]!r} has shape {shapes[0]} and only some of its rows are used for the output; "
+                "use structure='dense' or 'implicit', or leave it out with params="
+            )
+        blocks[layer.name] = Block(op, layer.names, layer.layout, shapes, layer.function)
+    return blocks
+
+
+def kfac_blocks(moments: Mapping[Layer, Moments], is_mean: bool, centered: bool) -> dict[Layer, Operator]:
+    """K-FAC's operator of every whole layer."""
+    blocks: dict[Layer, Operator] = {}
+    for layers in groups(moments):
+        if len({layer.layout for layer in layers}) > 1:
+            blocks[whole(layers)] = pooled({layer: moments[layer] for layer in layers}, is_mean)
+        else:
+            blocks |= tiled({layer: kfac_block(layer, moments[layer], is_mean, centered) for layer in layers})
+    return blocks
+
+
+def kfac_block(layer: Layer, moments: Moments, is_mean: bool, centered: bool) -> Operator:
+    """`A ⊗ B` of one layer, or the blocks of a scale's coordinates."""
+    if isinstance(moments, ScaleMoments):
+        products = moments.means(is_mean)
+        return Diagonal((products[0],)) if len(products) == 1 else CoordinateBlocks.of_products(*products)
+    assert isinstance(moments, AffineMoments)
+    B = moments.B(is_mean)
+    if layer.weight is None:
+        return matrix_of(B)
+    if layer.bias is None:
+        return Kronecker(moments.A, B)
+    if centered:
+        return CenteredKronecker(covariance=moments.C, mean=moments.mean, output=B)
+    return Homogeneous(Kronecker(homogeneous(moments), B))
+
+
+def pooled(moments: Mapping[Layer, Moments], is_mean: bool) -> Kronecker:
+    """One Kronecker product for a weight that is used both as `W` and as `Wᵀ`.
+
+    Every use `u` is a product `L_u ⊗ R_u` of a factor of the rows and one of the columns. Their sum has no inverse of
+    this form; in its place stands the product with the same partial traces, and so the same trace:
+    `(Σ L_u tr R_u) ⊗ (Σ R_u tr L_u) / Σ tr L_u tr R_u`.
+    """
+    lefts, rights, traces = [], [], []
+    for layer, m in moments.items():
+        assert isinstance(m, AffineMoments)
+        left, right = (m.A, m.B(is_mean)) if layer.layout.form == "transposed" else (m.B(is_mean), m.A)
+        l, r = factor.diagonal(left).sum(), factor.diagonal(right).sum()
+        lefts.append(r * left)
+        rights.append(l * right)
+        traces.append(l * r)
+    total = torch.stack(traces).sum()
+    share = torch.where(total > 0, 1 / total, 0.0)
+    return Kronecker(share * reduce(factor.add, rights), reduce(factor.add, lefts))
+
+
+def homogeneous(moments: AffineMoments) -> Tensor:
+    """`A = E[x xᵀ]` for `x = [h; 1]`, or its diagonal."""
+    one = moments.mean.new_ones(1)
+    if moments.scatter.ndim == 1:
+        return torch.cat([moments.A, one])
+    x = torch.cat([moments.mean, one])
+    return torch.block_diag(moments.C, x.new_zeros(1, 1)) + torch.outer(x, x)

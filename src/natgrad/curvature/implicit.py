@@ -1,0 +1,197 @@
+"""Matrices of a model on data by their products alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from natgrad.curvature.problem import Problem, check_mass, check_output
+from natgrad.curvature.products import gauss_newton_product
+from natgrad.distributed.gathering import in_common, jointly
+from natgrad.linalg import Block, BlockDiagonal, Dense, Operator, Space
+from natgrad.linalg.krylov import IterativeInverse
+from natgrad.linalg.operator import DENSE_LIMIT, check_damping
+from natgrad.linalg.space import Parts
+
+Vector = dict[str, Tensor]
+
+
+class Implicit(Operator):
+    """A matrix whose product with a vector is a pass over the data.
+
+    `solve` and `inverse` use conjugate gradients, to a relative residual of `eps^¾`. The random numbers that the
+    model draws (dropout) and the buffers that it writes are the model's own affair: a matrix is best taken in
+    evaluation mode. Of a model on several ranks, all take each product together.
+    """
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        parameters = problem.parameters
+        self.space = Space(tuple(tuple(p.shape) for p in parameters.values()), tuple(parameters))
+        self.dtype, self.device = next(iter(parameters.values())).dtype, problem.device
+
+    @abstractmethod
+    def _add_product(self, batch: Any, v: Vector, total: Vector) -> Tensor:
+        """Adds one batch's product with `v`, of the sum over cases, to `total`; returns what a mean divides by."""
+
+    def _matmul(self, parts: Parts) -> Parts:
+        if parts[0].ndim > len(self.space.shapes[0]):  # leading axes: one product after the other
+            rows = [self._matmul(tuple(p[i] for p in parts)) for i in range(len(parts[0]))]
+            return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        assert self.space.names is not None
+        v = dict(zip(self.space.names, parts, strict=True))
+        total = {n: torch.zeros_like(p) for n, p in v.items()}
+        mass = torch.zeros((), dtype=self.dtype, device=self.device)
+        with jointly(self.problem.world, "the product"):
+            self._check_common(parts)
+            for batch in self.problem:
+                mass += self._add_product(batch, v, total)
+        for t in (*total.values(), mass):
+            self.problem.world.sum(t, "the product")
+        scale = self._scale(mass)
+        return tuple(total[n] * scale for n in self.space.names)
+
+    def _check_common(self, parts: Parts) -> None:
+        world = self.problem.world
+        if world.size == 1:
+            return
+        own = [float(f(p.double())) for p in parts for f in (torch.sum, torch.linalg.vector_norm)]
+        if any(other != own for other in world.gather(own, "the vector")):
+            raise ValueError(
+                f"the ranks multiply different vectors, rank {world.rank} one of norms {own[1::2]}; expected the same "
+                "on all, as they are multiplied together"
+            )
+
+    def _source(self, generator: torch.Generator | None) -> torch.Generator | None:
+        return in_common(self.problem.world, generator, self.device)
+
+    def _scale(self, mass: Tensor) -> Tensor | float:
+        check_mass(mass, self.problem.curvature.is_mean)
+        return 1 / mass if self.problem.curvature.is_mean else 1.0
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+        check_damping(damping, damping_style)
+        if damping_style == "factored":
+            raise TypeError("an implicit matrix has no factors to damp; use damping_style='exact'")
+        return IterativeInverse(self, damping)
+
+
+class ImplicitGaussNewton(Implicit):
+    """`E[Jᵀ D J]`: each product is one forward-mode and one reverse-mode pass over the data (Schraudolph 2002)."""
+
+    def _add_product(self, batch: Any, v: Vector, total: Vector) -> Tensor:
+        held: dict[str, Tensor] = {}
+        curvature = self.problem.curvature
+
+        def call(forward: Any) -> Tensor:
+            output, held["target"] = self.problem.run(forward, batch)
+            return output
+
+        def curve(output: Tensor, Jd: Tensor) -> Tensor:
+            check_output(output)
+            held["mass"] = curvature.normalizer(output, held["target"])
+            return curvature.product(output, held["target"], Jd)
+
+        for n, p in gauss_newton_product(self.problem.model, call, v, curve).items():
+            total[n] += p
+        return held["mass"]
+
+
+class ImplicitHessian(Implicit):
+    """The objective's Hessian: each product is a gradient of the gradient's inner product with `v`."""
+
+    def _add_product(self, batch: Any, v: Vector, total: Vector) -> Tensor:
+        leaves, gradients, mass = self._gradients(batch)
+        for n, p in _vjp(gradients, leaves, list(v), [v[n] for n in leaves]).items():
+            total[n] += p
+        return mass
+
+    def _gradients(self, batch: Any) -> tuple[Vector, Vector, Tensor]:
+        """Leaves for the parameters, the gradient of the summed loss in them with its graph, and the batch's mass."""
+        model, curvature = self.problem.model, self.problem.curvature
+        owned = dict(model.named_parameters())
+        leaves = {n: owned[n].detach().requires_grad_() for n in self.space.names or ()}
+        rest = {n: p.detach() for n, p in owned.items() if n not in leaves}
+        buffers = {n: b.clone() for n, b in model.named_buffers()}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(model, {**rest, **leaves, **buffers}, args, kwargs)
+
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            output, target = self.problem.run(forward, batch)
+            check_output(output)
+            mass = curvature.normalizer(output.detach(), target)
+            loss = curvature.loss(output, target) * (mass if curvature.is_mean else 1)
+            values = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
+        gradients = {n: g for n, g in zip(leaves, values, strict=True) if g is not None and g.requires_grad}
+        return leaves, gradients, mass
+
+    def formed(self) -> Dense:
+        """The matrix itself."""
+        return Dense(self._formed(self.space), self.space)
+
+    def block_diagonal(self) -> BlockDiagonal:
+        """Each module's own block, formed."""
+        shapes = dict(zip(self.space.names or (), self.space.shapes, strict=True))
+        blocks = {}
+        for group, names in self.space.groups().items():
+            space = Space(tuple(shapes[n] for n in names), names)
+            blocks[group] = Block(Dense(self._formed(space), Space(space.shapes)), names)
+        return BlockDiagonal(blocks, self.space)
+
+    def _formed(self, space: Space) -> Tensor:
+        """The rows and columns of some parameters, each row one gradient of an entry of the gradient."""
+        if space.size > DENSE_LIMIT:
+            raise ValueError(
+                f"the Hessian has {space.size} rows, above the limit of {DENSE_LIMIT}; use structure='implicit'"
+            )
+        names = space.names or ()
+        H = torch.zeros(space.size, space.size, dtype=self.problem.dtype, device=self.device)
+        mass = torch.zeros((), dtype=H.dtype, device=self.device)
+        with jointly(self.problem.world, "the Hessian"):
+            for batch in self.problem:
+                leaves, gradients, batch_mass = self._gradients(batch)
+                mass += batch_mass
+                its_leaves = {n: leaves[n] for n in names}
+                for start, rows in _unit_rows(space, H):
+                    parts = dict(zip(names, space.unflatten(rows), strict=True))
+                    products = _vjp(gradients, its_leaves, list(names), [parts[n] for n in names], batched=True)
+                    flat = space.flatten(tuple(products[n] for n in names))
+                    H[start : start + len(rows)] += flat.to(H.dtype)
+        self.problem.world.sum(H, "the Hessian")
+        self.problem.world.sum(mass, "the Hessian")
+        H = H * self._scale(mass)
+        if not torch.isfinite(H).all():
+            raise ValueError("the Hessian has entries that are not finite; look for NaN or inf in targets or weights")
+        return (H + H.mT) / 2
+
+
+def _vjp(gradients: Vector, leaves: Vector, names: list[str], v: list[Tensor], batched: bool = False) -> Vector:
+    """The gradient of `⟨gradients, v⟩` in the leaves: for every row of `v` if `batched`."""
+    reached = [(gradients[n], vn) for n, vn in zip(names, v, strict=True) if n in gradients]
+    found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if reached:
+        outputs, weights = zip(*reached, strict=True)
+        found = torch.autograd.grad(
+            outputs, list(leaves.values()), weights, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+    leading = v[0].shape[:1] if batched else ()
+    return {
+        n: leaf.new_zeros(*leading, *leaf.shape) if p is None else p
+        for (n, leaf), p in zip(leaves.items(), found, strict=True)
+    }
+
+
+def _unit_rows(space: Space, like: Tensor, budget: int = 1 << 25) -> Iterator[tuple[int, Tensor]]:
+    """The rows of the identity, some at a time, each with the index of its first."""
+    step = max(1, budget // space.size)
+    for start in range(0, space.size, step):
+        rows = like.new_zeros(min(step, space.size - start), space.size)
+        rows[torch.arange(len(rows)), torch.arange(start, start + len(rows))] = 1
+        yield start, rows

@@ -1,0 +1,290 @@
+"""Matrices of a model on data: `fisher`, `gauss_newton` and `hessian`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture.cases import Layer
+from natgrad.checks.parameters import Selection
+from natgrad.checks.values import check_choice, check_flag, check_max_dim
+from natgrad.curvature.blocks import assemble
+from natgrad.curvature.implicit import ImplicitGaussNewton, ImplicitHessian
+from natgrad.curvature.moments import MAX_DIM, SHARING
+from natgrad.curvature.problem import Forward, Problem, check_mass
+from natgrad.curvature.structures import STRUCTURES
+from natgrad.distributed.gathering import jointly
+from natgrad.linalg import BlockDiagonal, Dense, Operator, Space
+
+ALL_STRUCTURES = ("implicit", "dense", *STRUCTURES)
+
+
+def fisher(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    structure: str = "kfac",
+    *,
+    estimator: str = "exact",
+    samples: int = 1,
+    centered: bool = True,
+    sharing: str = "expand",
+    max_dim: int = MAX_DIM,
+    params: Selection = None,
+    forward: Forward | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Operator:
+    """The Fisher information `F = E[Jᵀ D J]` of a model on data, as an operator on its parameters.
+
+    The expectation is the objective's own, over the whole of `data`: a mean for `reduction="mean"`, a sum
+    for `"sum"`. The model runs in the mode it is in (`train` or `eval`), once over the data.
+
+    With a model in `DistributedDataParallel` every rank calls this with its own part of the data, which may be empty on
+    some, and gets the matrix of all of it; `"block"` then holds the cases of all ranks on each, and products with
+    `"implicit"` are taken by all ranks together. What one rank raises all raise.
+
+    Args:
+        model: any module; its trainable parameters are those of the matrix.
+        loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss`,
+            `nn.GaussianNLLLoss` (the model returns `(mean, var)`) or `natgrad.losses.Likelihood`.
+        data: one `(input, target)` pair, or an iterable of such batches.
+        structure: `"kfac"` (a Kronecker product for each layer), `"ekfac"` (its eigenbases with corrected
+            eigenvalues), `"diagonal"`, `"block"` (the exact block of each layer, held as its cases), `"dense"` (the
+            full matrix), or `"implicit"` (products only).
+        estimator: `"exact"` (every column of a factor of `D`), `"mc"` (`samples` random labels for each
+            case), or `"empirical"` (the gradients at the given targets).
+        samples: how many labels are drawn for each case, for `"mc"`.
+        centered: hold weight and bias apart, with the covariance of the inputs (K-FAC and EKFAC of layers with a bias).
+        max_dim: K-FAC's factors of more rows than this are kept as their diagonals (K-FAC and EKFAC).
+        sharing: where a layer is used at several positions, each is a case (`"expand"`), or inputs are
+            averaged and gradients summed first (`"reduce"`) (Eschenhagen et al. 2023).
+        params: the names of the parameters to take, or a predicate on names. Default: all trainable ones.
+        forward: `forward(model, batch)` returns `(output, target)`, for batches of any other form.
+        generator: the source of the random labels of `"mc"`.
+        dtype: that of the matrix. Default: that of the parameters.
+        progress: show a progress bar over the batches.
+
+    Returns:
+        An operator with `@`, `quadratic`, `solve`, `inverse`, `trace`, `diagonal`, `to_dense`, ...
+
+    Raises:
+        TypeError: if the loss is not supported.
+        ValueError: if shapes do not fit, the data is empty, or something is not finite.
+        NotImplementedError: if `"kfac"` does not cover a parameter, which is named; if the model is under
+            `fully_shard`.
+        RuntimeError: inside of `torch.inference_mode()`.
+
+    Example:
+        >>> import torch, natgrad
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(10, 3), torch.tensor([0, 1] * 5)
+        >>> F = natgrad.fisher(model, torch.nn.CrossEntropyLoss(), (x, y))
+        >>> step = F.solve({n: torch.ones_like(p) for n, p in model.named_parameters()}, damping=1e-3)
+        >>> step["weight"].shape
+        torch.Size([2, 3])
+
+    Reference: Martens & Grosse (2015), arXiv:1503.05671; Martens (2014), arXiv:1412.1193.
+    """
+    _check_structure(structure)
+    problem = Problem(model, loss, data, "fisher", estimator, samples, params, forward, generator, dtype, progress)
+    return _matrix(problem, structure, centered, sharing, max_dim)
+
+
+def gauss_newton(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    structure: str = "kfac",
+    *,
+    centered: bool = True,
+    sharing: str = "expand",
+    max_dim: int = MAX_DIM,
+    params: Selection = None,
+    forward: Forward | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    estimator: str = "exact",
+    samples: int = 1,
+) -> Operator:
+    """The generalized Gauss-Newton matrix `G = E[Jᵀ D J]`, `D` the Hessian of the loss in the output.
+
+    It is the Fisher information for losses of canonical links (Martens 2014, section 9): cross-entropy, squared
+    error, logistic loss, Poisson with log rates. For Poisson with rates, `nn.GaussianNLLLoss` and
+    `natgrad.losses.Likelihood` it is another matrix, which has no estimator but `"exact"`, and which for the last
+    two may be indefinite: then `"dense"` and `"implicit"` give it, and the other structures raise ValueError, as
+    they are built from a factor `S Sᵀ = D`.
+
+    Args:
+        model, loss, data, structure, centered, sharing, max_dim, params, forward, generator: as for `fisher`.
+        dtype, progress: as for `fisher`.
+        estimator, samples: as for `fisher`, where the two matrices are one.
+
+    Returns:
+        An operator, as `fisher` does.
+
+    Raises:
+        TypeError: as `fisher` does.
+        ValueError: as `fisher` does; if `D` is indefinite; and for an `estimator` that `D` does not have.
+        NotImplementedError: as `fisher` does.
+        RuntimeError: as `fisher` does.
+
+    Example:
+        >>> import torch, natgrad
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> G = natgrad.gauss_newton(model, torch.nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1)), "dense")
+        >>> G.to_dense().round(decimals=3).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+
+    Reference: Martens (2014), arXiv:1412.1193.
+    """
+    _check_structure(structure)
+    problem = Problem(
+        model, loss, data, "gauss_newton", estimator, samples, params, forward, generator, dtype, progress
+    )
+    return _matrix(problem, structure, centered, sharing, max_dim)
+
+
+def hessian(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any,
+    structure: str = "implicit",
+    *,
+    params: Selection = None,
+    forward: Forward | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Operator:
+    """The Hessian of the objective in the parameters. It need not be positive semidefinite.
+
+    Nothing is asked of the layers: autograd does it all.
+
+    Args:
+        model, loss, data, params, forward, dtype, progress: as for `fisher`; any of its losses.
+        structure: `"implicit"` (products only), `"dense"`, or `"block"` (each module's own parameters, dense).
+
+    Returns:
+        An operator, as `fisher` does.
+
+    Raises:
+        TypeError: if the loss is not supported.
+        ValueError: if shapes do not fit, the data is empty, or something is not finite.
+
+    Example:
+        >>> import torch, natgrad
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> H = natgrad.hessian(model, torch.nn.MSELoss(), (torch.eye(2), torch.zeros(2, 1)), "dense")
+        >>> H.to_dense().round(decimals=3).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+
+    Reference: Pearlmutter (1994), "Fast Exact Multiplication by the Hessian".
+    """
+    check_choice("structure", structure, ("implicit", "dense", "block"))
+    problem = Problem(model, loss, data, params=params, forward=forward, dtype=dtype, progress=progress)
+    implicit = ImplicitHessian(problem)
+    if structure == "implicit":
+        return implicit
+    return implicit.formed() if structure == "dense" else implicit.block_diagonal()
+
+
+def _check_structure(structure: Any) -> None:
+    if isinstance(structure, Tensor):
+        raise TypeError(
+            "structure is a Tensor; expected its name, and data as one pair: (model, loss, (input, target), structure)"
+        )
+    check_choice("structure", structure, ALL_STRUCTURES)
+
+
+def _matrix(problem: Problem, structure: str, centered: bool, sharing: str, max_dim: int) -> Operator:
+    check_flag("centered", centered)
+    check_choice("sharing", sharing, SHARING)
+    check_max_dim(max_dim)
+    if structure == "implicit":
+        if problem.estimator != "exact":
+            raise ValueError(
+                f"structure='implicit' has no estimator={problem.estimator!r}; use 'exact', or another structure, "
+                "such as 'dense' or 'kfac'"
+            )
+        return ImplicitGaussNewton(problem)
+    with torch.autocast(problem.device.type, enabled=False):  # the model's own precision is the problem's affair
+        return _dense(problem) if structure == "dense" else _of_layers(problem, structure, centered, sharing, max_dim)
+
+
+def _of_layers(problem: Problem, structure: str, centered: bool, sharing: str, max_dim: int) -> BlockDiagonal:
+    parts = STRUCTURES[structure](centered, sharing, max_dim)
+    with jointly(problem.world, "the cases") as agree:
+
+        def next_pass() -> None:
+            agree()
+            parts.merge_ranks(problem.world)
+            parts.next_pass()
+
+        for cases in problem.passes(parts.passes, between=next_pass):
+            parts.add(cases)
+    parts.merge_ranks(problem.world)
+    assert parts.mass is not None
+    check_mass(parts.mass, problem.curvature.is_mean)
+    layers = parts.build(problem.curvature.is_mean)
+    check_covered(problem.parameters, layers)
+    check_finite(layers)
+    return assemble(layers, problem.parameters)
+
+
+def _dense(problem: Problem) -> Dense:
+    """`Σ ± (Jᵀ s)(Jᵀ s)ᵀ` over every example and column, from autograd's rows alone: no layer is looked at."""
+    parameters, curvature = problem.parameters, problem.curvature
+    space = Space(tuple(tuple(p.shape) for p in parameters.values()), tuple(parameters))
+    G = torch.zeros(space.size, space.size, dtype=problem.dtype, device=problem.device)
+    mass = torch.zeros((), dtype=G.dtype, device=G.device)
+    with jointly(problem.world, "the matrix"):
+        for _, output, target in problem.recorded({}):
+            mass += curvature.normalizer(output, target)
+            for sign, column in problem.signed_columns(output, target):
+                S = example_gradients(output, column, parameters, space).to(G.dtype)
+                G.addmm_(S.mT, S, alpha=sign)
+    problem.world.sum(G, "the matrix")
+    problem.world.sum(mass, "the matrix")
+    if not torch.isfinite(G).all():
+        raise ValueError("the matrix has entries that are not finite; look for NaN or inf in targets or loss weights")
+    check_mass(mass, curvature.is_mean)
+    return Dense(G / mass if curvature.is_mean else G, space)
+
+
+def example_gradients(output: Tensor, column: Tensor, parameters: Mapping[str, Tensor], space: Space) -> Tensor:
+    """`Jᵀ s` of every example apart, `(examples, size)`, from autograd alone."""
+    each = torch.eye(len(output), dtype=output.dtype, device=output.device)
+    each = each.view(*each.shape, *[1] * (output.ndim - 1))
+    leaves = list(parameters.values())
+    gradients = torch.autograd.grad(
+        output, leaves, each * column, retain_graph=True, is_grads_batched=True, allow_unused=True
+    )
+    return space.flatten(
+        tuple(p.new_zeros(len(output), *p.shape) if g is None else g for g, p in zip(gradients, leaves, strict=True))
+    )
+
+
+def check_covered(parameters: Mapping[str, Tensor], layers: Mapping[Layer, Operator]) -> None:
+    covered = {n for layer in layers for n in layer.names}
+    missing = [n for n in parameters if n not in covered]
+    if missing:
+        raise NotImplementedError(
+            f"{missing[0]!r} was not used in the forward, or not for the output"
+            + (f" (nor were {len(missing) - 1} others)" if len(missing) > 1 else "")
+            + ", so no layer kind covers it. Freeze it with requires_grad_(False), or leave it out with params="
+        )
+
+
+def check_finite(layers: Mapping[Layer, Operator]) -> None:
+    for layer, op in layers.items():
+        if not torch.isfinite(op.trace()):
+            raise ValueError(
+                f"the matrix of layer {layer.name!r} is not finite; look for NaN or inf in the batch, the targets or "
+                "the loss weights, and for a batch whose targets are all ignored"
+            )

@@ -1,0 +1,313 @@
+"""Sums over cases of one layer. Microbatches, epochs and running averages merge by the same `+`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.layers import Inputs, InputSums, joined, stacked
+from natgrad.linalg.space import Parts
+
+SHARING = ("expand", "reduce")
+MAX_DIM = 8192
+"""The default width beyond which a factor is kept as its diagonal."""
+
+
+class KnownSums:
+    """The sums of inputs that several layers share, as query, key and value do: each is computed once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], tuple[Inputs, InputSums]] = {}
+
+    def of(self, inputs: Inputs, diagonal: bool) -> InputSums:
+        place = inputs.place()
+        if place is None:
+            return inputs.sums(None, diagonal)
+        key = (place, diagonal)
+        if key not in self._found:
+            # The inputs are kept, so that no others can come to lie in their place.
+            self._found[key] = inputs, inputs.sums(None, diagonal)
+        return self._found[key][1]
+
+
+@dataclass
+class AffineMoments:
+    """What K-FAC keeps of a layer's cases.
+
+    The input side is held as count, mean and scatter around the mean, which merge without cancellation
+    however far the inputs are from zero (Chan, Golub & LeVeque 1979). A factor that is a diagonal has one axis.
+    """
+
+    count: Tensor
+    """Number of cases n, a scalar."""
+    mean: Float[Tensor, " i"]
+    """`m = Σ h / n`."""
+    scatter: Float[Tensor, "*inputs"]
+    """`Σ (h − m)(h − m)ᵀ`."""
+    output: Float[Tensor, "*outputs"]
+    """`Σ g gᵀ` over cases and columns."""
+    mass: Tensor
+    """What the loss's mean divides by, summed over batches: a scalar."""
+
+    @classmethod
+    def empty(
+        cls, d_in: int, d_out: int, mass: Tensor, *, diagonal: tuple[bool, bool] = (False, False)
+    ) -> AffineMoments:
+        """Of no cases yet; `diagonal`: whether the input factor is one, and the output factor."""
+        scatter, output = (mass.new_zeros([d] * (2 - alone)) for d, alone in zip((d_in, d_out), diagonal, strict=True))
+        return cls(mass.new_zeros(()), mass.new_zeros(d_in), scatter, output, mass)
+
+    def add_inputs(
+        self, inputs: Inputs, kept: Bool[Tensor, "n t"] | None = None, known: KnownSums | None = None
+    ) -> None:
+        """Takes in the inputs of all cases, or of those that are kept."""
+        diagonal = self.scatter.ndim == 1
+        sums = inputs.sums(kept, diagonal) if known is None or kept is not None else known.of(inputs, diagonal)
+        zero = torch.zeros_like
+        whole = self + AffineMoments(sums.count, sums.mean, sums.scatter, zero(self.output), zero(self.mass))
+        self.count, self.mean, self.scatter = whole.count, whole.mean, whole.scatter
+
+    def add_gradients(self, g: Float[Tensor, "n t o"]) -> None:
+        """Takes in one column's gradients: every position is a case."""
+        g = g.to(self.output.dtype)
+        if self.output.ndim == 1:
+            self.output.add_(g.square().sum((0, 1)))
+        elif g.shape[1] > 1 and g.stride(2) != 1 and g.device.type == "cpu":
+            # A convolution's: its features are not side by side in memory. On a GPU this is one product an example.
+            self.output.addbmm_(g.mT, g)
+        else:
+            rows = g.flatten(0, 1)
+            self.output.addmm_(rows.mT, rows)
+
+    def __add__(self, other: AffineMoments) -> AffineMoments:
+        n = self.count + other.count
+        share = torch.where(n > 0, other.count / n, 0.0)
+        shift = other.mean - self.mean
+        apart = self.count * share
+        between = shift.square() * apart if self.scatter.ndim == 1 else torch.outer(shift, shift * apart)
+        return AffineMoments(
+            n,
+            self.mean + share * shift,
+            self.scatter + other.scatter + between,
+            self.output + other.output,
+            self.mass + other.mass,
+        )
+
+    def __rmul__(self, factor: float) -> AffineMoments:
+        """The same averages with `factor` times the weight."""
+        return AffineMoments(
+            factor * self.count, self.mean, factor * self.scatter, factor * self.output, factor * self.mass
+        )
+
+    @property
+    def C(self) -> Float[Tensor, "*inputs"]:
+        """The covariance of the inputs, or its diagonal."""
+        return torch.where(self.count > 0, self.scatter / self.count, 0.0)
+
+    @property
+    def A(self) -> Float[Tensor, "*inputs"]:
+        """The second moment `E[h hᵀ]`, or its diagonal."""
+        return self.C + (self.mean.square() if self.scatter.ndim == 1 else torch.outer(self.mean, self.mean))
+
+    def B(self, is_mean: bool) -> Float[Tensor, "*outputs"]:
+        """The output factor of the objective: of its mean, or of its sum."""
+        return self.output / self.mass if is_mean else self.output
+
+    @property
+    def diagonals(self) -> tuple[str, ...]:
+        """Which of the factors, `"input"` and `"output"`, are kept as diagonals."""
+        held = {"input": self.scatter, "output": self.output}
+        return tuple(name for name, factor in held.items() if factor.ndim == 1)
+
+    def is_finite(self) -> Tensor:
+        """A boolean scalar: nothing in here is NaN or infinite."""
+        return torch.isfinite(self.scatter.sum() + self.output.sum() + self.mass + self.mean.sum())
+
+
+@dataclass
+class ScaleMoments:
+    """Sums over examples of the gradients of a layer's scales `w` and shifts `c`, coordinate by coordinate."""
+
+    products: Float[Tensor, "k d"]
+    """`Σ g_w²`, `Σ g_w g_c` and `Σ g_c²` over examples and columns; the one square where there is one parameter."""
+    mass: Tensor
+    """What the loss's mean divides by, summed over batches: a scalar."""
+
+    def add_gradients(self, g: Float[Tensor, "n 1 o"]) -> None:
+        """Takes in one column's gradients in the coordinates, summed over the places of an example."""
+        g = g.squeeze(1).to(self.products.dtype)
+        if len(self.products) == 1:
+            self.products[0] += g.square().sum(0)
+        else:
+            w, c = g.chunk(2, 1)
+            self.products += torch.stack([w.square().sum(0), (w * c).sum(0), c.square().sum(0)])
+
+    def __add__(self, other: ScaleMoments) -> ScaleMoments:
+        return ScaleMoments(self.products + other.products, self.mass + other.mass)
+
+    def __rmul__(self, factor: float) -> ScaleMoments:
+        """The same averages with `factor` times the weight."""
+        return ScaleMoments(factor * self.products, factor * self.mass)
+
+    def means(self, is_mean: bool) -> Float[Tensor, "k d"]:
+        """The products of the objective: of its mean, or of its sum."""
+        return self.products / self.mass if is_mean else self.products
+
+    def is_finite(self) -> Tensor:
+        """A boolean scalar: nothing in here is NaN or infinite."""
+        return torch.isfinite(self.products.sum() + self.mass)
+
+
+@dataclass
+class DiagonalMoments:
+    """Sums over examples and columns of squared gradients, in the parameters or in some basis."""
+
+    values: Parts
+    mass: Tensor
+    """What the loss's mean divides by, summed over batches: a scalar."""
+
+    def __add__(self, other: DiagonalMoments) -> DiagonalMoments:
+        values = tuple(a + b for a, b in zip(self.values, other.values, strict=True))
+        return DiagonalMoments(values, self.mass + other.mass)
+
+    def __rmul__(self, factor: float) -> DiagonalMoments:
+        """The same averages with `factor` times the weight."""
+        return DiagonalMoments(tuple(factor * v for v in self.values), factor * self.mass)
+
+    def means(self) -> Parts:
+        return tuple(v / self.mass for v in self.values)
+
+    def is_finite(self) -> Tensor:
+        """A boolean scalar: nothing in here is NaN or infinite."""
+        return torch.isfinite(torch.stack([v.sum() for v in self.values]).sum() + self.mass)
+
+
+Moments = AffineMoments | ScaleMoments | DiagonalMoments
+
+
+def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM) -> dict[Layer, Moments]:
+    """The moments of every layer on one batch, in one pass over its columns.
+
+    A position whose target is ignored is no case, unless other targets depend on it.
+    """
+    with torch.no_grad():
+        moments: dict[Layer, AffineMoments | ScaleMoments] = {layer: _empty(cases, layer, max_dim) for layer in cases.h}
+        used: dict[Layer, list[Tensor]] = {}
+        for g in cases.columns:
+            for layer, uses in g.items():
+                m = moments[layer]
+                for summed in shared(uses, "reduce" if _one_by_one(layer, uses) else sharing):
+                    m.add_gradients(summed)
+                if cases.ignored is not None:
+                    used[layer] = _used(uses, used.get(layer))
+            del g, uses  # before the next ones are made
+        known = KnownSums()
+        for layer, m in moments.items():
+            if isinstance(m, AffineMoments):
+                _add_inputs(m, cases.h[layer], _kept(cases, layer, used.get(layer)), sharing, known)
+    return dict(moments)
+
+
+def input_moments(cases: Cases, layers: Iterable[Layer], sharing: str, max_dim: int) -> dict[Layer, Moments]:
+    """The moments of some affine layers' inputs alone; the output factors are zero, and diagonals."""
+    moments: dict[Layer, Moments] = {}
+    known = KnownSums()
+    with torch.no_grad():
+        for layer in layers:
+            d_in = cases.h[layer][0].shape[2]
+            m = AffineMoments.empty(d_in, cases.d_out[layer], cases.mass, diagonal=(d_in > max_dim, True))
+            _add_inputs(m, cases.h[layer], _kept(cases, layer, None), sharing, known)
+            moments[layer] = m
+    return moments
+
+
+def _one_by_one(layer: Layer, uses: Sequence[Tensor]) -> bool:
+    """Whether a scale's uses are summed for each example, as the exact block has them."""
+    return layer.scale and len({len(use) for use in uses}) == 1
+
+
+def _empty(cases: Cases, layer: Layer, max_dim: int) -> AffineMoments | ScaleMoments:
+    d_out = cases.d_out[layer]
+    if layer.scale:
+        both = len(layer.names) == 2
+        return ScaleMoments(cases.mass.new_zeros(3 if both else 1, d_out // len(layer.names)), cases.mass)
+    d_in = cases.h[layer][0].shape[2]
+    diagonal = d_in > max_dim or any(i.diagonal for i in cases.h[layer]), d_out > max_dim
+    return AffineMoments.empty(d_in, d_out, cases.mass, diagonal=diagonal)
+
+
+def kept_positions(cases: Cases, layer: Layer) -> list[Bool[Tensor, "n t"]] | None:
+    """Which positions of each use of a layer are cases; None: all. The columns must be kept in memory."""
+    used: list[Tensor] | None = None
+    for g in cases.columns if cases.ignored is not None else ():
+        used = _used(g[layer], used)
+    return _kept(cases, layer, used)
+
+
+def _used(uses: Sequence[Tensor], before: Sequence[Tensor] | None) -> list[Bool[Tensor, "n t"]]:
+    """The positions that have a gradient, in this column or one before."""
+    now = [(use != 0).any(-1) for use in uses]
+    return now if before is None else [a | b for a, b in zip(before, now, strict=True)]
+
+
+def _kept(cases: Cases, layer: Layer, used: Sequence[Tensor] | None) -> list[Bool[Tensor, "n t"]] | None:
+    """Which positions of each use are cases; None: all."""
+    if cases.ignored is None:
+        return None
+    kept = []
+    for i, without in enumerate(cases.without_target([use.shape[:2] for use in cases.h[layer]])):
+        kept.append(~without if used is None else ~without | used[i])
+    return kept
+
+
+def _add_inputs(
+    m: AffineMoments, uses: Sequence[Inputs], kept: Sequence[Tensor] | None, sharing: str, known: KnownSums
+) -> None:
+    if sharing == "reduce":
+        averaged = joined(uses).averaged(None if kept is None else torch.cat(list(kept), 1))
+        some = None if kept is None else torch.cat(list(kept), 1).any(1, keepdim=True)
+        m.add_inputs(averaged, some)
+    elif kept is None:
+        for use in stacked(uses):
+            m.add_inputs(use, None, known)
+    else:
+        for use, its_kept in zip(uses, kept, strict=True):
+            m.add_inputs(use, its_kept)
+
+
+def merge(parts: Iterable[Mapping[Layer, Moments]]) -> dict[Layer, Moments]:
+    """The moments of all cases, from those of the parts."""
+    total: dict[Layer, Moments] = {}
+    for part in parts:
+        for layer, moments in part.items():
+            total[layer] = total[layer] + moments if layer in total else moments  # type: ignore[operator]
+    return total
+
+
+def state_of_moments(moments: Mapping[Layer, Moments]) -> dict[str, dict[str, Any]]:
+    """Plain dictionaries of tensors by layer, which `moments_of_state` reads; tensors are not copied."""
+    return {layer.key(): vars(m) for layer, m in moments.items()}
+
+
+def moments_of_state(state: Mapping[str, dict[str, Any]]) -> dict[Layer, Moments]:
+    """Undoes `state_of_moments`."""
+    moments: dict[Layer, Moments] = {}
+    for key, its_moments in state.items():
+        kind = next(k for k in (AffineMoments, ScaleMoments, DiagonalMoments) if its_moments.keys() == _names(k))
+        moments[Layer.of_key(key)] = kind(**its_moments)
+    return moments
+
+
+def _names(kind: type[Moments]) -> set[str]:
+    return {field.name for field in fields(kind)}
+
+
+def shared(uses: Sequence[Tensor], sharing: str) -> list[Tensor]:
+    """Gradients of all uses, `(n, t, o)`: as they are (`expand`), or positions and uses summed (`reduce`)."""
+    return list(uses) if sharing == "expand" else [torch.cat(list(uses), 1).sum(1, keepdim=True)]

@@ -1,0 +1,219 @@
+"""What a matrix is of: a model, a loss, data, and the parameters that are looked at."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture.cases import Cases, read_cases
+from natgrad.capture.recorder import Recorder
+from natgrad.checks.parameters import Selection, select_parameters
+from natgrad.checks.values import check_count, check_dtype, check_function, check_generator, described
+from natgrad.distributed.gathering import apart, in_common
+from natgrad.distributed.placement import unwrapped
+from natgrad.losses import output_curvature
+
+Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+
+
+class Problem:
+    """A model, a loss and data: batch after batch as `(output, target)`, or as the cases of every layer.
+
+    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`. Of a model in
+    `DistributedDataParallel` they are this rank's batches, of which there may be none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        data: Any,
+        kind: str = "fisher",
+        estimator: str = "exact",
+        samples: int = 1,
+        params: Selection = None,
+        forward: Forward | None = None,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+    ):
+        self.curvature = output_curvature(loss, kind)
+        self.curvature.check_estimator(estimator)
+        check_count("samples", samples)
+        check_dtype(dtype)
+        check_function("forward", forward, "of the model and a batch that returns (output, target)")
+        self.model, self.world = unwrapped(model)
+        self.kind, self.estimator, self.samples = kind, estimator, samples
+        self.parameters = select_parameters(self.model, params)
+        first = next(iter(self.parameters.values()))
+        self.dtype, self.device = dtype or first.dtype, first.device
+        check_generator(generator, self.device)
+        self.generator = in_common(self.world, generator, self.device)
+        draws = estimator == "mc" or self.world.size == 1
+        self._labels = apart(self.world, self.generator, self.device) if draws else None
+        self._forward, self.progress = forward, progress and self.world.rank == 0
+        lowered = torch.is_autocast_enabled(self.device.type)
+        self._precision = torch.get_autocast_dtype(self.device.type) if lowered else None
+        if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+            data = [data]
+        if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
+            raise ValueError(f"data is {described(data)}; expected an (input, target) pair or an iterable of them")
+        # An iterator can be read once only, and an implicit matrix reads the data at every product.
+        self._data: Iterable[Any] = list(data) if isinstance(data, Iterator) else data
+
+    def __iter__(self) -> Iterator[Any]:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "inside of torch.inference_mode() nothing can be differentiated; expected to be called outside of "
+                "it, or under torch.no_grad() in its place"
+            )
+        data: Iterable[Any] = self._data
+        if self.progress:
+            from rich.progress import track
+
+            total = len(self._data) if isinstance(self._data, Sized) else None
+            data = track(self._data, description="curvature", total=total, transient=True)
+        empty = True
+        for batch in data:
+            empty = False
+            yield batch
+        if empty and self.world.size == 1:
+            raise ValueError(
+                "data is empty: expected at least one (input, target) batch. A generator or iterator that was read "
+                "before is empty, too: make a new one, or give a list"
+            )
+
+    def run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """The model's output on a batch, in the precision that was in force when the matrix was asked for. Its buffers,
+        the running averages of batch normalization among them, stay as they were."""
+        lowered = torch.autocast(self.device.type, self._precision, enabled=self._precision is not None)
+        with lowered, buffers_kept(self.model), without_cudnn(self.model):
+            return self._run(model, batch)
+
+    def _run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        if self._forward is not None:
+            result = self._forward(model, batch)
+            if not (isinstance(result, (tuple, list)) and len(result) == 2):
+                raise ValueError(f"forward returned {described(result)}; expected a pair (output, target)")
+            output, target = result
+        else:
+            if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+                raise ValueError(
+                    f"a batch is {described(batch)}; expected an (input, target) pair. For batches of another form "
+                    "pass forward=lambda model, batch: (output, target)"
+                )
+            output, target = model(batch[0]), batch[1]
+        output = self.curvature.join(output)
+        if output.dtype in (torch.bfloat16, torch.float16):
+            output = output.float()
+        self.curvature.check(output, target)
+        if output.numel() == 0:
+            raise ValueError(f"a batch is empty: the output has shape {tuple(output.shape)}; leave empty batches out")
+        return output, target
+
+    def columns(self, output: Tensor, target: Tensor) -> Iterator[Tensor]:
+        """The columns of `S` on one batch, by the chosen estimator."""
+        return self.curvature.columns(output, target, self.estimator, self.samples, self._labels)
+
+    def signed_columns(self, output: Tensor, target: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The columns with their signs: all positive, but where `D` is indefinite."""
+        if self.estimator == "exact":
+            return self.curvature.signed_columns(output.detach(), target)
+        return ((1, column) for column in self.columns(output, target))
+
+    def recorded(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Recorder, Tensor, Tensor]]:
+        """Each batch's output and target, with what was recorded of the given parameters on the way."""
+        for batch in self:
+            recorder = Recorder(parameters)
+            # Compiled code has no function modes.
+            with torch.compiler.set_stance("force_eager"), torch.enable_grad(), recorder:
+                output, target = self.run(self.model, batch)
+            check_output(output)
+            if not output.requires_grad:
+                raise ValueError(
+                    "the output does not depend on any trainable parameter; expected a model that uses them"
+                )
+            yield recorder, output, target
+
+    def cases(self) -> Iterator[Cases]:
+        """The cases of every layer, batch after batch."""
+        for recorder, output, target in self.recorded(self.parameters):
+            recorder.check(output)
+            for use in recorder.uses:
+                use.forget_output()
+            mass = self.curvature.normalizer(output, target)
+            yield read_cases(
+                recorder.uses,
+                output,
+                self.columns(output, target),
+                mass,
+                self.dtype,
+                ignored=self.curvature.ignored(output, target),
+                sampled=self.estimator == "mc",
+            )
+
+    def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]:
+        """The cases, `count` times over, with the same random labels each time. One batch alone is kept in memory."""
+        if count == 1:
+            yield from self.cases()
+            return
+        if self._labels is None:
+            self._labels = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
+        state = self._labels.get_state()
+        single = isinstance(self._data, Sized) and len(self._data) == 1
+        kept = [cases.kept() for cases in self.cases()] if single else None
+        for i in range(count):
+            if i:
+                between()
+                self._labels.set_state(state)
+            yield from kept if kept is not None else self.cases()
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Within, the model writes to copies of its buffers."""
+    own = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    copies = {id(b): b.clone() for _, _, b in own}
+    for m, name, b in own:
+        m._buffers[name] = copies[id(b)]
+    try:
+        yield
+    finally:
+        for m, name, b in own:
+            m._buffers[name] = b
+
+
+@contextlib.contextmanager
+def without_cudnn(model: nn.Module) -> Iterator[None]:
+    """Within, a recurrent network on a GPU is torch's own, not cuDNN's: the gradients of that one cannot be taken in
+    evaluation mode, for many outputs at once, or again."""
+    if not any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+def check_output(output: Tensor) -> None:
+    """Raises ValueError if the output has entries that are not finite."""
+    if not torch.isfinite(output).all():
+        bad = int((~torch.isfinite(output)).sum())
+        raise ValueError(
+            f"{bad} of {output.numel()} entries of the model's output are not finite; look for NaN or inf in the "
+            "batch or in the parameters"
+        )
+
+
+def check_mass(mass: Tensor, is_mean: bool) -> None:
+    """Raises ValueError if the mean has nothing to divide by."""
+    if is_mean and not torch.isfinite(mass):
+        raise ValueError(f"the loss's mean divides by {float(mass):g}; look for NaN or inf in its class weights")
+    if is_mean and not mass > 0:
+        raise ValueError(
+            f"the loss's mean divides by {float(mass):g}: every target is ignored or has weight zero; "
+            "leave such data out, or use reduction='sum'"
+        )

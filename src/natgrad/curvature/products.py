@@ -1,0 +1,215 @@
+"""Products with the exact matrix of a model on a batch, by forward and reverse mode; no matrix is formed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from natgrad.capture.layers import COMPOSITES
+from natgrad.capture.layers.embedding import embedding_bag
+from natgrad.capture.use import Use
+from natgrad.curvature.tangents import tangent_rule
+from natgrad.linalg.precision import linear
+
+
+@dataclass(frozen=True)
+class Duals:
+    """What is to be called in place of a model for a forward with tangents, and which parameter each tensor (by its
+    id) then is."""
+
+    forward: Callable[..., Any]
+    names: dict[int, str]
+
+
+@contextlib.contextmanager
+def duals_in_place(model: nn.Module, direction: Mapping[str, Tensor]) -> Iterator[Duals]:
+    """The model with its parameters' tangents from `direction`."""
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    duals = {
+        n: forward_ad.make_dual(p.detach(), direction[n]) if n in direction else p.detach()
+        for n, p in model.named_parameters()
+    }
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, {**duals, **buffers}, args, kwargs)
+
+    yield Duals(forward, {id(t): n for n, t in duals.items()})
+
+
+def tangent(
+    model: nn.Module,
+    call: Callable[..., Tensor],
+    direction: Mapping[str, Tensor],
+    uses: Sequence[Use] = (),
+    duals: Callable[[Mapping[str, Tensor]], AbstractContextManager[Duals]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output and `J d`, by forward mode.
+
+    Args:
+        model: the module that owns the parameters.
+        call: `call(forward)` runs `forward` (in place of `model`) on the batch and returns the output.
+        direction: `d`, by parameter name.
+        uses: what a recorder noted in a forward on the same batch and parameters. Their outputs are taken
+            from there, which leaves two products a layer instead of three.
+        duals: how the model's parameters get their tangents, where they are not in their places.
+    """
+    give = duals or partial(duals_in_place, model)
+    # The fused kernels of attention have no forward mode.
+    with torch.no_grad(), forward_ad.dual_level(), give(direction) as own:
+        with _Replay(own.names, uses), sdpa_kernel(SDPBackend.MATH), _without_savers():
+            output = call(own.forward)
+        primal, Jd = forward_ad.unpack_dual(output)
+        return primal, torch.zeros_like(primal) if Jd is None else Jd
+
+
+@contextlib.contextmanager
+def _without_savers() -> Iterator[None]:
+    """Before torch 2.12, checkpointed blocks keep their inputs also where there are no gradients, by a function without
+    forward mode."""
+    saver = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
+    if saver is None:
+        yield
+        return
+    torch.utils.checkpoint._NoopSaveInputs = _KeepNothing  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint._NoopSaveInputs = saver  # type: ignore[attr-defined]
+
+
+class _KeepNothing:
+    @staticmethod
+    def apply(dummy: Tensor, *inputs: Any) -> Tensor:
+        return dummy.detach()
+
+
+REPLAYED = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+
+
+class _Replay(TorchFunctionMode):
+    """Takes the outputs of linear maps and convolutions from recorded uses, and computes their tangents alone."""
+
+    def __init__(self, names: Mapping[int, str], uses: Sequence[Use]):
+        super().__init__()
+        self._names = names
+        calls = {id(first.a): first for first in map(_first, uses)}  # one of each: groups of channels have a use each
+        self._left = [first for first in calls.values() if first.function in REPLAYED and first.direct]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in COMPOSITES:  # fused ones have no forward mode
+            with self:
+                return COMPOSITES[func].function(*args, **kwargs)
+        rule = tangent_rule(func, args)
+        if rule is not None and (found := rule(*args, **kwargs)) is not None:
+            return found
+        if func is F.embedding_bag:  # nor has this
+            return embedding_bag(*args, **kwargs)
+        if func is torch._cudnn_rnn_flatten_weight:  # nor this, for which there is no use
+            return None
+        if func in REPLAYED and self._left:
+            out = self._replayed(func, *args, **kwargs)
+            if out is not None:
+                return out
+        return func(*args, **kwargs)
+
+    def _replayed(
+        self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *how: Any, **also: Any
+    ) -> Tensor | None:
+        names = self._names.get(id(weight)), self._names.get(id(bias))
+        if names == (None, None):
+            return None
+        use = self._left[0]
+        if (use.function, use.weight, use.bias) != (func, *names):
+            self._left = []  # another path than the recorded one: compute it all
+            return None
+        del self._left[0]
+        if not use.a_intact:  # a function in place, as that of ReLU
+            return None
+        h, h_dot = forward_ad.unpack_dual(input)
+        W, W_dot = forward_ad.unpack_dual(weight)
+        b_dot = None if bias is None else forward_ad.unpack_dual(bias).tangent
+        if func is F.linear:
+            a_dot = _tangent_of_linear(h, h_dot, W, W_dot, b_dot)
+        else:
+            a_dot = _tangent_of_convolution(partial(func, **also), h, h_dot, W, W_dot, b_dot, *how)
+        a = use.a.detach()
+        return a if a_dot is None else forward_ad.make_dual(a, a_dot.expand_as(a))
+
+
+def _tangent_of_linear(
+    h: Tensor, h_dot: Tensor | None, W: Tensor, W_dot: Tensor | None, b_dot: Tensor | None
+) -> Tensor | None:
+    """`Ẇ h + W ḣ + ḃ`, as `Ẇ (h − m) + W ḣ + (ḃ + Ẇ m)` with the first case for `m`: where products are computed in few
+    digits, inputs far from zero would leave none of them."""
+    terms = []
+    if W_dot is not None:
+        m = h.reshape(-1, h.shape[-1])[:1].sum(0)
+        c = torch.linalg.vecdot(W_dot, m)  # a product of matrices may be in few digits
+        b_dot = c if b_dot is None else c + b_dot
+        terms.append((h - m, W_dot))
+    if h_dot is not None:
+        terms.append((h_dot, W))
+    return linear(terms, b_dot) if terms else b_dot
+
+
+def _tangent_of_convolution(
+    convolve: Callable[..., Tensor],
+    h: Tensor,
+    h_dot: Tensor | None,
+    W: Tensor,
+    W_dot: Tensor | None,
+    b_dot: Tensor | None,
+    *how: Any,
+) -> Tensor | None:
+    """`Ẇ ∗ h + W ∗ ḣ + ḃ`."""
+    a_dot: Tensor | None = None
+    if W_dot is not None:
+        a_dot = convolve(h, W_dot, b_dot, *how)
+    elif b_dot is not None:
+        a_dot = b_dot.view(-1, *[1] * (W.ndim - 2))
+    if h_dot is None:
+        return a_dot
+    through = convolve(h_dot, W, None, *how)
+    return through if a_dot is None else through.add_(a_dot)
+
+
+def _first(use: Use) -> Use:
+    """A use as the first of the calls that make it has it."""
+    return use if use.before is None else _first(use.before)
+
+
+def gauss_newton_product(
+    model: nn.Module,
+    call: Callable[..., Tensor],
+    direction: Mapping[str, Tensor],
+    curve: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """`Jᵀ D J d` on one batch; `curve(output, v)` is `D v`."""
+    names = list(direction)
+    frozen = {n: p.detach() for n, p in model.named_parameters() if n not in direction}
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    leaves = {n: dict(model.named_parameters())[n].detach().requires_grad_() for n in names}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(model, {**frozen, **leaves, **buffers}, args, kwargs)
+
+    output, Jd = tangent(model, call, direction)
+    DJd = curve(output, Jd)
+    with torch.enable_grad():
+        out = call(forward)
+    grads = torch.autograd.grad(out, [leaves[n] for n in names], DJd, allow_unused=True)
+    return {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(names, grads, strict=True)}

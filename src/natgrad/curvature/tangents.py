@@ -1,0 +1,152 @@
+"""Tangents of attention and of normalizations, by the reverse mode of their fused kernels.
+
+Torch has no forward mode for fused attention, and makes that of normalizations of many functions, over tensors that the
+fused kernels never write out. Their Jacobians are such that one product from the left is one from the right, too.
+
+Each rule takes a function's arguments, with or without tangents, and returns its output with a tangent; None where the
+rule does not apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from natgrad.capture.layers.scale import PARSERS, Scale
+
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+MANY_KEYS = 8
+"""On a CPU, the rule of attention is the faster one where there are so many times as many keys as a key has entries."""
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """`O = P V`, `P = softmax(s Q Kᵀ + mask)`, with the tangent
+
+        Ȯ = P V̇ + s dS V,    dS = P ∘ (G Uᵀ − rows of ⟨P, G Uᵀ⟩),    G = [Q̇, Q],  U = [K, K̇].
+
+    `s dS K` is the gradient in `Q` of attention with the values `U`, where that in the output is `G`. With `[Q, 0]` for
+    queries and `[K, V]` for keys, `P` is the same, and this gradient is `s dS [K, V]`.
+    """
+    if dropout_p > 0 or _tangent(attn_mask) is not None or key.shape[:-1] != value.shape[:-1]:
+        return None
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    (Q, Q_dot), (K, K_dot), (V, V_dot) = (_with_zeros(t) for t in (query, key, value))
+    attend = partial(
+        F.scaled_dot_product_attention,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=Q.shape[-1] ** -0.5 if scale is None else scale,
+        enable_gqa=enable_gqa,
+    )
+    queries = torch.cat([Q, Q.new_zeros(*Q.shape[:-1], V.shape[-1])], -1)
+    keys = torch.cat([K, V], -1)
+    with sdpa_kernel(BACKENDS):
+        O, O_dot = attend(queries, keys, torch.cat([V, V_dot], -1)).chunk(2, -1)
+        with torch.enable_grad():
+            inner = attend(queries.requires_grad_(), keys, torch.cat([K, K_dot], -1))
+        (gradient,) = torch.autograd.grad(inner, queries, torch.cat([Q_dot, Q], -1))
+    return forward_ad.make_dual(O.contiguous(), O_dot + gradient[..., Q.shape[-1] :])
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """The rule of `F.batch_norm` where it takes the batch's own averages; the running ones stay as they are."""
+    if not training:
+        return None
+    return normalization(F.batch_norm, input, None, None, weight, bias, training, eps=eps)
+
+
+def normalization(function: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """`w x̂ + b`, with the tangent `w S ẋ + ẇ x̂ + ḃ`: the Jacobian of `x̂ = (x − mean) / deviation`, which is
+    `S = (I − 1 1ᵀ/n − x̂ x̂ᵀ/n) / deviation`, is symmetric, so that reverse mode is forward mode."""
+    call = PARSERS[function](*args, **kwargs)
+    assert call is not None
+    kind = call.kind
+    assert isinstance(kind, Scale)
+    assert kind.normalize is not None
+    x, x_dot = forward_ad.unpack_dual(call.h)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        normal = kind.normalize(leaf)
+    y = normal.detach()
+    y_dot = None if x_dot is None else torch.autograd.grad(normal, leaf, x_dot.to(normal.dtype))[0].to(y.dtype)
+    (w, w_dot), (b, b_dot) = (_spread(t, kind.spread, y.dtype) for t in (call.weight, call.bias))
+    y_dot = _affine(y_dot, w, b_dot)
+    if w_dot is not None:
+        y_dot = _affine(y, w_dot, y_dot)
+    out = _affine(y, w, b)
+    assert out is not None
+    return out if y_dot is None else forward_ad.make_dual(out, y_dot.expand_as(out))
+
+
+def _affine(x: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """`w x + b` of what there is."""
+    if x is None:
+        return b
+    if w is None:
+        return x if b is None else x + b
+    return x * w if b is None else torch.addcmul(b, x, w)
+
+
+def _spread(t: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """A parameter as it multiplies the input, in this precision, and its tangent likewise."""
+    if t is None:
+        return None, None
+    primal, tangent = forward_ad.unpack_dual(t.view(shape))
+    return primal.to(dtype), None if tangent is None else tangent.to(dtype)
+
+
+def _tangent(t: Tensor | None) -> Tensor | None:
+    return None if t is None else forward_ad.unpack_dual(t).tangent
+
+
+def _with_zeros(t: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor and its tangent."""
+    primal, tangent = forward_ad.unpack_dual(t)
+    return primal.detach(), torch.zeros_like(primal) if tangent is None else tangent
+
+
+def tangent_rule(function: Any, args: Sequence[Any]) -> Callable[..., Tensor | None] | None:
+    """The function's rule where it pays: on CPUs normalizations take no longer by torch's own forward mode, and short
+    attention takes less."""
+    rule = RULES.get(function)
+    if rule is None or not args or not isinstance(args[0], Tensor):
+        return None
+    if args[0].device.type != "cpu":
+        return rule
+    is_long = rule is attention and len(args) > 1 and args[1].shape[-2] >= MANY_KEYS * args[1].shape[-1]
+    return rule if is_long else None
+
+
+RULES: dict[Any, Callable[..., Tensor | None]] = {
+    F.scaled_dot_product_attention: attention,
+    F.layer_norm: partial(normalization, F.layer_norm),
+    F.group_norm: partial(normalization, F.group_norm),
+    F.batch_norm: batch_norm,
+}

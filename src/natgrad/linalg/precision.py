@@ -1,0 +1,81 @@
+"""The precision of matrix products in float32, for computations that need few digits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natgrad.checks.values import check_choice
+
+PRECISIONS = {"highest": ("ieee", "ieee"), "high": ("ieee", "tf32"), "medium": ("bf16", "tf32")}
+"""As `torch.set_float32_matmul_precision` has them, for CPUs and for CUDA."""
+WORTH_CASTING = 2**23
+"""Multiplications from which on a product is faster in bfloat16, casts of its operands and of itself included."""
+
+
+def check_precision(precision: str | None) -> None:
+    """Raises ValueError unless it is one of torch's names, or None."""
+    check_choice("matmul_precision", precision, PRECISIONS, optional=True)
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str | None) -> Iterator[None]:
+    """Within, products of float32 matrices may be computed in less; None: as torch is set."""
+    if precision is None:
+        yield
+        return
+    places = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    token = _CASTS.set(precision == "medium" and _multiplies_in_bfloat16())
+    try:
+        for place, value in zip(places, PRECISIONS[precision], strict=True):
+            place.fp32_precision = value
+        yield
+    finally:
+        _CASTS.reset(token)
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
+
+
+_CASTS = ContextVar("whether operands are cast", default=False)
+
+
+@functools.cache
+def _multiplies_in_bfloat16() -> bool:
+    """Whether the CPU has products of bfloat16 that torch's own setting hardly makes use of, as it does of AMX's."""
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+def matmul(first: Tensor, *others: Tensor) -> Tensor:
+    """The product of matrices, from left to right, in the precision of the context."""
+    if not _casts(first, others[0]):
+        return functools.reduce(torch.matmul, others, first)
+    return functools.reduce(torch.matmul, [t.bfloat16() for t in (first, *others)]).float()
+
+
+def linear(terms: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None) -> Tensor:
+    """The sum of `h Wᵀ` over the terms `(h, W)`, in the precision of the context, and of the bias, in full."""
+    few = _casts(*terms[0])
+    (h, W), *others = ((t.bfloat16() for t in term) if few else term for term in terms)
+    total = F.linear(h, W, None if few else bias)
+    for h, W in others:
+        rows = torch.addmm(total.view(-1, len(W)), h.reshape(-1, h.shape[-1]), W.mT)
+        total = rows.view(total.shape)
+    if not few:
+        return total
+    return total.float() if bias is None else total + bias
+
+
+def _casts(left: Tensor, right: Tensor) -> bool:
+    """Whether matrices are cast: float32 ones on a CPU, if the product is a large one."""
+    if not (_CASTS.get() and left.device.type == right.device.type == "cpu"):
+        return False
+    if not (left.dtype == right.dtype == torch.float32 and left.ndim > 1 < right.ndim):
+        return False
+    return left.numel() * right.numel() >= WORTH_CASTING * left.shape[-1]

@@ -1,0 +1,1 @@
+"""What is drawn or printed: pictures, tables for notebooks, the report of the residual."""

@@ -1,0 +1,106 @@
+"""The gallery's scripts: each runs as a user would start it, draws its picture, and its result bears out its claim."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "examples" / "gallery").glob("*.py"))
+MOST_LINES = 60
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """The line that a script prints; each runs once."""
+    lines: dict[str, str] = {}
+
+    def run(name: str) -> str:
+        if name not in lines:
+            pytest.importorskip("sklearn")
+            folder = tmp_path_factory.mktemp(name)
+            done = subprocess.run(
+                [sys.executable, ROOT / "examples" / "gallery" / f"{name}.py", folder],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=300,
+            )
+            assert done.returncode == 0, done.stderr
+            assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+            assert [f.name for f in folder.iterdir()] == [f"{name}.png"]
+            (lines[name],) = done.stdout.splitlines()
+        return lines[name]
+
+    return run
+
+
+def number(pattern, line):
+    """The number after a pattern."""
+    found = re.search(pattern + r" ?(-?[\d.]+(?:e[-+]?\d+)?)", line)
+    assert found, line
+    return float(found[1])
+
+
+def test_kfac_gets_further_than_adamw_in_as_many_steps(result):
+    line = result("train")
+    assert number("steps: KFAC", line) < 0.7 * number(r"AdamW", line)
+    assert number("accuracy: KFAC", line) > 0.95
+
+
+def test_the_posterior_is_unsure_in_the_gap_alone(result):
+    gap, data = result("laplace").split(";")
+    assert number("kfac", gap) > 3 * number("kfac", data)
+    assert number("dense", gap) > 5 * number("dense", data)
+    assert number("diagonal", gap) < 2 * number("diagonal", data)  # it does not see the gap
+    assert number("diagonal", gap) < number("kfac", gap) < number("dense", gap)
+
+
+def test_influences_are_what_training_again_finds(result):
+    line = result("influence")
+    assert number("correlation", line) > 0.85
+    assert 0.3 < number("found are", line) < 1.5
+
+
+def test_pruning_by_kfac_keeps_the_accuracy(result):
+    line = result("pruning")
+    assert number("kfac", line) > number("all", line) - 0.05
+    assert number("kfac", line) > number("diagonal", line) + 0.05
+    assert number("kfac", line) > number("magnitude", line) + 0.03
+
+
+def test_merging_by_fisher_matrices_beats_the_average(result):
+    line = result("merging")
+    assert number("diagonal", line) > number("average", line) + 0.05
+    assert number("K-FAC", line) > number("average", line) + 0.05
+
+
+def test_the_first_task_is_forgotten_less_with_kfac(result):
+    line = result("continual")
+    assert number("diagonal", line) > number("penalty", line) + 0.05
+    assert number("K-FAC", line) > number("diagonal", line) + 0.03
+
+
+def test_the_equation_is_solved(result):
+    assert number("steps:", result("pinn")) < 1e-3
+
+
+def test_every_script_has_a_test_of_its_claim():
+    here = Path(__file__).read_text(encoding="utf-8")
+    assert [p.stem for p in SCRIPTS if f'result("{p.stem}")' not in here] == []
+    assert len(SCRIPTS) == 7
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_a_script_is_short_says_its_goal_and_is_on_the_page(script):
+    lines = script.read_text(encoding="utf-8").splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= MOST_LINES
+    assert lines[0].startswith('"""')
+    page = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    assert f"](../examples/gallery/{script.name})" in page
+    assert f"](images/gallery/{script.stem}.png)" in page
+    assert (ROOT / "docs" / "images" / "gallery" / f"{script.stem}.png").exists()
