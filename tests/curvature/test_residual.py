@@ -251,7 +251,6 @@ def test_values_that_are_not_finite_are_refused():
         natgrad.residual(net(4, CLASSES), nn.CrossEntropyLoss(), (randn(5, 4) * math.nan, labels(5)))
 
 
-
 LARGE = """
 import resource, sys, torch, natgrad
 x, y = torch.randn(2000, 784), torch.randint(1000, (2000,))
