@@ -22,7 +22,8 @@ class Objective:
 
     All is in the units of the heaviest term's mean, `max |ω_t| = 1`: with one term, of the loss's own mean. So nothing
     depends on the reduction, the batch size or the number of microbatches. `scale` is the user's gradient over this
-    objective's gradient, `idle` how many ranks have no examples.
+    objective's gradient, `idle` how many ranks have no examples, `moved` whether the parameters were written to after a
+    forward on some rank, so that its loss is another one now.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class Objective:
             own[b.term.name] += mean
         each = zip([*self._per_loss(means), *factors[n:]], losses, strict=True)
         empty = all(b.is_empty for b in self.batches)
-        numbers = [float(sum(f * its for f, its in each)), float(empty), *own.values(), *self._faults()]
-        loss, idle, *rest = self._world.numbers(numbers, "the loss")
-        self.idle = int(idle)
+        numbers = [float(sum(f * its for f, its in each)), float(empty), float(self._moved()), *own.values()]
+        loss, idle, moved, *rest = self._world.numbers([*numbers, *self._faults()], "the loss")
+        self.idle, self.moved = int(idle), moved > 0
         totals = dict(zip(own, rest, strict=False))
         heaviest = max((abs(v) for v in totals.values()), default=0.0)
         only = math.copysign(heaviest, next(iter(totals.values()))) if len(totals) == 1 else heaviest
@@ -106,8 +107,7 @@ class Objective:
         each = zip(self._weights, self._masses, self.batches, strict=False)
         return [0.0 if b.is_empty or not mass else w / mass for w, mass, b in each]
 
-    @property
-    def moved(self) -> bool:
+    def _moved(self) -> bool:
         """Whether the parameters were written to after a forward, so that its loss is another one now."""
         now = self._parameters.versions()
         parts: list[Batch | Penalty] = [*self.batches, *self.penalties]

@@ -157,7 +157,7 @@ class Recipe:
         else:
             assert found.loss_after is not None
             ratio = figures["reduction_ratio"] = (found.loss_after - stage.loss) / change if change else 0.0
-            self.damping.adapt(ratio, self.preconditioner.scale())
+            self.damping.adapt(ratio, self.preconditioner.scale(), self.rule.share)
         return found
 
     def _commit(self, taken: Taken) -> None:

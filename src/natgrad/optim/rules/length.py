@@ -32,6 +32,7 @@ class StepRule(ABC):
 
     def __init__(self, parameters: Parameters, directions: Directions, max_kl: float | None):
         self.parameters, self.directions, self.max_kl = parameters, directions, max_kl
+        self.share = 1.0
 
     @abstractmethod
     def propose(self, stage: Stage, damping: float, figures: Figures, *, predicts: bool, joint: bool) -> Proposal:
@@ -103,6 +104,7 @@ class Fixed(StepRule):
             products = dots(({n: v[n] for n in own}, {n: direction[n] for n in own}) for _, own in steps)
             kl = sum(0.5 * group["lr"] ** 2 * p for (group, _), p in zip(steps, products, strict=True))
             share = self._share_within(parameters.total([kl])[0])
+        self.share = share
         parts = [Part(own, -group["lr"] * share, shrink(group, group["lr"])) for group, own in steps]
         step, first = Step(direction, parts), parameters.groups[0]
         figures |= {"lr": first["lr"] * share, "momentum": first["momentum"] if past else 0.0, "predicted_change": 0.0}
