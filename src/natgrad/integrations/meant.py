@@ -27,8 +27,8 @@ BY_NAME = {"same": SAME, "next": NEXT}
 LABELS = ("labels", "start_positions", "end_positions")
 """What models take for the sake of a loss alone, if they do."""
 MEND = (
-    "pass read='same' (each label with the logits of its own position), read='next' (of the position before), or a "
-    "function of what the model returned and the labels, to say that natgrad's loss is the one that is meant"
+    "pass read='same' (each label at its own position), read='next' (at the position before) or a function "
+    "read(returned, labels), to say that natgrad's loss is the one that is meant"
 )
 
 
@@ -94,6 +94,11 @@ class Meanings:
             left = found.left if known is None else [r for r in known.left if r.words in {f.words for f in found.left}]
             known = self._known[key] = Meaning(left or found.left, found.with_labels)
         return known
+
+    @property
+    def known(self) -> list[Meaning]:
+        """How the kinds of batches are read that there were."""
+        return list(self._known.values())
 
     def mass(self, reading: Reading, inputs: Given) -> Tensor | None:
         """What the mean of a batch's loss divides by, before there are logits; None where it cannot be told then."""

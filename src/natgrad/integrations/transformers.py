@@ -15,7 +15,7 @@ from natgrad.integrations.diagnostics import scalars
 from natgrad.integrations.meant import BY_NAME, LABELS, Meaning, Meanings, Read
 from natgrad.losses import OutputCurvature
 from natgrad.losses.own import Candidate
-from natgrad.losses.reading import SAME, Given
+from natgrad.losses.reading import NEXT, SAME, Given
 from natgrad.optim.optimizer import CurvatureOptimizer
 
 
@@ -188,6 +188,10 @@ class Trainer(transformers.Trainer):
         if ranks > 1:  # the optimizer counts the cases itself
             return 1 / self.current_gradient_accumulation_steps
         return curvature.normalizer(output.detach(), target) / items
+
+    def _is_causal(self) -> bool:
+        """Whether labels are read at the position before, as far as batches have told."""
+        return any(meaning.reading.words.startswith(NEXT.words) for meaning in self._meanings.known)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """That of the arguments, for a step size that is a number; else one that reports the step size taken.

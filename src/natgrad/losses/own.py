@@ -114,6 +114,10 @@ class Own:
         found = (r for r in rules if self._is(value, slopes, self.factor(r, mass)))
         return Compared(candidate, value, next(found, None))
 
+    def agrees(self, mean: Tensor) -> bool:
+        """Whether another number, computed of what the model returned, is this loss."""
+        return self._is(float(mean.detach()), _slopes(mean, list(self._sources.values())), 1.0)
+
     def factor(self, rule: str, mass: Tensor) -> float:
         """The loss over a candidate's mean."""
         return float(RULES[rule](float(mass), self._examples, self._count))

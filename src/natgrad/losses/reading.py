@@ -88,12 +88,12 @@ def readings(returned: Any, given: Given) -> Iterator[Reading]:
     labels, logits = given.get("labels"), found.get("logits")
     if not isinstance(labels, Tensor) or logits is None:
         return
-    if labels.is_floating_point() and labels.shape == logits.shape and logits.ndim > 1:
-        yield Reading("the labels as probabilities of classes", _classes_first, _probabilities)
     if not labels.is_floating_point() and logits.ndim > 1:
         yield from _classes(labels, logits, given)
     if labels.numel() == logits.numel():
         yield Reading("entry by entry", _like_labels, _as_floats)
+    if labels.is_floating_point() and labels.shape == logits.shape and logits.ndim > 1:
+        yield Reading("the labels as probabilities of classes", _classes_first, _probabilities)
 
 
 def _classes(labels: Tensor, logits: Tensor, given: Given) -> Iterator[Reading]:
@@ -210,5 +210,5 @@ def _positions(given: Given, shape: torch.Size | None) -> Tensor:
     return both if length is None else torch.where(both >= length, IGNORED, both)
 
 
-SAME = Reading("each label with the logits of its own position", _classes_first, _labels)
-NEXT = Reading("each label with the logits of the position before", _classes_first, _next)
+SAME = Reading("each label at its own position", _classes_first, _labels)
+NEXT = Reading("each label at the position before", _classes_first, _next)

@@ -20,6 +20,7 @@ from natgrad.optim.parameters import Parameters
 from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Prediction, Term
 from natgrad.optim.tracking.factors import Factors, of_gradients
 from natgrad.optim.tracking.forward import Forward, full_precision
+from natgrad.optim.tracking.meant import Meant
 from natgrad.optim.tracking.own import Found, OwnLoss
 from natgrad.optim.tracking.returned import Way
 from natgrad.optim.tracking.unchanged import Unchanged
@@ -86,6 +87,7 @@ class Tracker:
         self.first_mass: float | None = None  # of the first batch, on all ranks
         self._output, self._many_ranks = output, many_ranks
         self._around = _weakly(model)
+        self._meant = Meant(optimizer)
         self._unchanged = Unchanged(self.place.model, generator)
         wrapper = None if model is self.place.model else model
         self.watch = Watch(self.place.model, parameters, wrapper=wrapper, within=self.see_ranks)
@@ -128,9 +130,12 @@ class Tracker:
         self._forget_gone()
         forward = self._forward_of(output)
         self._check_unchanged()
+        compares = way is None and len(self.terms) == 1
         if way is None:
             output, way = self._read(output, forward)
         with torch.autocast(output.device.type, enabled=False):
+            if compares and output.numel() > 0:
+                self._meant.check(self.place.model, forward, output, target, term)
             if output.numel() == 0:
                 return self._no_loss(term, forward, output, way, target)
             return self._loss(term, forward, output, way, target)
