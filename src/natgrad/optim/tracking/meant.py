@@ -48,8 +48,8 @@ class Meant:
         compared = (own.compare(c) for c in candidates(returned, given, plain(term.curvature)))
         other = next((c for c in compared if c.rule is not None), None)
         text = (
-            f"opt.loss(output, target) is {float(values[0].detach()):.6g}, and the model's own loss of the labels that it was "
-            f"given is {own.value:.6g}"
+            f"opt.loss(output, target) is {float(values[0].detach()):.6g}, and the model's own loss of the labels that "
+            f"it was given is {own.value:.6g}"
         )
         if other is not None:
             raise ValueError(

@@ -240,13 +240,7 @@ class Tracker:
         return full_precision(output), returned.way_to(output)
 
     def _loss(
-        self,
-        term: Term,
-        forward: Forward,
-        output: Tensor,
-        way: Way | None,
-        target: Tensor,
-        own: Found | None = None,
+        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor, own: Found | None = None
     ) -> Tensor:
         term.curvature.check(output, target)
         if torch.is_grad_enabled() and not output.requires_grad:
