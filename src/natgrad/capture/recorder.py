@@ -37,7 +37,6 @@ class Recorder(TorchFunctionMode):
         # How parameters were used by functions of no kind, and with gradients disabled.
         self._others: dict[str, str] = {}
         self._without_gradients: dict[str, str] = {}
-        self._positions: int | None = None
 
     def know(self, parameters: Mapping[str, Tensor]) -> None:
         """Records the uses of these from now on."""
@@ -52,12 +51,8 @@ class Recorder(TorchFunctionMode):
         tensors = _tensors((args, kwargs))
         given = [t for t in tensors if id(t) in self._forms]
         if composite is not None and given and torch.is_grad_enabled():
-            outer, self._positions = self._positions, composite.positions(*args, **kwargs)
-            try:
-                with self:
-                    return composite.function(*args, **kwargs)
-            finally:
-                self._positions = outer
+            with self:
+                return composite(*args, **kwargs)
         out = func(*args, **kwargs)
         if given:
             self._note(func, args, kwargs, out, given)
@@ -125,7 +120,7 @@ class Recorder(TorchFunctionMode):
         if weight is None and bias is None:
             return set()
         kind = call.kind.oriented(weight is not None and weight.transposed)
-        if kind is None or id(call.h) in self._forms or not self._is_matrix(call, weight, kind, out):
+        if kind is None or id(call.h) in self._forms or not self._is_matrix(call, weight, kind):
             return set()
         kind = kind.kept(weight is not None, bias is not None)
         others = [call.h, *call.others]
@@ -142,8 +137,6 @@ class Recorder(TorchFunctionMode):
             _edge(out),
             tuple(get_gradient_edge(t).node for t in others if t.requires_grad),
             (call.h._version, out._version),
-            0 if self._positions is None else 1,
-            _lead(call.h) if self._positions is None else self._positions,
             all(t is None or id(t) in self._names for t in (call.weight, call.bias)),
         )
         self.uses.append(use)
@@ -160,17 +153,17 @@ class Recorder(TorchFunctionMode):
     def _fits(self, call: Call, bias: Form, a: Tensor) -> bool:
         """Whether a bias has an entry for each of `a`'s features, or is spread over them."""
         assert call.bias is not None
-        if bias.transposed or (isinstance(call.kind, Scale) and not _spreads(call.bias, a)):
+        if bias.transposed:
             return False
         return isinstance(call.kind, Scale) or call.bias.shape == (a.shape[call.kind.features],)
 
-    def _is_matrix(self, call: Call, weight: Form | None, kind: Kind, a: Tensor) -> bool:
+    def _is_matrix(self, call: Call, weight: Form | None, kind: Kind) -> bool:
         """Whether the weight is read as its layout says: rows of a matrix that is stored row by row, or all of it."""
         if weight is None:
             return True
         assert call.weight is not None
         if isinstance(kind, Scale):
-            return weight.rows is None and _spreads(call.weight, a)
+            return weight.rows is None
         if weight.rows is not None and (kind.layout.form != "plain" or call.rows is not None):
             return False
         return call.weight.ndim > 1
@@ -270,20 +263,6 @@ def _within(outer: tuple[int, int] | None, inner: tuple[int, int] | None) -> tup
     if outer is None or inner is None:
         return outer or inner
     return outer[0] + inner[0], outer[0] + inner[1]
-
-
-def _lead(h: Tensor) -> int | None:
-    """The first axis of what was flattened to the two axes of `h`."""
-    base = h._base
-    if h.ndim != 2 or base is None or base.ndim < 3 or base.numel() != h.numel() or len(h) % len(base):
-        return None
-    outermost = base.stride(0) * len(base) == base.numel()  # of the base's axes in memory
-    return len(base) if h.is_contiguous() and outermost else None
-
-
-def _spreads(parameter: Tensor, a: Tensor) -> bool:
-    """Whether a parameter is the same for all examples on axis 0 of `a`."""
-    return a.ndim > parameter.ndim or (a.ndim == parameter.ndim > 0 and len(parameter) == 1) or parameter.numel() == 1
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -23,9 +23,6 @@ class Use:
     function has since overwritten the tensor, with the entries of `a` in its own shape. `sources` are where the
     graph goes on from `a` beside these parameters. `before` is the use as it was until a later call added the bias,
     or the examples that `W h` is the same for. `direct`: the function was given the parameters themselves.
-
-    Examples are on `example_axis`; or, where `lead` is given, on that axis of what has been flattened to two axes,
-    the first of size `lead`.
     """
 
     weight: str | None
@@ -39,8 +36,6 @@ class Use:
     edge: GradientEdge
     sources: tuple[Node, ...]
     versions: tuple[int, int]
-    example_axis: int = 0
-    lead: int | None = None
     direct: bool = True
     before: Use | None = None
 
@@ -60,14 +55,10 @@ class Use:
     def a_intact(self) -> bool:
         return self.a._version == self.versions[1]
 
-    def by_example(self, t: Tensor, examples: int) -> Tensor:
-        """`h`, or a tensor of `a`'s shape, with its examples on axis 0 if it can be told where they are."""
-        if self.kind.features == -1:
-            if self.lead is not None and t.ndim == 2 and (self.example_axis == 1 or len(t) != examples):
-                t = t.unflatten(0, (self.lead, -1))
-            if t.ndim > 2 and (self.example_axis == 1 or (len(t) != examples and t.shape[1] == examples)):
-                t = t.transpose(0, 1)
-        return t
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The axes of `a` on which different examples may lie."""
+        return self.kind.grid(self.a)
 
     def parts(self, reached: Set[Node]) -> list[Use]:
         """The use itself; or, where the graph has reached what was `before`, that, and the bias added since with a

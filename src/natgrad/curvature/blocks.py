@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.curvature.groups import groups, tiled, whole
 from natgrad.curvature.moments import AffineMoments, Moments, ScaleMoments
 from natgrad.linalg import (

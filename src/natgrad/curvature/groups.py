@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, joined
 from natgrad.linalg import Operator, Rows
 from natgrad.linalg.layout import PLAIN
@@ -77,13 +78,13 @@ def example_gradients(cases: Cases, layers: Sequence[Layer], g: Mapping[Layer, l
 
 
 def _example_gradient(cases: Cases, layer: Layer, uses: list[Tensor]) -> Parts:
-    g = cases.by_example(layer, uses)
+    g = by_case(uses)
     if layer.scale:
         return coordinates(g.sum(1), layer)
     bias = (g.sum(1),) if layer.bias else ()
     if not layer.weight:
         return bias
-    x = joined_examples(cases, layer)
+    x = joined(cases.h[layer])
     step = step_of(x)
     W = [
         torch.einsum("nto,nti->noi", its_g, x.part(start, start + step).dense())
@@ -97,10 +98,9 @@ def coordinates(values: Float[Tensor, "*n p"], layer: Layer) -> Parts:
     return tuple(values.chunk(len(layer.names), -1))
 
 
-def joined_examples(cases: Cases, layer: Layer) -> Inputs:
-    """All uses of a layer, one after the other along the positions."""
-    cases.check_examples(layer, [use.shape[0] for use in cases.h[layer]])
-    return joined(cases.h[layer])
+def by_case(uses: Sequence[Tensor]) -> Float[Tensor, "n t o"]:
+    """Gradients of all uses, one after the other along the positions."""
+    return uses[0] if len(uses) == 1 else torch.cat(list(uses), 1)
 
 
 def step_of(x: Inputs, budget: int = 1 << 25) -> int:

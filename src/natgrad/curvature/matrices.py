@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_flag, check_max_dim
 from natgrad.curvature.blocks import assemble

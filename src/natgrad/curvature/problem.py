@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.cases import Cases, read_cases
+from natgrad.capture.cases import Cases
+from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
+from natgrad.capture.separation import SeparationCheck
 from natgrad.checks.parameters import Selection, select_parameters
 from natgrad.checks.values import check_count, check_dtype, check_function, check_generator, described
 from natgrad.distributed.gathering import apart, in_common
@@ -55,6 +58,7 @@ class Problem:
         self.generator = in_common(self.world, generator, self.device)
         draws = estimator == "mc" or self.world.size == 1
         self._labels = apart(self.world, self.generator, self.device) if draws else None
+        self.separation = SeparationCheck()
         self._forward, self.progress = forward, progress and self.world.rank == 0
         lowered = torch.is_autocast_enabled(self.device.type)
         self._precision = torch.get_autocast_dtype(self.device.type) if lowered else None
@@ -146,12 +150,14 @@ class Problem:
             for use in recorder.uses:
                 use.forget_output()
             mass = self.curvature.normalizer(output, target)
+            mode = tuple(module.training for module in self.model.modules())
             yield read_cases(
                 recorder.uses,
                 output,
-                self.columns(output, target),
+                partial(self.columns, output, target),
                 mass,
                 self.dtype,
+                separation=self.separation.of(recorder.uses, output, mode).whole(),
                 ignored=self.curvature.ignored(output, target),
                 sampled=self.estimator == "mc",
             )

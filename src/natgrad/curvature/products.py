@@ -112,7 +112,7 @@ class _Replay(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in COMPOSITES:  # fused ones have no forward mode
             with self:
-                return COMPOSITES[func].function(*args, **kwargs)
+                return COMPOSITES[func](*args, **kwargs)
         rule = tangent_rule(func, args)
         if rule is not None and (found := rule(*args, **kwargs)) is not None:
             return found

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_count, check_flag
 from natgrad.curvature.blocks import homogeneous
@@ -20,7 +21,7 @@ from natgrad.curvature.independence import SMALLEST_CHUNK, Kernel, dependence, i
 from natgrad.curvature.matrices import check_covered, check_finite
 from natgrad.curvature.moments import SHARING, AffineMoments, Moments, kept_positions
 from natgrad.curvature.problem import Forward, Problem, check_mass
-from natgrad.curvature.structures import ExactStructure, KfacStructure, joined
+from natgrad.curvature.structures import ExactStructure, KfacStructure, of_all_ranks
 from natgrad.distributed.gathering import jointly
 from natgrad.distributed.world import World
 from natgrad.linalg import ColumnBlock, ExactBlock, Operator
@@ -248,12 +249,12 @@ class Positions:
             kept = kept_positions(cases, layer)
             if kept is None:
                 t = sum(use.shape[1] for use in uses)
-                kept = [torch.ones(cases.examples, t, dtype=torch.bool, device=cases.mass.device)]
+                kept = [torch.ones(uses[0].shape[0], t, dtype=torch.bool, device=cases.mass.device)]
             self._own.setdefault(layer, []).append(torch.cat(kept, 1))
 
     def merge_ranks(self, world: World) -> None:
         """Takes in those of the other ranks."""
-        self._own = joined(world.exchanged(self._own, "the positions"))
+        self._own = of_all_ranks(world.exchanged(self._own, "the positions"))
 
     def cases(
         self, layer: Layer, block: ExactBlock, sharing: str

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer
-from natgrad.capture.layers import Rows
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
+from natgrad.capture.layers import Rows, joined
 from natgrad.curvature.bases import accumulate, bases_of, example_squares, squares_in
 from natgrad.curvature.blocks import kfac_blocks
-from natgrad.curvature.groups import coordinates, example_gradients, groups, has_rival, joined_examples, tiled, whole
+from natgrad.curvature.groups import by_case, coordinates, example_gradients, groups, has_rival, tiled, whole
 from natgrad.curvature.moments import MAX_DIM, AffineMoments, DiagonalMoments, Moments, layer_moments, merge
 from natgrad.distributed.reduction import summed
 from natgrad.distributed.world import World
@@ -149,17 +150,27 @@ class ExactStructure(Structure):
 
     def add(self, cases: Cases) -> None:
         self._add_mass(cases)
-        columns = list(cases.columns)
+        every = list(cases.columns)
         for layers in groups(cases.h):
-            (first, *others), uses = layers, cases.h[layers[0]]
-            if not others and not first.scale and all(isinstance(use, Rows) for use in uses):
-                self._add_cases(cases, first, columns)
+            columns = [column for column in every if layers[0] in column]
+            if self._as_cases(cases, layers):
+                self._add_cases(cases, layers[0], columns)
             elif columns:
                 self._add_columns(cases, layers, columns)
 
+    def _as_cases(self, cases: Cases, layers: Sequence[Layer]) -> bool:
+        """Whether inputs and gradients are held, and not their products; as the batch before was."""
+        (first, *others), uses = layers, cases.h[layers[0]]
+        if others or first.scale or not all(isinstance(use, Rows) for use in uses):
+            return False
+        if first in self._h or first in self._columns:
+            return first in self._h
+        n, t, d_in = uses[0].shape
+        return n == cases.examples or t <= d_in  # of a case of many rows the gradient itself is smaller
+
     def _add_cases(self, cases: Cases, layer: Layer, columns: Sequence[Mapping[Layer, list[Tensor]]]) -> None:
-        h = joined_examples(cases, layer).dense()
-        g = [cases.by_example(layer, column[layer]) for column in columns]
+        h = joined(cases.h[layer]).dense()
+        g = [by_case(column[layer]) for column in columns]
         self._h.setdefault(layer, []).append(h)
         self._g.setdefault(layer, []).append(
             torch.stack(g, 1) if g else h.new_zeros(len(h), 0, h.shape[1], cases.d_out[layer])
@@ -177,7 +188,7 @@ class ExactStructure(Structure):
     def merge_ranks(self, world: World) -> None:
         self._sum_mass(world)
         every = world.exchanged((self._h, self._g, self._columns, self._shapes), "the cases")
-        self._h, self._g, self._columns = (joined(its) for its in list(zip(*every, strict=True))[:3])
+        self._h, self._g, self._columns = (of_all_ranks(its) for its in list(zip(*every, strict=True))[:3])
         self._shapes = {layer: shapes for *_, its in every for layer, shapes in its.items()}
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
@@ -199,7 +210,7 @@ STRUCTURES: dict[str, Callable[[bool, str, int], Structure]] = {
 }
 
 
-def joined(every: Sequence[Mapping[Layer, list[Tensor]]]) -> dict[Layer, list[Tensor]]:
+def of_all_ranks(every: Sequence[Mapping[Layer, list[Tensor]]]) -> dict[Layer, list[Tensor]]:
     """The batches of all ranks, in the order of the ranks."""
     layers = dict.fromkeys(layer for its in every for layer in its)
     return {layer: [t for its in every for t in its.get(layer, [])] for layer in layers}
@@ -214,15 +225,15 @@ def _summed_squares(values: Mapping[Layer, Parts], world: World) -> dict[Layer, 
 def diagonal_squares(cases: Cases) -> dict[Layer, Parts]:
     """The sums over a batch's examples and columns of the squared gradients, `Σ_k (Σ_t g x)²`."""
     sums: dict[Layer, Parts] = {}
-    h = {layer: joined_examples(cases, layer) for layer in cases.h}
+    h = {layer: joined(uses) for layer, uses in cases.h.items()}
     for g in cases.columns:
-        for layers in groups(cases.h):
+        for layers in groups(g):
             if any(has_rival(layer, cases.h) for layer in layers):
                 parts = example_gradients(cases, layers, g)
                 accumulate(sums, whole(layers), tuple(p.square().sum(0) for p in parts))
                 continue
             for layer in layers:
-                its_g = cases.by_example(layer, g[layer]).unsqueeze(1)
+                its_g = by_case(g[layer]).unsqueeze(1)
                 new = example_squares(h[layer], its_g, bias=layer.scale or layer.bias is not None)
                 accumulate(sums, layer, coordinates(new[0], layer) if layer.scale else new)
     return sums

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, Rows
 from natgrad.curvature.blocks import assemble
 from natgrad.curvature.structures import ExactStructure
@@ -70,6 +71,7 @@ def _weighted(
 ) -> Cases:
     """The cases of the layers that are kept, with `factor` times the gradients; zeros where a layer was not used."""
     columns = list(cases.columns)
+    number = next(iter(cases.h.values()))[0].shape[0]  # of cases, the same in all layers
     h: dict[Layer, list[Inputs]] = {}
     g: list[dict[Layer, list[Tensor]]] = [{} for _ in columns]
     d_out: dict[Layer, int] = {}
@@ -77,7 +79,7 @@ def _weighted(
         part = kept[layer]
         if part is None:
             continue
-        uses = cases.h.get(layer, [template.blank(cases.examples)])
+        uses = cases.h.get(layer, [template.blank(number)])
         h[part] = uses if part.weight else [Rows(cases.mass.new_zeros(*use.shape[:2], 0)) for use in uses]
         for its, column in zip(g, columns, strict=True):
             gradients = column.get(layer, [cases.mass.new_zeros(*use.shape[:2], width) for use in uses])

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.cases import Cases, Layer, read_cases
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
+from natgrad.capture.probe import PASSES
+from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
+from natgrad.capture.separation import Separation, SeparationCheck, assumed_of
 from natgrad.checks.values import check_choice, check_count, check_flag, check_max_dim, check_number, check_within
 from natgrad.curvature.blocks import assemble, named_blocks
 from natgrad.curvature.moments import MAX_DIM, SHARING, AffineMoments
@@ -231,6 +235,8 @@ class KFAC(Adaptive):
         self.inverses_every, self.bases_every = inverses_every, bases_every
         self._statistics_interval = Interval(statistics_every, growing[0])
         self._inverses_interval = Interval(inverses_every, growing[1])
+        self._separation = SeparationCheck()
+        self._mixed: dict[str, None] = {}  # layers whose squares are approximate
         self._running = RUNNING[structure](centered, sharing, max_dim)
         self._owners: dict[tuple[str, ...], int] = {}  # of layers by their parameters, where those are sharded
         self._inverse: dict[str, Block] | None = None  # by layer
@@ -263,12 +269,16 @@ class KFAC(Adaptive):
         cases = read_cases(
             recorder.uses,
             output,
-            self._curvature.columns(output, batch.target, self.estimator, generator=self._labels()) if draws else (),
+            lambda: (
+                self._curvature.columns(output, batch.target, self.estimator, generator=self._labels()) if draws else ()
+            ),
             batch.mass,
             self._precision,
+            separation=self._rows_of(recorder, output),
             ignored=self._curvature.ignored(output.detach(), batch.target),
             sampled=self.estimator == "mc" or not draws,
         )
+        self._mixed.update(dict.fromkeys(layer.label for layer in cases.mixed if self._approximates(layer)))
         every = self._thinning(cases)
         if every > 1:
             cases = cases.every(every, start=self._steps // self.statistics_every % every)
@@ -277,12 +287,41 @@ class KFAC(Adaptive):
         if not batch.statistics.finite():
             batch.fault = "the statistics are not finite"
 
+    def _rows_of(self, recorder: Recorder, output: Tensor) -> Separation:
+        """Which rows make up a case. With labels drawn, those that see one another are taken apart all the same: their
+        squares are approximate, where the one square of the whole batch would be noise."""
+        mode = tuple(module.training for module in self.model.modules())
+        if not self._running.reads_gradients and self.sharing == "expand":
+            return assumed_of(recorder.uses, output)  # every row of an input is a case
+        if self._place.shards is None:
+            found = self._separation.of(recorder.uses, output, mode)
+            return found if self.estimator == "mc" else found.whole()
+        found = self._separation.in_step(recorder.uses, output, mode)
+        if self.estimator != "mc" and any(found.mixed):
+            raise ValueError(
+                f"estimator={self.estimator!r} needs independent rows where parameters are sharded, and this model's "
+                "see one another, as by averages over the batch; use estimator='mc'"
+            )
+        return found
+
+    def _approximates(self, layer: Layer) -> bool:
+        """Whether rows that are taken apart make a difference: not to K-FAC's factors, which are right on average."""
+        return self.estimator == "mc" and (
+            layer.scale or self.sharing == "reduce" or self.structure in ("ekfac", "diagonal")
+        )
+
     def _follow_along(self, recorder: Recorder, output: Tensor, target: Tensor) -> None:
         if not (self._running.reads_gradients and output.requires_grad):
             return
+        if self._separation.begin():
+            self._follow(recorder, output, PASSES)
         one, its_target = output.detach().new_zeros(1, *output.shape[1:]), target.new_zeros(1, *target.shape[1:])
         for _ in self._curvature.columns(one, its_target, self.estimator, generator=self._labels()):
-            edges = [use.edge for use in recorder.uses]
+            self._follow(recorder, output, 1)
+
+    def _follow(self, recorder: Recorder, output: Tensor, passes: int) -> None:
+        edges = [use.edge for use in recorder.uses]
+        for _ in range(passes):
             torch.autograd.grad(output, edges, torch.zeros_like(output), retain_graph=True, allow_unused=True)
 
     def _thinning(self, cases: Cases) -> int:
@@ -348,6 +387,7 @@ class KFAC(Adaptive):
         layers = self._running.total.moments
         thinned = {layer.label: m.diagonals for layer, m in layers.items() if isinstance(m, AffineMoments)}
         if self._running.reads_gradients:
+            self.diagnostics["rows_taken_apart"] = list(self._mixed)
             self.diagnostics["diagonal_factors"] = {label: factors for label, factors in thinned.items() if factors}
             self._check_covered(gradients)
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.cases import read_cases
+from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
+from natgrad.capture.separation import SeparationCheck
 from natgrad.checks.values import check_choice, check_count, check_within
 from natgrad.linalg import Operator
 from natgrad.linalg.joint import Joint
@@ -141,6 +142,7 @@ class NaturalGradient(Adaptive):
         self.tolerance = eps**0.75 if tolerance is None else tolerance
         # Below eps · tr F the damping is lost in rounding.
         self._rule = LevenbergMarquardt(damping_decay, eps * self._size())
+        self._separation = SeparationCheck()
         self._matrix: Joint | ByProducts | None = None
         self._inverse: Operator | None = None
 
@@ -190,10 +192,16 @@ class NaturalGradient(Adaptive):
     def _observe(self, batch: Batch, recorder: Recorder, output: Tensor) -> None:
         if not self._takes_cases(output):
             return
-        columns = self._curvature.columns(output, batch.target, self.estimator, generator=self._generator)
+        mode = tuple(module.training for module in self.model.modules())
         # The matrix squares the condition of J: float64, whatever the parameters are.
         cases = read_cases(
-            recorder.uses, output, columns, batch.mass, torch.float64, sampled=self.estimator == "mc"
+            recorder.uses,
+            output,
+            lambda: self._curvature.columns(output, batch.target, self.estimator, generator=self._generator),
+            batch.mass,
+            torch.float64,
+            separation=self._separation.of(recorder.uses, output, mode).in_common(),
+            sampled=self.estimator == "mc",
         ).kept()
         if not all(torch.isfinite(g.sum()) for column in cases.columns for uses in column.values() for g in uses):
             batch.fault = "the curvature is not finite"

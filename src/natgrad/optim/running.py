@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
 from natgrad.curvature.bases import Eigenbasis, bases_of, squares_in, turned
 from natgrad.curvature.blocks import homogeneous, kfac_blocks
 from natgrad.curvature.groups import has_rival, tiled

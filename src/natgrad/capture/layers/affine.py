@@ -35,8 +35,8 @@ class Affine(Kind):
     def inputs(self, h: Tensor) -> Rows:
         return Rows(rows(h))
 
-    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n t o"]:
-        return rows(g)
+    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid 1 o"]:
+        return g.unsqueeze(-2)
 
     def oriented(self, transposed: bool) -> Affine:
         return Affine(self.transposed != transposed)

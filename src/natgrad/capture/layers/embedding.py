@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from natgrad.capture.layers.affine import rows
 from natgrad.capture.layers.inputs import Sparse
 from natgrad.capture.layers.kind import Call, Kind
 from natgrad.linalg.layout import Layout
@@ -40,8 +39,8 @@ class Embedding(Kind):
         value = torch.ones(len(index), device=h.device)
         return Sparse(row, index, value, (len(h), h.shape[1], self.tokens))
 
-    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n t o"]:
-        return rows(g)
+    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid 1 o"]:
+        return g.unsqueeze(-2)
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ class EmbeddingBag(Kind):
         sizes = torch.tensor([*self.offsets[1:], h.numel()]) - torch.tensor(self.offsets)
         return torch.arange(len(sizes)).repeat_interleave(sizes).to(h.device), len(sizes)
 
-    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n t o"]:
-        return rows(g)
+    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid 1 o"]:
+        return g.unsqueeze(-2)
 
 
 def _embedding(

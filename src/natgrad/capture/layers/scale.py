@@ -35,18 +35,21 @@ class Scale(Kind):
         """Nothing: a scale's input is part of its gradient."""
         return Rows(h.new_zeros(1, 1, 0))
 
-    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n t o"]:
-        """`(Σ g z, Σ g)` for every example, one after the other."""
+    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid 1 o"]:
+        """`(g z, g)` in every row, one after the other."""
         parts = []
         if self.has_scale:
             z = h if self.normalize is None else self.normalize(h)
-            parts.append(self._sums(g * z.to(g.dtype)))
+            parts.append(self._coordinates(g * z.to(g.dtype)))
         if self.has_shift:
-            parts.append(self._sums(g))
-        return torch.cat(parts, 1).unsqueeze(1)
+            parts.append(self._coordinates(g))
+        return torch.cat(parts, -1).unsqueeze(-2)
 
-    def positions(self, a: Tensor) -> tuple[int, int]:
-        return len(a), 1
+    def grid(self, a: Tensor) -> tuple[int, ...]:
+        return tuple(a.shape[axis] for axis in self._axes(a.ndim)[0])
+
+    def rows(self, a: Tensor) -> Tensor:
+        return self._coordinates(a).reshape(prod(self.grid(a)), -1)
 
     def width(self, a: Tensor) -> int:
         return prod(self.spread) * (self.has_scale + self.has_shift)
@@ -54,11 +57,16 @@ class Scale(Kind):
     def kept(self, weight: bool, bias: bool) -> Scale:
         return replace(self, has_scale=weight, has_shift=bias)
 
-    def _sums(self, t: Tensor) -> Float[Tensor, "n d"]:
-        """The sum over all places of a coordinate, for each example."""
-        spread = (1,) * (t.ndim - len(self.spread)) + self.spread
-        axes = [i for i, s in enumerate(spread) if s == 1 and i > 0]
-        return (t.sum(axes) if axes else t).reshape(len(t), -1)
+    def _axes(self, ndim: int) -> tuple[list[int], list[int]]:
+        """The axes along which the parameters are the same, and those along which they are not."""
+        spread = (1,) * (ndim - len(self.spread)) + self.spread
+        return [i for i, s in enumerate(spread) if s == 1], [i for i, s in enumerate(spread) if s != 1]
+
+    def _coordinates(self, t: Tensor) -> Float[Tensor, "*grid o"]:
+        """A tensor of the output's shape with the grid first and the coordinates last, flat."""
+        grid, own = self._axes(t.ndim)
+        moved = t.permute(*grid, *own)
+        return moved.reshape(*moved.shape[: len(grid)], -1)
 
 
 def _norm(
