@@ -17,7 +17,8 @@ class Layer:
     """The parameters that share a block: a weight, a bias, or a weight with its bias.
 
     `layout` is that of the weight, and `rows` those of its matrix and of the bias that are meant (None: all). The
-    coordinates of a `scale` have no matrix. `function` is what torch calls a use of it.
+    coordinates of a `scale` have no matrix; one parameter, be it used as scale or as shift, is the `weight`. `function`
+    is what torch calls a use of it.
     """
 
     weight: str | None
@@ -76,4 +77,7 @@ def layers_of(uses: Sequence[Use]) -> dict[Layer, list[Use]]:
 
 
 def _layer(kind: Kind, weight: str | None, bias: str | None, rows: tuple[int, int] | None) -> Layer:
-    return Layer(weight, bias, kind.layout if weight else PLAIN, rows, isinstance(kind, Scale), kind.name)
+    if isinstance(kind, Scale) and not weight:
+        weight, bias = bias, None
+    scale = isinstance(kind, Scale)
+    return Layer(weight, bias, PLAIN if scale or not weight else kind.layout, rows, scale, kind.name)

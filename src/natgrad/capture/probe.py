@@ -43,6 +43,11 @@ def connected(uses: Sequence[Use]) -> list[list[int]]:
     return list({id(group): group for group in group_of.values()}.values())
 
 
+def _forms(uses: Sequence[Use]) -> list[tuple[int, Use]]:
+    """Every use with its number, in each of its forms."""
+    return [(i, form) for i, use in enumerate(uses) for form in (use.narrow, use) if form is not None]
+
+
 @dataclass(frozen=True)
 class Signal:
     """What one backward pass leaves in the rows of a use: the gradients' norms, and their products with one random
@@ -57,7 +62,10 @@ class Probe:
     of them, at once and no more."""
 
     def __init__(self, uses: Sequence[Use], output: Tensor, in_step: bool = False):
-        self.uses, self.output, self.device = uses, output, output.device
+        self.given, self.output, self.device = uses, output, output.device
+        # Of a use that was spread over examples both forms: as it was before, and as it is.
+        self.forms = [[i for i, (j, _) in enumerate(_forms(uses)) if j == number] for number in range(len(uses))]
+        self.uses = uses = [use for _, use in _forms(uses)]
         edges = {(u.edge.node, u.edge.output_nr): u.edge for u in uses}
         self._edges, self._places = list(edges.values()), {key: i for i, key in enumerate(edges)}
         halves = {torch.float16} & {output.dtype, *(u.a.dtype for u in uses)}
@@ -79,25 +87,33 @@ class Probe:
 
     # What is found -------------------------------------------------------------------------------------
 
-    def found(self) -> tuple[list[Grouping], list[Order | None]]:
-        """For every use how the output's rows are grouped to cases, as many as can be, and how its own rows are; None
-        where its rows depend on several of the output's in any grouping."""
+    def found(self) -> tuple[list[Grouping], list[Order | None], list[int]]:
+        """For every use how the output's rows are grouped to cases, as many as can be; how its own rows are, or None
+        where they depend on several of the output's in any grouping; and in which of its forms that is."""
         finest = Grouping(len(self.output))
-        groupings: list[Grouping] = [finest] * len(self.uses)
-        orders: list[Order | None] = [None] * len(self.uses)
-        left = connected(self.uses)
+        groupings: list[Grouping] = [finest] * len(self.given)
+        orders: list[Order | None] = [None] * len(self.given)
+        forms = [0] * len(self.given)
+        left = connected(self.given)
         for grouping in [finest] if self._in_step else self._groupings():
             resolved = []
             for group in left:
-                its = [self._order(i, grouping) for i in group]
-                if all(order is not None for order in its):
+                its = [self._in_some_form(i, grouping) for i in group]
+                if all(order is not None for order, _ in its):
                     resolved.append(group)
-                    for i, order in zip(group, its, strict=True):
-                        groupings[i], orders[i] = grouping, order
+                    for i, (order, form) in zip(group, its, strict=True):
+                        groupings[i], orders[i], forms[i] = grouping, order, form
             left = [group for group in left if group not in resolved]
             if not left:
                 break
-        return groupings, orders
+        return groupings, orders, forms
+
+    def _in_some_form(self, i: int, grouping: Grouping) -> tuple[Order | None, int]:
+        for form, number in enumerate(self.forms[i]):
+            order = self._order(number, grouping)
+            if order is not None:
+                return order, form
+        return None, 0
 
     def _groupings(self) -> Iterator[Grouping]:
         """Each row of the output by itself; then, as where the positions of sequences were flattened to rows, as many

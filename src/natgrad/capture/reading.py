@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from natgrad.capture.cases import Cases, Gradients, Present
 from natgrad.capture.layer import Layer, layers_of
-from natgrad.capture.layers import Inputs, Kind, Rows
+from natgrad.capture.layers import Inputs, Kind, Rows, Scale
 from natgrad.capture.layers.affine import Affine
 from natgrad.capture.order import Grouping, Order
 from natgrad.capture.separation import Separation
@@ -32,6 +32,10 @@ class _Reading:
     kind: Kind
     order: Order
 
+    @classmethod
+    def of(cls, layer: Layer, use: Use, order: Order) -> _Reading:
+        return cls(use, use.kind.kept(use.weight in layer.names, use.bias in layer.names), order)
+
     def inputs(self, layer: Layer) -> Inputs:
         if layer.weight and not layer.scale:
             return self.kind.inputs(self.use.h).arranged(self.order)
@@ -41,7 +45,7 @@ class _Reading:
     def gradients(self, layer: Layer, g: Tensor | None) -> Tensor:
         g = torch.zeros_like(self.use.a) if g is None else g.reshape(self.use.a.shape)
         g = self.order.of(self.kind.gradients(self.use.h, g)).flatten(1, 2)
-        return g.sum(1, keepdim=True) if layer.scale else g
+        return self.kind.placed(g.sum(1, keepdim=True)) if isinstance(self.kind, Scale) else g
 
     def present(self, layer: Layer) -> Present | None:
         there, own = self.order.present(reduced=False), self.order.present(reduced=True)
@@ -82,16 +86,14 @@ def read_cases(
         RuntimeError: if an input was changed in place after its use.
         ValueError: if an input has no axis of examples, or there are too many passes to take.
     """
+    uses = separation.chosen(uses)
     place = {id(use): i for i, use in enumerate(uses)}
     layers: dict[Layer, list[_Reading]] = {}
     groups: dict[Layer, Grouping] = {}
     for layer, its_uses in layers_of(uses).items():
         numbers = [place[id(use)] for use in its_uses]
         groups[layer] = separation.groupings[numbers[0]]
-        layers[layer] = [
-            _Reading(uses[i], uses[i].kind.kept(layer.weight is not None, layer.bias is not None), separation.orders[i])
-            for i in numbers
-        ]
+        layers[layer] = [_Reading.of(layer, uses[i], separation.orders[i]) for i in numbers]
     h: dict[Layer, list[Inputs]] = {}
     with torch.no_grad():
         for layer, its in layers.items():

@@ -21,12 +21,18 @@ so too."""
 class Separation:
     """What was found of one batch: for every use, how the output's rows are grouped to cases, and how its own are.
 
-    `mixed` are the uses of which a row depends on several rows of the output, in any grouping.
+    `mixed` are the uses of which a row depends on several rows of the output, in any grouping; `narrow` those that are
+    to be read as they were before they were spread over examples.
     """
 
     groupings: tuple[Grouping, ...]
     orders: tuple[Order, ...]
     mixed: tuple[bool, ...]
+    narrow: tuple[bool, ...]
+
+    def chosen(self, uses: Sequence[Use]) -> list[Use]:
+        """The uses in the form that the orders are of."""
+        return [_as(use, narrow) for use, narrow in zip(uses, self.narrow, strict=True)]
 
     @property
     def is_listed(self) -> bool:
@@ -107,21 +113,28 @@ class SeparationCheck:
         return known or assumed_of(uses, output)
 
 
+def _as(use: Use, narrow: bool) -> Use:
+    return use.narrow if narrow and use.narrow is not None else use
+
+
 def _found(probe: Probe) -> Separation:
-    groupings, orders = probe.found()
+    groupings, orders, forms = probe.found()
     mixed = {i for i, order in enumerate(orders) if order is None}
-    own = apart_orders(probe.uses, mixed)
+    narrow = [form == 0 and use.narrow is not None for form, use in zip(forms, probe.given, strict=True)]
+    own = apart_orders([_as(*both) for both in zip(probe.given, narrow, strict=True)], mixed)
     return Separation(
         tuple(groupings),
         tuple(order or own[i] for i, order in enumerate(orders)),
         tuple(i in mixed for i in range(len(orders))),
+        tuple(narrow),
     )
 
 
 def assumed_of(uses: Sequence[Use], output: Tensor) -> Separation:
     """What the shapes suggest, without a look."""
     orders = tuple(assumed(use.grid, len(output)) for use in uses)
-    return Separation((Grouping(len(output)),) * len(uses), orders, (False,) * len(uses))
+    none = (False,) * len(uses)
+    return Separation((Grouping(len(output)),) * len(uses), orders, none, none)
 
 
 def _signature(uses: Sequence[Use], output: Tensor, mode: Hashable) -> Hashable:
@@ -135,34 +148,47 @@ def _pattern(uses: Sequence[Use], output: Tensor, mode: Hashable) -> Hashable:
         mode,
         output.ndim,
         n == 1,
-        tuple((u.weight, u.bias, u.rows, u.kind.name, tuple(size == n for size in u.grid)) for u in uses),
+        tuple(
+            (u.weight, u.bias, u.rows, u.kind.name, _lengths(u, n), u.narrow and _lengths(u.narrow, n)) for u in uses
+        ),
     )
 
 
-Way = str | int
-"""The axis of a use's cases, or how its rows are those of cases."""
+def _lengths(use: Use, examples: int) -> tuple[bool, ...]:
+    return tuple(size == examples for size in use.grid)
+
+
+Way = tuple[str | int, bool]
+"""The axis of a use's cases, or how else its rows are those of cases; and whether it is narrow."""
 
 
 def _ways(found: Separation) -> tuple[Way, ...]:
-    def way(order: Order, mixed: bool) -> Way:
+    def way(order: Order, mixed: bool) -> str | int:
         if mixed:
             return "mixed"
         return order.axis if order.axis is not None else "in turns" if order.interleaved else "in a row"
 
-    return tuple(way(order, mixed) for order, mixed in zip(found.orders, found.mixed, strict=True))
+    each = zip(found.orders, found.mixed, found.narrow, strict=True)
+    return tuple((way(order, mixed), narrow) for order, mixed, narrow in each)
 
 
 def _of_ways(uses: Sequence[Use], examples: int, ways: Sequence[Way]) -> Separation | None:
     """What was found of other lengths, of these; None where they do not go into one another."""
-    mixed = {i for i, way in enumerate(ways) if way == "mixed"}
+    uses = [_as(use, narrow) for use, (_, narrow) in zip(uses, ways, strict=True)]
+    mixed = {i for i, (way, _) in enumerate(ways) if way == "mixed"}
     own = apart_orders(uses, mixed)
     orders = []
-    for i, (use, way) in enumerate(zip(uses, ways, strict=True)):
+    for i, (use, (way, _)) in enumerate(zip(uses, ways, strict=True)):
         if i not in mixed and isinstance(way, str) and prod(use.grid) % examples:
             return None
         axis = way if isinstance(way, int) else None
         orders.append(own.get(i) or Order(use.grid, examples, axis=axis, interleaved=way == "in turns"))
-    return Separation((Grouping(examples),) * len(uses), tuple(orders), tuple(i in mixed for i in range(len(uses))))
+    return Separation(
+        (Grouping(examples),) * len(uses),
+        tuple(orders),
+        tuple(i in mixed for i in range(len(uses))),
+        tuple(narrow for _, narrow in ways),
+    )
 
 
 def apart_orders(uses: Sequence[Use], mixed: Collection[int]) -> dict[int, Order]:

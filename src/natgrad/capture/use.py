@@ -22,7 +22,8 @@ class Use:
     `edge` stands for `a` in the autograd graph: its gradient is that of the pre-activation even if an in-place
     function has since overwritten the tensor, with the entries of `a` in its own shape. `sources` are where the
     graph goes on from `a` beside these parameters. `before` is the use as it was until a later call added the bias,
-    or the examples that `W h` is the same for. `direct`: the function was given the parameters themselves.
+    or (`is_spread`) gave each example a copy of what is one for all. `direct`: the function was given the parameters
+    themselves.
     """
 
     weight: str | None
@@ -38,10 +39,20 @@ class Use:
     versions: tuple[int, int]
     direct: bool = True
     before: Use | None = None
+    is_spread: bool = False
 
     def forget_output(self) -> None:
         """Lets go of the memory of `a`; its shape stays."""
-        self.a, self.before = self.a.new_empty(()).expand(self.a.shape), None
+        self.a = self.a.new_empty(()).expand(self.a.shape)
+        if self.narrow is not None:
+            self.narrow.forget_output()
+        else:
+            self.before = None
+
+    @property
+    def narrow(self) -> Use | None:
+        """The use as it was before it was spread over examples, where it was."""
+        return self.before if self.is_spread else None
 
     def check_input(self) -> None:
         """Raises RuntimeError if `h` was overwritten since the forward."""
@@ -65,16 +76,8 @@ class Use:
         pre-activation of its own."""
         if self.before is None or self.before.edge.node not in reached:
             return [self]
-        if self.bias is None:
+        if self.is_spread:
             return self.before.parts(reached)
-        bias = replace(self, weight=None, function=torch.add, sources=(self.before.edge.node,), before=None)
-        return [self.before, bias]
-
-
-@dataclass(frozen=True)
-class Form:
-    """A parameter as a function was given it: all of it or some rows, as it is or transposed."""
-
-    name: str
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
+        kind = self.kind.kept(False, True)
+        sources = (self.before.edge.node,)
+        return [self.before, replace(self, kind=kind, weight=None, function=torch.add, sources=sources, before=None)]

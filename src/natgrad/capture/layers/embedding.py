@@ -121,6 +121,13 @@ def _embedding_bag(
     return Call(kind, input, weight, others=others)
 
 
+def _getitem(input: Tensor, index: Any) -> Call | None:
+    """`W[index]` for a tensor of row numbers."""
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or input.ndim != 2:
+        return None
+    return Call(Embedding(len(input)), index % len(input), input)
+
+
 def embedding_bag(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.embedding_bag` by functions that have a forward mode.
 
@@ -143,4 +150,8 @@ def _index(padding: int | None, tokens: int) -> int | None:
     return padding + tokens if padding is not None and padding < 0 else padding
 
 
-PARSERS: dict[Any, Callable[..., Call | None]] = {F.embedding: _embedding, F.embedding_bag: _embedding_bag}
+PARSERS: dict[Any, Callable[..., Call | None]] = {
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+    Tensor.__getitem__: _getitem,
+}
