@@ -87,7 +87,7 @@ def test_ekfac_is_the_best_diagonal_in_its_basis(name):
     dense = dense_curvature(model, CE, [(x, y)])
     K, E = (natgrad.fisher(model, CE, (x, y), s, centered=False) for s in ("kfac", "ekfac"))
     index = places(model)
-    for layer, block in E.layers.items():
+    for block in E.layers.values():
         if block.function not in ("linear", "conv2d"):
             continue
         rows = torch.cat([index[n] for n in block.names])

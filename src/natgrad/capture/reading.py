@@ -173,7 +173,7 @@ def _passes(
 
 
 def backward_passes(
-    output: Tensor, inputs: Sequence[GradientEdge], columns: Iterable[Tensor], step: int
+    output: Tensor, inputs: Sequence[GradientEdge] | Sequence[Tensor], columns: Iterable[Tensor], step: int
 ) -> Iterator[Sequence[Tensor | None]]:
     """The gradients of every column, `step` columns at a time where all functions allow it."""
     it = iter(columns)

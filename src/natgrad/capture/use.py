@@ -35,7 +35,7 @@ class Use:
     h: Tensor
     a: Tensor
     edge: GradientEdge
-    sources: tuple[Node, ...]
+    sources: tuple[Any, ...]
     versions: tuple[int, int]
     direct: bool = True
     before: Use | None = None

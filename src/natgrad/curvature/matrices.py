@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from natgrad.capture.graph import refuse_reentrant
 from natgrad.capture.layer import Layer
+from natgrad.capture.order import Grouping
+from natgrad.capture.reading import AT_ONCE, backward_passes
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_flag, check_max_dim
 from natgrad.curvature.blocks import assemble
@@ -245,10 +250,12 @@ def _dense(problem: Problem) -> Dense:
     mass = torch.zeros((), dtype=G.dtype, device=G.device)
     with jointly(problem.world, "the matrix"):
         for _, output, target in problem.recorded({}):
+            refuse_reentrant(output)
             mass += curvature.normalizer(output, target)
             for sign, column in problem.signed_columns(output, target):
-                S = example_gradients(output, column, parameters, space).to(G.dtype)
-                G.addmm_(S.mT, S, alpha=sign)
+                for S in example_gradients(output, column, parameters, space):
+                    S = S.to(G.dtype)
+                    G.addmm_(S.mT, S, alpha=sign)
     problem.world.sum(G, "the matrix")
     problem.world.sum(mass, "the matrix")
     if not torch.isfinite(G).all():
@@ -257,17 +264,21 @@ def _dense(problem: Problem) -> Dense:
     return Dense(G / mass if curvature.is_mean else G, space)
 
 
-def example_gradients(output: Tensor, column: Tensor, parameters: Mapping[str, Tensor], space: Space) -> Tensor:
-    """`Jᵀ s` of every example apart, `(examples, size)`, from autograd alone."""
-    each = torch.eye(len(output), dtype=output.dtype, device=output.device)
-    each = each.view(*each.shape, *[1] * (output.ndim - 1))
+def example_gradients(
+    output: Tensor, column: Tensor, parameters: Mapping[str, Tensor], space: Space
+) -> Iterator[Float[Tensor, "examples size"]]:
+    """`Jᵀ s` of every example apart, some examples at a time, from autograd alone."""
+    step = max(1, AT_ONCE // max(1, space.size))
     leaves = list(parameters.values())
-    gradients = torch.autograd.grad(
-        output, leaves, each * column, retain_graph=True, is_grads_batched=True, allow_unused=True
-    )
-    return space.flatten(
-        tuple(p.new_zeros(len(output), *p.shape) if g is None else g for g, p in zip(gradients, leaves, strict=True))
-    )
+    rows = backward_passes(output, leaves, Grouping(1, len(output)).parts(column), step)
+    while some := list(islice(rows, step)):
+        parts = zip(*some, strict=True)
+        yield space.flatten(
+            tuple(
+                torch.stack([torch.zeros_like(p) if g is None else g for g in its])
+                for its, p in zip(parts, leaves, strict=True)
+            )
+        )
 
 
 def check_covered(parameters: Mapping[str, Tensor], layers: Mapping[Layer, Operator]) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.join import Join
 
 from natgrad.checks.values import check_flag, check_number, check_within
 from natgrad.checks.warning import warn
+from natgrad.curvature.jacobian import Jacobian
 from natgrad.linalg.precision import check_precision
 from natgrad.optim import averaging, shown
 from natgrad.optim.batch import Batch, Objective
@@ -96,6 +97,7 @@ class Adaptive(Resuming):
         super().__init__(model, loss, params, defaults, estimator=estimator, output=output, generator=generator)
         self.adapt_every, self.max_kl, self.matmul_precision = adapt_every, max_kl, matmul_precision
         self.average = average
+        self._jacobian = Jacobian()
         self.diagnostics: dict[str, Any] = {}
         self._damping, self._adaptive_damping = damping, damping is None
         self._diverged = False
@@ -248,7 +250,7 @@ class Adaptive(Resuming):
         return value
 
     def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
-        objective = Objective(self._place, self._curvature, pending, self.matmul_precision)
+        objective = Objective(self._place, self._curvature, pending, self.matmul_precision, self._jacobian)
         if objective.idle:
             gradients = self._from_others(gradients)
         objective.scale /= scale_taken_out()

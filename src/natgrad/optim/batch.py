@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch.func import functional_call
 
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.use import Use
-from natgrad.curvature.products import tangent
+from natgrad.curvature.jacobian import Jacobian, graph, through_graph
+from natgrad.curvature.problem import buffers_kept
+from natgrad.curvature.products import gauss_newton_product, tangent
 from natgrad.distributed.placement import Whole
 from natgrad.linalg.precision import matmul_precision
 from natgrad.losses import OutputCurvature
@@ -134,9 +137,10 @@ class Objective:
         curvature: OutputCurvature,
         batches: list[Batch],
         precision: str | None = None,
+        jacobian: Jacobian | None = None,
     ):
         self._place, self._curvature, self.batches, self._precision = place, curvature, batches, precision
-        self._model, self._world = place.model, place.world
+        self._model, self._world, self._jacobian = place.model, place.world, jacobian or Jacobian()
         by_hand = 1.0 / max(1, len(batches)) if curvature.is_mean else 1.0  # of gradients that were set by hand
         scales = [b.loss.new_tensor(by_hand) if b.scale is None else b.scale for b in batches]
         numbers = [torch.stack([scale, b.mass, b.loss]) for scale, b in zip(scales, batches, strict=True)]
@@ -200,8 +204,9 @@ class Objective:
         n = len(directions)
         lower = [0.0] * (n * (n + 1) // 2)
         for share, batch in zip(self.shares, self.batches, strict=True):
+            by_reverse = bool(directions) and self._by_reverse(batch, directions[0])
             with matmul_precision(self._precision):
-                pushed = [tangent(self._model, batch.run, d, batch.uses, self._place.duals) for d in directions]
+                pushed = [self._pushed(batch, d, by_reverse) for d in directions]
             if batch.is_empty:
                 continue
             curved = [self._curvature.product(output, batch.target, Jd) for output, Jd in pushed]
@@ -209,6 +214,35 @@ class Objective:
             own = torch.stack([torch.dot(u.flatten(), v.flatten()) for u, v in pairs]).tolist()
             lower = [total + share * value for total, value in zip(lower, own, strict=True)]
         return symmetric(self._world.numbers(lower, "the quadratic model"), n)
+
+    def _forward_mode(self, batch: Batch, d: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return tangent(self._model, batch.run, d, batch.uses, self._place.duals)
+
+    def _by_reverse(self, batch: Batch, d: Mapping[str, Tensor]) -> bool:
+        """Whether `J d` takes two backward passes, as forward mode is not what the backward is."""
+        if self._place.shards is not None or batch.is_empty:
+            return False
+        key = batch.shape, tuple(module.training for module in self._model.modules())
+        run = partial(self._run, batch)
+        return self._jacobian.by_reverse(key, self._model, run, d, partial(self._forward_mode, batch))
+
+    def _run(self, batch: Batch, model: Any) -> Tensor:
+        """The loss's input; what the model writes to its buffers is not kept."""
+        with buffers_kept(self._model):
+            return batch.run(model)
+
+    def _pushed(self, batch: Batch, d: Mapping[str, Tensor], by_reverse: bool) -> tuple[Tensor, Tensor]:
+        """The output and `J d`."""
+        if not by_reverse:
+            return self._forward_mode(batch, d)
+        output, leaves = graph(self._model, partial(self._run, batch), d)
+        return output.detach(), through_graph(output, leaves, d)
+
+    def _product_by_reverse(self, batch: Batch, d: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def curve(output: Tensor, v: Tensor) -> Tensor:
+            return self._curvature.product(output, batch.target, v)
+
+        return gauss_newton_product(self._model, partial(self._run, batch), d, curve, by_reverse=True)
 
     def product(self, names: Sequence[str]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         """The map `d ↦ F d` on the named parameters, at their values now: the graph of one forward is kept, and each
@@ -221,12 +255,20 @@ class Objective:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self._model, values, args, kwargs)
 
-        with torch.enable_grad():
-            outputs = [batch.run(forward) for batch in self.batches]
+        own = {n: values[n].detach() for n in names}
+        by_reverse = [self._by_reverse(batch, own) for batch in self.batches]
+        outputs: list[Tensor | None] = []
+        for batch, reverse in zip(self.batches, by_reverse, strict=True):
+            with torch.enable_grad():
+                outputs.append(None if reverse else batch.run(forward))
 
         def product(d: dict[str, Tensor]) -> dict[str, Tensor]:
             total = {n: torch.zeros_like(d[n]) for n in names}
             for share, batch, output in zip(self.shares, self.batches, outputs, strict=True):
+                if output is None:  # a graph of its own for each product
+                    for n, g in self._product_by_reverse(batch, d).items():
+                        total[n] += share * g
+                    continue
                 _, Jd = tangent(self._model, batch.run, d, batch.uses)
                 DJd = share * self._curvature.product(output.detach(), batch.target, Jd)
                 gradients = torch.autograd.grad(output, leaves, DJd, retain_graph=True, allow_unused=True)

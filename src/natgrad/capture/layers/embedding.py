@@ -128,6 +128,11 @@ def _getitem(input: Tensor, index: Any) -> Call | None:
     return Call(Embedding(len(input)), index % len(input), input)
 
 
+def can_be_opened(*args: Any, **kwargs: Any) -> bool:
+    """Whether `embedding_bag` computes what `F.embedding_bag` does."""
+    return _embedding_bag(*args, **kwargs) is not None
+
+
 def embedding_bag(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.embedding_bag` by functions that have a forward mode.
 
