@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from natgrad.capture.layer import Layer
-from natgrad.capture.layers import Inputs
+from natgrad.capture.layers import Inputs, Rows
 
 FEW = 8
 """Fewer rows than this are not thinned out."""
@@ -58,6 +58,10 @@ class Cases:
     """Which of the targets of every case take no part; of no layer: all do."""
     present: Mapping[Layer, list[Present | None]] = field(default_factory=dict)
     """Of layers in which some positions fill up, which of them do not."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The parameters' own, by name."""
+    together: tuple[tuple[str, ...], ...] = ()
+    """The parameters of every use, which belong to one exact block."""
     mixed: tuple[Layer, ...] = ()
     """The layers of which a row depends on several rows of the output, and is taken for a case all the same."""
 
@@ -110,7 +114,35 @@ class Cases:
         }
         ignored = {layer: t[start::step] if layer in thin else t for layer, t in self.ignored.items()}
         examples = left * (self.examples // whole)
-        return Cases(h, columns(), self.d_out, share * self.mass, examples, ignored, self.present, self.mixed)
+        mass = share * self.mass
+        return replace(self, h=h, columns=columns(), mass=mass, examples=examples, ignored=ignored)
+
+    def parted(self, known: Collection[Layer]) -> Cases:
+        """The same with layers that are not known parted to those of each of their parameters."""
+        parts = {layer: layer.apart() for layer in self.h if layer not in known and len(layer.names) > 1}
+        if not parts:
+            return self
+
+        def inputs(layer: Layer, uses: list[Inputs]) -> list[Inputs]:
+            return uses if layer.weight else [Rows(use.dense()[..., :0]) for use in uses]
+
+        def columns() -> Iterator[Mapping[Layer, list[Tensor]]]:
+            for column in self.columns:
+                own = {}
+                for layer, uses in column.items():
+                    for i, part in enumerate(parts.get(layer, (layer,))):
+                        own[part] = [g.chunk(2, -1)[i] if layer.scale and layer in parts else g for g in uses]
+                yield own
+
+        h = {part: inputs(part, uses) for layer, uses in self.h.items() for part in parts.get(layer, (layer,))}
+        d_out = {
+            part: d // (2 if layer.scale and layer in parts else 1)
+            for layer, d in self.d_out.items()
+            for part in parts.get(layer, (layer,))
+        }
+        ignored = {part: t for layer, t in self.ignored.items() for part in parts.get(layer, (layer,))}
+        present = {part: its for layer, its in self.present.items() for part in parts.get(layer, (layer,))}
+        return replace(self, h=h, columns=columns(), d_out=d_out, ignored=ignored, present=present)
 
     def present_in(self, layer: Layer, reduced: bool) -> list[Bool[Tensor, "n t"]] | None:
         """Which positions of every use are there at all, or (`reduced`) depend on their case; None: all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from natgrad.capture.layers import CASTS, SELECTIONS, VIEWS, View
 @dataclass(frozen=True)
 class Form:
     """A parameter as a function was given it: all of it or some rows, as it is or transposed; or, if not a `matrix`,
-    its entries in any other order. `select` gives their numbers in the parameter, in the form's shape."""
+    its entries in any other order. `select` gives their numbers in the parameter, which has `shape`."""
 
     name: str
     select: Callable[[], Int[Tensor, ...]]
-    size: int
+    shape: tuple[int, ...]
     rows: tuple[int, int] | None = None
     transposed: bool = False
     matrix: bool = True
@@ -37,7 +38,7 @@ class Forms:
 
     def know(self, parameters: Mapping[str, Tensor]) -> None:
         for n, p in parameters.items():
-            self._known[id(p)] = p, Form(n, partial(_numbers, p), p.numel())
+            self._known[id(p)] = p, Form(n, partial(_numbers, p), tuple(p.shape))
 
     def __contains__(self, t: object) -> bool:
         return id(t) in self._known
@@ -61,7 +62,7 @@ class Forms:
             select = (
                 form.select if func in CASTS else partial(_select, func, form, args, kwargs, None if t is out else i)
             )
-            whole = form.whole and keeps_order and t.numel() == form.size
+            whole = form.whole and keeps_order and t.numel() == prod(form.shape)
             self._known[id(t)] = t, replace(found, select=select, whole=whole)
         return True
 

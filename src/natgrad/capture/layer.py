@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from natgrad.capture.layers import Kind
 from natgrad.capture.layers.scale import Scale
@@ -17,8 +17,8 @@ class Layer:
     """The parameters that share a block: a weight, a bias, or a weight with its bias.
 
     `layout` is that of the weight, and `rows` those of its matrix and of the bias that are meant (None: all). The
-    coordinates of a `scale` have no matrix; one parameter, be it used as scale or as shift, is the `weight`. `function`
-    is what torch calls a use of it.
+    coordinates of a `scale` have no matrix; one parameter, be it used as scale or as shift, is the `weight`. `more` are
+    further parameters, of layers that share some. `function` is what torch calls a use of it.
     """
 
     weight: str | None
@@ -26,6 +26,7 @@ class Layer:
     layout: Layout = PLAIN
     rows: tuple[int, int] | None = None
     scale: bool = False
+    more: tuple[str, ...] = ()
     function: str = field(default="linear", compare=False)
 
     @property
@@ -41,7 +42,14 @@ class Layer:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(n for n in (self.weight, self.bias) if n is not None)
+        return (*(n for n in (self.weight, self.bias) if n is not None), *self.more)
+
+    def apart(self) -> tuple[Layer, ...]:
+        """The layers of each of its parameters alone."""
+        if len(self.names) == 1:
+            return (self,)
+        bias = replace(self, weight=self.bias, bias=None) if self.scale else replace(self, weight=None, layout=PLAIN)
+        return replace(self, bias=None), bias
 
     def key(self) -> str:
         """A text that `of_key` reads."""
@@ -51,22 +59,23 @@ class Layer:
     def of_key(cls, key: str) -> Layer:
         """Undoes `key`."""
         own = json.loads(key)
-        return cls(**own | {"layout": Layout(**own["layout"]), "rows": own["rows"] and tuple(own["rows"])})
+        rows, more = own["rows"] and tuple(own["rows"]), tuple(own.get("more", ()))
+        return cls(**own | {"layout": Layout(**own["layout"]), "rows": rows, "more": more})
 
 
 def layers_of(uses: Sequence[Use]) -> dict[Layer, list[Use]]:
     """The uses of each layer. A weight and a bias share a block if they are always used together."""
-    partners: dict[str, set[str | None]] = {}
+    partners: dict[str, set[tuple[str, str | None]]] = {}
     for use in uses:
         same = use.rows == use.bias_rows
         if use.weight:
-            partners.setdefault(use.weight, set()).add(use.bias if same else None)
+            partners.setdefault(use.weight, set()).add(("bias", use.bias if same else None))
         if use.bias:
-            partners.setdefault(use.bias, set()).add(use.weight if same else None)
+            partners.setdefault(use.bias, set()).add(("weight", use.weight if same else None))
     layers: dict[Layer, list[Use]] = {}
     for use in uses:
         together = bool(use.weight and use.bias) and (
-            partners[use.weight or ""] == {use.bias} and partners[use.bias or ""] == {use.weight}
+            partners[use.weight or ""] == {("bias", use.bias)} and partners[use.bias or ""] == {("weight", use.weight)}
         )
         pairs = [(use.weight, use.bias)] if together else [(use.weight, None), (None, use.bias)]
         for weight, bias in pairs:
@@ -80,4 +89,4 @@ def _layer(kind: Kind, weight: str | None, bias: str | None, rows: tuple[int, in
     if isinstance(kind, Scale) and not weight:
         weight, bias = bias, None
     scale = isinstance(kind, Scale)
-    return Layer(weight, bias, PLAIN if scale or not weight else kind.layout, rows, scale, kind.name)
+    return Layer(weight, bias, PLAIN if scale or not weight else kind.layout, rows, scale, function=kind.name)

@@ -15,6 +15,7 @@ from natgrad.capture.layer import Layer, layers_of
 from natgrad.capture.layers import Inputs, Kind, Rows, Scale
 from natgrad.capture.layers.affine import Affine
 from natgrad.capture.order import Grouping, Order
+from natgrad.capture.probe import names_of
 from natgrad.capture.separation import Separation
 from natgrad.capture.use import Use
 
@@ -111,6 +112,8 @@ def read_cases(
         len(output),
         {} if ignored is None else {layer: group.of(ignored).flatten(1) for layer, group in groups.items()},
         present,
+        {n: shape for use in uses for n, shape in use.shapes.items()},
+        tuple(dict.fromkeys(names_of(use) for use in uses)),
         tuple(layer for layer, its in layers.items() if any(id(r.use) in mixed for r in its)),
     )
 

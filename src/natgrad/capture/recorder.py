@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -129,6 +130,7 @@ class Recorder(TorchFunctionMode):
             _edge(out),
             tuple(get_gradient_edge(t).node for t in others if t.requires_grad),
             (call.h._version, out._version),
+            {form.name: form.shape for form in (weight, bias) if form is not None},
             all(t is None or id(t) in self._names for t in (call.weight, call.bias)),
         )
         self.uses.append(use)
@@ -178,8 +180,9 @@ class Recorder(TorchFunctionMode):
             kind = use.kind
         del self._open[id(call.h)]
         rows = None if isinstance(kind, Scale) else bias.rows
+        shapes = use.shapes | {bias.name: bias.shape}
         self._spreading.forget(use)
-        self._spreading.note(self._extend(use, out, kind=kind, bias=bias.name, bias_rows=rows))
+        self._spreading.note(self._extend(use, out, kind=kind, bias=bias.name, bias_rows=rows, shapes=shapes))
         return True
 
     def _spread_out(self, copied: Copied, out: Tensor) -> None:
@@ -252,7 +255,7 @@ def _placed(kind: Scale, weight: Form | None, bias: Form | None) -> Scale:
     for form in (weight, bias):
         chosen = None if form is None or form.whole else form.select().flatten()
         entries.append(chosen)
-        sizes.append(0 if form is None else form.size)
+        sizes.append(0 if form is None else prod(form.shape))
     is_one = weight is not None and bias is not None and weight.name == bias.name
     return replace(kind, entries=(entries[0], entries[1]), sizes=(sizes[0], sizes[1]), is_one=is_one)
 

@@ -21,7 +21,8 @@ class Use:
     `bias_rows` those of the bias (None: all).
     `edge` stands for `a` in the autograd graph: its gradient is that of the pre-activation even if an in-place
     function has since overwritten the tensor, with the entries of `a` in its own shape. `sources` are where the
-    graph goes on from `a` beside these parameters. `before` is the use as it was until a later call added the bias,
+    graph goes on from `a` beside these parameters. `shapes` are the parameters' own.
+    `before` is the use as it was until a later call added the bias,
     or (`is_spread`) gave each example a copy of what is one for all. `direct`: the function was given the parameters
     themselves.
     """
@@ -37,6 +38,7 @@ class Use:
     edge: GradientEdge
     sources: tuple[Any, ...]
     versions: tuple[int, int]
+    shapes: dict[str, tuple[int, ...]]
     direct: bool = True
     before: Use | None = None
     is_spread: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -292,6 +292,29 @@ def merge(parts: Iterable[Mapping[Layer, Moments]]) -> dict[Layer, Moments]:
         for layer, moments in part.items():
             total[layer] = total[layer] + moments if layer in total else moments  # type: ignore[operator]
     return total
+
+
+def reconciled(moments: Mapping[Layer, Moments]) -> dict[Layer, Moments]:
+    """The moments of layers, apart by parameter where some batches have used them with others than others have."""
+    users: dict[str, set[tuple[str, ...]]] = {}
+    for layer in moments:
+        for n in layer.names:
+            users.setdefault(n, set()).add(layer.names)
+    found: dict[Layer, Moments] = {}
+    for layer, m in moments.items():
+        parted = any(len(users[n]) > 1 for n in layer.names)
+        parts = zip(layer.apart(), _apart(m), strict=True) if parted and len(layer.names) > 1 else [(layer, m)]
+        found = merge([found, dict(parts)])
+    return found
+
+
+def _apart(m: Moments) -> tuple[Moments, Moments]:
+    """The moments of a weight alone, and of its bias."""
+    if isinstance(m, ScaleMoments):
+        return ScaleMoments(m.products[:1], m.mass), ScaleMoments(m.products[2:], m.mass)
+    if isinstance(m, DiagonalMoments):
+        return DiagonalMoments(m.values[:1], m.mass), DiagonalMoments(m.values[1:], m.mass)
+    return m, replace(m, mean=m.mean[:0], scatter=m.scatter.new_zeros(0, 0))
 
 
 def state_of_moments(moments: Mapping[Layer, Moments]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, Rows
 from natgrad.curvature.blocks import assemble
-from natgrad.curvature.structures import ExactStructure
+from natgrad.curvature.exact import ExactStructure
 from natgrad.linalg import Operator, Space
 from natgrad.linalg.joint import Joint
 from natgrad.linalg.krylov import Solution, conjugate_gradient
@@ -33,6 +33,9 @@ def from_cases(objective: Objective, parameters: Mapping[str, Tensor]) -> Joint:
             layers[layer] = (h[0], batch.statistics.d_out[layer])
     kept = {layer: _within(layer, parameters) for layer in layers}
     _check_covered([part for part in kept.values() if part is not None], parameters)
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+    uses = (names for batch in objective.batches for names in batch.statistics.together)
+    together = dict.fromkeys(tuple(n for n in names if n in parameters) for names in uses)
     structure = ExactStructure()
     for share, batch in zip(objective.shares, objective.batches, strict=True):
         if share < 0:
@@ -40,7 +43,8 @@ def from_cases(objective: Objective, parameters: Mapping[str, Tensor]) -> Joint:
                 f"a batch counts {share:.3g} times in the objective: the Fisher matrix of a loss with a negative "
                 "factor is not positive semidefinite; expected positive factors"
             )
-        structure.add(_weighted(batch.statistics, share**0.5, layers, kept))
+        cases = _weighted(batch.statistics, share**0.5, layers, kept)
+        structure.add(replace(cases, shapes=shapes, together=tuple(together)))
     return Joint(assemble(structure.build(is_mean=False), parameters))
 
 

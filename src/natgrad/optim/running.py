@@ -24,6 +24,7 @@ from natgrad.curvature.moments import (
     layer_moments,
     merge,
     moments_of_state,
+    reconciled,
     state_of_moments,
 )
 from natgrad.curvature.structures import diagonal_squares
@@ -182,13 +183,16 @@ class RunningEkfac(RunningKfac):
         if not self._bases:
             return super().blocks()
         own: dict[Layer, Operator] = {}
+        alike = reconciled(self.total.moments)
         for layer, basis in self._bases.items():
+            if layer not in alike:  # used with a bias in some batches, and without in others
+                continue
             squares, m = self.total.squares.get(layer), self.total.moments.get(layer)
             if squares is not None and m is not None:
                 assert isinstance(squares, DiagonalMoments)
                 assert isinstance(m, AffineMoments)
                 own[layer] = basis.block(squares.means(), m)
-        rest = {layer: m for layer, m in self.total.moments.items() if layer not in own}
+        rest = {layer: m for layer, m in alike.items() if layer not in own}
         return tiled(own) | kfac_blocks(rest, True, self.centered)
 
     def state(self) -> dict[str, Any]:
@@ -208,7 +212,8 @@ class RunningDiagonal(Running):
         return Statistics({layer: DiagonalMoments(v, cases.mass) for layer, v in diagonal_squares(cases).items()})
 
     def blocks(self) -> dict[Layer, Operator]:
-        means = {layer: m.means() for layer, m in self.total.moments.items() if isinstance(m, DiagonalMoments)}
+        moments = reconciled(self.total.moments)
+        means = {layer: m.means() for layer, m in moments.items() if isinstance(m, DiagonalMoments)}
         return tiled({layer: Diagonal(values) for layer, values in means.items()})
 
 
@@ -229,7 +234,8 @@ class RunningInput(Running):
         return bool(layer.weight) and not (layer.scale or sparse or has_rival(layer, cases.h))
 
     def blocks(self) -> dict[Layer, Operator]:
-        return tiled({layer: self._block(layer, m) for layer, m in self.total.moments.items()})
+        moments = reconciled(self.total.moments)
+        return tiled({layer: self._block(layer, m) for layer, m in moments.items() if layer.weight})
 
     def _block(self, layer: Layer, m: Moments) -> Operator:
         assert isinstance(m, AffineMoments)
