@@ -35,7 +35,7 @@ class Implicit(Operator):
         self.problem = problem
         parameters = problem.parameters
         self.space = Space(tuple(tuple(p.shape) for p in parameters.values()), tuple(parameters))
-        self.dtype, self.device = next(iter(parameters.values())).dtype, problem.device
+        self.dtype, self.device = problem.dtype, problem.device
 
     @abstractmethod
     def _add_product(self, batch: Any, v: Vector, total: Vector) -> Tensor:
@@ -46,8 +46,9 @@ class Implicit(Operator):
             rows = [self._matmul(tuple(p[i] for p in parts)) for i in range(len(parts[0]))]
             return tuple(torch.stack(column) for column in zip(*rows, strict=True))
         assert self.space.names is not None
-        v = dict(zip(self.space.names, parts, strict=True))
-        total = {n: torch.zeros_like(p) for n, p in v.items()}
+        total = {n: torch.zeros_like(p) for n, p in zip(self.space.names, parts, strict=True)}
+        own = self.problem.parameters
+        v = {n: p.to(own[n].dtype) for n, p in zip(self.space.names, parts, strict=True)}
         mass = torch.zeros((), dtype=self.dtype, device=self.device)
         with jointly(self.problem.world, "the product"):
             self._check_common(parts)
@@ -164,10 +165,10 @@ class ImplicitHessian(Implicit):
                 mass += batch_mass
                 its_leaves = {n: leaves[n] for n in names}
                 for start, rows in _unit_rows(space, H):
-                    parts = dict(zip(names, space.unflatten(rows), strict=True))
+                    units = zip(names, space.unflatten(rows), strict=True)
+                    parts = {n: unit.to(leaves[n].dtype) for n, unit in units}
                     products = _vjp(gradients, its_leaves, list(names), [parts[n] for n in names], batched=True)
-                    flat = space.flatten(tuple(products[n] for n in names))
-                    H[start : start + len(rows)] += flat.to(H.dtype)
+                    H[start : start + len(rows)] += space.flatten(tuple(products[n].to(H.dtype) for n in names))
         self.problem.world.sum(H, "the Hessian")
         self.problem.world.sum(mass, "the Hessian")
         H = H * self._scale(mass)

@@ -57,7 +57,9 @@ def fisher(
         model: any module; its trainable parameters are those of the matrix.
         loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss`,
             `nn.GaussianNLLLoss` (the model returns `(mean, var)`) or `natgrad.losses.Likelihood`.
-        data: one `(input, target)` pair, or an iterable of such batches.
+        data: one `(input, target)` pair, or an iterable of such batches. A tuple of tensors is one batch. A list is one
+            of batches; two tensors in a list are a pair without `forward`, as a `DataLoader` collates one, and two
+            batches with it.
         structure: `"kfac"` (a Kronecker product for each layer), `"ekfac"` (its eigenbases with corrected
             eigenvalues), `"diagonal"`, `"block"` (the exact block of each layer, held as its cases), `"dense"` (the
             full matrix), or `"implicit"` (products only).
@@ -71,7 +73,8 @@ def fisher(
         params: the names of the parameters to take, or a predicate on names. Default: all trainable ones.
         forward: `forward(model, batch)` returns `(output, target)`, for batches of any other form.
         generator: the source of the random labels of `"mc"`.
-        dtype: that of the matrix. Default: that of the parameters.
+        dtype: that of the matrix and of its sums, float32 or float64. Default: that of the parameters, and float32 for
+            a model in half precision.
         progress: show a progress bar over the batches.
 
     Returns:

@@ -48,12 +48,16 @@ class Problem:
         self.curvature.check_estimator(estimator)
         check_count("samples", samples)
         check_dtype(dtype)
+        if dtype is not None and torch.promote_types(dtype, torch.float32) != dtype:
+            raise ValueError(
+                f"dtype={dtype} is of too few digits to sum many batches in; expected torch.float32 or torch.float64"
+            )
         check_function("forward", forward, "of the model and a batch that returns (output, target)")
         self.model, self.world = unwrapped(model)
         self.kind, self.estimator, self.samples = kind, estimator, samples
         self.parameters = select_parameters(self.model, params)
         first = next(iter(self.parameters.values()))
-        self.dtype, self.device = dtype or first.dtype, first.device
+        self.dtype, self.device = dtype or torch.promote_types(first.dtype, torch.float32), first.device
         check_generator(generator, self.device)
         self.generator = in_common(self.world, generator, self.device)
         draws = estimator == "mc" or self.world.size == 1
@@ -62,7 +66,7 @@ class Problem:
         self._forward, self.progress = forward, progress and self.world.rank == 0
         lowered = torch.is_autocast_enabled(self.device.type)
         self._precision = torch.get_autocast_dtype(self.device.type) if lowered else None
-        if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+        if _is_one_batch(data, forward is not None):
             data = [data]
         if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
             raise ValueError(f"data is {described(data)}; expected an (input, target) pair or an iterable of them")
@@ -177,6 +181,27 @@ class Problem:
                 between()
                 self._labels.set_state(state)
             yield from kept if kept is not None else self.cases()
+
+
+def _is_one_batch(data: Any, has_forward: bool) -> bool:
+    """Whether the data are one batch: a tuple of tensors, or two in a list where batches have to be pairs.
+
+    Raises:
+        ValueError: for a list of two tensors of which neither can be told, with a `forward`.
+    """
+    if not isinstance(data, (tuple, list)) or not data or not isinstance(data[0], Tensor):
+        return False
+    if isinstance(data, tuple):
+        return True
+    if len(data) != 2 or not isinstance(data[1], Tensor):
+        return False
+    if has_forward and (data[0].dtype, data[0].ndim) != (data[1].dtype, data[1].ndim):
+        raise ValueError(
+            f"data is a list of two tensors of different kinds, {data[0].dtype} of shape {tuple(data[0].shape)} and "
+            f"{data[1].dtype} of shape {tuple(data[1].shape)}; with forward= a list is one of batches and a tuple is "
+            "one batch: expected (a, b) for one, or batches of one kind"
+        )
+    return not has_forward
 
 
 @contextlib.contextmanager
