@@ -56,8 +56,8 @@ class Returned:
 
 
 class Held:
-    """Where a returned tensor was, and in what memory. Neither is kept alive: of `model(x).flatten(0, 1)` the tensor that
-    the model returned is gone at once, its memory is not."""
+    """Where a returned tensor was, and in what memory. Neither is kept alive: in `model(x).flatten(0, 1)` the tensor
+    that the model returned is gone at once, and its memory is not."""
 
     def __init__(self, path: Path, t: Tensor):
         self.path, self.ref, self._version = path, weakref.ref(t), t._version
