@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import warnings
 
 import pytest
@@ -64,10 +65,10 @@ def test_the_trainer_finds_how_the_model_reads_its_labels(kind, tmp_path):
     )  # fmt: skip
     assert training.evaluate()["eval_loss"] == pytest.approx(own, rel=1e-5)
     training.train()
-    assert first_loss(training) == pytest.approx(own, rel=1e-4)
+    assert first_loss(training) == pytest.approx(own, abs=1e-4)
     with torch.no_grad():
         after = model.eval()(**batch)["loss"]
-    assert float(after) != pytest.approx(own, rel=1e-4)
+    assert float(after) != pytest.approx(own, rel=1e-7)
     assert training.evaluate()["eval_loss"] == pytest.approx(float(after), rel=1e-5)
 
 
@@ -98,14 +99,15 @@ def test_the_models_own_loss_trains_as_that_of_the_trainer(kind, tmp_path):
 def test_another_loss_than_the_models_own_is_an_error_that_names_both(kind, tmp_path):
     make, batch = OTHER_LOSSES[kind]
     model = made(make)
-    own = float(model(**batch).loss.detach())
+    own = re.escape(str(float(model(**batch).loss.detach()))[:4])
     training = trainer(model, natgrad.KFAC(model, CE, **SPARE), tmp_path, batch)
-    with pytest.raises(ValueError, match=rf"own loss of these labels is {own:.5g}\d*, and .* would train \d.* read="):
+    with pytest.raises(ValueError, match=rf"own loss of these labels is {own}\d*, and .* would train \d.* read="):
         training.train()
     model.train()
-    natgrad.KFAC(model, "model")
-    with pytest.raises(ValueError, match=rf"own loss is {own:.5g}\d*, and none that natgrad knows.*Expected the loss"):
+    opt = natgrad.KFAC(model, "model")
+    with pytest.raises(ValueError, match=rf"own loss is {own}\d*, and none that natgrad knows.*Expected the loss"):
         model(**batch)
+    assert opt.tracker.pending == []
 
 
 @pytest.mark.parametrize("kind", OTHER_LOSSES)
@@ -150,7 +152,7 @@ def test_weights_of_classes_smoothing_and_ignored_labels_are_the_users_own(tmp_p
         training = trainer(model, natgrad.KFAC(model, loss, **SPARE), tmp_path, batch, max_steps=1)
         assert training.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
         training.train()
-        assert first_loss(training) == pytest.approx(expected, rel=1e-4)
+        assert first_loss(training) == pytest.approx(expected, abs=1e-4)
 
 
 class TestLabelSmoothing:
@@ -192,7 +194,7 @@ class TestComputeLossFunc:
         training = trainer(model, natgrad.KFAC(model, CE, **SPARE), tmp_path, batch, compute_loss_func=function)
         assert training.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
         training.train()
-        assert first_loss(training) == pytest.approx(expected, rel=1e-4)
+        assert first_loss(training) == pytest.approx(expected, abs=1e-4)
 
     def test_one_that_is_another_loss_is_refused(self, tmp_path):
         def doubled(outputs, labels, num_items_in_batch=None):
@@ -274,7 +276,7 @@ class TestOwnLossInALoop:
             )  # fmt: skip
             training = transformers.Trainer(model, args, train_dataset=rows_of(language()), optimizers=(opt, None))
             training.train()
-            assert opt.diagnostics["step"] == 3
+            assert opt.diagnostics["step"] == 2
             ends.append(weights(model))
         same(*ends, atol=1e-6)
 
@@ -308,13 +310,14 @@ class TestOwnLossInALoop:
         model.train()
         opt = natgrad.NaturalGradient(model, "model", solver="cg", params=lambda n: n.startswith("classifier"))
         batch = {"input_ids": tokens(), "labels": tokens()[:, 0] % 2}
+        first = model(**batch).loss.item()
         for _ in range(3):
             loss = model(**batch).loss + opt.plus(lambda: 1e-3 * model.classifier.weight.square().sum())
             opt.zero_grad()
             loss.backward()
             opt.step()
         assert opt.diagnostics["loss"] == pytest.approx(loss.item(), rel=1e-5)
-        assert model(**batch).loss < 0.6
+        assert model(**batch).loss < 0.9 * first
 
     def test_what_it_cannot_do_it_says(self):
         model = gpt2()
