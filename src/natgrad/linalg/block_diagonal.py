@@ -95,7 +95,6 @@ class BlockDiagonal(Operator):
         self.layers, self.space = dict(layers), space
         first = next(iter(self.layers.values())).operator
         self.dtype, self.device = first.dtype, first.device
-        self.damps_parameters = all(block.operator.damps_parameters for block in self.layers.values())
 
     @property
     def blocks(self) -> dict[str, Operator]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from natgrad.linalg.krylov import IterativeInverse
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator, check_damping, check_plain
 from natgrad.linalg.space import Parts
 
 
@@ -95,8 +95,6 @@ class Sum(Operator):
         ([2.0, 1.0], 5.0)
     """
 
-    damps_parameters = True
-
     def __init__(self, terms: list[Operator]):
         self.terms: list[Operator] = [t for term in terms for t in (term.terms if isinstance(term, Sum) else [term])]
         first = self.terms[0]
@@ -107,8 +105,7 @@ class Sum(Operator):
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         check_damping(damping, damping_style)
-        if damping_style == "factored":
-            raise TypeError("a sum has no factors to damp; use damping_style='exact'")
+        check_plain("a sum", damping_style)
         return IterativeInverse(self, damping)
 
     def trace(self) -> Tensor:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.linalg.eigen import positive
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
 
 
@@ -16,7 +16,7 @@ class CoordinateBlocks(Operator):
 
     Held as `Tᵀ diag(v, s) T` with `T: (w, c) ↦ (w, c + m w)`, `s = E[g_c²]`, `m = E[g_w g_c]/s` and
     `v = E[g_w²] − m² s`. With `y = w z + c` and one place per example `m` is the mean of `z`, weighted by `g²`, and
-    damping in these coordinates does not depend on a shift of `z`.
+    `damping_style="centered"`, which damps these coordinates, does not depend on a shift of `z`.
 
     Args:
         scale: `v`, `(d,)`.
@@ -31,7 +31,7 @@ class CoordinateBlocks(Operator):
         [[5.0, 2.0], [2.0, 1.0]]
     """
 
-    damps_parameters = False
+    is_centered = True
 
     def __init__(self, scale: Float[Tensor, " d"], mean: Float[Tensor, " d"], shift: Float[Tensor, " d"]):
         self.v, self.m, self.s = scale, mean, shift
@@ -58,20 +58,28 @@ class CoordinateBlocks(Operator):
         w, c = parts
         return w, c + self.m * w
 
-    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CoordinateInverse:
-        """`T⁻¹ diag(v + λ, s + λ)⁻¹ T⁻ᵀ`."""
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CoordinateBlocks | CoordinateInverse:
+        """`(M + λ I)⁻¹`, coordinate by coordinate; with `damping_style="centered"` (and `"factored"`, as there are no
+        factors to damp) `T⁻¹ diag(v + λ, s + λ)⁻¹ T⁻ᵀ`."""
         check_damping(damping, damping_style)
+        if damping and damping_style == "exact":
+            return self.power(-1.0, damping)
         return CoordinateInverse(1 / self._damped(self.v, damping), self.m, 1 / self._damped(self.s, damping))
 
-    def power(self, exponent: float, damping: float = 0.0) -> Operator:
-        """The exponent −1 alone: the factors of other powers are not `T`'s."""
-        if exponent == -1:
-            return self.inverse(damping)
-        raise self._cannot(f"power {exponent}")
+    def power(self, exponent: float, damping: float = 0.0) -> CoordinateBlocks:
+        """`(M + λ I)^p = ½ (e₁^p + e₂^p) I + ½ (e₁^p − e₂^p) [[cos φ, sin φ], [sin φ, −cos φ]]` for each coordinate,
+        with the eigenvalues `e` of its block and the angle of its first axis, `φ/2`."""
+        check_exponent(exponent)
+        check_damping(damping)
+        block = _Pairs(self, damping)
+        first, second = block.large**exponent, block.small**exponent
+        mean, half = (first + second) / 2, (first - second) / 2
+        return CoordinateBlocks.of_products(mean + half * block.cos, half * block.sin, mean - half * block.cos)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         check_damping(damping)
-        return self._damped(self.v, damping).log().sum() + self._damped(self.s, damping).log().sum()
+        block = _Pairs(self, damping)
+        return block.large.log().sum() + block.small.log().sum()
 
     def trace(self) -> Tensor:
         return (self.v + (1 + self.m.square()) * self.s).sum()
@@ -80,15 +88,22 @@ class CoordinateBlocks(Operator):
         return self.v.sum() + self.s.sum()
 
     def norm(self) -> Tensor:
-        ww, wc = self.v + self.m.square() * self.s, self.m * self.s
-        return (ww.square() + 2 * wc.square() + self.s.square()).sum().sqrt()
+        ww, wc, cc = self.products()
+        return (ww.square() + 2 * wc.square() + cc.square()).sum().sqrt()
+
+    def products(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`E[g_w²]`, `E[g_w g_c]` and `E[g_c²]`."""
+        return self.v + self.m.square() * self.s, self.m * self.s, self.s
 
     def _diagonal(self) -> Parts:
-        return self.v + self.m.square() * self.s, self.s
+        ww, _, cc = self.products()
+        return ww, cc
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
-        w = parts[0] * self._damped(self.v, damping).rsqrt()
-        return w, parts[1] * self._damped(self.s, damping).rsqrt() - self.m * w
+        """`L z` with `L Lᵀ = (M + λI)⁻¹`: the shift given the scale."""
+        block = _Pairs(self, damping)
+        w = parts[0] * (block.cc / block.det).sqrt()
+        return w, parts[1] * block.cc.rsqrt() - block.wc / block.cc * w
 
     def _scaled(self, factor: float) -> CoordinateBlocks:
         return CoordinateBlocks(factor * self.v, self.m, factor * self.s)
@@ -97,10 +112,28 @@ class CoordinateBlocks(Operator):
         return positive(values + damping, "a block of scale and shift", damping)
 
 
+class _Pairs:
+    """`M + λI` coordinate by coordinate: its entries, determinant, eigenvalues and the angle of its axes."""
+
+    def __init__(self, matrix: CoordinateBlocks, damping: float):
+        check_damping(damping)
+        ww, wc, cc = matrix.products()
+        self.ww, self.wc, self.cc = ww + damping, wc, cc + damping
+        # det M + λ tr M + λ², of which det M = v s has no difference of products.
+        self.det = matrix.v * matrix.s + damping * (ww + cc) + damping**2
+        half, apart = (self.ww + self.cc) / 2, (self.ww - self.cc) / 2
+        radius = torch.hypot(apart, wc)
+        self.large = positive(half + radius, "a block of scale and shift", damping)
+        self.small = self.det / self.large
+        positive(torch.cat([self.large, self.small]), "a block of scale and shift", damping)
+        self.cos = torch.where(radius > 0, apart / radius, 1.0)
+        self.sin = torch.where(radius > 0, wc / radius, 0.0)
+
+
 class CoordinateInverse(Operator):
     """`T⁻¹ diag(v, s) T⁻ᵀ`: `Δw = v (∇_w − m ∇_c)`, `Δc = s ∇_c − m Δw`."""
 
-    damps_parameters = False
+    is_centered = True
 
     def __init__(self, scale: Tensor, mean: Tensor, shift: Tensor):
         self.v, self.m, self.s = scale, mean, shift
@@ -125,6 +158,7 @@ class CoordinateInverse(Operator):
         return w, c - self.m * w
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CoordinateBlocks:
+        check_damping(damping, damping_style)
         if damping != 0:
             raise self._cannot("damped inverse")
         return CoordinateBlocks(1 / self.v, self.m, 1 / self.s)

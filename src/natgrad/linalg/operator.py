@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from natgrad.linalg.coverage import Coverage
     from natgrad.linalg.stochastic import Estimate
 
-DAMPING_STYLES = ("exact", "factored")
+DAMPING_STYLES = ("exact", "centered", "factored")
 DENSE_LIMIT = 20_000
 
 
@@ -28,9 +28,9 @@ class Operator(ABC):
 
     A vector `v` comes in one of the forms of the operator's `space`, and the answer has the same form: for a model's
     matrix a `dict` of name to tensor, or one flat tensor of `space.size` numbers in the order of `named_parameters()`;
-    for a matrix of one layer the pair `(W, b)`, or `W` alone. `damping` is Tikhonov's, `M + λ I`, in the coordinates
-    in which the structure damps. What a structure cannot do raises TypeError and names one that can; a damped matrix
-    that is not positive definite raises ValueError where that is needed.
+    for a matrix of one layer the pair `(W, b)`, or `W` alone. `damping` is Tikhonov's: `M + λ I`, for every structure.
+    What a structure cannot do raises TypeError and names one that can; a damped matrix that is not positive definite
+    raises ValueError where that is needed.
 
     Example:
         >>> import torch, natgrad
@@ -50,8 +50,8 @@ class Operator(ABC):
     space: Space
     dtype: torch.dtype
     device: torch.device
-    damps_parameters = True
-    """Whether `damping` multiplies the identity, not that of other coordinates."""
+    is_centered = False
+    """Whether `coordinates` are centered ones, `(W, b + W m)`, and not the parameters themselves."""
 
     # What a subclass supplies --------------------------------------------------------------------------
 
@@ -62,10 +62,16 @@ class Operator(ABC):
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         """The operator `(M + λ I)⁻¹`. What is factorized is factorized once: keep it, to solve often.
 
+        The styles `"centered"` and `"factored"` damp otherwise. They are what the optimizers use: a centered solve, as
+        a change of a layer's function, does not depend on a shift of the layer's inputs.
+
         Args:
             damping: `λ`, a finite number that is not negative.
-            damping_style: `"exact"`, or `"factored"`: of a Kronecker product `(A + π√λ I) ⊗ (B + √λ/π I)`, with
-                `π² = (tr A / d_in) / (tr B / d_out)`.
+            damping_style: `"exact"`: `M + λ I`. `"centered"`: `M + λ TᵀT`, the identity of the centered coordinates
+                `T (W, b) = (W, b + W m)` in which K-FAC and EKFAC hold a layer with a bias; the same as `"exact"` for a
+                layer that has no such coordinates. `"factored"`: of a Kronecker product
+                `(A + π√λ I) ⊗ (B + √λ/π I)`, with `π² = (tr A / d_in) / (tr B / d_out)`, in centered coordinates
+                where there are any.
 
         Raises:
             ValueError: if the damped matrix is not positive definite.
@@ -114,7 +120,7 @@ class Operator(ABC):
         raise self._cannot("sample")
 
     def coordinates(self, parts: Parts) -> Parts:
-        """A vector in the coordinates whose identity `damping` multiplies: its own, where no other are damped."""
+        """A vector in centered coordinates, `(W, b + W m)`; as it is, where the structure has none."""
         return parts
 
     def from_coordinates(self, parts: Parts) -> Parts:
@@ -122,7 +128,7 @@ class Operator(ABC):
         return parts
 
     def trace_in_coordinates(self) -> Tensor:
-        """The trace there, `tr(T⁻ᵀ M T⁻¹)`: what a damping is large or small against."""
+        """The trace there, `tr(T⁻ᵀ M T⁻¹)`: what a centered damping is large or small against."""
         return self.trace()
 
     def apart(self, parts: Parts) -> Parts:
@@ -165,7 +171,13 @@ class Operator(ABC):
         return torch.stack([(a * b).reshape(*lead, -1).sum(-1) for a, b in products]).sum(0)
 
     def solve(self, v: Any, damping: float = 0.0, *, damping_style: str = "exact") -> Any:
-        """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`."""
+        """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`.
+
+        Args:
+            v: a vector in any form, or many along leading axes.
+            damping: `λ`.
+            damping_style: as for `inverse`.
+        """
         self._read(v, f"{self._label()}.solve(v)")
         return self.inverse(damping, damping_style=damping_style) @ v
 
@@ -345,6 +357,18 @@ def check_damping(damping: float, style: str = "exact") -> None:
     """Raises ValueError unless damping is finite and not negative, and its style is known."""
     check_number("damping", damping.item() if isinstance(damping, Tensor) and damping.ndim == 0 else damping)
     check_choice("damping_style", style, DAMPING_STYLES)
+
+
+def check_plain(what: str, style: str, instead: str = "") -> None:
+    """Raises TypeError for a damping style that a matrix does not have: one without factors and centered coordinates.
+
+    >>> check_plain("a sum", "factored")
+    Traceback (most recent call last):
+    TypeError: a sum has no factors to damp; use damping_style='exact'
+    """
+    if style != "exact":
+        lacks = "factors" if style == "factored" else "centered coordinates"
+        raise TypeError(f"{what} has no {lacks} to damp; use damping_style='exact'{instead}")
 
 
 def check_exponent(exponent: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from natgrad.linalg.krylov import IterativeInverse
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator, check_damping, check_plain
 from natgrad.linalg.space import Parts, Space
 
 
@@ -32,6 +32,5 @@ class Restriction(Operator):
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         check_damping(damping, damping_style)
-        if damping_style == "factored":
-            raise TypeError("a restriction has no factors to damp; use damping_style='exact'")
+        check_plain("a restriction", damping_style)
         return IterativeInverse(self, damping)

@@ -34,7 +34,7 @@ class Rows(Operator):
         self._sizes = count
         self.space = Space(tuple((sum(count), *shape[1:]) for shape in first.space.shapes))
         self.dtype, self.device = first.dtype, first.device
-        self.damps_parameters = all(op.damps_parameters for op in self.parts)
+        self.is_centered = any(op.is_centered for op in self.parts)
 
     def describe(self) -> str:
         kinds = dict.fromkeys(op.describe() for op in self.parts)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.centered import Centered, CenteredInverse, CenteredKronecker
+from natgrad.linalg.centered_power import CenteredPower, CenteredRows
 from natgrad.linalg.columns import ColumnBlock
 from natgrad.linalg.combination import Scaled, Sum
 from natgrad.linalg.coordinates import CoordinateBlocks, CoordinateInverse
@@ -38,6 +39,7 @@ _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     CenteredKronecker: {"covariance": "C", "mean": "m", "output": "B"},
     Centered: {"weight": "weight", "bias": "bias", "mean": "m"},
     CenteredInverse: {"weight": "weight", "bias": "bias", "mean": "m"},
+    CenteredPower: {"rows": "rows", "exponent": "exponent", "damping": "damping"},
     Dense: {"matrix": "matrix", "space": "space"},
     Diagonal: {"values": "values", "space": "space"},
     ExactBlock: {"h": "h", "g": "g", "bias": "bias", "scale": "scale"},
@@ -53,6 +55,7 @@ _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     Sum: {"terms": "terms"},
 }
 _PARTS: dict[type, tuple[str, ...]] = {
+    CenteredRows: ("U_A", "U_B", "d", "beta", "m"),
     Space: ("shapes", "names"),
     Layout: ("form", "groups"),
     Block: ("operator", "names", "layout", "shapes", "function"),

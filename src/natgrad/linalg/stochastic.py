@@ -62,11 +62,6 @@ def estimate_logdet(
     """`E[zᵀ log(M + λI) z]`, each term by the Gauss quadrature of `steps` Lanczos steps from `z`."""
     check_damping(damping)
     check_count("steps", steps, "products")
-    if not operator.damps_parameters:
-        raise TypeError(
-            f"{operator._label()} damps other coordinates than the parameters', which products do not see; use its "
-            "logdet, which is exact"
-        )
     values = []
     for z in _probes(operator, samples, generator):
         nodes, weights = _quadrature(operator, z, min(steps, operator.space.size))

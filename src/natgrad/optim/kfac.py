@@ -411,7 +411,9 @@ class KFAC(Adaptive):
             self._running.turn(self._world)
             self._bases_age = 0
         blocks, before = self._own_blocks(), self._inverse or {}
-        style = "relative" if self._relative else self.damping_style
+        # Exact in centered coordinates: a step does not depend on a shift of a layer's inputs.
+        exact = "centered" if self.damping_style == "exact" else self.damping_style
+        style = "relative" if self._relative else exact
 
         def inverse(name: str, block: Block) -> dict[str, Any]:
             its_damping = damping + (decay.of(block.names[0]) if self._running.reads_gradients else 0.0)
@@ -450,7 +452,7 @@ class KFAC(Adaptive):
 
     def _in_coordinates(self, d: Vector) -> Vector:
         usable = {names for names in self._usable(d) if len(names) > 1}
-        blocks = [b for b in (self._inverse or {}).values() if b.names in usable and not b.operator.damps_parameters]
+        blocks = [b for b in (self._inverse or {}).values() if b.names in usable and b.operator.is_centered]
         if self._place.shards is not None:
             owners = {n: rank for names, rank in self._owners.items() if names in usable for n in names}
             blocks = [block for block in blocks if self._owners[block.names] == self._shards.rank]
