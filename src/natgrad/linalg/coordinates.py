@@ -11,17 +11,24 @@ from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
 
 
+WHAT = "a block of scale and shift"
+
+
 class CoordinateBlocks(Operator):
     """`[[E[g_w²], E[g_w g_c]], [E[g_w g_c], E[g_c²]]]` for each coordinate of `(w, c)`, nothing between coordinates.
 
-    Held as `Tᵀ diag(v, s) T` with `T: (w, c) ↦ (w, c + m w)`, `s = E[g_c²]`, `m = E[g_w g_c]/s` and
+    Held as `Tᵀ [[v, r], [r, s]] T` with `T: (w, c) ↦ (w, c + m w)`, `s = E[g_c²]`, `m = E[g_w g_c]/s`, `r = 0` and
     `v = E[g_w²] − m² s`. With `y = w z + c` and one place per example `m` is the mean of `z`, weighted by `g²`, and
     `damping_style="centered"`, which damps these coordinates, does not depend on a shift of `z`.
+
+    A shift may have no gradient but for rounding, as before another normalization. A quotient of rounding errors is no
+    mean: there `m = 0`, and `r = E[g_w g_c]`, so that the matrix is what it is.
 
     Args:
         scale: `v`, `(d,)`.
         mean: `m`, `(d,)`.
         shift: `s`, `(d,)`.
+        cross: `r`, `(d,)`; None: zeros.
 
     Example:
         >>> import torch
@@ -33,25 +40,33 @@ class CoordinateBlocks(Operator):
 
     is_centered = True
 
-    def __init__(self, scale: Float[Tensor, " d"], mean: Float[Tensor, " d"], shift: Float[Tensor, " d"]):
+    def __init__(
+        self,
+        scale: Float[Tensor, " d"],
+        mean: Float[Tensor, " d"],
+        shift: Float[Tensor, " d"],
+        cross: Float[Tensor, " d"] | None = None,
+    ):
         self.v, self.m, self.s = scale, mean, shift
+        self.r = torch.zeros_like(scale) if cross is None else cross
         self.space = Space((tuple(scale.shape), tuple(shift.shape)))
         self.dtype, self.device = scale.dtype, scale.device
 
     @classmethod
     def of_products(cls, ww: Tensor, wc: Tensor, cc: Tensor) -> CoordinateBlocks:
         """From `E[g_w²]`, `E[g_w g_c]` and `E[g_c²]`, each `(d,)`."""
-        m = torch.where(cc > 0, wc / cc, 0.0)
+        has_mean = cc > torch.finfo(cc.dtype).eps ** 0.5 * ww
+        m = torch.where(has_mean, wc / cc, 0.0)
         # Not below zero but for rounding, by Cauchy and Schwarz.
-        return cls((ww - m * wc).clamp_min(0), m, cc)
+        return cls((ww - m * wc).clamp_min(0), m, cc, torch.where(has_mean, 0.0, wc))
 
     def describe(self) -> str:
         return "2 x 2 for each coordinate, centered"
 
     def _matmul(self, parts: Parts) -> Parts:
         w, c = self.coordinates(parts)
-        c = self.s * c
-        return self.v * w + self.m * c, c
+        w, c = self.v * w + self.r * c, self.s * c + self.r * w
+        return w + self.m * c, c
 
     def coordinates(self, parts: Parts) -> Parts:
         """`(w, c + m w)`."""
@@ -60,11 +75,14 @@ class CoordinateBlocks(Operator):
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CoordinateBlocks | CoordinateInverse:
         """`(M + λ I)⁻¹`, coordinate by coordinate; with `damping_style="centered"` (and `"factored"`, as there are no
-        factors to damp) `T⁻¹ diag(v + λ, s + λ)⁻¹ T⁻ᵀ`."""
+        factors to damp) `T⁻¹ [[v + λ, r], [r, s + λ]]⁻¹ T⁻ᵀ`."""
         check_damping(damping, damping_style)
         if damping and damping_style == "exact":
             return self.power(-1.0, damping)
-        return CoordinateInverse(1 / self._damped(self.v, damping), self.m, 1 / self._damped(self.s, damping))
+        v, s = (positive(x + damping, WHAT, damping) for x in (self.v, self.s))
+        # What is left of each given the other; where r = 0, all of it.
+        v, s = 1 / positive(v - self.r.square() / s, WHAT, damping), 1 / positive(s - self.r.square() / v, WHAT, damping)
+        return CoordinateInverse(v, self.m, s, -self.r * v / (self.s + damping))
 
     def power(self, exponent: float, damping: float = 0.0) -> CoordinateBlocks:
         """`(M + λ I)^p = ½ (e₁^p + e₂^p) I + ½ (e₁^p − e₂^p) [[cos φ, sin φ], [sin φ, −cos φ]]` for each coordinate,
@@ -93,7 +111,12 @@ class CoordinateBlocks(Operator):
 
     def products(self) -> tuple[Tensor, Tensor, Tensor]:
         """`E[g_w²]`, `E[g_w g_c]` and `E[g_c²]`."""
-        return self.v + self.m.square() * self.s, self.m * self.s, self.s
+        return self.v + 2 * self.m * self.r + self.m.square() * self.s, self.m * self.s + self.r, self.s
+
+    def determinants(self) -> Tensor:
+        """Of every coordinate's block: of a difference of products only where there is no mean."""
+        vs = self.v * self.s
+        return torch.where(self.r == 0, vs, (vs - self.r.square()).clamp_min(0))
 
     def _diagonal(self) -> Parts:
         ww, _, cc = self.products()
@@ -106,10 +129,7 @@ class CoordinateBlocks(Operator):
         return w, parts[1] * block.cc.rsqrt() - block.wc / block.cc * w
 
     def _scaled(self, factor: float) -> CoordinateBlocks:
-        return CoordinateBlocks(factor * self.v, self.m, factor * self.s)
-
-    def _damped(self, values: Tensor, damping: float) -> Tensor:
-        return positive(values + damping, "a block of scale and shift", damping)
+        return CoordinateBlocks(factor * self.v, self.m, factor * self.s, factor * self.r)
 
 
 class _Pairs:
@@ -119,24 +139,24 @@ class _Pairs:
         check_damping(damping)
         ww, wc, cc = matrix.products()
         self.ww, self.wc, self.cc = ww + damping, wc, cc + damping
-        # det M + λ tr M + λ², of which det M = v s has no difference of products.
-        self.det = matrix.v * matrix.s + damping * (ww + cc) + damping**2
+        self.det = matrix.determinants() + damping * (ww + cc) + damping**2
         half, apart = (self.ww + self.cc) / 2, (self.ww - self.cc) / 2
         radius = torch.hypot(apart, wc)
-        self.large = positive(half + radius, "a block of scale and shift", damping)
+        self.large = positive(half + radius, WHAT, damping)
         self.small = self.det / self.large
-        positive(torch.cat([self.large, self.small]), "a block of scale and shift", damping)
+        positive(torch.cat([self.large, self.small]), WHAT, damping)
         self.cos = torch.where(radius > 0, apart / radius, 1.0)
         self.sin = torch.where(radius > 0, wc / radius, 0.0)
 
 
 class CoordinateInverse(Operator):
-    """`T⁻¹ diag(v, s) T⁻ᵀ`: `Δw = v (∇_w − m ∇_c)`, `Δc = s ∇_c − m Δw`."""
+    """`T⁻¹ [[v, r], [r, s]] T⁻ᵀ`: `Δw = v (∇_w − m ∇_c) + r ∇_c`, `Δc = s ∇_c + r (∇_w − m ∇_c) − m Δw`."""
 
     is_centered = True
 
-    def __init__(self, scale: Tensor, mean: Tensor, shift: Tensor):
+    def __init__(self, scale: Tensor, mean: Tensor, shift: Tensor, cross: Tensor | None = None):
         self.v, self.m, self.s = scale, mean, shift
+        self.r = torch.zeros_like(scale) if cross is None else cross
         self.space = Space((tuple(scale.shape), tuple(shift.shape)))
         self.dtype, self.device = scale.dtype, scale.device
 
@@ -146,7 +166,8 @@ class CoordinateInverse(Operator):
     def apart(self, parts: Parts) -> Parts:
         """`Δw` and the change `Δc + m Δw` of the mean output, without the last step."""
         w, c = parts
-        return self.v * (w - self.m * c), self.s * c
+        w = w - self.m * c
+        return self.v * w + self.r * c, self.s * c + self.r * w
 
     def coordinates(self, parts: Parts) -> Parts:
         """`(w, c + m w)`."""
@@ -161,18 +182,19 @@ class CoordinateInverse(Operator):
         check_damping(damping, damping_style)
         if damping != 0:
             raise self._cannot("damped inverse")
-        return CoordinateBlocks(1 / self.v, self.m, 1 / self.s)
+        v, s = 1 / (self.v - self.r.square() / self.s), 1 / (self.s - self.r.square() / self.v)
+        return CoordinateBlocks(v, self.m, s, -self.r * v / self.s)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         if damping != 0:
             raise self._cannot("damped logdet")
-        return self.v.log().sum() + self.s.log().sum()
+        return (self.v - self.r.square() / self.s).log().sum() + self.s.log().sum()
 
     def trace(self) -> Tensor:
         return torch.cat(self._diagonal()).sum()
 
     def _diagonal(self) -> Parts:
-        return self.v, self.s + self.m.square() * self.v
+        return self.v, self.s - 2 * self.m * self.r + self.m.square() * self.v
 
     def _scaled(self, factor: float) -> CoordinateInverse:
-        return CoordinateInverse(factor * self.v, self.m, factor * self.s)
+        return CoordinateInverse(factor * self.v, self.m, factor * self.s, factor * self.r)
