@@ -10,7 +10,6 @@ from natgrad.linalg.eigen import positive
 from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
 
-
 WHAT = "a block of scale and shift"
 
 
@@ -81,8 +80,8 @@ class CoordinateBlocks(Operator):
             return self.power(-1.0, damping)
         v, s = (positive(x + damping, WHAT, damping) for x in (self.v, self.s))
         # What is left of each given the other; where r = 0, all of it.
-        v, s = 1 / positive(v - self.r.square() / s, WHAT, damping), 1 / positive(s - self.r.square() / v, WHAT, damping)
-        return CoordinateInverse(v, self.m, s, -self.r * v / (self.s + damping))
+        v_alone, s_alone = (positive(x, WHAT, damping) for x in (v - self.r.square() / s, s - self.r.square() / v))
+        return CoordinateInverse(1 / v_alone, self.m, 1 / s_alone, -self.r / (v_alone * s))
 
     def power(self, exponent: float, damping: float = 0.0) -> CoordinateBlocks:
         """`(M + λ I)^p = ½ (e₁^p + e₂^p) I + ½ (e₁^p − e₂^p) [[cos φ, sin φ], [sin φ, −cos φ]]` for each coordinate,
