@@ -8,12 +8,12 @@ from natgrad.linalg.coordinates import CoordinateBlocks
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.exact import ExactBlock
+from natgrad.linalg.files import load
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.layout import Layout
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.rows import Rows
 from natgrad.linalg.space import Space
-from natgrad.linalg.state import load
 from natgrad.linalg.stochastic import Estimate
 from natgrad.linalg.vec import unvec, vec
 

@@ -6,13 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.checks.values import described
 from natgrad.linalg import factor
 from natgrad.linalg.centered_power import CenteredPower, CenteredRows
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.eigen import inverse_from_cholesky, semidefinite
+from natgrad.linalg.fitting import check_axes, check_tensors
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen, factored_inverses
-from natgrad.linalg.operator import Operator, check_damping, check_exponent
+from natgrad.linalg.operator import Operator, check_damping, check_exponent, check_operator
 from natgrad.linalg.space import Parts, Space
 
 
@@ -43,6 +45,8 @@ class CenteredKronecker(Operator):
     is_centered = True
 
     def __init__(self, *, covariance: Tensor, mean: Tensor, output: Tensor):
+        check_axes("CenteredKronecker", "mean", mean, (1,))
+        check_axes("CenteredKronecker", "covariance", covariance, (1, 2))
         if mean.ndim != 1 or covariance.shape not in ((len(mean), len(mean)), (len(mean),)):
             raise ValueError(
                 f"covariance has shape {tuple(covariance.shape)} and mean {tuple(mean.shape)}; "
@@ -157,7 +161,7 @@ class Centered(Operator):
 
     def __init__(self, weight: Kronecker | KroneckerEigen, bias: Operator, mean: Float[Tensor, " i"]):
         self.weight, self.bias, self.m = weight, bias, mean
-        self.space = Space((weight.space.shapes[0], bias.space.shapes[0]))
+        self.space = _space_of(weight, bias, mean)
         self.dtype, self.device = weight.dtype, weight.device
 
     def describe(self) -> str:
@@ -246,7 +250,7 @@ class CenteredInverse(Operator):
 
     def __init__(self, weight: Kronecker | KroneckerEigen, bias: Operator, mean: Float[Tensor, " i"]):
         self.weight, self.bias, self.m = weight, bias, mean
-        self.space = Space((weight.space.shapes[0], bias.space.shapes[0]))
+        self.space = _space_of(weight, bias, mean)
         self.dtype, self.device = weight.dtype, weight.device
 
     def _matmul(self, parts: Parts) -> Parts:
@@ -288,6 +292,18 @@ class CenteredInverse(Operator):
 
     def _scaled(self, factor: float) -> CenteredInverse:
         return CenteredInverse(self.weight._scaled(factor), self.bias._scaled(factor), self.m)
+
+
+def _space_of(weight: Kronecker | KroneckerEigen, bias: Operator, mean: Tensor) -> Space:
+    """The vectors `(W, b)` of a weight's operator and a bias's. Raises where they do not fit together."""
+    if not isinstance(weight, (Kronecker, KroneckerEigen)):
+        raise TypeError(f"weight is {described(weight)}; expected a Kronecker or a KroneckerEigen")
+    check_operator("a centered block", "bias", bias)
+    d_out, d_in = weight.space.shapes[0]
+    if bias.space.shapes != ((d_out,),):
+        raise ValueError(f"bias acts on {bias.space.describe()}; expected vectors of {d_out}, as the weight has rows")
+    check_tensors("a centered block", {"mean": (mean, (d_in,))})
+    return Space(((d_out, d_in), (d_out,)))
 
 
 def matrix_of(F: Tensor) -> Dense | Diagonal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from natgrad.linalg import factor
 from natgrad.linalg.eigen import positive
+from natgrad.linalg.fitting import check_axes, check_tensors
 from natgrad.linalg.fractional import Term, negative_power
 from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
@@ -36,6 +37,14 @@ class CenteredRows:
     d: Float[Tensor, "o i"]
     beta: Float[Tensor, " o"]
     m: Float[Tensor, " i"]
+
+    def __post_init__(self) -> None:
+        check_axes("centered rows", "d", self.d, (2,))
+        o, i = self.d.shape
+        tensors: dict[str, Any] = {"d": (self.d, (o, i)), "beta": (self.beta, (o,)), "m": (self.m, (i,))}
+        for name, U, n in (("U_A", self.U_A, i), ("U_B", self.U_B, o)):
+            tensors |= {} if U is None else {name: (U, (n, n))}
+        check_tensors("centered rows", tensors)
 
     def rotated(self, parts: Parts) -> Parts:
         """A vector `(W, b)` in these bases."""

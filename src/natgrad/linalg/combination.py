@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from natgrad.linalg.krylov import IterativeInverse
-from natgrad.linalg.operator import Operator, check_damping, check_plain
+from natgrad.linalg.operator import Operator, check_damping, check_operator, check_plain
 from natgrad.linalg.space import Parts
 
 
@@ -28,6 +30,9 @@ class Scaled(Operator):
     """
 
     def __init__(self, operator: Operator, factor: float):
+        check_operator("Scaled", "operator", operator)
+        if not (isinstance(factor, (int, float)) and math.isfinite(factor)):
+            raise ValueError(f"factor is {factor!r}; expected a finite number")
         self.operator, self.factor = operator, factor
         self.space, self.dtype, self.device = operator.space, operator.dtype, operator.device
 
@@ -97,7 +102,13 @@ class Sum(Operator):
 
     def __init__(self, terms: list[Operator]):
         self.terms: list[Operator] = [t for term in terms for t in (term.terms if isinstance(term, Sum) else [term])]
+        if not self.terms:
+            raise ValueError("terms is empty; expected at least one operator")
         first = self.terms[0]
+        for i, term in enumerate(self.terms):
+            check_operator("Sum", f"terms[{i}]", term)
+            if term.space != first.space:
+                raise ValueError(f"terms[{i}] acts on {term.space.describe()}, terms[0] on {first.space.describe()}")
         self.space, self.dtype, self.device = first.space, first.dtype, first.device
 
     def _matmul(self, parts: Parts) -> Parts:

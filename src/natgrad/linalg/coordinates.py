@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.linalg.eigen import positive
+from natgrad.linalg.fitting import check_axes, check_tensors
 from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
 
@@ -46,8 +47,7 @@ class CoordinateBlocks(Operator):
         shift: Float[Tensor, " d"],
         cross: Float[Tensor, " d"] | None = None,
     ):
-        self.v, self.m, self.s = scale, mean, shift
-        self.r = torch.zeros_like(scale) if cross is None else cross
+        self.v, self.m, self.s, self.r = _fitting(scale, mean, shift, cross)
         self.space = Space((tuple(scale.shape), tuple(shift.shape)))
         self.dtype, self.device = scale.dtype, scale.device
 
@@ -131,6 +131,14 @@ class CoordinateBlocks(Operator):
         return CoordinateBlocks(factor * self.v, self.m, factor * self.s, factor * self.r)
 
 
+def _fitting(scale: Tensor, mean: Tensor, shift: Tensor, cross: Tensor | None) -> tuple[Tensor, ...]:
+    check_axes("a block of scale and shift", "scale", scale, (1,))
+    cross = torch.zeros_like(scale) if cross is None else cross
+    given = {"scale": scale, "mean": mean, "shift": shift, "cross": cross}
+    check_tensors("a block of scale and shift", {name: (t, scale.shape) for name, t in given.items()})
+    return scale, mean, shift, cross
+
+
 class _Pairs:
     """`M + λI` coordinate by coordinate: its entries, determinant, eigenvalues and the angle of its axes."""
 
@@ -154,8 +162,7 @@ class CoordinateInverse(Operator):
     is_centered = True
 
     def __init__(self, scale: Tensor, mean: Tensor, shift: Tensor, cross: Tensor | None = None):
-        self.v, self.m, self.s = scale, mean, shift
-        self.r = torch.zeros_like(scale) if cross is None else cross
+        self.v, self.m, self.s, self.r = _fitting(scale, mean, shift, cross)
         self.space = Space((tuple(scale.shape), tuple(shift.shape)))
         self.dtype, self.device = scale.dtype, scale.device
 

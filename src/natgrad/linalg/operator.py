@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, check_number
+from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, check_number, described
 from natgrad.linalg.space import Parts, Space, check_order
 
 if TYPE_CHECKING:
@@ -285,8 +285,15 @@ class Operator(ABC):
         return dump(self)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the matrix to a safetensors file, which `natgrad.load` reads."""
-        from natgrad.linalg.state import save
+        """Writes the matrix to a safetensors file with a checksum, which `natgrad.load` reads.
+
+        The file is written whole or not at all; a symbolic link stays one.
+
+        Raises:
+            TypeError: for a matrix that holds a model and data.
+            OSError: if the file cannot be written; what was there before is there still.
+        """
+        from natgrad.linalg.files import save
 
         save(self, path)
 
@@ -369,6 +376,12 @@ def check_plain(what: str, style: str, instead: str = "") -> None:
     if style != "exact":
         lacks = "factors" if style == "factored" else "centered coordinates"
         raise TypeError(f"{what} has no {lacks} to damp; use damping_style='exact'{instead}")
+
+
+def check_operator(kind: str, name: str, value: Any) -> None:
+    """Raises TypeError unless it is an operator."""
+    if not isinstance(value, Operator):
+        raise TypeError(f"of {kind}, {name} is {described(value)}; expected an Operator")
 
 
 def check_exponent(exponent: float) -> None:
