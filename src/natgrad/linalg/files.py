@@ -21,9 +21,7 @@ from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Space
 from natgrad.linalg.state import dump, restore
 
-FORMAT = "2"
-"""Files of format 1 have no checksum."""
-READ = ("1", FORMAT)
+FORMAT = "1"
 CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{64})"')
 BLANK = b"0" * 64
 CHUNK = 1 << 20
@@ -135,15 +133,15 @@ def _read(path: Path, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
 def _check_metadata(path: Path, metadata: dict[str, str], count: int) -> None:
     if "natgrad" not in metadata:
         raise ValueError(f"{path} holds {count} tensors and no natgrad matrix; expected a file that save() wrote")
-    if metadata.get("format") not in READ:
+    if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is of format {metadata.get('format')!r} and this version of natgrad reads {' and '.join(READ)}; "
+            f"{path} is of format {metadata.get('format')!r} and this version of natgrad reads {FORMAT!r}; "
             "load it with the version that saved it, or compute the matrix again"
         )
-    if metadata["format"] != "1" or "checksum" in metadata:
-        found = metadata.get("checksum", "none")
-        if found != _checksum(path):
-            raise ValueError(f"{path} is damaged: its checksum is not that of its content; save the matrix again")
+    if "checksum" not in metadata:
+        raise ValueError(f"{path} has no checksum; expected a file that save() wrote; save the matrix again")
+    if metadata["checksum"] != _checksum(path):
+        raise ValueError(f"{path} is damaged: its checksum is not that of its content; save the matrix again")
 
 
 def _checksum(path: Path) -> str:
