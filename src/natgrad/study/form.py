@@ -32,8 +32,11 @@ def is_run(result: Mapping[str, Any]) -> bool:
     ):
         return False
     curve, figure = result["curve"], result["figure"]
-    ends = result["status"] in _STATUSES and (curve or result["status"] != "finished")
-    return bool(ends) and all(_is_point(p, figure) for p in curve) and all(map(_is_measured, result["measured"]))
+    return (
+        result["status"] in _STATUSES
+        and all(_is_point(p, figure) for p in curve)
+        and all(map(_is_measured, result["measured"]))
+    )
 
 
 def _is_point(point: Any, figure: str) -> bool:

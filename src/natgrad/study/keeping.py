@@ -54,7 +54,7 @@ def kept(out: Path, spec: Spec, replace: bool = False, remark: Callable[[str], o
         if not path.exists():
             continue
         found = _read(path)
-        if found is None or not is_run(found) or not isinstance(found.get("what"), dict) or _whose(found) != key(job):
+        if found is None or not is_run(found) or not _is_own(found, job):
             remark(f"{path} is damaged, or is not that run; {job.label} is run again.")
             continue
         differing = _difference(found["what"], json.loads(json.dumps(job.what())))
@@ -137,9 +137,11 @@ def _completed(result: Result) -> Result:
     return {"status": "finished", "error": "", "rejected": 0, "measured": [], **result}
 
 
-def _whose(result: Result) -> str:
-    """The key of the job that it is the result of."""
-    return json.dumps([result["task"], result["optimizer"], result["setting"], result["seed"]], sort_keys=True)
+def _is_own(result: Result, job: Job) -> bool:
+    """Whether it is the job's, with all that `perform` says of it."""
+    whose = json.dumps([result["task"], result["optimizer"], result["setting"], result["seed"]], sort_keys=True)
+    whole = isinstance(result.get("what"), dict) and isinstance(result.get("machine"), dict)
+    return whole and whose == key(job) and (bool(result["curve"]) or result["status"] != "finished")
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
