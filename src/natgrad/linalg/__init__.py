@@ -1,5 +1,7 @@
 """Operators: symmetric matrices known by what they do, one contract for all (`Operator`)."""
 
+from natgrad.linalg import coverage as coverage
+from natgrad.linalg import restriction as restriction
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.centered import Centered, CenteredKronecker, homogeneous_inverse
 from natgrad.linalg.columns import ColumnBlock

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from natgrad.linalg.krylov import IterativeInverse
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator, check_damping, check_operator, check_plain
 from natgrad.linalg.space import Parts
 
 
+@later
 class Scaled(Operator):
     """`factor M`, where `M` has no multiple of its own structure. Operations are `M`'s own, with `damping / factor`.
 
@@ -83,6 +85,7 @@ class Scaled(Operator):
         return f"{self.factor:g} * {self.operator._label()}"
 
 
+@later
 class Sum(Operator):
     """`M₁ + M₂ + ...`. `damping` is added to the parameters' own coordinates, whatever the terms are.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from natgrad.checks.files import write_whole
 from natgrad.checks.values import described
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Space
 from natgrad.linalg.state import dump, restore
@@ -27,6 +28,7 @@ BLANK = b"0" * 64
 CHUNK = 1 << 20
 
 
+@later
 def save(operator: Operator, path: str | PathLike[str]) -> None:
     """Writes an operator to a safetensors file: its tensors, and in the metadata what they are and a checksum.
 

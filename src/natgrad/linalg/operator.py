@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, check_number, described
+from natgrad.linalg.later import LATER
 from natgrad.linalg.space import Parts, Space, check_order
 
 if TYPE_CHECKING:
@@ -137,9 +138,8 @@ class Operator(ABC):
 
     def _scaled(self, factor: float) -> Operator:
         """`factor M`, of the same structure where that is possible."""
-        from natgrad.linalg.combination import Scaled
-
-        return Scaled(self, factor)
+        scaled: Operator = LATER["Scaled"](self, factor)
+        return scaled
 
     def _plus(self, other: Operator) -> Operator | None:
         """`M + other` where the two have one structure, else None."""
@@ -152,9 +152,7 @@ class Operator(ABC):
     @property
     def blocks(self) -> dict[str, Operator]:
         """Each layer's own operator, by the layer's name: the principal submatrix of its parameters."""
-        from natgrad.linalg.restriction import Restriction
-
-        return ByLayer({name: Restriction(self, names) for name, names in self.space.groups().items()})
+        return ByLayer({name: LATER["Restriction"](self, names) for name, names in self.space.groups().items()})
 
     # What follows from it ------------------------------------------------------------------------------
 
@@ -218,8 +216,6 @@ class Operator(ABC):
 
     def __add__(self, other: Any) -> Operator:
         """`M + other`, for another operator on the same vectors."""
-        from natgrad.linalg.combination import Sum
-
         if not isinstance(other, Operator):
             return NotImplemented
         if other.space != self.space:
@@ -227,8 +223,10 @@ class Operator(ABC):
                 f"the sum of two matrices needs the same parameters: the first acts on {self.space.describe()}, "
                 f"the second on {other.space.describe()}; give two of one model"
             )
-        own = self._plus(other)
-        return Sum([self, other]) if own is None else own
+        added = self._plus(other)
+        if added is None:
+            added = LATER["Sum"]([self, other])
+        return added
 
     def __sub__(self, other: Any) -> Operator:
         """`M − other`."""
@@ -250,15 +248,13 @@ class Operator(ABC):
 
     def estimate_trace(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:
         """The trace from `samples` products with random signs (Hutchinson 1990), with its standard error."""
-        from natgrad.linalg.stochastic import estimate_trace
-
-        return estimate_trace(self, samples, generator)
+        estimate: Estimate = LATER["estimate_trace"](self, samples, generator)
+        return estimate
 
     def estimate_diagonal(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:
         """The diagonal from `samples` products with random signs (Bekas et al. 2007), with its standard error."""
-        from natgrad.linalg.stochastic import estimate_diagonal
-
-        return estimate_diagonal(self, samples, generator)
+        estimate: Estimate = LATER["estimate_diagonal"](self, samples, generator)
+        return estimate
 
     def estimate_logdet(
         self, damping: float = 0.0, samples: int = 30, steps: int = 50, generator: torch.Generator | None = None
@@ -268,9 +264,8 @@ class Operator(ABC):
         Each of `samples` probes takes `steps` products. The standard error does not hold the error of the
         quadrature, which falls geometrically with `steps` and faster the better the damped matrix is conditioned.
         """
-        from natgrad.linalg.stochastic import estimate_logdet
-
-        return estimate_logdet(self, damping, samples, steps, generator)
+        estimate: Estimate = LATER["estimate_logdet"](self, damping, samples, steps, generator)
+        return estimate
 
     # Saving --------------------------------------------------------------------------------------------
 
@@ -280,9 +275,8 @@ class Operator(ABC):
         Raises:
             TypeError: for a matrix that holds a model and data, as implicit ones do.
         """
-        from natgrad.linalg.state import dump
-
-        return dump(self)
+        state: dict[str, Any] = LATER["dump"](self)
+        return state
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the matrix to a safetensors file with a checksum, which `natgrad.load` reads.
@@ -293,9 +287,7 @@ class Operator(ABC):
             TypeError: for a matrix that holds a model and data.
             OSError: if the file cannot be written; what was there before is there still.
         """
-        from natgrad.linalg.files import save
-
-        save(self, path)
+        LATER["save"](self, path)
 
     # What it is --------------------------------------------------------------------------------------
 
@@ -317,9 +309,8 @@ class Operator(ABC):
             2.bias     2      linear     C ⊗ B and B, centered, C 6, B 2
             all                                                           236 B
         """
-        from natgrad.linalg.coverage import coverage_of
-
-        return coverage_of(self)
+        coverage: Coverage = LATER["coverage_of"](self)
+        return coverage
 
     def _read(self, v: Any, context: str) -> tuple[Parts, Callable[[Parts], Any]]:
         """The parts of `v`, and the function that restores its form. Raises ValueError if it is not one of these
@@ -352,9 +343,8 @@ class Operator(ABC):
         return TypeError(f"{self._label()} has no exact {operation}; use {', '.join(others[:-1])} or {others[-1]}")
 
     def _repr_html_(self) -> str:
-        from natgrad.linalg.coverage import operator_html
-
-        return operator_html(self)
+        html: str = LATER["operator_html"](self)
+        return html
 
     def __repr__(self) -> str:
         return f"{self._label()}(size={self.space.size}, dtype={self.dtype})"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from natgrad.linalg.krylov import IterativeInverse
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator, check_damping, check_operator, check_plain
 from natgrad.linalg.space import Parts, Space
 
 
+@later
 class Restriction(Operator):
     """The rows and columns of `whole` that belong to some of its named parameters."""
 

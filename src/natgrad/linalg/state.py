@@ -17,6 +17,7 @@ from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.exact import ExactBlock, ExactPower
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.krylov import IterativeInverse
+from natgrad.linalg.later import later
 from natgrad.linalg.layout import Layout
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.restriction import Restriction
@@ -55,6 +56,7 @@ _PARTS: dict[type, tuple[str, ...]] = {
 _KINDS = {kind.__name__: kind for kind in (*_ARGUMENTS, *_PARTS)}
 
 
+@later
 def dump(value: Any) -> Any:
     """An operator, or what it is made of, as a dictionary; its tensors are not copied.
 
