@@ -40,11 +40,7 @@ def save(operator: Operator, path: str | PathLike[str]) -> None:
     structure = json.dumps(_described(state, tensors, {}))
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file: {Path(path) / 'matrix.safetensors'}")
-    metadata = {"natgrad": structure, "format": FORMAT, "checksum": BLANK.decode()}
-    blank = memoryview(safetensors.torch.save(tensors, metadata=metadata))
-    del tensors
-    start, end = _place_of_checksum(bytes(blank[: _end_of_header(blank)]))
-    write_whole(path, [blank[:start], hashlib.sha256(blank).hexdigest().encode(), blank[end:]])
+    write_whole(path, sealed(tensors, structure))
 
 
 def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> Operator:
@@ -89,6 +85,14 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: s
     if model is not None:
         _check_model(operator.space, model, str(path))
     return operator
+
+
+def sealed(tensors: dict[str, Tensor], structure: str) -> list[bytes | memoryview]:
+    """The pieces of a file that holds the tensors, what they are, and a checksum of it all."""
+    metadata = {"natgrad": structure, "format": FORMAT, "checksum": BLANK.decode()}
+    blank = memoryview(safetensors.torch.save(tensors, metadata=metadata))
+    start, end = _place_of_checksum(bytes(blank[: _end_of_header(blank)]))
+    return [blank[:start], hashlib.sha256(blank).hexdigest().encode(), blank[end:]]
 
 
 def _described(value: Any, tensors: dict[str, Tensor], numbers: dict[int, int]) -> Any:
