@@ -111,7 +111,10 @@ class Sum(Operator):
         for i, term in enumerate(self.terms):
             check_operator("Sum", f"terms[{i}]", term)
             if term.space != first.space:
-                raise ValueError(f"terms[{i}] acts on {term.space.describe()}, terms[0] on {first.space.describe()}")
+                raise ValueError(
+                    f"terms[{i}] acts on {term.space.describe()}; expected the vectors of terms[0], "
+                    f"{first.space.describe()}"
+                )
         self.space, self.dtype, self.device = first.space, first.dtype, first.device
 
     def _matmul(self, parts: Parts) -> Parts:

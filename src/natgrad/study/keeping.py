@@ -130,7 +130,7 @@ def _read(path: Path) -> Result | None:
 
 
 def _no_number(words: str) -> float:
-    raise ValueError(f"{words} is no number of JSON")
+    raise ValueError(f"{words} is no number of JSON; expected a finite one")
 
 
 def _completed(result: Result) -> Result:
