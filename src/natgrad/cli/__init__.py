@@ -145,6 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     _check_command(arguments)
     try:
         status = app(arguments or ["--help"], prog_name="natgrad", standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
