@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from natgrad.cli.errors import UserError
+from natgrad.report.words import shortened
 from natgrad.study.optimizers import OPTIMIZERS, Kind, check
 from natgrad.study.own_task import digest
 from natgrad.study.reading import Table, near, parse, read_text, shown
@@ -212,7 +213,7 @@ def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEn
         if use not in TASKS and ":" not in use:
             raise table.fail(
                 "use" if use != name else "",
-                f"{shown(use)}, which is no task",
+                f"{shortened(use)!r}, which is no task",
                 "a task's name, or MODULE:FUNCTION",
                 near(use, TASKS),
             )
@@ -239,7 +240,7 @@ def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...]) -> Optimiz
         if use == name:
             mend += ' Under a name of its own it has a key, say, use = "KFAC".'
         raise table.fail(
-            "use" if use != name else "", f"{shown(use)}, which is no optimizer", "an optimizer's name", mend
+            "use" if use != name else "", f"{shortened(use)!r}, which is no optimizer", "an optimizer's name", mend
         )
     task_names = [t.name for t in tasks]
     on = table.table("on")
