@@ -353,6 +353,10 @@ class Tracker:
         if all(p.grad is None for p in self.parameters.values()) or self.factors.zeroed:
             self.forget_arrived()
 
+    def notes(self) -> list[str]:
+        """What users should know of the terms' curvature, of what has been seen so far."""
+        return [f"{name!r}: {note}" if name else note for name, t in self.terms.items() for note in t.curvature.notes]
+
     def forget_arrived(self) -> None:
         """Forgets batches whose gradients are in those of the parameters, which are zeroed."""
         self.pending[:] = [b for b in self.pending if not (b.arrived or self._is_used(b))]
