@@ -1,10 +1,8 @@
-"""K-FAC on one page of plain PyTorch: slow, easy to read, and the same steps as `natgrad.KFAC`.
+"""K-FAC on one page of plain PyTorch: slow, easy to read, and with the same steps as `natgrad.KFAC`.
 
 The model is an `nn.Sequential` of linear layers with biases, and activations between them. A layer computes
 `a = W h + b`, and `g` is a gradient in `a`. K-FAC takes averages over examples: the mean `m = E[h]` and the covariance
 `C` of the layer's inputs, and `B = E[g gᵀ]`. docs/recipe.md explains every function below.
-
-    python examples/kfac_simple.py
 """
 
 import torch
@@ -13,20 +11,12 @@ from torch import nn
 from torch.func import functional_call, jvp
 
 
-def curvature_product(loss, f, v):
-    """`D v`, where `D` is the Hessian of each example's loss in the model's output `f`."""
-    if isinstance(loss, nn.MSELoss):
-        return 2 * v / f.shape[1]
-    p = f.softmax(1)
-    return p * (v - (p * v).sum(1, keepdim=True))
-
-
 def sampled_column(loss, f, generator):
-    """The gradient `s` of each example's loss in `f`, for a target drawn from the model: `E[s sᵀ] = D`."""
-    if isinstance(loss, nn.MSELoss):
+    """The gradient `s` of each example's loss in the output `f`, for a target that is drawn from the model."""
+    if isinstance(loss, nn.MSELoss):  # the target is normal around f
         return (2 / f.shape[1]) ** 0.5 * torch.randn(f.shape, dtype=f.dtype, generator=generator)
     noise = -(-torch.rand(f.shape, dtype=f.dtype, generator=generator).log()).log()
-    labels = (f + noise).argmax(1)  # the class with the largest logit plus Gumbel noise is a draw from the softmax
+    labels = (f + noise).argmax(1)  # the largest of logits plus Gumbel noise is a draw from the softmax
     return f.softmax(1) - F.one_hot(labels, f.shape[1])
 
 
@@ -47,6 +37,7 @@ class SimpleKFAC:
         self.model, self.loss, self.generator = model, loss, generator
         self.names, self.params = zip(*model.named_parameters(), strict=True)  # W, b, W, b, ...
         self.sums = self.damping = self.delta = None  # moving averages, λ, and the last step δ₀
+        self.rejections, self.loss_before = 0, torch.inf
 
     def step(self, x, y):
         """One step on a mini-batch. Returns the loss before it."""
@@ -61,7 +52,7 @@ class SimpleKFAC:
         gs = torch.autograd.grad(f, outputs, sampled_column(self.loss, f.detach(), self.generator))
         with torch.no_grad():
             self.average(inputs, gs)
-            self.move(x, y, f, gradient, loss)
+            self.move(x, y, gradient, loss)
         return loss.item()
 
     def average(self, inputs, gs):
@@ -95,14 +86,14 @@ class SimpleKFAC:
         """`(W, b + W m)` for each layer: the coordinates in which the damping adds `λ I`."""
         return [t for W, b, (_, m, _) in zip(d[::2], d[1::2], self.factors, strict=True) for t in (W, b + W @ m)]
 
-    def output(self, params, x):
+    def output(self, x, *params):
         return functional_call(self.model, dict(zip(self.names, params, strict=True)), x)
 
-    def propose(self, x, f, gradient, loss, damping):
-        """The step `δ = −α Δ + μ δ₀` that minimizes `½ δᵀ(F + λI)δ + ∇ᵀδ`, and the decrease that this model promises."""
+    def propose(self, x, y, gradient, loss, damping):
+        """The step `δ = −α Δ + μ δ₀` that minimizes `½ δᵀ(F + λI)δ + ∇ᵀδ`, and the decrease that it promises."""
         directions = [self.precondition(gradient, damping)] + ([self.delta] if self.delta else [])
-        Jd = [jvp(lambda *params: self.output(params, x), self.params, tuple(d))[1] for d in directions]
-        DJd = [curvature_product(self.loss, f, v) / len(x) for v in Jd]
+        f, Jd = zip(*(jvp(lambda *p: self.output(x, *p), self.params, tuple(d)) for d in directions), strict=True)
+        DJd = [torch.autograd.functional.hvp(lambda f: self.loss(f, y), f[0], v)[1] for v in Jd]  # D: its Hessian
         z, n = [self.centered(d) for d in directions], range(len(directions))
         Q = torch.stack([dot([Jd[i]], [DJd[j]]) + damping * dot(z[i], z[j]) for i in n for j in n])
         slope = torch.stack([dot(gradient, d) for d in directions])
@@ -112,40 +103,48 @@ class SimpleKFAC:
             c, promised = (1 - (1 - loss / promised).sqrt()) * c, loss
         return combine(c, directions), promised
 
-    def move(self, x, y, f, gradient, loss):
-        """Takes the step. The damping follows the ratio of the loss's actual decrease to the promised one."""
+    def move(self, x, y, gradient, loss):
+        """Takes the step, or a part of it, or none, so that the loss does not rise. Then adapts the damping."""
 
-        def tried(damping):
-            delta, promised = self.propose(x, f, gradient, loss, damping)
-            return self.loss(self.output(combine((1, 1), (self.params, delta)), x), y), delta, promised
+        def after(delta, share=1):
+            return self.loss(self.output(x, *combine((1, share), (self.params, delta))), y).item()
 
         typical = self.typical_curvature()
-        if self.damping is None:  # the damping whose step lowers the first loss most
-            self.damping = min((typical * 10.0**k for k in range(3, -7, -1)), key=lambda damping: tried(damping)[0])
-        after, self.delta, promised = tried(self.damping)
-        for p, d in zip(self.params, self.delta, strict=True):
-            p.add_(d)
-        ratio = (loss - after) / promised
-        if ratio > 3 / 4 or (ratio > 1 / 4 and self.damping > 10 * typical):
+        if self.damping is None:  # take the one whose step lowers the first loss most; stop where two are no better
+            grid = [typical * 10.0**k for k in range(3, -7, -1)]
+            losses = [after(self.propose(x, y, gradient, loss, damping)[0]) for damping in grid]
+            stop = next((i for i in range(1, 9) if min(losses[i : i + 2]) >= min(losses[:i])), 10)
+            self.damping = grid[losses.index(min(losses[:stop]))]
+        if self.delta and loss > 1.5 * self.loss_before and loss > 1.5 * after(self.delta, -1):
+            delta, promised, shares = self.delta, 1, (-1,)  # the last step has made this batch worse: take it back
+        else:
+            delta, promised = self.propose(x, y, gradient, loss, self.damping)
+            self.loss_before, shares = loss, (1, 1 / 4, 1 / 16, 1 / 64, 0)
+        for share in shares:
+            loss_after = after(delta, share)
+            if loss_after <= (1.5 * loss if share == 1 else loss):
+                break
+        for p, d in zip(self.params, delta, strict=True):
+            p.add_(share * d)
+        self.delta = combine((share,), (delta,)) if share > 0 else None
+        self.rejections = 0 if share > 0 else self.rejections + 1
+        ratio = (loss - loss_after) / promised
+        if share < 1:
+            self.damping = min(self.damping * 4.0 ** max(1, self.rejections), max(self.damping, 1000 * typical))
+        elif ratio > 3 / 4 or (ratio > 1 / 4 and self.damping > 10 * typical):
             self.damping = min(self.damping, max(0.8 * self.damping, typical))
         elif ratio < 1 / 4:
             self.damping = min(self.damping / 0.8, max(self.damping, 10 * typical))
 
 
-def main():
-    torch.manual_seed(0)
-    angle = 4 * torch.rand(600, dtype=torch.float64)  # three spirals
-    y = torch.arange(600) % 3
-    turned = 1.5 * angle + y * 2 * torch.pi / 3
-    x = angle.unsqueeze(1) * torch.stack([turned.cos(), turned.sin()], 1) + 0.05 * torch.randn(600, 2).double()
-    model = nn.Sequential(nn.Linear(2, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 3)).double()
-    opt = SimpleKFAC(model, nn.CrossEntropyLoss())
-    for step in range(101):
-        batch = torch.randint(600, (200,))
-        loss = opt.step(x[batch], y[batch])
-        if step % 20 == 0:
-            print(f"step {step:3}: loss {loss:.2e}")
-
-
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    x = 2 * torch.randn(2000, 2, dtype=torch.float64)
+    y = (x.sum(1) + 2 * x.prod(1).sin() > 0).long()
+    model = nn.Sequential(nn.Linear(2, 30), nn.Tanh(), nn.Linear(30, 30), nn.Tanh(), nn.Linear(30, 2)).double()
+    opt = SimpleKFAC(model, nn.CrossEntropyLoss())
+    for step in range(201):
+        batch = torch.randint(len(x), (500,))
+        loss = opt.step(x[batch], y[batch])
+        if step % 40 == 0:
+            print(f"step {step:3}: loss {loss:.4f}")
