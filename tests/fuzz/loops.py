@@ -72,7 +72,7 @@ class Loop:
         mine, its = self.opt.loss(output, y), self.loss(twins, y)
         assert torch.allclose(mine, its, rtol=1e-9, atol=1e-12, equal_nan=True)
         part = self.slow.part(x, y, seed, 0.0, its.item())
-        self.losses.append((mine, its, part))
+        self.losses.append((mine, its, part, output))
 
     def backward(self, factors, again=False):
         """Backward from a weighted sum of the losses there are."""
@@ -85,10 +85,19 @@ class Loop:
             if again:
                 total.backward()
         self.divided = False
-        for f, (*_, part) in zip(factors, chosen, strict=False):
+        for f, (_, _, part, _) in zip(factors, chosen, strict=False):
             part.factor += f * (1 + again)
             if not any(part is noted for noted in self.noted):
                 self.noted.append(part)
+
+    def backward_zero_backward(self, how):
+        """The gradients of a loss are zeroed, and come again."""
+        if self.losses:
+            self.losses = self.losses[:1]
+            for loss in self.losses[0][:2]:
+                loss.backward(retain_graph=True)
+            self.zero(how)
+            self.backward([1.0])
 
     def peek(self):
         """Gradients of a loss by `torch.autograd.grad`, for other ends than the step."""
@@ -133,9 +142,9 @@ class Loop:
         self.losses.clear()
 
     def freeze(self, which, frozen):
-        """A parameter is frozen, or trainable again; where nothing is under way."""
-        if self.open or self.losses or self.noted:
-            return
+        """A parameter is frozen, or trainable again, between two iterations."""
+        self.skip()
+        self.zero("opt")
         name, p = list(self.model.named_parameters())[which % len(list(self.model.parameters()))]
         if frozen and self._trainable(self.model) == [p]:
             return
@@ -162,12 +171,10 @@ class Loop:
         def fail(gradient):
             raise Interrupted
 
-        mine, *_ = self.losses.pop(0)
-        output = self.model(self.x[:4])
-        handle = output.register_hook(fail)
+        mine, *_, output = self.losses.pop(0)
+        output.register_hook(fail)
         with contextlib.suppress(Interrupted):
-            (mine * 0 + output.sum()).backward(inputs=[])
-        handle.remove()
+            mine.backward()
 
     # Steps ---------------------------------------------------------------------------------------------
 
@@ -198,15 +205,14 @@ class Loop:
         self._compare()
 
     def iterate(self, size, zero, late, spoil=False):
-        """An ordinary iteration. `late`: zeroed between loss and backward."""
-        self.skip()
+        """An ordinary iteration, with what losses there are. `late`: zeroed between loss and backward."""
         if not late:
             self.zero(zero)
         self.forward(size, spoil)
         self.compute_loss(0)
         if late:
             self.zero(zero)
-        self.backward([1.0])
+        self.backward([1.0] * len(self.losses))
         self.step()
 
     def accumulate(self, sizes, by_hand):

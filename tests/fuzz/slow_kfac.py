@@ -39,10 +39,12 @@ class SlowKfac:
         torch.manual_seed(seed)
         return functional_call(self.model, {**self.params, **(params or {})}, (x,))
 
-    def per_example(self, f, y):
-        """The mean loss of every example, whatever the reduction: `D` is its Hessian."""
-        mean = type(self.loss)()
-        return torch.stack([mean(f[i : i + 1], y[i : i + 1]) for i in range(len(f))])
+    def curvature(self, f):
+        """`D` of each example: the Hessian of its mean loss in its outputs, whatever the reduction."""
+        if isinstance(self.loss, nn.MSELoss):
+            return (2 / f.shape[1] * torch.eye(f.shape[1]).to(f)).expand(len(f), -1, -1)
+        p = f.softmax(1)
+        return torch.diag_embed(p) - torch.einsum("ni,nj->nij", p, p)
 
     def in_means(self, part):
         """The factor of the batch's mean loss in the gradients."""
@@ -58,15 +60,14 @@ class SlowKfac:
             if isinstance(module, nn.Linear):
                 hs.append(torch.cat([h.detach(), torch.ones(len(h), 1).to(h)], 1))
                 outputs.append(f)
-        D = torch.autograd.functional.hessian(lambda f: self.per_example(f, y).sum(), f.detach())
-        C = f.shape[1]
+        C, D = f.shape[1], self.curvature(f.detach())
         J = [torch.autograd.grad(f[:, c].sum(), outputs, retain_graph=True) for c in range(C)]
         found = {}
         for i, name in enumerate(self.linear):
             names = tuple(n for n in (f"{name}.weight", f"{name}.bias") if n in self.params)
             names = tuple(n for n in names if self.params[n].requires_grad)
             g = torch.stack([J[c][i] for c in range(C)], 1)
-            B = sum(g[n].mT @ D[n, :, n] @ g[n] for n in range(len(x)))
+            B = torch.einsum("nci,ncd,ndj->ij", g, D, g)
             if names:
                 found[names] = (hs[i].mT @ hs[i], B, len(x))
         return Part(x, y, seed, factor, value, found)
@@ -201,11 +202,9 @@ class SlowKfac:
                 run = lambda *ps, d=d, part=part: self.output(part.x, part.seed, dict(zip(d, ps, strict=True)))  # noqa: E731
                 f, Jd = jvp(run, at, tuple(d.values()))
                 pushed.append(Jd)
-            D = torch.autograd.functional.hessian(lambda f, y=part.y: self.per_example(f, y).mean(), f)
-            n = f.numel()
-            rows = torch.stack([Jd.flatten() for Jd in pushed])
-            Q += weight * rows @ D.reshape(n, n) @ rows.mT
-            loss = loss + weight * self.per_example(f, part.y).mean()
+            rows = torch.stack(pushed)
+            Q += weight / len(f) * torch.einsum("inc,ncd,jnd->ij", rows, self.curvature(f), rows)
+            loss = loss + weight * type(self.loss)()(f, part.y)
         damped = [{n: d[n].clone() for n in d} for d in directions]
         for names, (_, T) in self.blocks.items():
             for z in damped if T is not None and all(n in directions[0] for n in names) else ():

@@ -24,8 +24,10 @@ def operation(name, *arguments):
     return st.tuples(st.just(name), *arguments)
 
 
+plain = operation("iterate", sizes, zeros, st.booleans())
 steps = st.one_of(
-    operation("iterate", sizes, zeros, st.booleans()),
+    plain,
+    plain,
     operation("iterate", sizes, zeros, st.booleans(), st.just(True)),
     operation("accumulate", st.lists(sizes, min_size=2, max_size=3), st.booleans()),
     operation("set_by_hand", sizes, factors),
@@ -36,17 +38,19 @@ others = st.one_of(
     operation("forward", sizes),
     operation("compute_loss", st.integers(0, 2)),
     operation("backward", st.lists(factors, min_size=1, max_size=2), st.booleans()),
+    operation("backward_zero_backward", zeros),
     operation("peek"),
     operation("zero", zeros),
     operation("clip", st.sampled_from([0.01, 1.0])),
     operation("evaluate"),
     operation("skip"),
     operation("freeze", st.integers(0, 5), st.booleans()),
+    operation("freeze", st.integers(0, 5), st.just(True)),
     operation("raise_in_forward", st.integers(0, 2)),
     operation("raise_in_backward"),
     operation("save_and_load"),
 )
-programs = st.lists(st.tuples(st.integers(0, 5), st.one_of(steps, others)), min_size=4, max_size=25)
+programs = st.lists(st.tuples(st.integers(0, 5), st.one_of(steps, others)), min_size=6, max_size=30)
 options = st.fixed_dictionaries(
     {
         "centered": st.booleans(),
