@@ -67,7 +67,7 @@ class SlowKfac:
             names = tuple(n for n in (f"{name}.weight", f"{name}.bias") if n in self.params)
             names = tuple(n for n in names if self.params[n].requires_grad)
             g = torch.stack([J[c][i] for c in range(C)], 1)
-            B = torch.einsum("nci,ncd,ndj->ij", g, D, g)
+            B = torch.einsum("nci,ncd,ndj->ij", g, D, g).contiguous()
             if names:
                 found[names] = (hs[i].mT @ hs[i], B, len(x))
         return Part(x, y, seed, factor, value, found)
