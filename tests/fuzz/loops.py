@@ -146,7 +146,7 @@ class Loop:
         self.skip()
         self.zero("opt")
         name, p = list(self.model.named_parameters())[which % len(list(self.model.parameters()))]
-        if frozen and self._trainable(self.model) == [p]:
+        if frozen and all(p is q for q in self._trainable(self.model)):
             return
         for model in (self.model, self.twin):
             model.get_parameter(name).requires_grad_(not frozen)

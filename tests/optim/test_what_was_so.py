@@ -248,7 +248,9 @@ class TestZeroedBeforeBackward:
     }
 
     @pytest.mark.parametrize("way", WAYS)
-    @pytest.mark.parametrize("options", [{}, {"lr": 0.05, "momentum": 0.9}, {"lr": 0.05, "momentum": 0.9, "damping": 0.1}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"lr": 0.05, "momentum": 0.9}, {"lr": 0.05, "momentum": 0.9, "damping": 0.1}]
+    )
     def test_between_loss_and_backward(self, options, way):
         models = [model_of(nn.Identity()) for _ in range(2)]
         for skips, model in zip((False, True), models, strict=True):
