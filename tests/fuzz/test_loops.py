@@ -9,8 +9,9 @@ import warnings
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loops import Loop
 from torch import nn
+
+from programs import Loop
 
 BY_HAND = os.environ.get("NATGRAD_PROGRAMS")
 LOSSES = [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum"), nn.MSELoss(), nn.MSELoss(reduction="sum")]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.cases import Cases, read_cases
+from natgrad.capture.cases import Cases
+from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
+from natgrad.capture.separation import SeparationCheck
 from natgrad.checks.parameters import Selection, select_parameters
 from natgrad.checks.values import check_count, check_dtype, check_function, check_generator, described
-from natgrad.distributed.gathering import apart, in_common
+from natgrad.distributed.gathering import apart, in_common, jointly
 from natgrad.distributed.placement import unwrapped
 from natgrad.losses import output_curvature
 
@@ -23,7 +26,8 @@ Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 class Problem:
     """A model, a loss and data: batch after batch as `(output, target)`, or as the cases of every layer.
 
-    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`. Of a model in
+    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`. With `reached` the cases are of
+    those layers alone that the output depends on, and there may be none. Of a model in
     `DistributedDataParallel` they are this rank's batches, of which there may be none.
     """
 
@@ -40,25 +44,32 @@ class Problem:
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        reached: bool = False,
     ):
+        self.reached = reached
         self.curvature = output_curvature(loss, kind)
         self.curvature.check_estimator(estimator)
         check_count("samples", samples)
         check_dtype(dtype)
+        if dtype is not None and torch.promote_types(dtype, torch.float32) != dtype:
+            raise ValueError(
+                f"dtype={dtype} is of too few digits to sum many batches in; expected torch.float32 or torch.float64"
+            )
         check_function("forward", forward, "of the model and a batch that returns (output, target)")
         self.model, self.world = unwrapped(model)
         self.kind, self.estimator, self.samples = kind, estimator, samples
         self.parameters = select_parameters(self.model, params)
         first = next(iter(self.parameters.values()))
-        self.dtype, self.device = dtype or first.dtype, first.device
+        self.dtype, self.device = dtype or torch.promote_types(first.dtype, torch.float32), first.device
         check_generator(generator, self.device)
         self.generator = in_common(self.world, generator, self.device)
         draws = estimator == "mc" or self.world.size == 1
         self._labels = apart(self.world, self.generator, self.device) if draws else None
+        self.separation = SeparationCheck()
         self._forward, self.progress = forward, progress and self.world.rank == 0
         lowered = torch.is_autocast_enabled(self.device.type)
         self._precision = torch.get_autocast_dtype(self.device.type) if lowered else None
-        if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+        if _is_one_batch(data, forward is not None):
             data = [data]
         if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
             raise ValueError(f"data is {described(data)}; expected an (input, target) pair or an iterable of them")
@@ -133,7 +144,7 @@ class Problem:
             with torch.compiler.set_stance("force_eager"), torch.enable_grad(), recorder:
                 output, target = self.run(self.model, batch)
             check_output(output)
-            if not output.requires_grad:
+            if not output.requires_grad and not self.reached:
                 raise ValueError(
                     "the output does not depend on any trainable parameter; expected a model that uses them"
                 )
@@ -142,35 +153,78 @@ class Problem:
     def cases(self) -> Iterator[Cases]:
         """The cases of every layer, batch after batch."""
         for recorder, output, target in self.recorded(self.parameters):
-            uses = recorder.check(output)
+            uses = recorder.check(output, reached=self.reached)
+            if self.reached and not uses:
+                continue
             for use in uses:
                 use.forget_output()
             mass = self.curvature.normalizer(output, target)
+            mode = tuple(module.training for module in self.model.modules())
             yield read_cases(
                 uses,
                 output,
-                self.columns(output, target),
+                partial(self.columns, output, target),
                 mass,
                 self.dtype,
+                separation=self.separation.of(uses, output, mode).whole(),
                 ignored=self.curvature.ignored(output, target),
                 sampled=self.estimator == "mc",
             )
+
+    def labels(self) -> torch.Generator:
+        """The source of random labels, from now on one that can be set back."""
+        if self._labels is None:
+            self._labels = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
+        return self._labels
+
+    def mass(self) -> Tensor:
+        """What a mean over all data, and all ranks, divides by."""
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        with jointly(self.world, "the losses' normalizers"), torch.no_grad():
+            for batch in self:
+                total += self.curvature.normalizer(*self.run(self.model, batch))
+        return self.world.sum(total, "the losses' normalizers")
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the objective is a mean over the data, by which the sums over cases are divided."""
+        return self.curvature.is_mean
 
     def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]:
         """The cases, `count` times over, with the same random labels each time. One batch alone is kept in memory."""
         if count == 1:
             yield from self.cases()
             return
-        if self._labels is None:
-            self._labels = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
-        state = self._labels.get_state()
+        labels = self.labels()
+        state = labels.get_state()
         single = isinstance(self._data, Sized) and len(self._data) == 1
         kept = [cases.kept() for cases in self.cases()] if single else None
         for i in range(count):
             if i:
                 between()
-                self._labels.set_state(state)
+                labels.set_state(state)
             yield from kept if kept is not None else self.cases()
+
+
+def _is_one_batch(data: Any, has_forward: bool) -> bool:
+    """Whether the data are one batch: a tuple of tensors, or two in a list where batches have to be pairs.
+
+    Raises:
+        ValueError: for a list of two tensors of which neither can be told, with a `forward`.
+    """
+    if not isinstance(data, (tuple, list)) or not data or not isinstance(data[0], Tensor):
+        return False
+    if isinstance(data, tuple):
+        return True
+    if len(data) != 2 or not isinstance(data[1], Tensor):
+        return False
+    if has_forward and (data[0].dtype, data[0].ndim) != (data[1].dtype, data[1].ndim):
+        raise ValueError(
+            f"data is a list of two tensors of different kinds, {data[0].dtype} of shape {tuple(data[0].shape)} and "
+            f"{data[1].dtype} of shape {tuple(data[1].shape)}; with forward= a list is one of batches and a tuple is "
+            "one batch: expected (a, b) for one, or batches of one kind"
+        )
+    return not has_forward
 
 
 @contextlib.contextmanager

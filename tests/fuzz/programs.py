@@ -6,10 +6,10 @@ import io
 from itertools import pairwise
 
 import torch
-from slow_kfac import SlowKfac
 from torch import nn
 
 import natgrad
+from slow_kfac import SlowKfac
 
 WIDTHS, EXAMPLES = (3, 4, 3, 2), 7
 TOLERANCE = 1e-7
