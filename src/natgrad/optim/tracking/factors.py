@@ -141,15 +141,15 @@ class Factors:
             remove()
         self._handles.clear()
 
-    def observe(self, scalar: Tensor, of: Observed) -> None:
-        """Notes from now on what autograd brings to a scalar."""
+    def observe(self, scalar: Tensor, of: Observed, times: float = 1.0) -> None:
+        """Notes from now on what autograd brings to a scalar, which is so many times what is observed."""
         me = weakref.ref(self)
 
         def hook(gradient: Tensor) -> None:
             factors = me()
             if factors is not None:
                 factors._tell(of)
-                of.passes.append((factors._run(), gradient.detach()))
+                of.passes.append((factors._run(), times * gradient.detach().reshape(())))
 
         scalar.register_hook(hook)
 
