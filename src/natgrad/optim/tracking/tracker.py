@@ -19,7 +19,7 @@ from natgrad.distributed.placement import placed_within, refuse_ranks
 from natgrad.distributed.whole import Whole
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Prediction, Term
-from natgrad.optim.tracking.factors import Factors, of_gradients
+from natgrad.optim.tracking.factors import Factors, Observed, of_gradients
 from natgrad.optim.tracking.forward import Forward, full_precision
 from natgrad.optim.tracking.meant import Meant
 from natgrad.optim.tracking.own import Found, OwnLoss
@@ -84,6 +84,7 @@ class Tracker:
         self.optimizer, self.parameters, self.terms = optimizer, parameters, dict(terms)
         self.place: Whole = parameters.place
         self.pending: list[Batch | Penalty] = []
+        self._zeroed = weakref.WeakSet[Batch | Penalty]()  # whose gradients were zeroed in this step
         self.joined = False  # once there is a torch.distributed.algorithms.Join
         self.first_mass: float | None = None  # of the first batch, on all ranks
         self._output, self._many_ranks = output, many_ranks
@@ -96,7 +97,7 @@ class Tracker:
         self.own = None if terms else OwnLoss(self.place.model, optimizer)
         if self.own is not None:
             self.watch.tell(self._see_own)
-        self.factors = Factors(parameters, sharded=self.place.shards is not None)
+        self.factors = Factors(parameters, sharded=self.place.shards is not None, starts=self._starts)
         self.factors.witnessed &= self.place.world.size == 1
 
     observer: Observer
@@ -359,10 +360,24 @@ class Tracker:
 
     def forget_arrived(self) -> None:
         """Forgets batches whose gradients are in those of the parameters, which are zeroed."""
-        self.pending[:] = [b for b in self.pending if not (b.arrived or self._is_used(b))]
+        gone = [b for b in self.pending if b.arrived or self._is_used(b)]
+        self.pending[:] = [b for b in self.pending if b not in gone]
+        self._zeroed.update(gone)
         for b in self.pending:
             b.outdated = b.seen
         self.factors.forget()
+
+    def _starts(self, of: Observed, first: bool) -> None:
+        """Autograd runs back from a loss. Gradients may have been zeroed since the loss was computed; and a loss whose
+        gradient was zeroed may come again."""
+        if first:
+            self._forget_gone()
+        if of in self._zeroed:
+            assert isinstance(of, (Batch, Penalty))
+            self._zeroed.discard(of)
+            of.passes.clear()
+            of.outdated = False
+            self.pending.append(of)
 
     def _is_used(self, part: Batch | Penalty) -> bool:
         """Whether gradients have arrived since a prediction was noted."""
@@ -380,6 +395,7 @@ class Tracker:
         """Forgets what the step was made of."""
         self.watch.buffers.end_step(accepted=accepted)
         self.pending.clear()
+        self._zeroed.clear()
         self.factors.forget()
         self.watch.end_step()
 
