@@ -17,6 +17,7 @@ from natgrad.curvature.moments import MAX_DIM, AffineMoments, DiagonalMoments, M
 from natgrad.distributed.reduction import summed
 from natgrad.distributed.world import World
 from natgrad.linalg import ColumnBlock, Diagonal, ExactBlock, Operator
+from natgrad.linalg.pieces import Piece
 from natgrad.linalg.space import Parts
 
 
@@ -184,10 +185,10 @@ class ExactStructure(Structure):
         scale = self._scale(is_mean)
         blocks: dict[Layer, Operator] = {}
         for layer, h in self._h.items():
-            g = _stacked(self._g[layer])
-            blocks[layer] = ExactBlock(_stacked(h), g, bias=bool(layer.bias), scale=scale)
+            pieces = [Piece(*case) for case in zip(h, self._g[layer], strict=True)]
+            blocks[layer] = ExactBlock.of(pieces, bias=bool(layer.bias), scale=scale)
         for layer, columns in self._columns.items():
-            blocks[layer] = ColumnBlock(_stacked(columns), self._shapes[layer], scale=scale)
+            blocks[layer] = ColumnBlock.of_batches(columns, self._shapes[layer], scale=scale)
         return blocks
 
 
@@ -226,15 +227,3 @@ def diagonal_squares(cases: Cases) -> dict[Layer, Parts]:
                 new = example_squares(h[layer], its_g, bias=layer.scale or layer.bias is not None)
                 accumulate(sums, layer, coordinates(new[0], layer) if layer.scale else new)
     return sums
-
-
-def _stacked(parts: list[Tensor]) -> Tensor:
-    """The batches' cases one after the other; fewer positions or columns than others have are filled with zeros,
-    which add nothing."""
-    sizes = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
-    padded = []
-    for p in parts:
-        filled = p.new_zeros(len(p), *sizes)
-        filled[tuple(slice(n) for n in p.shape)] = p
-        padded.append(p if p.shape == filled.shape else filled)
-    return torch.cat(padded)

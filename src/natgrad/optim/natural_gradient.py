@@ -235,7 +235,7 @@ class NaturalGradient(Adaptive):
         assert self._matrix is not None
         damping += decay.same(self._parameters)
         if isinstance(self._matrix, Joint):
-            form = self.solver or self._matrix.smaller_form()
+            form = self.solver or self._matrix.cheaper_form()
             self._inverse = self._matrix.inverse(damping, form=form)
         else:
             form = "cg"
