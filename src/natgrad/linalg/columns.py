@@ -39,7 +39,11 @@ class ColumnBlock(ExactBlock):
 
     @classmethod
     def of_batches(
-        cls, columns: Sequence[Float[Tensor, "n k p"]], shapes: tuple[tuple[int, ...], ...], *, scale: float | Tensor = 1.0
+        cls,
+        columns: Sequence[Float[Tensor, "_n _k p"]],
+        shapes: tuple[tuple[int, ...], ...],
+        *,
+        scale: float | Tensor = 1.0,
     ) -> ColumnBlock:
         """The block of several batches, each with its own number of columns."""
         return cls._of([written(S) for S in columns], shapes, scale)
@@ -69,7 +73,7 @@ class ColumnBlock(ExactBlock):
         return self.scale**0.5 * torch.cat([p.g.flatten(0, 2) for p in self.pieces]).mT
 
     def _diagonal(self) -> Parts:
-        return self.space.unflatten(self.scale * sum(p.g.square().sum((0, 1, 2)) for p in self.pieces))
+        return self.space.unflatten(self.scale * torch.stack([p.g.square().sum((0, 1, 2)) for p in self.pieces]).sum(0))
 
     def _scaled(self, factor: float) -> Operator:
         return super()._scaled(factor) if factor <= 0 else self._of(self.pieces, self.shapes, factor * self.scale)

@@ -100,7 +100,7 @@ class ExactBlock(Operator):
 
     def _outer(self, c: Float[Tensor, "*batch nk"]) -> Parts:
         """`S c`, without the scale."""
-        own = c.split([p.count for p in self.pieces], -1)
+        own = c.split([p.columns for p in self.pieces], -1)
         return summed(self._join(*p.outer(part)) for p, part in zip(self.pieces, own, strict=True))
 
     def _split(self, parts: Parts) -> tuple[Tensor | None, Tensor | None]:
@@ -119,7 +119,7 @@ class ExactBlock(Operator):
     @property
     def counts(self) -> tuple[int, ...]:
         """The number of columns of each batch."""
-        return tuple(p.count for p in self.pieces)
+        return tuple(p.columns for p in self.pieces)
 
     @property
     def rank_bound(self) -> int:
@@ -236,7 +236,8 @@ class ExactBlock(Operator):
     @property
     def bb(self) -> Dense:
         """`B = E[Σ g gᵀ]`: the block of the bias with itself, on `b`."""
-        return Dense(self.scale * sum(_square(p.g.sum(2).flatten(0, 1)) for p in self.pieces))
+        g = torch.cat([p.g.sum(2).flatten(0, 1) for p in self.pieces])
+        return Dense(self.scale * g.mT @ g)
 
     @property
     def Wb(self) -> CrossBlock:
@@ -342,7 +343,3 @@ class ExactPower(Operator):
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self.power(-0.5, damping)._matmul(parts)
-
-
-def _square(g: Float[Tensor, "n o"]) -> Float[Tensor, "o o"]:
-    return g.mT @ g

@@ -51,7 +51,7 @@ def costs(pieces: Sequence[Piece], bias: bool) -> tuple[float, float]:
     """The multiplications by pairs, and those by columns, for one half of the Gram matrix."""
     inputs = sum(p.h.shape[0] * p.h.shape[1] for p in pieces)
     gradients = sum(p.g.shape[:3].numel() for p in pieces)
-    columns = sum(p.count for p in pieces)
+    columns = sum(p.columns for p in pieces)
     x, o = pieces[0].h.shape[2] + bias, pieces[0].g.shape[3]
     return (inputs**2 * x + gradients**2 * (o + PAIR)) / 2, columns**2 * x * o / 2 + gradients * x * o
 
@@ -61,8 +61,8 @@ def add_by_columns(
 ) -> None:
     """From `S`, some of its rows at a time: those of as many outputs as fit."""
     if not pieces[0].h.shape[2]:  # a lone bias, or columns that are written out
-        S = [p.g.sum(2).flatten(0, 1) if p.g.shape[2] > 1 else p.g.reshape(p.count, -1) for p in pieces]
-        add_square(gram, S[0] if len(S) == 1 else torch.cat(S), scale)
+        sums = [p.g.sum(2).flatten(0, 1) if p.g.shape[2] > 1 else p.g.reshape(p.columns, -1) for p in pieces]
+        add_square(gram, sums[0] if len(sums) == 1 else torch.cat(sums), scale)
         return
     o, x, total = pieces[0].g.shape[3], pieces[0].h.shape[2] + bias, len(gram)
     width = min(WIDTH, memory // (total * gram.element_size()))
@@ -73,8 +73,8 @@ def add_by_columns(
         own = (outputs.stop - start) * x
         S, row = buffer[: total * own].view(total, own), 0
         for p in pieces:
-            p.written(outputs, bias, out=S[row : row + p.count])
-            row += p.count
+            p.written(outputs, bias, out=S[row : row + p.columns])
+            row += p.columns
         add_square(gram, S, scale)
 
 

@@ -23,7 +23,7 @@ class Piece(NamedTuple):
     g: Float[Tensor, "n k t o"]
 
     @property
-    def count(self) -> int:
+    def columns(self) -> int:
         """How many columns there are: `n k`."""
         return self.g.shape[0] * self.g.shape[1]
 
@@ -58,7 +58,7 @@ class Piece(NamedTuple):
         if t == 1:
             product = torch.mul(g.reshape(n, k * o, 1), x, out=out)
         else:
-            product = torch.bmm(g.mT.reshape(n, k * o, t), x, out=out)  # type: ignore[call-overload]
+            product = torch.bmm(g.mT.reshape(n, k * o, t), x, out=out)
         return product.view(n * k, o * x.shape[2])
 
     def part(self, examples: slice) -> Piece:
