@@ -5,6 +5,7 @@ from __future__ import annotations
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +15,21 @@ from natgrad.study.images import draw_curves, load_mnist
 from natgrad.study.networks import Transformer, make_autoencoder, make_convolutional, make_perceptron
 from natgrad.study.poisson import PoissonResidual, collocation_points, relative_error
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Any]
+Loss = Callable[[Tensor, Tensor], Tensor]
 WEIGHT_COST = 1e-5
 SUBSET = 2000
 """Examples that a figure of the training data is over."""
 
 
+def _mean(loss: Loss, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return loss(model(x), y)
+
+
 @dataclass(frozen=True)
 class Task:
-    """`loss(model(x), y) / share(x)` is what is differentiated. Less of `figure` is better; it is the first of what
-    `evaluate` returns."""
+    """`objective(loss, model, x, y) / share(x)` is what is differentiated. Less of `figure` is better; it is the first
+    of what `evaluate` returns."""
 
     name: str
     figure: str
@@ -42,8 +48,10 @@ class Task:
     """Of an autoencoder."""
     widths: tuple[int, ...] = ()
     """Of an autoencoder, from the image to the code."""
+    objective: Callable[[Loss, nn.Module, Any, Any], Tensor] = _mean
+    """From the loss, or what stands for it, the model and a batch: `loss(model(x), y)` where there is one forward."""
 
-    def share(self, x: Tensor) -> int:
+    def share(self, x: Any) -> int:
         """What the objective divides the loss by: the examples, where the loss is a sum."""
         return len(x) if getattr(self.loss, "reduction", "mean") == "sum" else 1
 
