@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+
+NOT_WHOLE = "natgrad's optimizer sees the model's forwards by hooks; compile without fullgraph=True"
 
 
 class Tap:
-    """A forward pre-hook and hook of a model that keep a recorder active during its forward.
+    """A forward pre-hook and hook of a model: `before(module, args, kwargs, compiled)` and
+    `after(module, args, kwargs, output, compiled)`. `compiled` says whether `torch.compile` has compiled the forward.
 
     A copied or pickled model does not carry it along: the copy's tap is inert.
     """
@@ -33,8 +37,16 @@ class Tap:
 class _Hook:
     def __init__(self, tap: Tap, moment: str):
         self.tap, self.moment = tap, moment
+        self._apart = torch.compiler.disable(self._run, reason=NOT_WHOLE)
 
     def __call__(self, *args: Any) -> None:
+        # While the compiler traces this line it is a constant; what is called next runs as it is.
+        self._apart(args, torch.compiler.is_dynamo_compiling())
+
+    def _run(self, args: tuple[Any, ...], compiled: bool) -> None:
         function = self.tap._before if self.moment == "before" else self.tap._after
         if function is not None:
-            function(*args)
+            function(*args, compiled)
+
+    def __reduce__(self) -> Any:
+        return _Hook, (Tap(), self.moment)
