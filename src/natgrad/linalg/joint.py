@@ -155,6 +155,10 @@ class DualInverse(Operator):
         within = self.matrix.outer(solved.reshape(c.shape))
         return tuple((p - q) / self.damping for p, q in zip(parts, within, strict=True))
 
+    def solve_columns(self, c: Float[Tensor, " nk"]) -> Parts:
+        """`(F + λI)⁻¹ S c = S (SᵀS + λI)⁻¹ c`, which loses no digits to `λ`."""
+        return self.matrix.outer(torch.cholesky_solve(c.unsqueeze(1), self._L).squeeze(1))
+
 
 class PrimalInverse(Operator):
     """`(F + λI)⁻¹` by the Cholesky factor of `F + λI` itself."""
@@ -168,6 +172,10 @@ class PrimalInverse(Operator):
         v = self.space.flatten(parts)
         solved = torch.cholesky_solve(v.reshape(-1, self.space.size).mT, self._L).mT
         return self.space.unflatten(solved.reshape(v.shape))
+
+    def solve_columns(self, c: Float[Tensor, " nk"]) -> Parts:
+        """`(F + λI)⁻¹ S c`."""
+        return self._matmul(self.matrix.outer(c))
 
 
 def _damped_cholesky(M: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d d"]:

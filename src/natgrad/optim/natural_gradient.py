@@ -9,13 +9,14 @@ from natgrad.checks.values import check_choice, check_count, check_within
 from natgrad.optim.optimizer import CurvatureOptimizer
 from natgrad.optim.parameter_groups import Groups, check_one_decay
 from natgrad.optim.preconditioner.exact import SOLVERS, ExactMatrix
-from natgrad.optim.rules.damping import DampingControl, LevenbergMarquardt
+from natgrad.optim.rules.damping import DampingControl, Eager
+from natgrad.optim.rules.projected import Projected
 from natgrad.optim.terms import Loss
 from natgrad.optim.tracking.returned import Way
 
 TOLERATED_RISE = 1e-3
 """A step after which the loss is higher by more than this share is taken back."""
-TRIES = 8
+TRIES = 12
 """How often a step is tried, with more damping each time."""
 
 
@@ -88,18 +89,20 @@ class NaturalGradient(CurvatureOptimizer):
         *,
         params: Groups = None,
         lr: float | None = None,
-        momentum: float | None = 0.0,
+        momentum: float | None = 0.8,
         damping: float | None = None,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         max_kl: float | None = None,
+        max_norm: float | None = None,
+        accelerate: bool = True,
         average: float | None = None,
         estimator: str = "exact",
         solver: str | None = None,
         max_size: int = 5000,
         tolerance: float | None = None,
         max_iterations: int = 250,
-        damping_decay: float = 0.2,
+        damping_decay: float = 0.3,
         output: Way | None = None,
         generator: torch.Generator | None = None,
     ):
@@ -142,8 +145,9 @@ class NaturalGradient(CurvatureOptimizer):
             max_iterations=max_iterations,
         )
         # Below eps · tr F the damping is lost in rounding.
-        rule = LevenbergMarquardt(damping_decay, eps * matrix.size())
-        self._assemble(matrix, DampingControl(damping, rule), TOLERATED_RISE, TRIES)
+        rule = Eager(damping_decay, eps * matrix.size())
+        projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
+        self._assemble(matrix, DampingControl(damping, rule), TOLERATED_RISE, TRIES, projected)
 
     def _check_groups(self) -> None:
         super()._check_groups()
