@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class Derivatives(NamedTuple):
-    """What a network `u` is at some points, and how it changes there."""
+@dataclass(frozen=True)
+class Derivatives:
+    """What a network `u` is at some points, and how it changes there.
+
+    Args:
+        value: `u`.
+        gradient: `∂u/∂x_i`.
+        laplacian: `Σ ∂²u/∂x_i²` over the coordinates that were asked for.
+
+    Example:
+        >>> import torch, natgrad
+        >>> u = natgrad.pde.derivatives(torch.nn.Linear(2, 1), torch.rand(5, 2))
+        >>> u.laplacian.abs().max().item()  # an affine function has none
+        0.0
+    """
 
     value: Float[Tensor, "n outputs"]
     gradient: Float[Tensor, "n d outputs"]
-    """`∂u/∂x_i`."""
     laplacian: Float[Tensor, "n outputs"]
-    """`Σ ∂²u/∂x_i²` over the coordinates that were asked for."""
 
 
 def derivatives(net: nn.Module, x: Tensor, over: Sequence[int] | None = None) -> Derivatives:

@@ -57,7 +57,9 @@ class Eager(LevenbergMarquardt):
     leave it in between for ever: in a curved valley `ρ` stays at 0.6, and the steps stay small.
     """
 
-    def adapt(self, damping: float, ratio: float, scale: float) -> float:
+    def adapt(self, damping: float, ratio: float, scale: float, share: float = 1.0) -> float:
+        if share < 0.7:
+            return super().adapt(damping, ratio, scale, share)
         if ratio > 0.5:
             return min(damping, max(damping * self.factor, self.floor * scale))
         return min(damping / self.factor, max(damping, CEILING * scale)) if ratio <= 0 else damping

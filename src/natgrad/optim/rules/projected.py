@@ -93,9 +93,12 @@ class Projected(StepRule):
         inner = None
         if predicts or not self.fixed or self.max_kl is not None:
             inner, model = self._model(stage, delta)
-            share = min(share, self._share_within(model.curvature), self._share_promised(stage, model))
+            # A step to the end of a bound says that the damping is too small; one that promises too much does not.
+            share = min(share, self._share_of_kl(stage, model))
+            self.share = share
+            share = min(share, self._share_promised(stage, model))
             change = model.shortened(share).change
-        if share < 1:
+        if share != 1:
             delta = {n: share * d for n, d in delta.items()}
         if inner is not None and self._may_bend(stage):
             delta = self._bent(stage, delta, share * inner, figures)
@@ -140,18 +143,34 @@ class Projected(StepRule):
         (square,) = self.parameters.total([dot(delta, delta)])
         return min(1.0, self.max_norm / math.sqrt(square)) if square > 0 else 1.0
 
+    def _share_of_kl(self, stage: Stage, model: Minimum) -> float:
+        """A share that keeps the bound on the divergence. It is the whole length where there is no loss to measure."""
+        if self.fixed or stage.objective.measurable:
+            return self._share_within(model.curvature)
+        if self.max_kl is None:
+            raise NotImplementedError(
+                "opt.predict gives the curvature of a distribution and no loss to choose a step size by; give the "
+                "optimizer max_kl=0.01, to whose bound the step goes then, or a number for lr"
+            )
+        if not (math.isfinite(model.curvature) and model.curvature > 0):
+            raise Rejection(NO_STEP)
+        return math.sqrt(self.max_kl / model.curvature)
+
     def _share_promised(self, stage: Stage, model: Minimum) -> float:
         """A share that does not promise more than the loss has."""
-        return model.share_that_promises(stage.loss) if stage.objective.nonnegative and stage.loss > 0 else 1.0
+        bounded = stage.objective.measurable and stage.objective.nonnegative and stage.loss > 0
+        return model.share_that_promises(stage.loss) if bounded else 1.0
 
     def _may_bend(self, stage: Stage) -> bool:
-        return self.accelerate and not self.fixed and stage.objective.runs_again and not stage.objective.penalties
+        objective = stage.objective
+        known = objective.measurable and objective.runs_again and not objective.penalties
+        return self.accelerate and not self.fixed and known
 
     def _bent(self, stage: Stage, delta: Vector, inner: Tensor, figures: Figures) -> Vector:
         """`δ + a`, with `a` shortened where it is large against `δ`."""
         moved = self.columns.inner_outputs(self._outputs_along(stage, delta))
-        bending = (moved - REACH * inner) * (2 / REACH**2)
-        a = {n: d for n, d in self.columns.solve_columns(bending).items() if n in delta}
+        second = (moved - REACH * inner) * (2 / REACH**2)
+        a = {n: d for n, d in self.columns.solve_columns(second).items() if n in delta}
         square, its = self.parameters.total(dots([(delta, delta), (a, a)]))
         if not (square > 0 and math.isfinite(its)):
             return delta
