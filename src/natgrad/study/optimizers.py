@@ -15,7 +15,7 @@ from torch import nn
 import natgrad
 from natgrad.cli.errors import UserError
 from natgrad.optim import averaging
-from natgrad.study.tasks import Batch, Task
+from natgrad.study.task import Batch, Task
 
 Setting = Mapping[str, Any]
 COMMON = ("batch", "weight_decay", "average")

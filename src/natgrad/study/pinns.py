@@ -28,7 +28,7 @@ from natgrad.study.equations import (
     SineProduct,
     SquareNorm,
 )
-from natgrad.study.tasks import Task
+from natgrad.study.task import Task
 
 Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Points inside and points with conditions; zero residuals and the conditions' values."""

@@ -16,7 +16,8 @@ from natgrad.study.measure import measure
 from natgrad.study.optimizers import OPTIMIZERS
 from natgrad.study.own_task import own_task
 from natgrad.study.spec import Job
-from natgrad.study.tasks import TASKS, Task
+from natgrad.study.task import Task
+from natgrad.study.tasks import TASKS
 from natgrad.study.training import Moment, moments
 
 Result = dict[str, Any]

@@ -16,7 +16,7 @@ from natgrad.study.reading import Table, near, parse, read_text, shown
 from natgrad.study.tasks import TASKS
 from natgrad.study.training import Budget
 
-SHIPPED = ("centering", "residual", "peers")
+SHIPPED = ("centering", "residual", "peers", "pinns", "pinns-long")
 Setting = dict[str, Any]
 
 
