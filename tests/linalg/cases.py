@@ -18,6 +18,7 @@ from natgrad.linalg import (
     Kronecker,
     KroneckerEigen,
     Layout,
+    LowRank,
     Operator,
     Rows,
     Space,
@@ -192,6 +193,15 @@ def scaled(d_out, d_in, seed):
     return Case(2.5 * case.op, 2.5 * case.dense, case.metric)
 
 
+def low_rank(d_out, d_in, seed):
+    """Half of the eigenvalues its own, the others all alike."""
+    size = d_out * d_in + d_out
+    U = torch.linalg.qr(randn(size, size, seed=seed))[0][:, : (size + 1) // 2]
+    e = positive(U.shape[1], seed + 1)
+    dense = (U * e) @ U.mT + 0.7 * (eye(size) - U @ U.mT)
+    return Case(LowRank(U, e, 0.7, Space(((d_out, d_in), (d_out,)))), dense, eye(size))
+
+
 CASES = [
     kronecker,
     centered,
@@ -210,8 +220,9 @@ CASES = [
     columns,
     kernel,
     scaled,
+    low_rank,
 ]
 # Their damping multiplies the identity.
-UNIT_METRIC = [kronecker, homogeneous_, dense, diagonal, wide_input, corrected, exact, columns, kernel, scaled]
+UNIT_METRIC = [kronecker, homogeneous_, dense, diagonal, wide_input, corrected, exact, columns, kernel, scaled, low_rank]
 # Undamped they have no power of their structure but the inverse.
 INVERSE_ALONE = [corrected_centered, coordinates]

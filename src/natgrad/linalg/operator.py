@@ -164,10 +164,50 @@ class Operator(ABC):
         products = zip(parts, self._matmul(parts), strict=True)
         return torch.stack([(a * b).reshape(*lead, -1).sum(-1) for a, b in products]).sum(0)
 
-    def solve(self, v: Any, damping: float = 0.0, *, damping_style: str = "exact") -> Any:
-        """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`."""
-        self._read(v, f"{self._label()}.solve(v)")
-        return self.inverse(damping, damping_style=damping_style) @ v
+    def solve(
+        self,
+        v: Any,
+        damping: float = 0.0,
+        *,
+        damping_style: str = "exact",
+        preconditioner: Operator | None = None,
+        x0: Any = None,
+        tol: float | None = None,
+        max_iter: int | None = None,
+    ) -> Any:
+        """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`.
+
+        With any of the last four arguments the solution is by conjugate gradients, which take products alone. Without
+        them it is what the structure has: for implicit matrices conjugate gradients, too, else an exact inverse.
+
+        Args:
+            v: a vector, or several along leading axes.
+            damping: `λ`.
+            damping_style: as for `inverse`.
+            preconditioner: a cheaper matrix `K` of the same parameters, such as K-FAC's, a `Diagonal` or what
+                `natgrad.linalg.nystrom` gives. The closer it is to this matrix, the fewer products there are.
+            x0: where the iterations start, in the form of `v`. None: zero.
+            tol: the relative residual `‖(M + λI) x − v‖ / ‖v‖` at which to stop. None: `eps^¾`.
+            max_iter: the most products. None: ten times the size.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite, or the preconditioner is of other parameters.
+            RuntimeError: if conjugate gradients do not come to `tol`.
+        """
+        parts, join = self._read(v, f"{self._label()}.solve(v)")
+        if preconditioner is None and x0 is None and tol is None and max_iter is None:
+            return self.inverse(damping, damping_style=damping_style) @ v
+        from natgrad.linalg.krylov import iterative_solve
+
+        check_damping(damping, damping_style)
+        if damping_style != "exact":
+            raise TypeError(
+                f"conjugate gradients solve with M + λI itself, not with damping_style={damping_style!r}; leave it out"
+            )
+        start = None if x0 is None else self._read(x0, f"{self._label()}.solve(x0=)")[0]
+        return join(
+            iterative_solve(self, parts, damping, preconditioner=preconditioner, x0=start, tol=tol, max_iter=max_iter)
+        )
 
     def diagonal(self) -> Any:
         """The diagonal, as a vector: a tensor, a tuple or a dict, as the operator's vectors are."""
