@@ -9,6 +9,8 @@ below 1 it is singular without damping. Counts do not depend on the machine.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,7 @@ class Residual(nn.Module):
 
 def tanh_network(*widths: int) -> nn.Module:
     layers: list[nn.Module] = []
-    for i, o in zip(widths, widths[1:], strict=False):
+    for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), nn.Tanh()]
     return nn.Sequential(*layers[:-1]).double()
 

@@ -223,6 +223,18 @@ CASES = [
     low_rank,
 ]
 # Their damping multiplies the identity.
-UNIT_METRIC = [kronecker, homogeneous_, dense, diagonal, wide_input, corrected, exact, columns, kernel, scaled, low_rank]
+UNIT_METRIC = [
+    kronecker,
+    homogeneous_,
+    dense,
+    diagonal,
+    wide_input,
+    corrected,
+    exact,
+    columns,
+    kernel,
+    scaled,
+    low_rank,
+]
 # Undamped they have no power of their structure but the inverse.
 INVERSE_ALONE = [corrected_centered, coordinates]

@@ -153,7 +153,7 @@ class NaturalGradient(CurvatureOptimizer):
             max_iterations=max_iterations,
         )
         # Below eps · tr F the damping is lost in rounding.
-        rule = Eager(damping_decay, eps * matrix.size())
+        rule = Eager(damping_decay, eps * min(matrix.size(), max_size))
         projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
         self._assemble(matrix, DampingControl(damping, rule), TOLERATED_RISE, TRIES, projected)
 

@@ -171,12 +171,13 @@ class ExactMatrix(Preconditioner):
         return {n: d.to(self.parameters[n].dtype) for n, d in zip(names, solved, strict=True)}
 
     def scale(self) -> float:
+        """The mean of the eigenvalues that can differ from zero: as many as there are columns, or rows."""
         assert self._matrix is not None
         if isinstance(self._matrix, Joint):
             trace = self._matrix.trace()
         else:
             trace = self._matrix.estimate_trace(2, self.labels.generator).value
-        return float(trace) / self._matrix.space.size
+        return float(trace) / max(1, min(self._matrix.space.size, self._columns))
 
     def end_step(self) -> None:
         self._matrix = self._inverse = self._objective = None  # they hold the batches
