@@ -143,6 +143,19 @@ def test_outputs_without_a_loss_go_to_the_bound_or_say_so():
         opt.step()
 
 
+def test_a_step_that_was_rejected_is_tried_again_without_momentum():
+    model = net(D, 5, 2)
+    opt = natgrad.NaturalGradient(model, LOSS, accelerate=False)
+    step(opt, model)
+    for p in model.parameters():  # the step before now points uphill, and far
+        opt.state[p]["delta"] = 100 * torch.autograd.grad(LOSS(model(X), Y), p)[0]
+    loss = LOSS(model(X), Y).item()
+    step(opt, model)
+    assert opt.diagnostics["momentum"] == 0.0
+    assert opt.diagnostics["tries"] > 1
+    assert LOSS(model(X), Y).item() < loss
+
+
 def test_resumes_with_momentum_and_acceleration():
     model = net(D, 5, 2)
     opt = natgrad.NaturalGradient(model, LOSS)

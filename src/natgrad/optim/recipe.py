@@ -122,6 +122,7 @@ class Recipe:
             except Rejection:
                 if tries == self.tries or not self.damping.adaptive:
                     raise
+                stage.retried = True
                 self.damping.raise_(tries, self.preconditioner.scale())
 
     def _look_at_loss(self, stage: Stage) -> None:

@@ -45,7 +45,8 @@ class Projected(StepRule):
     """`θ ← θ + δ + a` with `δ = −α Δ`, the direction `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)`, and the acceleration `a`.
 
     `Δ₋` is the direction before: `−Δ` minimizes `∇ᵀd + ½ dᵀFd + ½ λ ‖d + μ Δ₋‖²`. So what the last batch said of
-    directions that this one says nothing about is kept, and the rest is projected away.
+    directions that this one says nothing about is kept, and the rest is projected away. As `λ` rises the direction comes
+    to `μ Δ₋` and not to zero: where a step was rejected, it is tried again without momentum.
 
     The outputs bend along the step, by `f'' = d²f(θ + t δ)/dt²`. The acceleration `a = −½ (F + λI)⁻¹ Jᵀ D f''` takes
     that back to second order. It costs one forward and one solve, and is taken where the step size is adapted and the
@@ -80,12 +81,13 @@ class Projected(StepRule):
         return all(group["lr"] is not None for group in self.parameters.groups)
 
     def propose(self, stage: Stage, damping: float, figures: Figures, *, predicts: bool, joint: bool) -> Proposal:
-        direction = self.directions.apply(self._pulled(stage.gradient, damping))
+        past = {} if stage.retried else self._past(stage.gradient)
+        direction = self.directions.apply(self._pulled(stage.gradient, past, damping))
         direction = {n: d for n, d in direction.items() if n in stage.gradient}
         if not self.parameters.finite(direction):
             raise Rejection(NO_STEP)
         groups = self.parameters.by_group(direction)
-        figures["momentum"] = groups[0][0]["momentum"] if self._past(direction) else 0.0
+        figures["momentum"] = groups[0][0]["momentum"] if past else 0.0
         free = self._length(stage, direction, damping)
         lengths = [free if group["lr"] is None else group["lr"] for group, _ in groups]
         delta = {n: -length * direction[n] for (_, own), length in zip(groups, lengths, strict=True) for n in own}
@@ -112,9 +114,9 @@ class Projected(StepRule):
         past = {n: s["delta"] for n, s in states.items() if "delta" in s}
         return past if len(past) == len(states) else {}
 
-    def _pulled(self, g: Vector, damping: float) -> Vector:
+    def _pulled(self, g: Vector, past: Vector, damping: float) -> Vector:
         """`∇ + λ μ Δ₋`, with `Δ₋ = −δ₋ / α`."""
-        past, pulled = self._past(g), dict(g)
+        pulled = dict(g)
         for group, own in self.parameters.by_group(past):
             length = 1.0 if group["lr"] is None else group["lr"]
             if group["momentum"] and length:

@@ -14,12 +14,16 @@ from natgrad.optim.vectors import Vector
 
 @dataclass
 class Stage:
-    """The objective, its gradient per unit of the objective, its value with weight decay in it, and that decay."""
+    """The objective, its gradient per unit of the objective, its value with weight decay in it, and that decay.
+
+    `retried`: whether a step from here was rejected, and is tried again with more damping.
+    """
 
     objective: Objective
     gradient: Vector
     decay: Decay
     loss: float
+    retried: bool = False
 
 
 class Rejection(Exception):
