@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, read_cases
+from natgrad.capture.cases import Cases
+from natgrad.capture.order import Grouping
+from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
+from natgrad.capture.separation import SeparationCheck
 from natgrad.capture.use import Use
 from natgrad.linalg import Operator
 from natgrad.linalg.joint import DualInverse, Joint, PrimalInverse
@@ -29,11 +33,19 @@ SOLVERS = ("dual", "primal", "cg")
 
 @dataclass(frozen=True)
 class Taken:
-    """What is taken of a batch: its cases, the columns of its outputs that they are of, and the outputs."""
+    """What is taken of a batch: its cases, the columns of its outputs, the outputs, and which of their rows make up a
+    case."""
 
     cases: Cases
     columns: list[Tensor]
     output: Tensor
+    grouping: Grouping
+
+    def inner(self, output: Tensor) -> Tensor:
+        """`Lᵀ (f − f₀)`, case by case and column by column as in `S`."""
+        f = (output - self.output).double()
+        parts = [part for column in self.columns for part in self.grouping.parts(column)]
+        return torch.stack([self.grouping.of(part * f).flatten(1).sum(1) for part in parts], 1).flatten()
 
 
 class ExactMatrix(Preconditioner):
@@ -59,6 +71,7 @@ class ExactMatrix(Preconditioner):
         self.labels, self.estimator, self.solver = labels, estimator, solver
         self.max_size, self.tolerance, self.max_iterations = max_size, tolerance, max_iterations
         self.runs_again = solver in (None, "cg")
+        self._separation = SeparationCheck()
         self._matrix: Joint | ByProducts | None = None
         self._inverse: Operator | None = None
         self._objective: Objective | None = None
@@ -97,14 +110,29 @@ class ExactMatrix(Preconditioner):
         self._columns += output.numel() if self.estimator == "exact" else len(output)
         if not takes:
             return
-        source = self.labels.generator
-        L = batch.term.curvature.columns(output, batch.target, self.estimator, generator=source)
+        separation = self._separation.of(uses, output, batch.forward.mode).in_common()
+        taken: list[Tensor] = []
+
+        def columns() -> Iterable[Tensor]:
+            source = self.labels.generator
+            L = batch.term.curvature.columns(output, batch.target, self.estimator, generator=source)
+            taken[:] = [column.detach() for column in L]
+            return taken
+
         # The matrix squares the condition of J: float64, whatever the parameters are.
-        columns = [column.detach() for column in L]
-        cases = read_cases(uses, output, columns, batch.mass, torch.float64, sampled=self.estimator == "mc").kept()
+        cases = read_cases(
+            uses,
+            output,
+            columns,
+            batch.mass,
+            torch.float64,
+            separation=separation,
+            sampled=self.estimator == "mc",
+        ).kept()
         if not all(torch.isfinite(g.sum()) for column in cases.columns for uses in column.values() for g in uses):
             batch.fault = "the curvature is not finite"
-        batch.statistics = Taken(cases, columns, output.detach())
+        grouping = separation.groupings[0] if separation.groupings else Grouping(len(output))
+        batch.statistics = Taken(cases, taken, output.detach(), grouping)
 
     # The step ------------------------------------------------------------------------------------------
 
@@ -159,9 +187,7 @@ class ExactMatrix(Preconditioner):
         assert self._objective is not None
         inner = []
         for share, batch, output in zip(self._objective.shares, self._objective.batches, outputs, strict=True):
-            taken: Taken = batch.statistics
-            f = (output - taken.output).double()
-            inner += [share**0.5 * torch.stack([(L * f).flatten(1).sum(1) for L in taken.columns], 1).flatten()]
+            inner.append(share**0.5 * batch.statistics.inner(output))
         return torch.cat(inner)
 
     def solve_columns(self, c: Tensor) -> Vector:

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, Rows
 from natgrad.curvature.blocks import assemble
-from natgrad.curvature.structures import ExactStructure
+from natgrad.curvature.exact import ExactStructure
 from natgrad.linalg.gram import MEMORY
 from natgrad.linalg.joint import Joint
 from natgrad.linalg.layout import PLAIN
@@ -36,6 +37,7 @@ def from_cases(
     """
     parts = _parts(every, parameters)
     _check_covered(parts, parameters)
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
     structure = ExactStructure()
     for share, cases in zip(shares, every, strict=True):
         if share < 0:
@@ -43,7 +45,7 @@ def from_cases(
                 f"a batch counts {share:.3g} times in the objective: the Fisher matrix of a loss with a negative "
                 "factor is not positive semidefinite; expected positive factors"
             )
-        structure.add(_weighted(cases, share**0.5, parts))
+        structure.add(replace(_weighted(cases, share**0.5, parts), shapes=shapes))
     return Joint(assemble(structure.build(is_mean=False), parameters), memory)
 
 
@@ -88,11 +90,12 @@ def _check_covered(parts: Mapping[Layer, Form], parameters: Mapping[str, Tensor]
 def _weighted(cases: Cases, factor: float, parts: Mapping[Layer, Form]) -> Cases:
     """The cases of the parts, with `factor` times the gradients; zeros where a part was not used."""
     scaled = [{layer: [factor * g for g in column[layer]] for layer in column} for column in cases.columns]
+    number = next(iter(cases.h.values()))[0].shape[0]  # of cases, the same in all layers
     h: dict[Layer, list[Inputs]] = {}
     g: list[dict[Layer, list[Tensor]]] = [{} for _ in scaled]
     for part, (template, width) in parts.items():
         layer = next((layer for layer in cases.h if _has(layer, part)), None)
-        uses = [template.blank(cases.examples)] if layer is None else cases.h[layer]
+        uses = [template.blank(number)] if layer is None else cases.h[layer]
         h[part] = uses if part.weight else [Rows(cases.mass.new_zeros(*use.shape[:2], 0)) for use in uses]
         for its, column in zip(g, scaled, strict=True):
             if layer is None:

@@ -45,8 +45,8 @@ class Projected(StepRule):
     """`θ ← θ + δ + a` with `δ = −α Δ`, the direction `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)`, and the acceleration `a`.
 
     `Δ₋` is the direction before: `−Δ` minimizes `∇ᵀd + ½ dᵀFd + ½ λ ‖d + μ Δ₋‖²`. So what the last batch said of
-    directions that this one says nothing about is kept, and the rest is projected away. As `λ` rises the direction comes
-    to `μ Δ₋` and not to zero: where a step was rejected, it is tried again without momentum.
+    directions that this one says nothing about is kept, and the rest is projected away. As `λ` rises the direction
+    comes to `μ Δ₋` and not to zero: where a step was rejected, it is tried again without momentum.
 
     The outputs bend along the step, by `f'' = d²f(θ + t δ)/dt²`. The acceleration `a = −½ (F + λI)⁻¹ Jᵀ D f''` takes
     that back to second order. It costs one forward and one solve, and is taken where the step size is adapted and the
