@@ -10,7 +10,8 @@ from torch import Tensor
 
 from natgrad.checks.values import check_count, check_within, described
 from natgrad.linalg.diagonal import Diagonal
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.later import later
+from natgrad.linalg.operator import Operator, check_damping, check_operator
 from natgrad.linalg.space import Parts
 
 Product = Callable[[Tensor], Tensor]
@@ -107,6 +108,7 @@ class IterativeInverse(Operator):
         max_iter: int | None = None,
         preconditioner: Operator | None = None,
     ):
+        check_operator("IterativeInverse", "matrix", matrix)
         check_damping(damping)
         check_within("tol", tol, "(0, 1)", optional=True)
         if max_iter is not None:
@@ -189,6 +191,7 @@ def check_preconditioner(matrix: Operator, preconditioner: Any) -> None:
         )
 
 
+@later
 def iterative_solve(
     matrix: Operator,
     parts: Parts,
@@ -200,11 +203,6 @@ def iterative_solve(
     max_iter: int | None,
 ) -> Parts:
     """`(M + λI)⁻¹ v` by conjugate gradients, with `(K + λI)⁻¹` of the preconditioner `K`."""
-    if not matrix.damps_parameters:
-        raise TypeError(
-            f"{matrix._label()} damps other coordinates than the parameters', which conjugate gradients do not see; "
-            "its solve is exact: leave out preconditioner, x0, tol and max_iter"
-        )
     if preconditioner is not None:
         check_preconditioner(matrix, preconditioner)
         preconditioner = preconditioner.inverse(damping)
