@@ -1,4 +1,5 @@
-"""How many products conjugate gradients take with no preconditioner, Jacobi's, a randomized Nyström's and K-FAC.
+"""How many products conjugate gradients take with no preconditioner, Jacobi's, a randomized Nyström's, K-FAC, and the
+exact blocks of the layers.
 
 python -m benchmarks.preconditioned
 
@@ -93,20 +94,26 @@ def counts(F: Operator, v: Tensor, damping: float, preconditioners: dict[str, Op
 
 def main() -> None:
     print(f"products to a relative residual of {TOLERANCE:g}; Nyström of rank {RANK}; seed {SEED}; {machine()}\n")
-    print(f"{'matrix':14}{'P':>6}{'N K / P':>9}{'damping':>10}{'none':>7}{'Jacobi':>8}{'Nyström':>9}{'K-FAC':>7}")
+    print(
+        f"{'matrix':14}{'P':>6}{'N K / P':>9}{'damping':>10}{'none':>7}{'Jacobi':>8}{'Nyström':>9}{'K-FAC':>7}{'blocks':>8}"
+    )
     for name, (model, loss, (x, y)) in problems().items():
         train(model, loss, x, y)
         G = natgrad.gauss_newton(model, loss, (x, y), structure="dense")
         F = Dense(G.to_dense())
-        K = Dense(natgrad.gauss_newton(model, loss, (x, y), structure="kfac").to_dense())
+        K, blocks = (
+            Dense(natgrad.gauss_newton(model, loss, (x, y), structure=structure).to_dense())
+            for structure in ("kfac", "block")
+        )
         gradient = torch.cat([p.flatten() for p in torch.autograd.grad(loss(model(x), y), list(model.parameters()))])
         size, mean = F.space.size, float(F.trace()) / F.space.size
         generator = torch.Generator().manual_seed(SEED)
-        preconditioners = {"Jacobi": Diagonal((F.diagonal(),)), "Nyström": nystrom(F, RANK, generator), "K-FAC": K}
+        jacobi, sketch = Diagonal((F.diagonal(),)), nystrom(F, RANK, generator)
+        preconditioners = {"Jacobi": jacobi, "Nyström": sketch, "K-FAC": K, "blocks": blocks}
         columns = model(x).numel() / size
         for relative in DAMPINGS:
             its = counts(F, gradient, relative * mean, preconditioners)
-            numbers = f"{its['none']:7}{its['Jacobi']:8}{its['Nyström']:9}{its['K-FAC']:7}"
+            numbers = f"{its['none']:7}{its['Jacobi']:8}{its['Nyström']:9}{its['K-FAC']:7}{its['blocks']:8}"
             print(f"{name:14}{size:6}{columns:9.1f}{relative:10g}{numbers}")
 
 
