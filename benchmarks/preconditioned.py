@@ -94,9 +94,8 @@ def counts(F: Operator, v: Tensor, damping: float, preconditioners: dict[str, Op
 
 def main() -> None:
     print(f"products to a relative residual of {TOLERANCE:g}; Nyström of rank {RANK}; seed {SEED}; {machine()}\n")
-    print(
-        f"{'matrix':14}{'P':>6}{'N K / P':>9}{'damping':>10}{'none':>7}{'Jacobi':>8}{'Nyström':>9}{'K-FAC':>7}{'blocks':>8}"
-    )
+    kinds = f"{'none':>7}{'Jacobi':>8}{'Nyström':>9}{'K-FAC':>7}{'blocks':>8}"
+    print(f"{'matrix':14}{'P':>6}{'N K / P':>9}{'damping':>10}{kinds}")
     for name, (model, loss, (x, y)) in problems().items():
         train(model, loss, x, y)
         G = natgrad.gauss_newton(model, loss, (x, y), structure="dense")
