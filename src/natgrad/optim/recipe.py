@@ -124,7 +124,7 @@ class Recipe:
             except Rejection:
                 if tries == self.tries or not self.damping.adaptive:
                     raise
-                stage.retried = True
+                stage.rejected = tries
                 self.damping.raise_(tries, self.preconditioner.scale())
 
     def _look_at_loss(self, stage: Stage) -> None:

@@ -19,6 +19,8 @@ from natgrad.optim.whole import uninterrupted
 
 REACH = 0.1
 """The share of a step after which its bending is measured."""
+KEPT = 3
+"""After so many rejections a step is tried without momentum."""
 BENT = 0.75
 """The largest `2 ‖a‖ / ‖δ‖`: a longer acceleration is shortened, as there the expansion to second order fails."""
 
@@ -46,7 +48,7 @@ class Projected(StepRule):
 
     `Δ₋` is the direction before: `−Δ` minimizes `∇ᵀd + ½ dᵀFd + ½ λ ‖d + μ Δ₋‖²`. So what the last batch said of
     directions that this one says nothing about is kept, and the rest is projected away. As `λ` rises the direction
-    comes to `μ Δ₋` and not to zero: where a step was rejected, it is tried again without momentum.
+    comes to `μ Δ₋` and not to zero. So momentum is left out where steps were rejected `KEPT` times.
 
     The outputs bend along the step, by `f'' = d²f(θ + t δ)/dt²`. The acceleration `a = −½ (F + λI)⁻¹ Jᵀ D f''` takes
     that back to second order. It costs one forward and one solve, and is taken where the step size is adapted and the
@@ -81,7 +83,7 @@ class Projected(StepRule):
         return all(group["lr"] is not None for group in self.parameters.groups)
 
     def propose(self, stage: Stage, damping: float, figures: Figures, *, predicts: bool, joint: bool) -> Proposal:
-        past = {} if stage.retried else self._past(stage.gradient)
+        past = self._past(stage.gradient) if stage.rejected < KEPT else {}
         direction = self.directions.apply(self._pulled(stage.gradient, past, damping))
         direction = {n: d for n, d in direction.items() if n in stage.gradient}
         if not self.parameters.finite(direction):

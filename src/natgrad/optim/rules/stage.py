@@ -16,14 +16,14 @@ from natgrad.optim.vectors import Vector
 class Stage:
     """The objective, its gradient per unit of the objective, its value with weight decay in it, and that decay.
 
-    `retried`: whether a step from here was rejected, and is tried again with more damping.
+    `rejected`: how many steps from here were rejected, and tried again with more damping.
     """
 
     objective: Objective
     gradient: Vector
     decay: Decay
     loss: float
-    retried: bool = False
+    rejected: int = 0
 
 
 class Rejection(Exception):
