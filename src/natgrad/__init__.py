@@ -1,6 +1,6 @@
 """Fisher and Gauss-Newton matrices of PyTorch models, and the optimizers that follow from them."""
 
-from natgrad import linalg, losses
+from natgrad import linalg, losses, pde
 from natgrad.curvature.matrices import fisher, gauss_newton, hessian
 from natgrad.curvature.residual import residual
 from natgrad.linalg import load
@@ -19,6 +19,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "losses",
+    "pde",
     "residual",
 ]
 

@@ -63,8 +63,18 @@ def test_shipped_specs_are_good(name):
         pytest.importorskip("pytorch_optimizer")
     spec = load_spec(name)
     assert spec.name == name
-    assert len(spec.optimizers) > 1
-    assert spec.in_seconds == (name == "peers")
+    assert len(spec.optimizers) > (name != "pinns")
+    assert spec.in_seconds == (name in ("peers", "pinns", "pinns-long"))
+
+
+def test_the_clock_of_the_processor():
+    spec = read(GOOD + '\nclock = "cpu"' if "[" not in GOOD else 'clock = "cpu"\n' + GOOD)
+    plain = read(GOOD)
+    job, its = (s.job(s.tasks[0], s.optimizers[0], {}, 3) for s in (spec, plain))
+    assert (job.what()["clock"], its.clock) == ("cpu", "wall")
+    assert "clock" not in its.what()
+    with pytest.raises(UserError, match="'wall' or 'cpu'"):
+        read('clock = "sun"\n' + GOOD)
 
 
 def test_what_a_run_depends_on():

@@ -73,7 +73,9 @@ def inspect(
 def study(
     spec: Annotated[
         str,
-        typer.Argument(metavar="SPEC", help="A TOML file, or one of natgrad's own: centering, residual or peers."),
+        typer.Argument(
+            metavar="SPEC", help="A TOML file, or one of natgrad's own: centering, residual, peers, pinns, pinns-long."
+        ),
     ],
     out: Annotated[
         Path | None,

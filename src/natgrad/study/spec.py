@@ -16,9 +16,9 @@ from natgrad.study.optimizers import OPTIMIZERS, Kind, check
 from natgrad.study.own_task import digest
 from natgrad.study.reading import Table, near, parse, read_text, shown
 from natgrad.study.tasks import TASKS
-from natgrad.study.training import Budget
+from natgrad.study.training import CLOCKS, Budget
 
-SHIPPED = ("centering", "residual", "peers")
+SHIPPED = ("centering", "residual", "peers", "pinns", "pinns-long")
 Setting = dict[str, Any]
 
 
@@ -66,6 +66,7 @@ class Job:
     evaluations: int
     threads: int
     measure: Measure
+    clock: str = "wall"
 
     @property
     def label(self) -> str:
@@ -88,6 +89,7 @@ class Job:
             "evaluations": self.evaluations,
             "threads": self.threads,
             "measure": measured,
+            **({} if self.clock == "wall" else {"clock": self.clock}),
             **own,
         }
 
@@ -106,9 +108,11 @@ class Spec:
     evaluations: int
     threads: int
     measure: Measure
+    clock: str = "wall"
 
     def job(self, task: TaskEntry, optimizer: OptimizerEntry, setting: Setting, seed: int) -> Job:
-        return Job(task, optimizer.name, optimizer.use, setting, seed, self.evaluations, self.threads, self.measure)
+        how = self.evaluations, self.threads, self.measure, self.clock
+        return Job(task, optimizer.name, optimizer.use, setting, seed, *how)
 
     @property
     def in_seconds(self) -> bool:
@@ -159,6 +163,9 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     budget = _budget(top)
     evaluations = top.whole("evaluations", 40, 2)
     threads = top.whole("threads", 1)
+    clock = top.text("clock", "wall")
+    if clock not in CLOCKS:
+        raise top.fail("clock", shown(clock), " or ".join(map(repr, CLOCKS)), near(clock, CLOCKS))
     batch = top.whole("batch", None)
     measure = _measure(top.table("measure"))
     tasks = _tasks(top, budget, batch)
@@ -171,7 +178,7 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     for task in tasks:
         if not any(o.settings.get(task.name) for o in optimizers):
             raise top.fail(f"tasks.{task.name}", "a task that no optimizer runs on", "at least one", "leave it out.")
-    return Spec(name, title, text, tasks, optimizers, seeds, baseline, evaluations, threads, measure)
+    return Spec(name, title, text, tasks, optimizers, seeds, baseline, evaluations, threads, measure, clock)
 
 
 def _seeds(top: Table) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 B = TypeVar("B")
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""What seconds are: those that pass, or those that the process has a processor, summed over its threads."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def moments(
     budget: Budget,
     evaluations: int,
     stopped: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Moment]:
     """Takes steps until the budget is spent or `stopped()`; yields before the first and after each.
 
@@ -65,7 +68,7 @@ def moments(
         if last:
             return
         batch = next(batches)
-        start = time.perf_counter()
+        start = clock()
         take_step(batch)
-        seconds += time.perf_counter() - start
+        seconds += clock() - start
         step += 1
