@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -27,8 +27,9 @@ class Watch:
     While `recording`, the uses of the parameters in it are kept too. Forwards of the model inside of its own
     forward belong to the outermost. A forward in evaluation puts an end to what is kept, but where it is to be kept
     `beyond_evaluation`. A `wrapper` whose forward is the model's may return it in other tensors. `within`, a method, is
-    called in a forward that is part of that of a `DistributedDataParallel`. Nothing keeps the optimizer alive, and a
-    copy of the model is not watched.
+    called in a forward that is part of that of a `DistributedDataParallel`. `finished`, a method, is given every
+    forward at its end, and nothing is kept for later. `also` are modules whose forwards count as the model's, where
+    these are called by themselves. Nothing keeps the optimizer alive, and a copy of the model is not watched.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class Watch:
         beyond_evaluation: bool = False,
         wrapper: nn.Module | None = None,
         within: Callable[[DistributedDataParallel], None] | None = None,
+        finished: Callable[[Forward], None] | None = None,
+        also: Sequence[nn.Module] = (),
     ):
         self.recording, self._beyond_evaluation = True, beyond_evaluation
         self._model, self._parameters = weakref.ref(model), dict(parameters)
@@ -49,19 +52,22 @@ class Watch:
         self._outermost: FrameType | None = None
         self._suspended = False
         self._within = None if within is None else weakref.WeakMethod(within)
+        self._finished = None if finished is None else weakref.WeakMethod(finished)
+        self._watched = weakref.WeakSet((model, *also))
         me = weakref.ref(self)
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             watch = me()
-            if watch is not None and module is watch._model():
+            if watch is not None and module in watch._watched:
                 watch._before(args, kwargs)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             watch = me()
-            if watch is not None and module is watch._model():
+            if watch is not None and module in watch._watched:
                 watch._after(output)
 
-        self._handles = [weakref.finalize(self, handle.remove) for handle in Tap(before, after).attach(model)]
+        handles = [handle for module in (model, *also) for handle in Tap(before, after).attach(module)]
+        self._handles = [weakref.finalize(self, handle.remove) for handle in handles]
         if wrapper is not None:
             self.see_wrapper(wrapper)
 
@@ -166,6 +172,9 @@ class Watch:
             return
         self._forward.returned = Returned(output)
         self._forward.recorder = recorder
+        if self._finished is not None and (finished := self._finished()) is not None:
+            forward, self._forward = self._forward, None
+            finished(forward)
 
 
 def _calling_frame() -> FrameType | None:
