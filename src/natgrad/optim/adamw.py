@@ -47,4 +47,4 @@ def decayed_(parameters: list[Tensor], directions: list[Tensor], share: float, c
         torch._foreach_mul_(parameters, 1 - share)
         return
     for p, d in zip(parameters, directions, strict=True):
-        p.mul_(torch.where(p * d > 0, 1 - share, 1.0).to(p.dtype))
+        p.sub_(p * (p * d > 0), alpha=share)

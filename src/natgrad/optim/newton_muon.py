@@ -148,6 +148,7 @@ class NewtonMuon(torch.optim.Optimizer):
         self._routes: dict[str, Route] = {}
         self._owners: dict[str, int] = {}  # of matrices, where parameters are sharded
         self._seen: list[Seen] = []
+        self._others: dict[str, str] = {}  # functions by which parameters were used otherwise
         self._sums: dict[Layer, AffineMoments] = {}
         self._inputs = InputSide(ridge, decay)
         self._unchanged = Unchanged(None)
@@ -247,6 +248,7 @@ class NewtonMuon(torch.optim.Optimizer):
             self._sums = added(self._sums, input_sums(uses, self.max_dim), 1.0)
         if self._unsettled():
             self._seen += seen_in(uses)
+            self._others |= forward.recorder.others
 
     @property
     def _device(self) -> torch.device:
@@ -319,14 +321,16 @@ class NewtonMuon(torch.optim.Optimizer):
             return routes_of(seen, missing, self._chosen)
 
         own = self._world.together({"routes": find}, "what the parameters do")["routes"]
-        every = self._world.gather((own, [n for n in gradients if n in missing]), "what the parameters do")
+        others = {n: self._others.get(n) for n in gradients if n in missing}
+        every = self._world.gather((own, others), "what the parameters do")
         found: dict[str, Route] = {}
-        for its, _ in reversed(every):  # the first rank that has seen it decides
-            found |= its
+        for routes, _ in reversed(every):  # the first rank that has seen it decides
+            found |= routes
         if not (found or self._routes):
             raise RuntimeError(NO_FORWARD)
-        for n in dict.fromkeys(n for _, names in every for n in names):
-            found.setdefault(n, unseen(n, self._chosen(n)))
+        for _, its in every:
+            for n, function in its.items():
+                found.setdefault(n, unseen(n, self._chosen(n), function))
         self._routes.update(found)
         for n, route in found.items():
             if route.units and "exp_avg" in self.state[self._parameters[n]]:

@@ -120,7 +120,7 @@ def _route(name: str, shape: Sequence[int], seen: Sequence[Seen], inner: set[Nod
         return Route(ADAMW, f"an embedding{also}")
     units = [s.unit for s in seen if s.unit is not None]
     if not units:
-        return Route(ADAMW, f"no matrix: a scale or bias, used by {functions}")
+        return Route(ADAMW, f"no matrix: a scale, shift or bias, used by {functions}")
     if not any(node in inner for s in seen if s.unit is not None for node in s.nodes):
         return Route(ADAMW, f"an output layer: no matrix comes after it, used by {functions}")
     return _matrices(name, shape, units, f"a hidden matrix, used by {functions}")
@@ -159,11 +159,13 @@ def _as_chosen(name: str, shape: Sequence[int], wanted: str, by_use: Route, unit
     return Route(WHITENED, BY_USER, route.units)
 
 
-def unseen(name: str, wanted: str | None) -> Route:
-    """The route of a parameter that has a gradient, and of which no use was seen. It has no inputs to whiten."""
+def unseen(name: str, wanted: str | None, function: str | None) -> Route:
+    """The route of a parameter that has a gradient, and was not used as in a layer, but by `function` if that is known.
+    It has no inputs to whiten."""
+    why = NOT_SEEN if function is None else f"used by {function}, which is not read as a layer"
     if wanted in (WHITENED, ORTHOGONAL):
-        return Route(ORTHOGONAL, f"{BY_USER}; no use of it was seen in a forward", (Layer(name, None),))
-    return Route(ADAMW, NOT_SEEN if wanted is None else BY_USER)
+        return Route(ORTHOGONAL, f"{BY_USER}; {why}", (Layer(name, None),))
+    return Route(ADAMW, why if wanted is None else BY_USER)
 
 
 def _followed_by_matrices(seen: Sequence[Seen]) -> set[Node]:
@@ -207,14 +209,14 @@ def chooser(steps: Steps, shapes: Mapping[str, Sequence[int]]) -> Callable[[str]
     if callable(steps):
         found = {name: steps(name) for name in shapes}
     else:
-        for pattern, step in steps.items():
+        for pattern, wanted in steps.items():
             names = [name for name in shapes if fnmatchcase(name, pattern)]
             if not names:
                 raise ValueError(
                     f"steps has {pattern!r}, which is no parameter's name; expected some of {some_of(shapes)}"
                     f"{did_you_mean(pattern, shapes)}"
                 )
-            found |= dict.fromkeys(names, step)
+            found.update(dict.fromkeys(names, wanted))
     for name, step in found.items():
         check_choice(f"steps[{name!r}]", step, STEPS, meanings=STEPS, optional=True)
         if step in (WHITENED, ORTHOGONAL) and len(shapes[name]) < 2:
