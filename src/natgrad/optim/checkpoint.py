@@ -10,12 +10,13 @@ import torch
 
 from natgrad.checks.values import described
 from natgrad.optim.adaptive import Adaptive
+from natgrad.optim.newton_muon import NewtonMuon
 
 Path = tuple[Any, ...]
 BY_LAYER = ("moments", "squares", "bases", "inverse")
 
 
-def load_checkpoint(opt: Adaptive, path: str | PathLike[str], key: str = "optimizer") -> None:
+def load_checkpoint(opt: Adaptive | NewtonMuon, path: str | PathLike[str], key: str = "optimizer") -> None:
     """Resumes from `torch.distributed.checkpoint.save({key: opt.state_dict(), ...}, checkpoint_id=path)`, which may
     have been on another number of ranks, with the parameters sharded or whole.
 
@@ -45,9 +46,10 @@ def load_checkpoint(opt: Adaptive, path: str | PathLike[str], key: str = "optimi
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load as load_values
 
-    if not isinstance(opt, Adaptive):
+    if not isinstance(opt, (Adaptive, NewtonMuon)):
         raise TypeError(
-            f"opt is {described(opt)}; expected a KFAC or NaturalGradient optimizer; others load as in torch"
+            f"opt is {described(opt)}; expected a KFAC, NaturalGradient or NewtonMuon optimizer; others load as in "
+            "torch"
         )
     reader = FileSystemReader(path)
     try:
@@ -89,7 +91,7 @@ def _layer_of(path: Path) -> str | None:
     return next((str(path[i + 1]) for i, k in enumerate(path[:-1]) if k in BY_LAYER), None)
 
 
-def _room(opt: Adaptive, what: Any, path: Path) -> Any:
+def _room(opt: Adaptive | NewtonMuon, what: Any, path: Path) -> Any:
     """A tensor to read one into; nothing, for what is not a tensor."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -24,7 +24,7 @@ from natgrad.checks.values import (
 )
 from natgrad.checks.warning import warn
 from natgrad.curvature.moments import MAX_DIM, AffineMoments, Moments, moments_of_state
-from natgrad.distributed.assignment import assign
+from natgrad.distributed.assignment import assign, cost
 from natgrad.distributed.placement import placed, placed_within
 from natgrad.distributed.reduction import Keep, completed, reduced
 from natgrad.optim import averaging
@@ -336,9 +336,15 @@ class NewtonMuon(torch.optim.Optimizer):
             if route.units and "exp_avg" in self.state[self._parameters[n]]:
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     del self.state[self._parameters[n]][key]
-        if self._place.shards is not None:
-            costs = {n: prod(missing[n]) * float(max(missing[n])) for n, route in found.items() if route.units}
-            self._owners.update(assign(costs, self._place.shards.size))
+        self._find_owners()
+
+    def _find_owners(self) -> None:
+        """Where parameters are sharded, the rank that each matrix's direction is computed on."""
+        if self._place.shards is None:
+            return
+        shapes = {n: self._parameters[n].shape for n, route in self._routes.items() if route.units}
+        costs = {n: prod(shape) * float(max(shape)) for n, shape in shapes.items() if n not in self._owners}
+        self._owners.update(assign(costs, self._place.shards.size))
 
     def _unsettled(self) -> list[str]:
         """The parameters of which no use was seen yet."""
@@ -481,10 +487,22 @@ class NewtonMuon(torch.optim.Optimizer):
         for own, its in ((self._routes, routes), (self._owners, saved["owners"])):
             own.clear()
             own.update(its)
+        self._find_owners()
         self._inputs.load(saved["moments"])
         self._sums.clear()
         self._seen.clear()
         self._arm()
+
+    def _adopt(self, sizes: Mapping[str, Sequence[torch.Size]]) -> tuple[Callable[[str], bool], dict[str, Any]]:
+        """For a state with moments of these sizes, saved on any number of ranks: which layers' are to be here, and what
+        else is not as it was saved."""
+        shards = self._place.shards
+        costs: dict[str, float] = {}
+        for key, its in sizes.items():
+            name = Layer.of_key(key).names[0]
+            costs[name] = costs.get(name, 0.0) + cost(its)
+        owners = {} if shards is None else assign(costs, shards.size)
+        return lambda key: shards is None or owners[Layer.of_key(key).names[0]] == shards.rank, {"owners": owners}
 
     def _check(self, state_dict: Mapping[str, Any], saved: Mapping[str, Any], routes: Mapping[str, Route]) -> None:
         """Raises ValueError if it is of other parameters, or one rank's of several."""
