@@ -108,8 +108,8 @@ def rank_of(rank: int, n: int, scheme: str, arguments: argparse.Namespace, folde
     for step in range(2 * arguments.steps):
         if step == arguments.steps:
             dist.barrier()
-            before, start = opt._world.sent.copy(), time.perf_counter()
-            also = opt._place.shards.world.sent.copy() if opt._place.shards else {}
+            before, start = opt.parameters.place.world.sent.copy(), time.perf_counter()
+            also = opt.parameters.place.shards.world.sent.copy() if opt.parameters.place.shards else {}
         x = torch.randn(arguments.batch // n, arguments.width, generator=generator)
         y = torch.randint(CLASSES, (len(x),), generator=generator)
         opt.zero_grad()
@@ -117,11 +117,23 @@ def rank_of(rank: int, n: int, scheme: str, arguments: argparse.Namespace, folde
         opt.step()
     dist.barrier()
     seconds = (time.perf_counter() - start) / arguments.steps
-    sent = sum(opt._world.sent[what] - before[what] for what in COUNTED)
-    if opt._place.shards and opt._place.shards.world is not opt._world:
-        sent += sum(opt._place.shards.world.sent[what] - also[what] for what in COUNTED)
+    sent = sum(opt.parameters.place.world.sent[what] - before[what] for what in COUNTED)
+    if opt.parameters.place.shards and opt.parameters.place.shards.world is not opt.parameters.place.world:
+        sent += sum(opt.parameters.place.shards.world.sent[what] - also[what] for what in COUNTED)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    held = sum(t.nbytes for t in distinct(tensors([list(model.parameters()), opt.state, opt._running, opt._inverse])))
+    held = sum(
+        t.nbytes
+        for t in distinct(
+            tensors(
+                [
+                    list(model.parameters()),
+                    opt.state,
+                    opt.recipe.preconditioner.running,
+                    opt.recipe.preconditioner.inverse,
+                ]
+            )
+        )
+    )
     held += sum(local(p.grad).nbytes for p in model.parameters() if p.grad is not None)
     own = {"constants": found, "held": held, "peak": peak, "sent": sent / arguments.steps, "seconds": seconds}
     Path(folder, f"{rank}.json").write_text(json.dumps(own))

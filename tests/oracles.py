@@ -1,6 +1,7 @@
 """Brute-force references: what the library computes by structure, formed here entry by entry."""
 
 import copy
+import re
 from itertools import pairwise
 
 import torch
@@ -152,3 +153,9 @@ def damping_matrix(opt, damping):
         T[rows * columns :, : rows * columns] = torch.kron(torch.eye(rows, dtype=f64), m)
         blocks.append(damping * T.mT @ T)
     return torch.block_diag(*blocks)
+
+
+def rejected(opt, reason=""):
+    """Sees to it that the last step was rejected, for this reason."""
+    assert not opt.diagnostics["accepted"]
+    assert re.search(reason, opt.diagnostics["reason"]), opt.diagnostics["reason"]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode, _len_torch_function_stack
 
 import natgrad
-import natgrad.optim.watch as watch_module
+import natgrad.optim.tracking.watch as watch_module
 from natgrad.capture.recorder import Recorder
 from natgrad.curvature.products import tangent
 from oracles import Power, close, f64, homogeneous_kron, net, normalizer, output_hessian, randn

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
-from natgrad.optim import whitening
+from natgrad.optim.muon import whitening
 
 OPTIONS = {"lr": 0.05, "refresh_every": 3, "momentum": 0.9}
 

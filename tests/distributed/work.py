@@ -211,7 +211,7 @@ def sent(group: Any) -> dict[str, int]:
     x, y = batch(0)
     opt.loss(model(x), y).backward()
     opt.step()
-    return dict(opt._world.sent)
+    return dict(opt.parameters.place.world.sent)
 
 
 def under_way(group: Any) -> list[tuple[bool, ...]]:
@@ -224,9 +224,9 @@ def under_way(group: Any) -> list[tuple[bool, ...]]:
 
     def forward(step: int, size: int = 24) -> bool:
         x, y = batch(step, size)
-        before = opt._world.sent["the moments"]
+        before = opt.parameters.place.world.sent["the moments"]
         loss = opt.loss(model(x), y)
-        sent = opt._world.sent["the moments"] > before
+        sent = opt.parameters.place.world.sent["the moments"] > before
         loss.backward()
         return sent
 
@@ -331,10 +331,10 @@ def planned(group: Any, adaptive: bool) -> tuple[list[Size], dict[str, int], int
     structure = KfacStructure()
     problem = Problem(model.module, nn.CrossEntropyLoss(), (x, y))
     structure.add(next(iter(problem.cases())))
-    moments = leaves([vars(m) for m in opt._running.total.moments.values()], Tensor)
-    inverses = leaves([dump(block.operator) for block in (opt._inverse or {}).values()], Tensor)
+    moments = leaves([vars(m) for m in opt.recipe.preconditioner.running.total.moments.values()], Tensor)
+    inverses = leaves([dump(block.operator) for block in (opt.recipe.preconditioner.inverse or {}).values()], Tensor)
     held = sum(t.nbytes for t in [*moments, *inverses])
-    return sizes_of(structure.moments, problem.parameters, len(x)), dict(opt._world.sent), held
+    return sizes_of(structure.moments, problem.parameters, len(x)), dict(opt.parameters.place.world.sent), held
 
 
 def left_alone(rank: int, file: str, how: str, outbox: Any) -> None:

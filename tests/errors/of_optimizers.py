@@ -113,8 +113,6 @@ ROWS = [
      "step() came before any loss that opt.loss gave: "),
     ("a loss in evaluation", calls(lambda opt: opt.model.eval(), loss), RuntimeError,
      "opt.loss follows a forward of the model in training mode with gradients enabled", "call model.train()"),
-    ("two losses of one forward", calls(lambda opt: [opt.loss(f, LABELS) for f in [opt.model(X)] * 2]), RuntimeError,
-     "there was none since the last opt.loss"),
     ("a detached output", calls(lambda opt: opt.loss(opt.model(X).detach(), LABELS)), ValueError,
      "opt.loss was given a tensor without a graph; expected the model's output as it is: leave detach() out"),
     ("output and target swapped", calls(lambda opt: opt.loss(LABELS, opt.model(X))), ValueError,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.optim.damping import LevenbergMarquardt, calibrate
+from natgrad.optim.rules.damping import LevenbergMarquardt, calibrate
 
 RULE = LevenbergMarquardt(factor=0.5, floor=0.01)
 positive = st.floats(1e-12, 1e12)
@@ -42,17 +42,25 @@ def test_a_ratio_that_is_not_a_number_leaves_it():
 
 
 def test_rejections_in_a_row_raise_it_ever_faster_and_not_to_infinity():
-    assert [RULE.after_rejection(1.0, k) for k in (1, 2, 3)] == [4.0, 16.0, 64.0]
+    assert [RULE.after_rejection(1.0, k, 1.0) for k in (1, 2, 3)] == [4.0, 16.0, 64.0]
     damping = 1.0
     for k in range(1, 300):
-        damping = RULE.after_rejection(damping, k)
-    assert damping == 1e30
-    assert RULE.after_rejection(1e35, 1) == 1e35
+        damping = RULE.after_rejection(damping, k, 2.0)
+    assert damping == 1e3 * 2
+    assert RULE.after_rejection(1e35, 1, 1.0) == 1e35
+
+
+@given(scale=positive, ratio=st.floats(0.25, 1e6))
+def test_from_above_the_ceiling_it_falls_unless_the_model_predicts_badly(scale, ratio):
+    damping = RULE.after_rejection(scale, 50, scale)
+    for _ in range(60):
+        damping = RULE.adapt(damping, ratio, scale)
+    assert damping <= 10 * scale * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("count", [511, 512, 2000])
 def test_a_long_row_of_rejections_is_no_error(count):
-    assert RULE.after_rejection(1.0, count) == 1e30
+    assert RULE.after_rejection(1.0, count, 0.0) == 1e30
 
 
 class TestCalibrate:

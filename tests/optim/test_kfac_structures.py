@@ -12,7 +12,7 @@ from torch import nn
 import natgrad
 from natgrad.curvature.bases import turned
 from natgrad.linalg import factor
-from natgrad.optim.orthogonal import newton_schulz
+from natgrad.optim.preconditioner.orthogonal import newton_schulz
 from oracles import close, f64, net, randn
 
 N, D, C = 24, 5, 3
@@ -209,8 +209,8 @@ class TestEkfac:
         )  # fmt: skip
         for _ in range(30):
             step(model, opt)
-        for layer, basis in opt._running._bases.items():
-            m = opt._running.total.moments[layer]
+        for layer, basis in opt.recipe.preconditioner.running._bases.items():
+            m = opt.recipe.preconditioner.running.total.moments[layer]
             inside = basis.U_A.mT @ m.C @ basis.U_A
             rest = inside - inside.diagonal().diag()
             assert rest.norm() < 0.05 * inside.norm()

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import natgrad
-from natgrad.optim import whitening as whitening_file
-from natgrad.optim.orthogonal import newton_schulz
+from natgrad.optim.muon import whitening as whitening_file
+from natgrad.optim.preconditioner.orthogonal import newton_schulz
 from oracles import close, f64, net, randn
 
 N, D, H, C = 24, 4, 6, 3
@@ -191,7 +191,7 @@ class TestFormula:
             step(model, opt, x, torch.arange(len(x)) % C)
         shares = [0.5**age * len(x) for age, x in zip((2, 1, 0), batches, strict=True)]
         expected = sum(s * second_moment(x) for s, x in zip(shares, batches, strict=True)) / sum(shares)
-        close(next(m.A for unit, m in opt._inputs.moments.items() if unit.weight == "0.weight"), expected)
+        close(next(m.A for unit, m in opt._matrices.inputs.moments.items() if unit.weight == "0.weight"), expected)
 
     def test_inputs_that_several_layers_share_are_summed_and_inverted_once(self):
         class Attention(nn.Module):
@@ -208,7 +208,7 @@ class TestFormula:
             opt.zero_grad()
             model(torch.randn(5, 7, D)).square().sum().backward()
             opt.step()
-        held = {unit.weight: m for unit, m in opt._inputs.moments.items()}
+        held = {unit.weight: m for unit, m in opt._matrices.inputs.moments.items()}
         assert held["0.q.weight"] is held["0.k.weight"] is held["0.v.weight"]
         assert held["0.q.weight"] is not held["0.out.weight"]
 
@@ -476,7 +476,7 @@ class TestResuming:
             (wrong(lambda s: s["newton_muon"].pop("moments")), "has no 'moments'"),
             (wrong(lambda s: s["param_groups"][0]["params"].pop()), r"groups of \[5\] parameters"),
             (wrong(lambda s: s["newton_muon"]["routes"].update(x={"step": "adamw", "why": ""})), "'x'"),
-            (wide.state_dict(), r"'momentum_buffer' of shape \(7, 4\) for '0\.weight'"),
+            (wide.state_dict(), r"'momentum_buffer' of '0\.weight' has shape \(7, 4\)"),
             (natgrad.KFAC(model, nn.CrossEntropyLoss()).state_dict(), "no 'newton_muon'"),
         ):
             before = copy.deepcopy(opt.state_dict())
@@ -517,12 +517,12 @@ class TestWhatHappensInTraining:
         for _ in range(3):
             step(model, opt)
         assert torch.equal(model.b.weight, b)
-        assert "b.weight" not in {unit.weight for unit in opt._inputs.moments}
+        assert "b.weight" not in {unit.weight for unit in opt._matrices.inputs.moments}
         model.which = "b"
         for _ in range(4):
             step(model, opt)
         assert opt.routing()["b.weight"].step == "whitened"
-        assert "b.weight" in {unit.weight for unit in opt._inputs.moments}
+        assert "b.weight" in {unit.weight for unit in opt._matrices.inputs.moments}
         assert not torch.equal(model.b.weight, b)
 
     def test_frozen_layers_stay_and_may_be_trained_later(self):
@@ -608,7 +608,7 @@ class TestWhatHappensInTraining:
         model = Guarded()
         opt = natgrad.NewtonMuon(model, lr=0.05, refresh_every=1)
         step(model, opt)
-        A = opt._inputs.moments.copy()
+        A = opt._matrices.inputs.moments.copy()
         model.gate = True
         opt.zero_grad()
         backward(model)
@@ -616,7 +616,7 @@ class TestWhatHappensInTraining:
             p.grad.nan_to_num_(0.0, 0.0, 0.0)
         with pytest.warns(RuntimeWarning, match=r"the inputs of 'hidden\.weight' were not finite at step 1"):
             opt.step()
-        assert all(opt._inputs.moments[unit] is m for unit, m in A.items())
+        assert all(opt._matrices.inputs.moments[unit] is m for unit, m in A.items())
         model.gate = False
         for _ in range(3):
             assert math.isfinite(step(model, opt))
@@ -691,7 +691,7 @@ class TestWhatHappensInTraining:
         twin(1e6 * X)
         loss.backward()
         opt.step()
-        A = next(m.A for unit, m in opt._inputs.moments.items() if unit.weight == "0.weight")
+        A = next(m.A for unit, m in opt._matrices.inputs.moments.items() if unit.weight == "0.weight")
         close(A, second_moment(X))
 
     def test_averages(self):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.optim.quadratic import minimize
+from natgrad.optim.rules.quadratic import minimize
 from oracles import close, f64, randn, spd
 
 seeds = st.integers(0, 10_000)

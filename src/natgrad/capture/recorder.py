@@ -211,8 +211,18 @@ class Recorder(TorchFunctionMode):
         whole = replace(use, a=out, edge=_edge(out), versions=versions, before=use, **changes)
         self.uses[self.uses.index(use)] = whole
 
-    def check(self, output: Any) -> None:
-        """Sees to it that `output` depends on the parameters by the recorded uses alone.
+    def let_go(self) -> None:
+        """Keeps no tensor that the forward has returned: aliases without a graph are in the place of all outputs."""
+        aliases: dict[int, Tensor] = {}
+        for use in (part for whole in self.uses for part in _chain(whole)):
+            if id(use.a) not in aliases:
+                aliases[id(use.a)] = use.a.detach()
+            use.a = aliases[id(use.a)]
+        self._open.clear()
+        self._spread.clear()
+
+    def check(self, output: Any, *, reached: bool = False) -> list[Use]:
+        """The uses, or those that `output` depends on if `reached`; it depends on the parameters by these alone.
 
         A use whose `W h` has gone elsewhere too, before the bias was added, is taken apart.
 
@@ -220,10 +230,10 @@ class Recorder(TorchFunctionMode):
             NotImplementedError: naming the parameters that were used in another way. Without an output to start
                 from, any other use counts, whether it matters or not.
         """
-        missed, reached = self._others, set[Node]()
+        missed, nodes = self._others, set[Node]()
         roots = [get_gradient_edge(t).node for t in _tensors(output) if t.requires_grad]
         if roots:
-            missed, reached = self._walk(roots)
+            missed, nodes = self._walk(roots)
         if missed:
             named = ", ".join(f"{n!r} (used by {missed[n]})" for n in self._names.values() if n in missed)
             raise NotImplementedError(
@@ -232,7 +242,8 @@ class Recorder(TorchFunctionMode):
                 "these parameters with requires_grad_(False), or leave them out with params=, for another optimizer to "
                 "train"
             )
-        self.uses = [part for use in self.uses for part in use.parts(reached)]
+        parts = [part for use in self.uses for part in use.parts(nodes)]
+        return [part for part in parts if part.edge.node in nodes] if reached and roots else parts
 
     def _walk(self, roots: list[Node]) -> tuple[dict[str, str], set[Node]]:
         """The parameters that the graph leads to from `roots`, and the nodes on the way.

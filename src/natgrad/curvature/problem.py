@@ -142,12 +142,12 @@ class Problem:
     def cases(self) -> Iterator[Cases]:
         """The cases of every layer, batch after batch."""
         for recorder, output, target in self.recorded(self.parameters):
-            recorder.check(output)
-            for use in recorder.uses:
+            uses = recorder.check(output)
+            for use in uses:
                 use.forget_output()
             mass = self.curvature.normalizer(output, target)
             yield read_cases(
-                recorder.uses,
+                uses,
                 output,
                 self.columns(output, target),
                 mass,

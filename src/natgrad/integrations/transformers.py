@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from natgrad.integrations.diagnostics import scalars
-from natgrad.optim.adaptive import Adaptive
+from natgrad.losses import OutputCurvature
+from natgrad.optim.optimizer import CurvatureOptimizer
 
 Read = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 """What the loss takes, output and target, from what the model returned and the labels."""
@@ -63,7 +64,7 @@ class Trainer(transformers.Trainer):
         **kwargs: Any,
     ):
         opt = optimizers[0]
-        if not isinstance(opt, Adaptive):
+        if not isinstance(opt, CurvatureOptimizer):
             raise TypeError(
                 f"optimizers has a {type(opt).__name__} for its optimizer; expected "
                 "(natgrad.KFAC(model, nn.CrossEntropyLoss()), None), or a natgrad.NaturalGradient"
@@ -96,19 +97,25 @@ class Trainer(transformers.Trainer):
         if "labels" not in inputs:
             raise ValueError(f"the batch has {', '.join(inputs)} and no labels; let the collator make them")
         if isinstance(model, DistributedDataParallel):
-            self.following._see_ranks(model)  # before its first forward, whose output it copies
+            self.following.tracker.see_ranks(model)  # before its first forward, whose output it copies
         outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
         output, target = self._read(outputs, inputs["labels"])
         trains = model.training and torch.is_grad_enabled()
-        curvature = self.following._curvature
+        curvature = self._curvature
         loss = self.following.loss(output, target) if trains else curvature.loss(output, target)
         if num_items_in_batch is not None and (trains or not curvature.is_mean):
             loss = loss * self._share(output, target, float(num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def _curvature(self) -> OutputCurvature:
+        """That of the optimizer's loss."""
+        (term,) = self.following.tracker.terms.values()
+        return term.curvature
+
     def _share(self, output: Tensor, target: Tensor, items: float) -> Any:
         """The factor by which microbatches and ranks add up to the mean over their labels."""
-        curvature, ranks = self.following._curvature, self.following._world.size
+        curvature, ranks = self._curvature, self.following.parameters.place.world.size
         if not curvature.is_mean:  # torch averages over the ranks
             return (ranks if self.args.average_tokens_across_devices else 1) / items
         if ranks > 1:  # the optimizer counts the cases itself
@@ -157,7 +164,7 @@ class Trainer(transformers.Trainer):
 class Adapted:
     """In a scheduler's place where the optimizer adapts its step size: the last one taken."""
 
-    def __init__(self, opt: Adaptive):
+    def __init__(self, opt: CurvatureOptimizer):
         self._opt = opt
 
     def step(self) -> None:

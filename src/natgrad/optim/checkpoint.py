@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from natgrad.checks.values import described
-from natgrad.optim.adaptive import Adaptive
 from natgrad.optim.newton_muon import NewtonMuon
+from natgrad.optim.optimizer import CurvatureOptimizer
+from natgrad.optim.saved import by_index
 
 Path = tuple[Any, ...]
 BY_LAYER = ("moments", "squares", "bases", "inverse")
 
 
-def load_checkpoint(opt: Adaptive | NewtonMuon, path: str | PathLike[str], key: str = "optimizer") -> None:
+def load_checkpoint(opt: CurvatureOptimizer | NewtonMuon, path: str | PathLike[str], key: str = "optimizer") -> None:
     """Resumes from `torch.distributed.checkpoint.save({key: opt.state_dict(), ...}, checkpoint_id=path)`, which may
     have been on another number of ranks, with the parameters sharded or whole.
 
@@ -46,7 +47,7 @@ def load_checkpoint(opt: Adaptive | NewtonMuon, path: str | PathLike[str], key: 
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load as load_values
 
-    if not isinstance(opt, (Adaptive, NewtonMuon)):
+    if not isinstance(opt, (CurvatureOptimizer, NewtonMuon)):
         raise TypeError(
             f"opt is {described(opt)}; expected a KFAC, NaturalGradient or NewtonMuon optimizer; others load as in "
             "torch"
@@ -68,9 +69,9 @@ def load_checkpoint(opt: Adaptive | NewtonMuon, path: str | PathLike[str], key: 
 
     def load(wanted: Mapping[str, Path]) -> None:
         values = {fqn: _room(opt, metadata.state_dict_metadata[fqn], p) for fqn, p in wanted.items()}
-        alone = opt._world.group is None
+        group = opt.parameters.place.world.group
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        load_values(values, storage_reader=reader, planner=planner, process_group=opt._world.group, no_dist=alone)
+        load_values(values, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
         found.update({p: values[fqn] for fqn, p in wanted.items()})
 
     sizes: dict[str, list[torch.Size]] = {}
@@ -78,7 +79,7 @@ def load_checkpoint(opt: Adaptive | NewtonMuon, path: str | PathLike[str], key: 
         what = metadata.state_dict_metadata[fqn]
         if "moments" in p:
             sizes.setdefault(p[-2], []).extend([what.size] if isinstance(what, TensorStorageMetadata) else [])
-    here, changed = opt._adopt(sizes)
+    here, changed = opt.adopt(sizes) if isinstance(opt, NewtonMuon) else opt.recipe.preconditioner.adopt(sizes)
     load({fqn: p for fqn, p in paths.items() if (layer := _layer_of(p)) is None or here(layer)})
     state = _nested(found)
     # A checkpoint leaves empty dictionaries out.
@@ -91,18 +92,18 @@ def _layer_of(path: Path) -> str | None:
     return next((str(path[i + 1]) for i, k in enumerate(path[:-1]) if k in BY_LAYER), None)
 
 
-def _room(opt: Adaptive | NewtonMuon, what: Any, path: Path) -> Any:
+def _room(opt: CurvatureOptimizer | NewtonMuon, what: Any, path: Path) -> Any:
     """A tensor to read one into; nothing, for what is not a tensor."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     if not isinstance(what, TensorStorageMetadata):
         return None
     if path[0] == "state":
-        p = opt._by_index()[int(path[1])]
-        local = opt._place.local(p)
+        p = by_index(opt)[int(path[1])]
+        local = opt.parameters.place.local(p)
         if what.size == p.shape:
-            return opt._place.stored(p, torch.empty_like(local, dtype=what.properties.dtype))
-    return torch.empty(what.size, dtype=what.properties.dtype, device=opt._device)
+            return opt.parameters.place.stored(p, torch.empty_like(local, dtype=what.properties.dtype))
+    return torch.empty(what.size, dtype=what.properties.dtype, device=opt.parameters.device)
 
 
 def _nested(values: Mapping[Path, Any]) -> dict[str, Any]:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from natgrad.capture.cases import read_cases
-from natgrad.capture.recorder import Recorder
 from natgrad.checks.values import check_choice, check_count, check_within
-from natgrad.linalg import Operator
-from natgrad.linalg.joint import Joint
-from natgrad.optim.adaptive import Adaptive
-from natgrad.optim.batch import Batch, Objective
-from natgrad.optim.damping import LevenbergMarquardt
-from natgrad.optim.decay import Decay
-from natgrad.optim.exact import ByProducts, TruncatedInverse, from_cases
-from natgrad.optim.output import Way
-from natgrad.optim.parameter_groups import Groups
-from natgrad.optim.vectors import Vector
+from natgrad.optim.optimizer import CurvatureOptimizer
+from natgrad.optim.parameter_groups import Groups, check_one_decay
+from natgrad.optim.preconditioner.exact import SOLVERS, ExactMatrix
+from natgrad.optim.rules.damping import DampingControl, LevenbergMarquardt
+from natgrad.optim.terms import Loss
+from natgrad.optim.tracking.returned import Way
 
-SOLVERS = ("dual", "primal", "cg")
+TOLERATED_RISE = 1e-3
+"""A step after which the loss is higher by more than this share is taken back."""
+TRIES = 8
+"""How often a step is tried, with more damping each time."""
 
 
-class NaturalGradient(Adaptive):
+class NaturalGradient(CurvatureOptimizer):
     """Natural-gradient descent with the exact Fisher matrix of all parameters together.
 
         Δ = (F + λI)⁻¹ ∇        F = E[Jᵀ D J] = S Sᵀ        θ ← θ − α Δ
@@ -84,14 +79,12 @@ class NaturalGradient(Adaptive):
     """
 
     _key = "natural_gradient"
-    _what_is_inverted = "the Fisher matrix"
-    _tolerated_rise = 1e-3
-    _tries = 8
+    _many_ranks = False
 
     def __init__(
         self,
         model: nn.Module,
-        loss: nn.Module,
+        loss: Loss,
         *,
         params: Groups = None,
         lr: float | None = None,
@@ -123,11 +116,13 @@ class NaturalGradient(Adaptive):
             model,
             loss,
             params=params,
-            lr=lr,
-            momentum=momentum,
+            defaults={
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "decoupled_weight_decay": decoupled_weight_decay,
+            },
             damping=damping,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
             max_kl=max_kl,
             average=average,
             estimator=estimator,
@@ -136,125 +131,20 @@ class NaturalGradient(Adaptive):
             output=output,
             generator=generator,
         )
-        self.solver, self.max_size, self.max_iterations = solver, max_size, max_iterations
-        eps = torch.finfo(next(iter(self._parameters.values())).dtype).eps
-        self.tolerance = eps**0.75 if tolerance is None else tolerance
+        eps = torch.finfo(next(iter(self.parameters.values())).dtype).eps
+        matrix = ExactMatrix(
+            self.parameters,
+            self.labels,
+            estimator=estimator,
+            solver=solver,
+            max_size=max_size,
+            tolerance=eps**0.75 if tolerance is None else tolerance,
+            max_iterations=max_iterations,
+        )
         # Below eps · tr F the damping is lost in rounding.
-        self._rule = LevenbergMarquardt(damping_decay, eps * self._size())
-        self._matrix: Joint | ByProducts | None = None
-        self._inverse: Operator | None = None
-
-    def _chosen(self) -> dict[str, Any]:
-        return {} if self.solver is None else {"solver": self.solver}
+        rule = LevenbergMarquardt(damping_decay, eps * matrix.size())
+        self._assemble(matrix, DampingControl(damping, rule), TOLERATED_RISE, TRIES)
 
     def _check_groups(self) -> None:
         super()._check_groups()
-        shares = {0.0 if group["decoupled_weight_decay"] else group["weight_decay"] for group in self.param_groups}
-        if len(shares) > 1:
-            raise ValueError(
-                f"weight_decay is {' and '.join(f'{eta:g}' for eta in sorted(shares))} in several groups, and "
-                "one matrix of all parameters is damped by one; expected the same in all groups, or "
-                "decoupled_weight_decay=True"
-            )
-
-    def _size(self) -> int:
-        return sum(p.numel() for p in self._parameters.values() if p.requires_grad)
-
-    # Between forward and step --------------------------------------------------------------------------
-
-    def _statistics_due(self) -> bool:
-        return self.solver != "cg"
-
-    def _runs_again(self) -> bool:
-        return self.solver in (None, "cg") or super()._runs_again()
-
-    def _may_run_again(self) -> bool:
-        return self.solver in (None, "cg") or super()._may_run_again()
-
-    def _takes_cases(self, output: Tensor) -> bool:
-        """Whether this batch, with those before it, is to be solved for by its cases."""
-        if self.solver is not None:
-            return self.solver != "cg"
-        shapes = [b.shape for b in self._pending] + [output.shape]
-        columns = sum(s.numel() if self.estimator == "exact" else s[0] for s in shapes)
-        return min(columns, self._size()) <= self.max_size
-
-    def _check_recorded(self, recorder: Recorder, output: Tensor) -> None:
-        if not self._takes_cases(output):
-            return
-        try:
-            recorder.check(output)
-        except NotImplementedError as error:
-            raise NotImplementedError(f"{error}, or use solver='cg', which covers all") from None
-
-    def _observe(self, batch: Batch, recorder: Recorder, output: Tensor) -> None:
-        if not self._takes_cases(output):
-            return
-        columns = self._curvature.columns(output, batch.target, self.estimator, generator=self._generator)
-        # The matrix squares the condition of J: float64, whatever the parameters are.
-        cases = read_cases(
-            recorder.uses, output, columns, batch.mass, torch.float64, sampled=self.estimator == "mc"
-        ).kept()
-        if not all(torch.isfinite(g.sum()) for column in cases.columns for uses in column.values() for g in uses):
-            batch.fault = "the curvature is not finite"
-        batch.statistics = cases
-
-    # The step ------------------------------------------------------------------------------------------
-
-    def _step(self, pending: list[Batch], gradients: Vector) -> str | None:
-        try:
-            return super()._step(pending, gradients)
-        finally:
-            self._matrix = self._inverse = None  # they hold the batches
-
-    def _take_in(self, objective: Objective, gradients: Vector) -> None:
-        parameters = {n: self._parameters[n] for n in gradients}
-        if all(b.statistics is not None for b in objective.batches):
-            self._matrix = from_cases(objective, parameters)
-        elif self.estimator == "exact":
-            self._matrix = ByProducts(objective, parameters, self.tolerance, self.max_iterations)
-        else:
-            raise ValueError(
-                f"the batch has more than max_size={self.max_size} cases and the model more parameters, and "
-                f"conjugate gradients need estimator='exact', not {self.estimator!r}; use smaller batches, or raise "
-                "max_size"
-            )
-
-    def _move(self, objective: Objective, g: Vector, decay: Decay, loss: float) -> str | None:
-        """The step; where it fails and the damping is free, again with more damping and the same matrix."""
-        for tries in range(1, self._tries + 1):
-            fault = super()._move(objective, g, decay, loss)
-            self.diagnostics["tries"] = tries
-            if fault is None or not self._adaptive_damping:
-                break
-            assert self._damping is not None
-            self._damping = self._rule.after_rejection(self._damping, tries)
-        return fault
-
-    def _refresh(self, damping: float, decay: Decay) -> None:
-        assert self._matrix is not None
-        damping += decay.same(self._parameters)
-        if isinstance(self._matrix, Joint):
-            form = self.solver or self._matrix.smaller_form()
-            self._inverse = self._matrix.inverse(damping, form=form)
-        else:
-            form = "cg"
-            self._inverse = self._matrix.inverse(damping)
-        self.diagnostics["solver"] = form
-
-    def _direction(self, v: Vector) -> Vector:
-        assert self._inverse is not None
-        names = self._inverse.space.names or ()
-        solved = self._inverse._matmul(tuple(v[n].to(self._inverse.dtype) for n in names))
-        if isinstance(self._inverse, TruncatedInverse):
-            _, residual, products = self._inverse.solution
-            self.diagnostics |= {"residual": residual, "products": products}
-        return {n: d.to(v[n].dtype) for n, d in zip(names, solved, strict=True)}
-
-    def _scale(self) -> float:
-        assert self._matrix is not None
-        if isinstance(self._matrix, Joint):
-            trace = self._matrix.trace()
-        else:
-            trace = self._matrix.estimate_trace(2, self._generator).value
-        return float(trace) / self._matrix.space.size
+        check_one_decay(self.param_groups)

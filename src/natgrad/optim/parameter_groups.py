@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from natgrad.checks.parameters import check_parameters, select_parameters, some_of
-from natgrad.checks.values import described
+from natgrad.checks.values import check_number, described, did_you_mean
 
 Groups = Iterable[Any] | Callable[[str], bool] | None
 """All trainable parameters (None), names, a predicate on names, tensors, or dictionaries with such `"params"`."""
@@ -68,4 +68,38 @@ def check_alike(groups: Iterable[Mapping[str, Any]], name: str) -> None:
         raise ValueError(
             f"{name} is None, which means adaptive, in one group and a number in another; expected a number in all "
             "groups, or None in all"
+        )
+
+
+def check_groups(groups: Iterable[Mapping[str, Any]], defaults: Mapping[str, Any]) -> None:
+    """Raises ValueError if a setting of a group is out of range, or misspelt."""
+    groups = list(groups)
+    for group in groups:
+        for name in ("lr", "momentum", "weight_decay"):
+            check_number(name, group[name], optional=name != "weight_decay")
+        for key in group.keys() - {"params", *defaults}:
+            near = did_you_mean(key, defaults)
+            if near and key != "initial_lr":  # other keys are the user's own, as in torch
+                raise ValueError(f"a group has {key!r}; expected settings among {', '.join(defaults)}{near}")
+    for name in ("lr", "momentum"):
+        check_alike(groups, name)
+
+
+def check_schedulable(groups: Iterable[Mapping[str, Any]], adapts_lr: bool) -> None:
+    """Raises ValueError if one of torch's schedulers has been made for a step size that is adapted."""
+    if adapts_lr and any("initial_lr" in group for group in groups):
+        raise ValueError(
+            "a scheduler of torch.optim.lr_scheduler is to change lr, which is None here: it is adapted at every step. "
+            "Give numbers for lr and momentum, or leave the scheduler out"
+        )
+
+
+def check_one_decay(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ValueError if groups have several weight decays that are part of the objective."""
+    shares = {0.0 if group["decoupled_weight_decay"] else group["weight_decay"] for group in groups}
+    if len(shares) > 1:
+        raise ValueError(
+            f"weight_decay is {' and '.join(f'{eta:g}' for eta in sorted(shares))} in several groups, and "
+            "one matrix of all parameters is damped by one; expected the same in all groups, or "
+            "decoupled_weight_decay=True"
         )

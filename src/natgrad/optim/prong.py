@@ -20,9 +20,9 @@ from natgrad.curvature.moments import MAX_DIM, AffineMoments, moments_of_state, 
 from natgrad.distributed.placement import placed, refuse_ranks
 from natgrad.linalg import factor
 from natgrad.linalg.eigen import semidefinite
-from natgrad.optim.saved import state_of
-from natgrad.optim.vectors import check_dense, copied, finite
-from natgrad.optim.watch import Watch
+from natgrad.optim.saved import check_parameters, copied, named, state_of
+from natgrad.optim.tracking.watch import Watch
+from natgrad.optim.vectors import check_dense, finite
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class PRONG(torch.optim.Optimizer):
         self._steps = 0
         self._moments: dict[Layer, AffineMoments] = {}
         self._whitenings: dict[Layer, Whitening] = {}
-        self._watch: Watch | None = Watch(model, self._parameters, beyond_evaluation=True, within=self._refuse_ranks)
+        self._watch: Watch | None = Watch(model, self._parameters, within=self._refuse_ranks)
 
     def _refuse_ranks(self, around: DistributedDataParallel) -> None:
         refuse_ranks(type(self).__name__, placed(around))
@@ -152,7 +152,8 @@ class PRONG(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        forward = self._watch.take()
+        forward = self._watch.forwards[-1] if self._watch.forwards else None
+        self._watch.forwards.clear()
         self.diagnostics = {"step": self._steps, "accepted": True, "refreshed": False}
         gradients = {n: p.grad for n, p in self._parameters.items() if p.grad is not None}
         check_dense(gradients)
@@ -269,7 +270,8 @@ class PRONG(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on beside the parameters: they resume bit for bit."""
-        own = {"steps": self._steps, "moments": state_of_moments(self._moments)}
+        own = {"steps": self._steps, "centered": self.centered, **named(self._parameters)}
+        own["moments"] = state_of_moments(self._moments)
         return super().state_dict() | {"prong": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -279,13 +281,18 @@ class PRONG(torch.optim.Optimizer):
             ValueError: if it is not of such an optimizer, or of other parameters.
         """
         saved = state_of(state_dict, "prong", type(self).__name__)
-        moments = moments_of_state(copied(saved["moments"], next(iter(self._parameters.values())).device))
-        unknown = [n for layer in moments for n in layer.names if n not in self._parameters]
-        if unknown:
+        for key in ("steps", "centered", "names", "dtypes", "moments"):
+            if key not in saved:
+                raise ValueError(
+                    f"the state has no {key!r} under 'prong'; expected what state_dict() of this version gives"
+                )
+        check_parameters(self, self._parameters, saved, state_dict)
+        if saved["centered"] != self.centered:
             raise ValueError(
-                f"the state has moments of {unknown[0]!r}, which is not a trainable parameter here; load it "
-                "for the model that it was saved of"
+                f"the state is of centered={saved['centered']}, and this optimizer has {self.centered}; make it with "
+                "the same"
             )
+        moments = moments_of_state(copied(saved["moments"], next(iter(self._parameters.values())).device))
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "prong"})
         self._steps = saved["steps"]
         self._moments = {layer: m for layer, m in moments.items() if isinstance(m, AffineMoments)}

@@ -1,15 +1,27 @@
-"""What an optimizer has saved of its own, beside what torch's optimizers save."""
+"""What an optimizer saves of its own, beside what torch's optimizers save, and how it is taken up again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from natgrad.checks.values import described
 
+if TYPE_CHECKING:
+    from natgrad.optim.newton_muon import NewtonMuon
+    from natgrad.optim.optimizer import CurvatureOptimizer
+
+TORCH_CHECKPOINT = "torch.distributed.checkpoint.state_dict"
+"""The module whose `get_state_dict` keeps nothing but `state` and `param_groups`."""
+
 
 def state_of(state_dict: Any, key: str, optimizer: str) -> dict[str, Any]:
-    """What an optimizer saved of its own under `key`, beside torch's.
+    """What an optimizer saved of its own under `key`, beside torch's, or in the first group.
 
     Raises:
         TypeError: if it is no dictionary.
@@ -19,7 +31,145 @@ def state_of(state_dict: Any, key: str, optimizer: str) -> dict[str, Any]:
         raise TypeError(
             f"state_dict is {described(state_dict)}; expected what state_dict() gave, as by torch.load(path)"
         )
-    if not isinstance(state_dict.get(key), Mapping):
+    groups = state_dict.get("param_groups")
+    first = groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], Mapping) else {}
+    own = state_dict.get(key, first.get(key))
+    if not isinstance(own, Mapping):
         has = ", ".join(map(repr, list(state_dict)[:6])) or "nothing"
         raise ValueError(f"the state has {has} and no {key!r}: it is not a {optimizer} optimizer's; load that one's")
-    return dict(state_dict[key])
+    return dict(own)
+
+
+def state_dict(opt: CurvatureOptimizer, whole: dict[str, Any]) -> dict[str, Any]:
+    """Torch's own state dictionary with the rest."""
+    own = {
+        **opt.journal.state(),
+        "damping": opt.recipe.damping.value,
+        **opt.recipe.adaptive.state(),
+        "first_mass": opt.tracker.first_mass,
+        **opt.labels.state(),
+        **named(opt.parameters),
+        **opt.recipe.preconditioner.state(),
+    }
+    return joined(opt, whole, own)
+
+
+def joined(opt: CurvatureOptimizer | NewtonMuon, whole: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Torch's own state dictionary, `whole`, with the rest: beside it under the optimizer's key, or, for
+    `torch.distributed.checkpoint.state_dict`, which would drop that, in the first group."""
+    place, params = opt.parameters.place, by_index(opt)
+    state = {
+        i: {k: place.stored(params[i], v) if isinstance(v, Tensor) else v for k, v in its.items()}
+        for i, its in whole["state"].items()
+    }
+    if not _asked_by_torch():
+        return whole | {"state": state, opt._key: own}
+    first, *others = whole["param_groups"]
+    return {"state": state, "param_groups": [first | {opt._key: own}, *others]}
+
+
+def _asked_by_torch() -> bool:
+    """Whether torch's checkpoint module has called, directly or through wrappers of a few frames."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(10):
+        if frame is not None and frame.f_globals.get("__name__") == TORCH_CHECKPOINT:
+            return True
+        frame = None if frame is None else frame.f_back
+    return False
+
+
+def named(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The parameters' names and dtypes, in order."""
+    return {"names": list(parameters), "dtypes": [str(p.dtype) for p in parameters.values()]}
+
+
+def by_index(opt: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters as `state_dict` counts them."""
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def load_state_dict(
+    opt: CurvatureOptimizer, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
+) -> None:
+    """Checks all, then takes it up; `load` is that of torch's optimizers."""
+    own = state_of(state_dict, opt._key, type(opt).__name__)
+    whole = torchs_own(state_dict, opt._key)
+    _check(opt, own, whole)
+    place = opt.parameters.place
+    state = {
+        i: {k: place.local(v) if isinstance(v, Tensor) else v for k, v in its.items()}
+        for i, its in whole["state"].items()
+    }
+    load(whole | {"state": state})
+    opt.parameters.refresh()
+    own = copied(own, opt.parameters.device)
+    opt.journal.load(own)
+    opt.recipe.damping.value = own["damping"]
+    opt.recipe.adaptive.load(own)
+    opt.tracker.first_mass = own["first_mass"]
+    opt._adapts_lr = opt._has_free_lr()
+    opt.labels.load(own["generator"].cpu(), own["seed"], opt.journal.steps)
+    opt.recipe.preconditioner.load(own)
+    opt.tracker.end_step(accepted=True)
+    opt.tracker.arm()
+
+
+def torchs_own(state_dict: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A state dictionary without what an optimizer saved of its own."""
+    whole = {k: v for k, v in state_dict.items() if k != key}
+    groups = [{k: v for k, v in group.items() if k != key} for group in whole["param_groups"]]
+    return whole | {"param_groups": groups}
+
+
+def _check(opt: CurvatureOptimizer, own: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
+    """Raises ValueError if a state is not of such an optimizer, or of other parameters."""
+    expected = state_dict(opt, torch.optim.Optimizer.state_dict(opt))[opt._key]
+    missing = [k for k in expected if k not in own]
+    if missing:
+        raise ValueError(
+            f"the state has no {missing[0]!r} under {opt._key!r}; expected what state_dict() of this version gives"
+        )
+    check_parameters(opt, opt.parameters, own, whole)
+    opt.recipe.preconditioner.check_state(dict(own))
+
+
+def check_parameters(
+    opt: torch.optim.Optimizer, parameters: Mapping[str, Tensor], own: Mapping[str, Any], whole: Mapping[str, Any]
+) -> None:
+    """Raises ValueError if a state is of other parameters: their names and order, dtypes, shapes, groups."""
+    names, dtypes = list(parameters), [str(p.dtype) for p in parameters.values()]
+    if list(own["names"]) != names:
+        other = next((a, b) for a, b in zip([*own["names"], None], [*names, None], strict=False) if a != b)
+        raise ValueError(
+            f"the state is of {len(own['names'])} parameters and this optimizer of {len(names)}; the first that differs"
+            f" is {other[0]!r} there and {other[1]!r} here: load it for the model and the groups that it was saved of"
+        )
+    for n, theirs, here in zip(names, own["dtypes"], dtypes, strict=True):
+        if theirs != here:
+            raise ValueError(
+                f"the state is of a {n!r} in {theirs} and here it is in {here}; convert the model first, then load"
+            )
+    saved = [len(group["params"]) for group in whole["param_groups"]]
+    if saved != [len(group["params"]) for group in opt.param_groups]:
+        raise ValueError(
+            f"the state has groups of {saved} parameters and this optimizer of "
+            f"{[len(group['params']) for group in opt.param_groups]}; make it with the same groups"
+        )
+    index = [i for group in whole["param_groups"] for i in group["params"]]
+    name_of = {id(p): n for n, p in parameters.items()}
+    for i, p in zip(index, by_index(opt), strict=True):
+        for key, value in whole["state"].get(i, {}).items():
+            if isinstance(value, Tensor) and value.ndim and tuple(value.shape) != tuple(p.shape):
+                raise ValueError(
+                    f"the state's {key!r} of {name_of.get(id(p), i)!r} has shape {tuple(value.shape)} and the "
+                    f"parameter here {tuple(p.shape)}: load it for a model of the same widths"
+                )
+
+
+def copied(value: Any, device: torch.device) -> Any:
+    """A copy of nested dictionaries, lists and tuples, with its tensors on `device`."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {k: copied(v, device) for k, v in value.items()}
+    return type(value)(copied(v, device) for v in value) if isinstance(value, (list, tuple)) else value

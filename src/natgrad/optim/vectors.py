@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +55,3 @@ def check_dense(gradients: Vector) -> None:
     for n, g in gradients.items():
         if g.layout != torch.strided:
             raise ValueError(f"the gradient of {n!r} is sparse; expected a dense one: make its layer with sparse=False")
-
-
-def copied(value: Any, device: torch.device) -> Any:
-    """A copy of nested dictionaries, lists and tuples, with its tensors on `device`."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, dict):
-        return {k: copied(v, device) for k, v in value.items()}
-    return type(value)(copied(v, device) for v in value) if isinstance(value, (list, tuple)) else value

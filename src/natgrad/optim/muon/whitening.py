@@ -15,7 +15,7 @@ from natgrad.capture.use import Use
 from natgrad.curvature.moments import AffineMoments, moments_of_state, state_of_moments
 from natgrad.linalg import factor
 from natgrad.linalg.precision import matmul_precision
-from natgrad.optim.routing import unit_of
+from natgrad.optim.muon.routing import unit_of
 
 ROWS = 4
 """A batch's second moment is taken from at least so many rows for each input, where it has them."""

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from natgrad.checks.warning import warn
+
 
 class Unchanged:
     """What the parameters were at the first loss: the same tensors, of one dtype, on the device of the generator, if
     one was given."""
 
-    def __init__(self, generator: torch.Generator | None):
+    def __init__(self, model: nn.Module, generator: torch.Generator | None):
+        self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
         self._device = None if generator is None else generator.device
         self._first: dict[str, torch.dtype] = {}
 
@@ -35,3 +38,19 @@ class Unchanged:
                     f"{n!r} is {p.dtype} and was {self._first[n]} at the first step; convert the model first, then "
                     "make the optimizer"
                 )
+
+    def tell_of_thawed(self, model: nn.Module, parameters: Mapping[str, Tensor], optimizer: str) -> None:
+        """Warns once of parameters that were frozen when the optimizer was made, have a gradient now, and are in no
+        group of it: they do not move."""
+        if not self._frozen:
+            return
+        own = dict(model.named_parameters())
+        thawed = [n for n in self._frozen if n in own and n not in parameters and own[n].grad is not None]
+        self._frozen.difference_update(thawed, parameters)
+        if thawed:
+            first = min(thawed)
+            warn(
+                f"{len(thawed)} parameters, {first!r} among them, were frozen when {optimizer} was made, have a "
+                "gradient now, and are in no group of it, so that they do not move; add them: "
+                f"opt.add_param_group({{'params': [{first!r}, ...]}})"
+            )

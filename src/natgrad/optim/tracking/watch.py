@@ -1,4 +1,4 @@
-"""Following a model's forwards, so that the optimizer knows how each came about."""
+"""The forwards of a model between two steps."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.tap import Tap
-from natgrad.optim.batch import Forward, RandomState
-from natgrad.optim.buffers import Buffers
-from natgrad.optim.output import Returned
+from natgrad.optim.tracking.buffers import Buffers
+from natgrad.optim.tracking.forward import Forward, RandomState
+from natgrad.optim.tracking.returned import Returned
 
 
 class Watch:
-    """Keeps the last forward of `model` in training mode with gradients enabled.
+    """Keeps the forwards of `model` in training mode with gradients enabled, for as long as what they returned is in
+    use; the last one whatever became of it.
 
-    While `recording`, the uses of the parameters in it are kept too. Forwards of the model inside of its own
-    forward belong to the outermost. A forward in evaluation puts an end to what is kept, but where it is to be kept
-    `beyond_evaluation`. A `wrapper` whose forward is the model's may return it in other tensors. `within`, a method, is
-    called in a forward that is part of that of a `DistributedDataParallel`. `finished`, a method, is given every
-    forward at its end, and nothing is kept for later. `also` are modules whose forwards count as the model's, where
-    these are called by themselves. Nothing keeps the optimizer alive, and a copy of the model is not watched.
+    While `recording`, the uses of the parameters in them are kept too. Forwards of the model inside of its own forward
+    belong to the outermost. A `wrapper` whose forward is the model's may return it in other tensors. `within`, a
+    method, is called in a forward that is part of that of a `DistributedDataParallel`. `finished`, a method, is given
+    every forward at its end, and none is kept. `also` are modules whose forwards count as the model's, where these are
+    called by themselves. `frozen`: uses of frozen parameters are recorded too. Nothing keeps the optimizer alive, and a
+    copy of the model is not watched.
     """
 
     def __init__(
@@ -37,31 +38,33 @@ class Watch:
         model: nn.Module,
         parameters: Mapping[str, Tensor],
         *,
-        beyond_evaluation: bool = False,
         wrapper: nn.Module | None = None,
         within: Callable[[DistributedDataParallel], None] | None = None,
         finished: Callable[[Forward], None] | None = None,
         also: Sequence[nn.Module] = (),
+        frozen: bool = False,
     ):
-        self.recording, self._beyond_evaluation = True, beyond_evaluation
+        self.recording = True
         self._model, self._parameters = weakref.ref(model), dict(parameters)
         self.buffers = Buffers(model)
-        self._forward: Forward | None = None
+        self.forwards: list[Forward] = []
+        self._now: Forward | None = None
         self._recorder: Recorder | None = None
         self._depth = 0
         self._outermost: FrameType | None = None
         self._suspended = False
         self._within = None if within is None else weakref.WeakMethod(within)
         self._finished = None if finished is None else weakref.WeakMethod(finished)
+        self._frozen = frozen
         self._watched = weakref.WeakSet((model, *also))
         me = weakref.ref(self)
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any, compiled: bool) -> None:
             watch = me()
             if watch is not None and module in watch._watched:
-                watch._before(args, kwargs)
+                watch._before(args, kwargs, compiled)
 
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any, compiled: bool) -> None:
             watch = me()
             if watch is not None and module in watch._watched:
                 watch._after(output)
@@ -77,8 +80,8 @@ class Watch:
 
         def wrapped(module: nn.Module, args: Any, output: Any) -> None:
             watch = me()
-            if watch is not None and not watch._suspended and watch._forward is not None and output is not None:
-                watch._forward.returned = Returned(output)
+            if watch is not None and not watch._suspended and watch.forwards and output is not None:
+                watch.forwards[-1].returned = Returned(output)
 
         self._handles.append(weakref.finalize(self, wrapper.register_forward_hook(wrapped).remove))
 
@@ -103,10 +106,20 @@ class Watch:
         """Records the uses of these from the next forward on."""
         self._parameters = dict(parameters)
 
-    def take(self) -> Forward | None:
-        """The last forward, once."""
-        forward, self._forward = self._forward, None
-        return forward
+    def end_step(self) -> None:
+        """Keeps no forward but those of which something is in use, and of these no record."""
+        for forward in self.forwards:
+            forward.recorder = None
+        self.forwards = [f for f in self.forwards if f.returned is not None and f.returned.let_go()]
+
+    def recorder(self) -> Recorder:
+        """A recorder of the parameters that are trainable now, or of all."""
+        return Recorder({n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen})
+
+    @property
+    def running(self) -> bool:
+        """Whether a forward has begun and has not returned."""
+        return self._now is not None and self._outermost is not None and _running(self._outermost)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -121,13 +134,13 @@ class Watch:
     def clear(self) -> None:
         """Ends the recording of a forward. One that was interrupted is ended by the next: torch runs no hook
         after a KeyboardInterrupt."""
-        self._depth, self._outermost = 0, None
+        self._depth, self._outermost, self._now = 0, None, None
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             _leave(recorder)
             self._stance.__exit__(None, None, None)
 
-    def _before(self, args: Any, kwargs: Any) -> None:
+    def _before(self, args: Any, kwargs: Any, compiled: bool) -> None:
         if self._suspended:
             return
         if self._outermost is not None and not _running(self._outermost):
@@ -137,11 +150,9 @@ class Watch:
             return
         self._outermost = _calling_frame()
         model = self._model()
-        trains = model is not None and model.training and torch.is_grad_enabled()
-        if trains or not self._beyond_evaluation:
-            self._forward = None
-        if not trains:
+        if model is None or not model.training or not torch.is_grad_enabled():
             return
+        self.forwards = [f for f in self.forwards if f.returned is not None and f.returned.let_go()]
         self.buffers.keep()
         # torch's own note of whose forward is running, for its compiler.
         around = DistributedDataParallel._active_ddp_module
@@ -150,11 +161,11 @@ class Watch:
         device = next(iter(self._parameters.values())).device
         lowered = torch.is_autocast_enabled(device.type)
         precision = torch.get_autocast_dtype(device.type) if lowered else None
-        self._forward = Forward(args, kwargs, RandomState(device), autocast=precision)
-        if self.recording:
-            self._recorder = Recorder(self._parameters)
+        self._now = Forward(model, args, kwargs, RandomState(device), precision, compiled)
+        if self.recording and not compiled:  # compiled code has no function modes
+            self._recorder = self.recorder()
             self._recorder.__enter__()
-            self._stance = torch.compiler.set_stance("force_eager")  # compiled code has no function modes
+            self._stance = torch.compiler.set_stance("force_eager")
 
     def _after(self, output: Any) -> None:
         if self._suspended:
@@ -162,18 +173,17 @@ class Watch:
         self._depth -= 1
         if self._depth > 0:
             return
-        recorder = self._recorder
+        recorder, forward = self._recorder, self._now
         self.clear()
-        if self._forward is not None and self._forward.returned is not None:
-            return  # one before this, which was in evaluation
-        # A forward that raised returns nothing, and cannot be followed by a loss.
-        if self._forward is None or output is None:
-            self._forward = None
-            return
-        self._forward.returned = Returned(output)
-        self._forward.recorder = recorder
-        if self._finished is not None and (finished := self._finished()) is not None:
-            forward, self._forward = self._forward, None
+        if forward is None or output is None:
+            return  # one that raised returns nothing, and cannot be followed by a loss
+        forward.returned, forward.recorder = Returned(output), recorder
+        if recorder is not None:
+            recorder.let_go()
+        finished = None if self._finished is None else self._finished()
+        if finished is None:
+            self.forwards.append(forward)
+        else:
             finished(forward)
 
 

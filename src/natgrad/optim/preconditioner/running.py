@@ -1,9 +1,9 @@
-"""What an optimizer keeps of the curvature from step to step: moving averages, and the matrix that they make."""
+"""Moving averages of statistics, and the matrix that they make."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -31,6 +31,7 @@ from natgrad.distributed.world import World
 from natgrad.linalg import CenteredKronecker, Diagonal, Homogeneous, Kronecker, Operator, factor
 from natgrad.linalg import rows as tiles
 from natgrad.linalg.centered import CenteredInverse
+from natgrad.optim.preconditioner.frozen import left_of, without
 
 
 @dataclass
@@ -91,8 +92,8 @@ class Running(ABC):
         """The sums of one batch."""
 
     @abstractmethod
-    def blocks(self) -> dict[Layer, Operator]:
-        """Every whole layer's operator, per unit of the loss's mean."""
+    def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
+        """Every whole layer's operator, per unit of the loss's mean; that of the parameters that are not frozen."""
 
     def inverse(self, operator: Operator, damping: float, style: str) -> Operator:
         """One layer's damped inverse."""
@@ -104,8 +105,24 @@ class Running(ABC):
         if not found:
             return False
         self.drop_spoiled()
-        self.total = self.total.decayed(decay, reduce(Statistics.__add__, found))
+        came = reduce(Statistics.__add__, found)
+        self._drop_replaced(came.moments)
+        self.total = self.total.decayed(decay, came)
         return True
+
+    def _drop_replaced(self, new: Iterable[Layer]) -> None:
+        """Forgets layers whose parameters are now in layers of other parameters, as where a weight was frozen."""
+        of = {n: layer.names for layer in new for n in layer.names}
+        gone = {layer for layer in self.layers if any(of.get(n, layer.names) != layer.names for n in layer.names)}
+        if gone:
+            self._forget(gone)
+
+    def _forget(self, gone: Collection[Layer]) -> None:
+        def rest(moments: Mapping[Layer, Moments]) -> dict[Layer, Moments]:
+            return {layer: m for layer, m in moments.items() if layer not in gone}
+
+        self.total = Statistics(rest(self.total.moments), rest(self.total.squares))
+        self.elsewhere = [layer for layer in self.elsewhere if layer not in gone]
 
     def drop_spoiled(self) -> set[Layer]:
         """Forgets averages that have come to be not finite. The layers that they were of."""
@@ -143,8 +160,8 @@ class RunningKfac(Running):
     def observe(self, cases: Cases) -> Statistics:
         return Statistics(layer_moments(cases, self.sharing, self.max_dim))
 
-    def blocks(self) -> dict[Layer, Operator]:
-        return kfac_blocks(self.total.moments, True, self.centered)
+    def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
+        return kfac_blocks(left_of(self.total.moments, frozen), True, self.centered)
 
 
 class RunningEkfac(RunningKfac):
@@ -171,24 +188,27 @@ class RunningEkfac(RunningKfac):
     def turn(self, world: World) -> None:
         moments = self.total.moments
         self._bases = bases_of(moments, self.centered, turned, self._bases, world)
-        self.total.squares = {}
+        squares: dict[Layer, Moments] = {}
         for layer, basis in self._bases.items():
             m = moments[layer]
             assert isinstance(m, AffineMoments)
-            self.total.squares[layer] = DiagonalMoments(basis.kronecker_values(m), m.mass)
+            squares[layer] = DiagonalMoments(basis.kronecker_values(m), m.mass)
+        self.total = Statistics(moments, squares)
 
-    def blocks(self) -> dict[Layer, Operator]:
-        if not self._bases:
-            return super().blocks()
+    def _forget(self, gone: Collection[Layer]) -> None:
+        super()._forget(gone)
+        self._bases = {layer: basis for layer, basis in self._bases.items() if layer not in gone}
+
+    def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
         own: dict[Layer, Operator] = {}
         for layer, basis in self._bases.items():
             squares, m = self.total.squares.get(layer), self.total.moments.get(layer)
-            if squares is not None and m is not None:
+            if squares is not None and m is not None and without(layer, frozen) == layer:
                 assert isinstance(squares, DiagonalMoments)
                 assert isinstance(m, AffineMoments)
                 own[layer] = basis.block(squares.means(), m)
         rest = {layer: m for layer, m in self.total.moments.items() if layer not in own}
-        return tiled(own) | kfac_blocks(rest, True, self.centered)
+        return tiled(own) | kfac_blocks(left_of(rest, frozen), True, self.centered)
 
     def state(self) -> dict[str, Any]:
         bases = {layer.key(): {"U_A": b.U_A, "U_B": b.U_B, "centered": b.centered} for layer, b in self._bases.items()}
@@ -206,8 +226,9 @@ class RunningDiagonal(Running):
     def observe(self, cases: Cases) -> Statistics:
         return Statistics({layer: DiagonalMoments(v, cases.mass) for layer, v in diagonal_squares(cases).items()})
 
-    def blocks(self) -> dict[Layer, Operator]:
-        means = {layer: m.means() for layer, m in self.total.moments.items() if isinstance(m, DiagonalMoments)}
+    def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
+        left = left_of(self.total.moments, frozen)
+        means = {layer: m.means() for layer, m in left.items() if isinstance(m, DiagonalMoments)}
         return tiled({layer: Diagonal(values) for layer, values in means.items()})
 
 
@@ -227,8 +248,9 @@ class RunningInput(Running):
         sparse = any(use.diagonal for use in cases.h[layer])
         return bool(layer.weight) and not (layer.scale or sparse or has_rival(layer, cases.h))
 
-    def blocks(self) -> dict[Layer, Operator]:
-        return tiled({layer: self._block(layer, m) for layer, m in self.total.moments.items()})
+    def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
+        left = left_of(self.total.moments, frozen)
+        return tiled({layer: self._block(layer, m) for layer, m in left.items() if layer.weight})
 
     def _block(self, layer: Layer, m: Moments) -> Operator:
         assert isinstance(m, AffineMoments)
@@ -266,7 +288,7 @@ class RunningIdentity(Running):
     def observe(self, cases: Cases) -> Statistics:
         return Statistics()
 
-    def blocks(self) -> dict[Layer, Operator]:
+    def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
         return {}
 
 

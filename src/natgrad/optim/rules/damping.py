@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 CEILING = 10.0
+LIMIT = 1e3
 
 
 class LevenbergMarquardt:
@@ -16,7 +17,12 @@ class LevenbergMarquardt:
 
     The step size is chosen with the exact curvature, so `ρ` says little about the damping inside of the inverse
     and would let it fall for ever. It stops at `floor` times the mean of the curvature's diagonal. Upwards it stops at
-    `CEILING` times that: near a minimum `ρ` is rounding, and would let it rise for ever.
+    `CEILING` times that: near a minimum `ρ` is rounding, and would let it rise for ever. Rejections may raise it to
+    `LIMIT` times that, from where it falls again unless `ρ < 1/4`.
+
+    Args:
+        factor: below 1.
+        floor: in units of the mean of the curvature's diagonal.
 
     Reference: Martens & Grosse (2015), section 6.5; Moré (1978).
     """
@@ -26,15 +32,33 @@ class LevenbergMarquardt:
 
     def adapt(self, damping: float, ratio: float, scale: float) -> float:
         """The next damping; `scale` is the mean of the curvature's diagonal."""
+        lower = min(damping, max(damping * self.factor, self.floor * scale))
         if ratio > 0.75:
-            return min(damping, max(damping * self.factor, self.floor * scale))
+            return lower
         if ratio < 0.25:
             return min(damping / self.factor, max(damping, CEILING * scale))
-        return damping
+        return lower if damping > CEILING * scale > 0 else damping
 
-    def after_rejection(self, damping: float, count: int) -> float:
-        """The damping after the `count`-th rejection in a row: times four, and sixteen, and so on."""
-        return min(damping * 4.0 ** min(count, 50), max(damping, 1e30))
+    def after_rejection(self, damping: float, count: int, scale: float) -> float:
+        """The damping after the `count`-th rejection in a row: times four, and sixteen, and so on, up to a limit."""
+        return min(damping * 4.0 ** min(count, 50), max(damping, LIMIT * scale if scale > 0 else 1e30))
+
+
+class DampingControl:
+    """The damping of a run: a number, or None until it is calibrated; `adaptive` where it is not the user's own."""
+
+    def __init__(self, value: float | None, rule: LevenbergMarquardt):
+        self.value, self.adaptive, self.rule = value, value is None, rule
+
+    def adapt(self, ratio: float, scale: float) -> None:
+        """After a step that was measured."""
+        if self.adaptive and self.value is not None:
+            self.value = self.rule.adapt(self.value, ratio, scale)
+
+    def raise_(self, count: int, scale: float) -> None:
+        """After a rejection, the `count`-th in a row."""
+        if self.adaptive and self.value is not None:
+            self.value = self.rule.after_rejection(self.value, count, scale)
 
 
 def calibrate(scale: float, loss_after: Callable[[float], float]) -> float:
@@ -63,7 +87,7 @@ def _grid(scale: float) -> Iterator[float]:
 
 
 def weighted_median(values: Iterable[tuple[float, float]]) -> float:
-    """Of pairs of a value and its weight, the least value that has half of the weight at or below it.
+    """Of pairs of a value and its weight, the least value that has half of the weight at or below it; 0 of none.
 
     Example:
         >>> weighted_median([(5.0, 1.0), (1.0, 1.0), (2.0, 1.0)])
@@ -74,4 +98,4 @@ def weighted_median(values: Iterable[tuple[float, float]]) -> float:
     ordered = sorted(values)
     half = sum(weight for _, weight in ordered) / 2
     below = accumulate(weight for _, weight in ordered)
-    return next(value for (value, _), sofar in zip(ordered, below, strict=True) if sofar >= half)
+    return next((value for (value, _), sofar in zip(ordered, below, strict=True) if sofar >= half), 0.0)

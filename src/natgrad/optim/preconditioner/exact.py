@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.cases import Cases, Layer, read_cases
 from natgrad.capture.layers import Inputs, Rows
+from natgrad.capture.recorder import Recorder
+from natgrad.capture.use import Use
 from natgrad.curvature.blocks import assemble
 from natgrad.curvature.structures import ExactStructure
 from natgrad.linalg import Operator, Space
@@ -16,7 +20,134 @@ from natgrad.linalg.joint import Joint
 from natgrad.linalg.krylov import Solution, conjugate_gradient
 from natgrad.linalg.operator import check_damping
 from natgrad.linalg.space import Parts
-from natgrad.optim.batch import Objective
+from natgrad.optim.decay import Decay
+from natgrad.optim.labels import Labels
+from natgrad.optim.objective import Objective
+from natgrad.optim.parameters import Parameters
+from natgrad.optim.preconditioner.base import Preconditioner
+from natgrad.optim.rules.stage import Figures
+from natgrad.optim.tracking.batch import Batch
+from natgrad.optim.vectors import Vector
+
+SOLVERS = ("dual", "primal", "cg")
+
+
+class ExactMatrix(Preconditioner):
+    """`F = E[Jᵀ D J]` over all parameters together, of one step's batches.
+
+    `NaturalGradient` says what the options mean.
+    """
+
+    inverted = "the Fisher matrix"
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        labels: Labels,
+        *,
+        estimator: str,
+        solver: str | None,
+        max_size: int,
+        tolerance: float,
+        max_iterations: int,
+    ):
+        super().__init__(parameters)
+        self.labels, self.estimator, self.solver = labels, estimator, solver
+        self.max_size, self.tolerance, self.max_iterations = max_size, tolerance, max_iterations
+        self.runs_again = solver in (None, "cg")
+        self._matrix: Joint | ByProducts | None = None
+        self._inverse: Operator | None = None
+        self._figures: Figures = {}
+        self._columns = 0  # of this step's batches so far
+
+    def chosen(self) -> dict[str, Any]:
+        return {} if self.solver is None else {"solver": self.solver}
+
+    def size(self) -> int:
+        """The number of rows of `F`."""
+        return sum(p.numel() for p in self.parameters.values() if p.requires_grad)
+
+    # Between forward and step --------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        return self.solver != "cg"
+
+    def _takes_cases(self, output: Tensor) -> bool:
+        """Whether this batch, with those before it, is to be solved for by its cases."""
+        if self.solver is not None:
+            return self.solver != "cg"
+        columns = self._columns + (output.numel() if self.estimator == "exact" else len(output))
+        return min(columns, self.size()) <= self.max_size
+
+    def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
+        if not self._takes_cases(output):
+            return recorder.uses
+        try:
+            return recorder.check(output, reached=True)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{error}, or use solver='cg', which covers all") from None
+
+    def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int, step: int) -> None:
+        takes = self._takes_cases(output)
+        self._columns += output.numel() if self.estimator == "exact" else len(output)
+        if not takes:
+            return
+        source = self.labels.generator
+        columns = batch.term.curvature.columns(output, batch.target, self.estimator, generator=source)
+        # The matrix squares the condition of J: float64, whatever the parameters are.
+        cases = read_cases(uses, output, columns, batch.mass, torch.float64, sampled=self.estimator == "mc").kept()
+        if not all(torch.isfinite(g.sum()) for column in cases.columns for uses in column.values() for g in uses):
+            batch.fault = "the curvature is not finite"
+        batch.statistics = cases
+
+    # The step ------------------------------------------------------------------------------------------
+
+    def take_in(self, objective: Objective, gradients: Vector, figures: Figures, step: int) -> set[str]:
+        parameters = {n: self.parameters[n] for n in gradients}
+        self._figures = figures
+        if all(b.statistics is not None for b in objective.batches):
+            self._matrix = from_cases(objective, parameters)
+        elif self.estimator == "exact":
+            self._matrix = ByProducts(objective, parameters, self.tolerance, self.max_iterations)
+        else:
+            raise ValueError(
+                f"the batch has more than max_size={self.max_size} cases and the model more parameters, and "
+                f"conjugate gradients need estimator='exact', not {self.estimator!r}; use smaller batches, or raise "
+                "max_size"
+            )
+        return set()
+
+    def refresh(self, damping: float, decay: Decay, figures: Figures) -> None:
+        assert self._matrix is not None
+        damping += decay.same(self.parameters)
+        if isinstance(self._matrix, Joint):
+            form = self.solver or self._matrix.smaller_form()
+            self._inverse = self._matrix.inverse(damping, form=form)
+        else:
+            form = "cg"
+            self._inverse = self._matrix.inverse(damping)
+        figures["solver"] = form
+
+    def apply(self, v: Vector) -> Vector:
+        assert self._inverse is not None
+        names = self._inverse.space.names or ()
+        solved = self._inverse._matmul(tuple(v[n].to(self._inverse.dtype) for n in names))
+        if isinstance(self._inverse, TruncatedInverse):
+            _, residual, products = self._inverse.solution
+            self._figures |= {"residual": residual, "products": products}
+        return {n: d.to(v[n].dtype) for n, d in zip(names, solved, strict=True)}
+
+    def scale(self) -> float:
+        assert self._matrix is not None
+        if isinstance(self._matrix, Joint):
+            trace = self._matrix.trace()
+        else:
+            trace = self._matrix.estimate_trace(2, self.labels.generator).value
+        return float(trace) / self._matrix.space.size
+
+    def end_step(self) -> None:
+        self._matrix = self._inverse = None  # they hold the batches
+        self._columns = 0
 
 
 def from_cases(objective: Objective, parameters: Mapping[str, Tensor]) -> Joint:

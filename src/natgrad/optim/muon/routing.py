@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from natgrad.capture.cases import Layer
@@ -230,11 +231,12 @@ def chooser(steps: Steps, shapes: Mapping[str, Sequence[int]]) -> Callable[[str]
 class Routing(Mapping[str, Route]):
     """Every parameter's route by name; `print` shows a table."""
 
-    def __init__(self, routes: Mapping[str, Route | None], shapes: Mapping[str, Sequence[int]]):
-        self._routes, self._shapes = dict(routes), dict(shapes)
+    def __init__(self, routes: Mapping[str, Route], parameters: Mapping[str, Tensor]):
+        self._routes = {n: routes.get(n) or Route(ADAMW, _why_not(p)) for n, p in parameters.items()}
+        self._shapes = {n: tuple(p.shape) for n, p in parameters.items()}
 
     def __getitem__(self, name: str) -> Route:
-        return self._routes[name] or Route(ADAMW, NOT_SEEN_YET)
+        return self._routes[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._routes)
@@ -260,3 +262,8 @@ class Routing(Mapping[str, Route]):
         return "\n".join("  ".join([*first, why]) for first, why in cells)
 
     __repr__ = __str__
+
+
+def _why_not(p: Tensor) -> str:
+    """Why there is no route yet."""
+    return NOT_SEEN_YET if p.requires_grad else "frozen"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,9 +81,14 @@ def take_in_squares(g: Vector, state_of: StateOf) -> None:
         if "second_moment" not in state:
             state["second_moment"], state["second_weight"] = torch.zeros_like(gradient), 0.0
         state["second_weight"] += (1 - SECOND_MOMENT_DECAY) * (1 - state["second_weight"])
-    seconds, values = [state["second_moment"] for state in states], list(g.values())
-    torch._foreach_mul_(seconds, SECOND_MOMENT_DECAY)
+    if not states:
+        return
+    # New tensors: a step that is given up has the old ones.
+    values = list(g.values())
+    seconds = torch._foreach_mul([state["second_moment"] for state in states], SECOND_MOMENT_DECAY)
     torch._foreach_addcmul_(seconds, values, values, 1 - SECOND_MOMENT_DECAY)
+    for state, second in zip(states, seconds, strict=True):
+        state["second_moment"] = second
 
 
 def adam(v: Vector, state_of: StateOf, eps: float = 1e-8) -> Vector:
@@ -95,25 +100,6 @@ def adam(v: Vector, state_of: StateOf, eps: float = 1e-8) -> Vector:
     torch._foreach_div_(roots, [state["second_weight"] ** 0.5 for state in states])
     torch._foreach_add_(roots, eps)
     return dict(zip(v, torch._foreach_div(list(v.values()), roots), strict=True))
-
-
-def nesterov(v: Vector, g: Vector, groups: Iterable[tuple[dict[str, Any], list[str]]], state_of: StateOf) -> Vector:
-    """`(∇ + μ v) / (1 + μ Σ μᵗ)`: Nesterov's momentum as an average, on the scale of a gradient from the start."""
-    out = dict(v)
-    for group, names in groups:
-        mu = group["momentum"]
-        if not mu:
-            continue
-        shares = []
-        for n in names:
-            state = state_of(n)
-            state["momentum_weight"] = mu * state.get("momentum_weight", 0.0) + 1
-            shares.append(1 / (1 + mu * state["momentum_weight"]))
-        ahead = torch._foreach_mul([v[n] for n in names], mu)
-        torch._foreach_add_(ahead, [g[n] for n in names])
-        torch._foreach_mul_(ahead, shares)
-        out |= dict(zip(names, ahead, strict=True))
-    return out
 
 
 def orthogonal_directions(

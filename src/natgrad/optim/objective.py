@@ -1,0 +1,195 @@
+"""The objective of one step: the losses whose gradients have arrived, weighted as the user's backward weighted them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from natgrad.curvature.products import tangent
+from natgrad.linalg.precision import matmul_precision
+from natgrad.optim.parameters import Parameters
+from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty
+from natgrad.optim.vectors import Vector, symmetric
+
+
+class Objective:
+    """`Σ_t ω_t L_t`: every term's mean over its pending batches, with the term's weight.
+
+    All is in the units of the heaviest term's mean, `max |ω_t| = 1`: with one term, of the loss's own mean. So nothing
+    depends on the reduction, the batch size or the number of microbatches. `scale` is the user's gradient over this
+    objective's gradient, `idle` how many ranks have no examples.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        parts: Sequence[Batch | Penalty],
+        terms: Iterable[str],
+        precision: str | None = None,
+    ):
+        self._parameters, self._place, self._precision = parameters, parameters.place, precision
+        self._model, self._world = self._place.model, self._place.world
+        self.batches = [b for b in parts if isinstance(b, Batch)]
+        self.penalties = [p for p in parts if isinstance(p, Penalty)]
+        factors, masses, losses = self._numbers()
+        self._masses, n = masses[: len(self.batches)], len(self.batches)
+        for b, its_loss in zip(self.batches, losses, strict=False):
+            if not math.isfinite(its_loss):
+                b.fault = b.fault or LOSS_NOT_FINITE
+        # In how many means of its term each batch is.
+        means = [self._in_means(b, f, m) for b, f, m in zip(self.batches, factors, masses, strict=False)]
+        own = dict.fromkeys(terms, 0.0)
+        for b, mean in zip(self.batches, means, strict=True):
+            own[b.term.name] += mean
+        each = zip([*self._per_loss(means), *factors[n:]], losses, strict=True)
+        empty = all(b.is_empty for b in self.batches)
+        numbers = [float(sum(f * its for f, its in each)), float(empty), *own.values(), *self._faults()]
+        loss, idle, *rest = self._world.numbers(numbers, "the loss")
+        self.idle = int(idle)
+        totals = dict(zip(own, rest, strict=False))
+        heaviest = max((abs(v) for v in totals.values()), default=0.0)
+        only = math.copysign(heaviest, next(iter(totals.values()))) if len(totals) == 1 else heaviest
+        self.scale = only / self._world.size  # gradients are averaged over the ranks
+        self.loss = loss / only if only else loss
+        self.fault = self._fault(rest[len(own) :])
+        self.weights = {n: v / only if only else 0.0 for n, v in totals.items()}
+        self._weights = [mean / only if only else 0.0 for mean in means]
+        self._penalty_weights = [f / only if only else 0.0 for f in factors[n:]]
+
+    def _numbers(self) -> tuple[list[float], list[float], list[float]]:
+        """The factors, masses and values of batches and penalties; a GPU is waited for once."""
+        sizes = self._parameters.sizes()
+        by_hand: Counter[str] = Counter(b.term.name for b in self.batches)
+        rows = []
+        parts: list[Batch | Penalty] = [*self.batches, *self.penalties]
+        for part in parts:
+            factor = part.factor(sizes)
+            if factor is None:  # gradients that were set by hand
+                is_mean = isinstance(part, Batch) and part.term.curvature.is_mean
+                factor = part.loss.new_tensor(1 / by_hand[_name(part)] if is_mean else 1.0)
+            mass = part.mass if isinstance(part, Batch) else part.loss.new_ones(())
+            rows.append(torch.stack([factor, mass, part.loss]))
+        table: list[list[float]] = torch.stack(rows).tolist() if rows else []
+        factors, masses, losses = ([row[i] for row in table] for i in range(3))
+        return factors, masses, losses
+
+    @staticmethod
+    def _in_means(batch: Batch, factor: float, mass: float) -> float:
+        if batch.is_empty:
+            return 0.0
+        return factor * (batch.weight if batch.term.curvature.is_mean else mass)
+
+    def _per_loss(self, means: Sequence[float]) -> list[float]:
+        """The factor of each batch's loss, a mean or a sum, from that of its mean."""
+        each = zip(means, self._masses, self.batches, strict=False)
+        return [mean if b.term.curvature.is_mean or not mass else mean / mass for mean, mass, b in each]
+
+    def _faults(self) -> list[float]:
+        """Whether this rank's batches have a fault, in its own place of a list of all ranks."""
+        here = self._world.rank if any(b.fault for b in self.batches) else None
+        return [float(rank == here) for rank in range(self._world.size)]
+
+    def _fault(self, faults: list[float]) -> str | None:
+        """What is wrong with a batch, here or on another rank."""
+        own = next((b.fault for b in self.batches if b.fault), None)
+        others = [str(rank) for rank, faulty in enumerate(faults) if faulty and rank != self._world.rank]
+        return own or (f"a batch has a fault on rank {', '.join(others)}" if others else None)
+
+    @property
+    def shares(self) -> list[float]:
+        """The factor of each batch's sum over cases."""
+        each = zip(self._weights, self._masses, self.batches, strict=False)
+        return [0.0 if b.is_empty or not mass else w / mass for w, mass, b in each]
+
+    @property
+    def moved(self) -> bool:
+        """Whether the parameters were written to after a forward, so that its loss is another one now."""
+        now = self._parameters.versions()
+        parts: list[Batch | Penalty] = [*self.batches, *self.penalties]
+        return self._place.shards is None and any(part.versions != now for part in parts)
+
+    def measure_again(self) -> None:
+        """Takes the loss, and what was recorded of the layers, for outdated."""
+        self.loss = self.evaluate()
+        for batch in self.batches:
+            batch.uses = []
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether the way from the model to the loss is known for all batches."""
+        return all(batch.way is not None for batch in self.batches)
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether the objective is zero at the least, whatever the outputs."""
+        return not self.penalties and all(b.term.curvature.nonnegative for b in self.batches)
+
+    def evaluate(self) -> float:
+        """The objective at the parameters as they are now; buffers and random generators stay as they were."""
+        buffers = {n: b.clone() for n, b in self._model.named_buffers()}
+        total = 0.0
+        try:
+            with torch.no_grad():
+                for weight, batch in zip(self._per_loss(self._weights), self.batches, strict=True):
+                    total += weight * batch.value(self._model)
+                for weight, penalty in zip(self._penalty_weights, self.penalties, strict=True):
+                    total += weight * penalty.value(self._model)
+        finally:
+            with torch.no_grad():
+                for n, b in self._model.named_buffers():
+                    b.copy_(buffers[n])
+        self._place.settle()
+        return self._world.numbers([total], "the loss after a step")[0]
+
+    def products(self, directions: list[Vector]) -> Tensor:
+        """The matrix of `d_iᵀ F d_j`, in float64, by forward mode on the batches."""
+        n = len(directions)
+        lower = [0.0] * (n * (n + 1) // 2)
+        for share, batch in zip(self.shares, self.batches, strict=True):
+            with matmul_precision(self._precision):
+                pushed = [tangent(self._model, batch.run, d, batch.uses, self._place.duals) for d in directions]
+            if batch.is_empty:
+                continue
+            curved = [batch.term.curvature.product(output, batch.target, Jd) for output, Jd in pushed]
+            pairs = ((DJd, pushed[j][1]) for i, DJd in enumerate(curved) for j in range(i + 1))
+            own = torch.stack([torch.dot(u.flatten(), v.flatten()) for u, v in pairs]).tolist()
+            lower = [total + share * value for total, value in zip(lower, own, strict=True)]
+        return symmetric(self._world.numbers(lower, "the quadratic model"), n)
+
+    def product(self, names: Sequence[str]) -> Callable[[Vector], Vector]:
+        """The map `d ↦ F d` on the named parameters, at their values now: the graph of one forward is kept, and each
+        product takes a forward-mode and a reverse-mode pass."""
+        # Copies: a trial step writes to the parameters themselves, and the graph would be lost.
+        values = {n: p.detach().clone().requires_grad_(n in names) for n, p in self._model.named_parameters()}
+        values |= {n: b.clone() for n, b in self._model.named_buffers()}
+        leaves = [values[n] for n in names]
+
+        def forward(*args: object, **kwargs: object) -> object:
+            return functional_call(self._model, values, args, kwargs)
+
+        with torch.enable_grad():
+            outputs = [batch.run(forward) for batch in self.batches]
+
+        def product(d: Vector) -> Vector:
+            total = {n: torch.zeros_like(d[n]) for n in names}
+            for share, batch, output in zip(self.shares, self.batches, outputs, strict=True):
+                _, Jd = tangent(self._model, batch.run, d, batch.uses)
+                DJd = share * batch.term.curvature.product(output.detach(), batch.target, Jd)
+                gradients = torch.autograd.grad(output, leaves, DJd, retain_graph=True, allow_unused=True)
+                for n, g in zip(names, gradients, strict=True):
+                    if g is not None:
+                        total[n] += g
+            for n in names:
+                self._world.sum(total[n], "a product with the curvature")
+            return total
+
+        return product
+
+
+def _name(part: Batch | Penalty) -> str:
+    return part.term.name if isinstance(part, Batch) else ""

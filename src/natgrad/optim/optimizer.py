@@ -1,0 +1,295 @@
+"""A torch optimizer that follows its model: what KFAC and NaturalGradient have in common with all others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+
+from natgrad.checks.values import check_choice, check_flag, check_function, check_generator, check_number, check_within
+from natgrad.distributed.placement import placed, refuse_ranks
+from natgrad.losses import ESTIMATORS
+from natgrad.optim import averaging, saved, shown
+from natgrad.optim.journal import Journal
+from natgrad.optim.labels import Labels
+from natgrad.optim.parameter_groups import Groups, as_group, check_groups, check_schedulable, parameter_groups
+from natgrad.optim.parameters import Parameters
+from natgrad.optim.preconditioner.base import Preconditioner
+from natgrad.optim.recipe import Recipe
+from natgrad.optim.rules.damping import DampingControl
+from natgrad.optim.terms import Loss, terms_of
+from natgrad.optim.tracking.batch import Batch, Penalty
+from natgrad.optim.tracking.returned import Way
+from natgrad.optim.tracking.tracker import Losses, Tracker
+from natgrad.optim.vectors import Vector
+
+
+class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
+    """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`, everything adaptive by default.
+
+    It puts the parts of a step together, which `recipe.py` calls one after the other, and has what torch's optimizers
+    have: groups, states, schedulers, `state_dict`.
+    """
+
+    _key: ClassVar[str]
+    """Under which `state_dict` has what is not torch's own."""
+    _many_ranks: ClassVar[bool]
+    """Whether what is taken from a rank's batches is summed over the ranks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        params: Groups,
+        defaults: dict[str, Any],
+        damping: float | None,
+        max_kl: float | None,
+        average: float | None,
+        estimator: str,
+        adapt_every: int,
+        matmul_precision: str | None,
+        output: Way | None,
+        generator: torch.Generator | None,
+    ):
+        name = type(self).__name__
+        terms = terms_of(loss, name)
+        check_number("damping", damping, optional=True)
+        check_number("max_kl", max_kl, optional=True, positive=True)
+        check_within("average", average, "[0, 1)", optional=True)
+        check_flag("decoupled_weight_decay", defaults["decoupled_weight_decay"])
+        check_choice("estimator", estimator, ESTIMATORS)
+        check_function("output", output, "from what the model returns to what the loss takes")
+        place = placed(model)
+        if not self._many_ranks:
+            refuse_ranks(name, place)
+        self.model, self.estimator, self.average = place.model, estimator, average
+        self.adapt_every, self.max_kl, self.matmul_precision = adapt_every, max_kl, matmul_precision
+        torch.optim.Optimizer.__init__(self, parameter_groups(place.model, params), defaults)
+        Joinable.__init__(self)
+        self.parameters = Parameters(self, place)
+        check_generator(generator, self.parameters.device)
+        self.labels = Labels(self.parameters, generator)
+        self.journal = Journal(name)
+        self.tracker = Tracker(
+            name, model, self.parameters, terms, output=output, generator=generator, many_ranks=self._many_ranks
+        )
+        self.loss = Losses(self.tracker)
+        self._adapts_lr = self._has_free_lr()  # whatever a scheduler writes into the groups
+
+    def _assemble(self, preconditioner: Preconditioner, damping: DampingControl, tolerated: float, tries: int) -> None:
+        """Puts the parts together that differ from optimizer to optimizer."""
+        self.recipe = Recipe(
+            self.parameters,
+            self.tracker,
+            preconditioner,
+            damping,
+            self.journal,
+            self.labels,
+            tolerated=tolerated,
+            tries=tries,
+            adapt_every=self.adapt_every,
+            max_kl=self.max_kl,
+            average=self.average,
+            precision=self.matmul_precision,
+        )
+
+    # The step ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the parameters from their gradients. What was done is in `diagnostics`.
+
+        A step that cannot be computed (a loss, gradient or curvature that is not finite), or by which the loss would
+        rise, leaves the parameters as they are. `diagnostics` says so; from the second in a row on, a warning does too.
+        If the loss is not finite because of the step before, that step is taken back. An exception leaves everything as
+        it was before the step.
+
+        Raises:
+            RuntimeError: if no `opt.loss` and backward came before, or an input of the model was changed in place.
+            NotImplementedError: for a gradient that comes from no loss of `opt.loss`.
+            ValueError: if one of torch's schedulers is to change a step size that is adapted; if the run has diverged.
+        """
+        check_schedulable(self.param_groups, self._adapts_lr)
+        value = _value_of(closure)
+        parts, gradients = self.tracker.collect(), self.parameters.gradients()
+        Join.notify_join_context(self)
+        if self._nothing_to_do(parts, gradients, closure is not None and value is None):
+            return value
+        self.recipe.run(parts, gradients)
+        return value
+
+    def _nothing_to_do(self, parts: list[Batch | Penalty], gradients: Vector, silent: bool) -> bool:
+        """Whether a closure found nothing to do, as where Lightning's training_step returns None.
+
+        Raises:
+            RuntimeError: if there is nothing to do and no closure.
+        """
+        if self.parameters.place.world.size > 1 or (parts and gradients):
+            return False
+        if silent and not (parts or gradients):
+            return True
+        early = "loss.backward()" if parts else "any loss that opt.loss gave" if gradients else "any loss"
+        raise RuntimeError(
+            f"step() came before {early}: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
+        )
+
+    def _has_free_lr(self) -> bool:
+        """Whether a step size is the optimizer's to find."""
+        return any(group["lr"] is None for group in self.param_groups)
+
+    # As torch's optimizers -----------------------------------------------------------------------------
+
+    @property
+    def diagnostics(self) -> dict[str, Any]:
+        """What the last step did, as a plain dictionary."""
+        return self.journal.figures
+
+    @property
+    def _steps(self) -> int:
+        """How many steps were taken."""
+        return self.journal.steps
+
+    @property
+    def _damping(self) -> float | None:
+        """The damping of the next step."""
+        return self.recipe.damping.value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """One of torch's schedulers, when it is made, wraps `step` before it computes with `lr`."""
+        if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
+            check_schedulable([{"initial_lr": None}], self._adapts_lr)
+        super().__setattr__(name, value)
+
+    def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
+        """The value of a part of the objective that has no curvature here: add it to the loss, and backward from both.
+
+            loss = opt.loss(model(x), y) + opt.plus(lambda: 1e-3 * model.weight.abs().sum())
+
+        Its gradient is that of the backward, and its value counts where a step is measured: the function is called
+        again then.
+
+        Args:
+            penalty: returns one number, a Tensor, from the parameters as they are when it is called.
+
+        Raises:
+            TypeError: if it returns something else.
+        """
+        return self.tracker.plus(penalty)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of the model's parameters, say of layers that were frozen until now.
+
+        Raises:
+            ValueError: if one is not the model's, is in a group already, or a setting is out of range.
+        """
+        super().add_param_group(as_group(self.model, param_group))
+        try:
+            self._check_groups()
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if hasattr(self, "parameters"):
+            self.parameters.refresh()
+            self.tracker.follow()
+
+    def _check_groups(self) -> None:
+        check_groups(self.param_groups, self.defaults)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients, and with them the batches whose backward is in them."""
+        self.tracker.forget_arrived()
+        super().zero_grad(set_to_none)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context within which the model has the averages of its parameters: for evaluation, and to save them.
+
+        Statistics of batch normalization are those of the last iterate; `torch.optim.swa_utils.update_bn` takes new
+        ones.
+
+        Raises:
+            RuntimeError: if the optimizer keeps none.
+        """
+        if self.average is None:
+            raise RuntimeError(
+                f"there are no averages; make the optimizer with {type(self).__name__}(..., average=0.98)"
+            )
+        return self._swapped()
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        try:
+            with averaging.swapped(self.parameters.local(), self.parameters.state_of):
+                self.parameters.place.settle()
+                yield
+        finally:
+            self.parameters.place.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on beside the parameters: they resume bit for bit.
+
+        As in torch, tensors are not copied.
+        """
+        return saved.state_dict(self, super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes from what `state_dict` gave, for a model of the same parameters. If it does not fit, nothing is
+        changed.
+
+        Raises:
+            TypeError: if it is no dictionary.
+            ValueError: if it is not of such an optimizer, or of other parameters.
+        """
+        saved.load_state_dict(self, state_dict, super().load_state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises TypeError: a copy would not be attached to any model."""
+        raise TypeError(
+            f"a {type(self).__name__} optimizer cannot be copied or pickled; make one for the new model and load "
+            "state_dict()"
+        )
+
+    def __repr__(self) -> str:
+        return shown.line(self)
+
+    def _repr_html_(self) -> str:
+        return shown.html(self)
+
+    # Ranks that have run out of data -------------------------------------------------------------------
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """For `torch.distributed.algorithms.Join([model, opt])`: a rank without further batches takes the others' steps
+        with them. Every rank needs one batch at least, and a step follows every backward."""
+        self.tracker.joined = True
+        return _Idle(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        return self.parameters.device
+
+    @property
+    def join_process_group(self) -> Any:
+        return self.parameters.place.world.group
+
+
+def _value_of(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+class _Idle(JoinHook):
+    """What a rank does that has run out of data while others have not."""
+
+    def __init__(self, opt: CurvatureOptimizer):
+        self._opt = opt
+
+    def main_hook(self) -> None:
+        self._opt.zero_grad()
+        self._opt.step()

@@ -1,0 +1,117 @@
+"""The parameters that an optimizer trains: by name, in groups, with a state each."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.distributed.placement import Whole
+from natgrad.optim.vectors import Vector, finite
+
+
+class Parameters(Mapping[str, Tensor]):
+    """A mapping from names to tensors of the model, with torch's groups and states of them.
+
+    Args:
+        opt: whose `param_groups` and `state` these are.
+        place: where the parameters are: whole, or in shards.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, place: Whole):
+        self._opt, self.place = weakref.ref(opt), place
+        self._named: dict[str, Tensor] = {}
+        self.refresh()
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    @property
+    def states(self) -> defaultdict[Any, dict[str, Any]]:
+        return self._optimizer.state
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        opt = self._opt()
+        assert opt is not None
+        return opt
+
+    def refresh(self) -> None:
+        """Takes in what was added to the groups."""
+        own = {id(p) for group in self.groups for p in group["params"]}
+        self._named = {n: p for n, p in self.place.model.named_parameters() if id(p) in own}
+        self._group_of = {id(p): i for i, group in enumerate(self.groups) for p in group["params"]}
+        for p in self._named.values():
+            self.states[p]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._named[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._named.values())).device
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of factors and what they multiply: at least float32, as averages and inverses need."""
+        return torch.promote_types(next(iter(self._named.values())).dtype, torch.float32)
+
+    def local(self) -> dict[str, Tensor]:
+        """The tensors, or this rank's shards of them: writing to these changes those."""
+        return {n: self.place.local(p) for n, p in self._named.items()}
+
+    def gradients(self) -> Vector:
+        """Those that have one, and are trainable."""
+        return {n: self.place.local(p.grad) for n, p in self._named.items() if p.grad is not None and p.requires_grad}
+
+    def state_of(self, name: str) -> dict[str, Any]:
+        state: dict[str, Any] = self.states[self._named[name]]
+        return state
+
+    def by_group(self, names: Iterable[str]) -> list[tuple[dict[str, Any], list[str]]]:
+        """Every group with those of its parameters that are named."""
+        found: list[list[str]] = [[] for _ in self.groups]
+        for n in names:
+            found[self._group_of[id(self._named[n])]].append(n)
+        return [(group, own) for group, own in zip(self.groups, found, strict=True) if own]
+
+    def sizes(self) -> dict[str, int]:
+        return {n: p.numel() for n, p in self._named.items()}
+
+    def versions(self) -> list[int]:
+        """Numbers that change when a parameter is written to."""
+        return [p._version for p in self._named.values()]
+
+    def snapshot(self) -> Vector:
+        """A copy."""
+        return {n: p.clone() for n, p in self.local().items()}
+
+    def return_to(self, before: Vector) -> None:
+        """The parameters as they were: adding a step and taking it away would leave rounding behind."""
+        for n, p in self.local().items():
+            p.copy_(before[n])
+
+    def total(self, values: list[float]) -> list[float]:
+        """Sums over the entries of what this rank has of the parameters, over all of them: the same on all ranks."""
+        return self.place.total(values)
+
+    def finite(self, v: Vector) -> bool:
+        """Whether no entry is NaN or infinite, here or in another shard."""
+        return not self.place.any(not finite(v))
+
+    def forget_momentum(self) -> None:
+        """There is no step before."""
+        for p in self._named.values():
+            for past in ("delta", "momentum_buffer", "momentum_weight"):
+                self.states[p].pop(past, None)

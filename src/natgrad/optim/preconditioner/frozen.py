@@ -1,0 +1,35 @@
+"""What is left of a layer's statistics where some of its parameters are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from natgrad.capture.cases import Layer
+from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments
+
+
+def without(layer: Layer, frozen: Collection[str]) -> Layer | None:
+    """The layer of the parameters that are left; None if none is."""
+    weight = None if layer.weight in frozen else layer.weight
+    bias = None if layer.bias in frozen else layer.bias
+    return replace(layer, weight=weight, bias=bias) if weight or bias else None
+
+
+def left_of(moments: Mapping[Layer, Moments], frozen: Collection[str]) -> dict[Layer, Moments]:
+    """The moments of what is left of each layer: the block of a weight alone is `E[h hᵀ] ⊗ B`, of a bias alone `B`."""
+    found: dict[Layer, Moments] = {}
+    for layer, m in moments.items():
+        left = without(layer, frozen)
+        if left is not None:
+            found[left] = m if left.names == layer.names else _part(m, 0 if left.weight else -1)
+    return found
+
+
+def _part(m: Moments, which: int) -> Moments:
+    """The moments of the first or the last of a layer's two parameters."""
+    if isinstance(m, AffineMoments):
+        return m
+    if isinstance(m, ScaleMoments):
+        return replace(m, products=m.products[[which]])
+    return DiagonalMoments((m.values[which],), m.mass)

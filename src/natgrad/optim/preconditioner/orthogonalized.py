@@ -1,0 +1,38 @@
+"""One-sided blocks whose directions are orthogonalized, and Adam's step for all else."""
+
+from __future__ import annotations
+
+from natgrad.linalg import Block
+from natgrad.optim.preconditioner.layers import LayerBlocks
+from natgrad.optim.preconditioner.orthogonal import adam, orthogonal_directions, take_in_squares
+from natgrad.optim.preconditioner.ranks import Names
+from natgrad.optim.vectors import Vector
+
+
+class Orthogonalized(LayerBlocks):
+    """Every `ΔW = (∇_W − ∇_b mᵀ)(C + εI)⁻¹` is replaced by the nearest orthogonal matrix, as long as AdamW's steps; all
+    that has no input factor takes Adam's step."""
+
+    nesterov = True
+
+    def see_gradient(self, g: Vector) -> None:
+        matrices = {layer.names[0] for layer in self.running.layers} & self._chosen_in(g)
+        take_in_squares({n: t for n, t in g.items() if n not in matrices}, self.parameters.state_of)
+
+    def _chosen_in(self, v: Vector) -> set[str]:
+        return {n for group, names in self.parameters.by_group(v) if group["orthogonalize"] for n in names}
+
+    def _usable(self, v: Vector) -> Names:
+        chosen = self._chosen_in(v)
+        return {names for names in super()._usable(v) if names[0] in chosen}
+
+    def _rest(self, v: Vector, usable: Names) -> Vector:
+        weights = {names[0] for names in usable}
+        return adam({n: d for n, d in v.items() if n not in weights}, self.parameters.state_of)
+
+    def _also(self, rest: Vector) -> Vector:
+        return rest
+
+    def _by_block(self, blocks: list[Block], v: Vector, rest: Vector) -> Vector:
+        simple = self.options.bias_update == "simple"
+        return orthogonal_directions(v, rest, blocks, simple=simple, precision=self.options.matmul_precision)

@@ -1,0 +1,218 @@
+"""The layers of a preconditioner over several ranks: who sums, who inverts, who multiplies."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from typing import Any
+
+from torch import Tensor
+
+from natgrad.capture.cases import Layer
+from natgrad.distributed.assignment import assign, cost
+from natgrad.distributed.packing import leaves
+from natgrad.distributed.placement import Whole
+from natgrad.distributed.reduction import Keep
+from natgrad.distributed.sharding import Shards
+from natgrad.linalg import Block, Operator
+from natgrad.linalg.state import dump, restore
+from natgrad.optim.preconditioner.base import Sizes
+from natgrad.optim.preconditioner.running import Running, Statistics
+from natgrad.optim.tracking.batch import Batch, Sharing
+from natgrad.optim.vectors import Vector
+
+Work = Mapping[str, Callable[[], dict[str, Any]]]
+Names = set[tuple[str, ...]]
+Own = Callable[[list[Block], Vector, Vector], Vector]
+"""From the blocks of some layers, a vector, and a direction that is there already, to the layers' directions."""
+
+
+class Ranks:
+    """One rank, or several that have all of the parameters: every rank has every layer's averages and inverse, and the
+    inversions are shared out."""
+
+    spread = False
+    """Whether each layer's averages and inverse are on one rank alone."""
+
+    def __init__(self, place: Whole):
+        self.place = place
+
+    def share(self, pending: list[Batch]) -> None:
+        """The sums go on their way before the backward, so that they travel while it runs."""
+        world = self.place.world
+        if world.size == 1:
+            return
+        fresh = [b for b in pending if b.sharing is None]
+        own = [b.statistics for b in fresh if b.statistics is not None]
+        ready = len(own) == len(fresh) and len({b.term for b in fresh}) == 1 and not any(b.fault for b in fresh)
+        (count,) = world.numbers([float(ready)], "who has statistics")
+        result = reduce(Statistics.__add__, own).begun(world) if count == world.size else None
+        for b in fresh:
+            b.sharing = Sharing(fresh, result)
+
+    def summed(self, batches: list[Batch], own: Statistics, idle: bool, running: Running) -> list[Statistics]:
+        """Those of all ranks' batches of one term."""
+        world = self.place.world
+        if world.size == 1:
+            return [b.statistics for b in batches if b.statistics is not None]
+        arrived = self._arrived(batches)
+        return [self.reduced(own.completed(world) if idle else own, running)] if arrived is None else arrived
+
+    def _arrived(self, batches: list[Batch]) -> list[Statistics] | None:
+        """The ranks' statistics of these batches, if they are under way on all ranks."""
+        world = self.place.world
+        sharings = list({id(s): s for b in batches if (s := b.sharing) is not None}.values())
+        sent = [id(b) for s in sharings if s.result is not None for b in s.batches]
+        (count,) = world.numbers([float(sent == [id(b) for b in batches] != [])], "what was sent")
+        if count < world.size:
+            return None
+        return [s.result() for s in sharings if s.result is not None]
+
+    def reduced(self, own: Statistics, running: Running) -> Statistics:
+        return own.reduced(self.place.world)
+
+    def done(self, work: Work, blocks: Mapping[str, Block]) -> dict[str, Any]:
+        """The results of all pieces of work that are to be here, one for each layer."""
+        costs = {name: cost(t.shape for t in leaves(dump(block.operator), Tensor)) for name, block in blocks.items()}
+        return self.place.world.share(work, costs, "the inverses")
+
+    def union(self, layers: set[Layer]) -> set[Layer]:
+        """Those of all ranks, where each knows some."""
+        return layers
+
+    def means(self, own: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        """Those of all ranks, where each has some."""
+        return own
+
+    def applied(self, of: Own, blocks: list[Block], v: Vector, rest: Vector, usable: Names) -> Vector:
+        """What `of` makes of whole layers, from and to what this rank has of the parameters; `usable` are the
+        parameters of all layers that are in use, the same on all ranks."""
+        return of(blocks, v, rest)
+
+    def coordinates(self, blocks: list[Block], d: Vector, usable: Names) -> Vector:
+        """A vector with the parts of some layers in the layers' own coordinates: this rank's share of it."""
+        for block in blocks:
+            d = d | block.named(block.operator.coordinates(block.parts(d)))
+        return d
+
+    def everywhere(self, own: dict[Layer, Operator]) -> dict[Layer, Operator]:
+        """The operators of all layers, from those that are here."""
+        return own
+
+    def state(self) -> dict[str, Any]:
+        return {"owners": []}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Takes what `state` gave."""
+
+    def adopt(self, sizes: Sizes) -> tuple[Callable[[str], bool], dict[str, Any]]:
+        """Which layers of a checkpoint are to be here, and what of the state is not as it was saved."""
+        return lambda key: True, {"owners": []}
+
+
+class Spread(Ranks):
+    """Ranks with a shard of the parameters each: every layer has an owner, which has the layer's averages and inverse;
+    or, if the averages `can` not be on one rank alone, its inverse only."""
+
+    def __init__(self, place: Whole, can: bool):
+        super().__init__(place)
+        assert place.shards is not None
+        self.shards: Shards = place.shards
+        self.spread = can
+        self.owners: dict[tuple[str, ...], int] = {}
+
+    def share(self, pending: list[Batch]) -> None:
+        """Nothing is sent before the backward."""
+
+    def summed(self, batches: list[Batch], own: Statistics, idle: bool, running: Running) -> list[Statistics]:
+        return [self.reduced(own.completed(self.place.world) if idle else own, running)]
+
+    def reduced(self, own: Statistics, running: Running) -> Statistics:
+        sizes: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        for layer, m in own.moments.items():
+            sizes[layer.names] += cost(t.shape for t in leaves(vars(m), Tensor))
+        more = {names: size for names, size in sizes.items() if names not in self.owners}
+        self.owners = self.owners | assign(more, self.shards.size)
+        if not self.spread:
+            return own.reduced(self.place.world)
+        kept = own.reduced(self.place.world, Keep(self.shards.world, self.owners, self.shards.copies))
+        others = (layer for layer in own.moments if layer not in kept.moments)
+        running.elsewhere = list(dict.fromkeys([*running.elsewhere, *others]))
+        return kept
+
+    def done(self, work: Work, blocks: Mapping[str, Block]) -> dict[str, Any]:
+        if not self.spread:
+            return super().done(work, blocks)
+        return self.shards.world.together(work, "the inverses")
+
+    def union(self, layers: set[Layer]) -> set[Layer]:
+        if not self.spread:
+            return layers
+        return set().union(*self.shards.world.gather(layers, "the layers whose averages were lost"))
+
+    def means(self, own: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        if not self.spread:
+            return own
+        return [mean for its in self.shards.world.gather(own, "the traces of the curvature") for mean in its]
+
+    def applied(self, of: Own, blocks: list[Block], v: Vector, rest: Vector, usable: Names) -> Vector:
+        """Each layer's on the rank that has its inverse."""
+        shards, owners = self.shards, self._owners_of(usable)
+        shapes = self._shapes(owners)
+        among = {n: rank for n, rank in owners.items() if n in rest}
+        found = of(self._mine(blocks), shards.gathered(v, owners, shapes), shards.gathered(rest, among, shapes))
+        return shards.scattered(found, owners, shapes, next(iter(v.values())))
+
+    def coordinates(self, blocks: list[Block], d: Vector, usable: Names) -> Vector:
+        """Owners have all of their layers' parts, and others nothing."""
+        owners = self._owners_of({names for names in usable if len(names) > 1})
+        whole = self.shards.gathered(d, owners, self._shapes(owners))
+        left = {n: t for n, t in d.items() if n not in owners}
+        return super().coordinates(self._mine(blocks), left | whole, usable)
+
+    def _mine(self, blocks: list[Block]) -> list[Block]:
+        owner = {n: rank for names, rank in self.owners.items() for n in names}
+        return [block for block in blocks if owner[block.names[0]] == self.shards.rank]
+
+    def _owners_of(self, usable: Names) -> dict[str, int]:
+        """By parameter, in an order that is the same on all ranks."""
+        wanted = {n for names in usable for n in names}
+        return {n: rank for names, rank in self.owners.items() for n in names if n in wanted}
+
+    def _shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        named = dict(self.place.model.named_parameters())
+        return {n: tuple(named[n].shape) for n in names}
+
+    def everywhere(self, own: dict[Layer, Operator]) -> dict[Layer, Operator]:
+        world = self.shards.world
+        layers = world.gather(list(own), "the layers of the curvature")
+        operators = world.exchanged([dump(op) for op in own.values()], "the curvature")
+        return {
+            layer: restore(op)
+            for its, ops in zip(layers, operators, strict=True)
+            for layer, op in zip(its, ops, strict=True)
+        }
+
+    def state(self) -> dict[str, Any]:
+        return {"owners": _listed(self.owners)}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.owners = {tuple(names): rank for names, rank in saved["owners"]}
+
+    def adopt(self, sizes: Sizes) -> tuple[Callable[[str], bool], dict[str, Any]]:
+        costs: defaultdict[tuple[str, ...], float] = defaultdict(float)
+        for key, its in sizes.items():
+            costs[Layer.of_key(key).names] += cost(its)
+        owners = assign(costs, self.shards.size)
+
+        def here(key: str) -> bool:
+            names = tuple(json.loads(key)[1:]) if key.startswith("[") else Layer.of_key(key).names
+            return not self.spread or owners[names] == self.shards.rank
+
+        return here, {"owners": _listed(owners)}
+
+
+def _listed(owners: Mapping[tuple[str, ...], int]) -> list[Any]:
+    return [[list(names), rank] for names, rank in owners.items()]

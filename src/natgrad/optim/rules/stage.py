@@ -1,0 +1,46 @@
+"""What a step starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from natgrad.optim.decay import Decay
+from natgrad.optim.objective import Objective
+from natgrad.optim.vectors import Vector
+
+
+@dataclass
+class Stage:
+    """The objective, its gradient per unit of the objective, its value with weight decay in it, and that decay."""
+
+    objective: Objective
+    gradient: Vector
+    decay: Decay
+    loss: float
+
+
+class Rejection(Exception):
+    """A step that cannot be taken, and why. `by_step`: more damping would have helped; not, where the batch is bad."""
+
+    def __init__(self, reason: str, by_step: bool = True):
+        super().__init__(reason)
+        self.by_step = by_step
+
+
+@runtime_checkable
+class Directions(Protocol):
+    """What a step rule asks of the preconditioner."""
+
+    nesterov: bool
+
+    def apply(self, v: Vector) -> Vector:
+        """`(F + λI)⁻¹ v`, by the inverse as it is."""
+
+    def damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
+        """What the damping adds to the quadratic model: this rank's share of `λ d_iᵀ d_j`."""
+
+
+Figures = dict[str, Any]

@@ -1,0 +1,99 @@
+"""What a step is made of: losses of batches, distributions that were predicted, penalties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.capture.use import Use
+from natgrad.losses import OutputCurvature
+from natgrad.optim.tracking.factors import Observed
+from natgrad.optim.tracking.forward import Forward
+from natgrad.optim.tracking.returned import Way
+
+LOSS_NOT_FINITE = "the loss is not finite: look for NaN or inf in the batch and in the parameters"
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the objective: its name (empty where there is one alone), and the curvature of its loss."""
+
+    name: str
+    curvature: OutputCurvature
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The ranks' statistics on their way to one another, while a backward runs: of which batches here, and what waits
+    for the sum of all; None where a rank had none to give."""
+
+    batches: list[Batch]
+    result: Callable[[], Any] | None
+
+
+@dataclass(eq=False)
+class Batch(Observed):
+    """A batch whose loss was asked for.
+
+    `way` leads from what the model returns to the loss's input; None where no forward can be run again. `statistics`
+    is what the preconditioner has taken of it, `weight` the factor that the loss's gradient was multiplied by, so that
+    ranks count by their cases, `versions` those of the parameters at the forward.
+    """
+
+    term: Term
+    forward: Forward
+    target: Tensor
+    shape: torch.Size
+    way: Way | None
+    mass: Tensor
+    loss: Tensor
+    versions: list[int]
+    target_version: int = 0
+    statistics: Any = None
+    fault: str | None = None
+    uses: list[Use] = field(default_factory=list)
+    weight: float = 1.0
+    sharing: Sharing | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no example in it, as there may be on one of several ranks."""
+        return self.shape.numel() == 0
+
+    def run(self, forward: Callable[..., Any]) -> Tensor:
+        """The loss's input from `forward` on this batch.
+
+        Raises:
+            RuntimeError: if an input or the target has been changed in place since.
+        """
+        assert self.way is not None
+        return self.forward.again(forward, self.way)
+
+    def value(self, model: nn.Module) -> float:
+        """The loss at the parameters as they are now."""
+        output = self.run(model)
+        if self.is_empty:
+            return 0.0
+        if self.target._version != self.target_version:
+            raise RuntimeError(
+                f"the target, of shape {tuple(self.target.shape)}, was changed in place after opt.loss took it, and "
+                "the step measures the loss again; give opt.loss a copy (y.clone()), or change it after the step"
+            )
+        return float(self.term.curvature.loss(output, self.target))
+
+
+@dataclass(eq=False)
+class Penalty(Observed):
+    """A part of the objective that is computed from the parameters, and has no curvature here."""
+
+    penalty: Callable[[], Tensor]
+    loss: Tensor
+    versions: list[int]
+
+    def value(self, model: nn.Module) -> float:
+        """It at the parameters as they are now."""
+        return float(self.penalty())

@@ -1,0 +1,206 @@
+"""By which factor each loss is in the gradients that have arrived at the parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+EXACT = 1e-3
+"""How far a factor may be from a round one, for gradients that were divided by hand."""
+
+
+@dataclass(eq=False)
+class Pass:
+    """One run of autograd. `reached`: the parameters whose `grad` it has added to; none for `torch.autograd.grad`."""
+
+    reached: set[str] = field(default_factory=set)
+
+
+O = TypeVar("O", bound="Observed")
+
+
+@dataclass(eq=False)
+class Observed:
+    """A scalar of the objective, and the gradient that each run of autograd brought to it."""
+
+    passes: list[tuple[Pass, Tensor]] = field(default_factory=list, init=False)
+    outdated: bool = field(default=False, init=False)
+    """Whether gradients were zeroed since, none of which were of this."""
+
+    @property
+    def seen(self) -> bool:
+        """Whether autograd has run back from it."""
+        return bool(self.passes)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether its gradient has been added to that of a parameter."""
+        return any(run.reached for run, _ in self.passes)
+
+    def factor(self, sizes: Mapping[str, int]) -> Tensor | None:
+        """The factor of this scalar in the gradients of most entries of the parameters, which are of these sizes; where
+        none has arrived, that of the last run. None: there was no run."""
+        runs = [(run, f) for run, f in self.passes if run.reached]
+        if len(runs) <= 1:
+            last = runs or self.passes
+            return last[-1][1] if last else None
+        counts: Counter[tuple[int, ...]] = Counter()
+        for name in set().union(*(run.reached for run, _ in runs)):
+            counts[tuple(i for i, (run, _) in enumerate(runs) if name in run.reached)] += sizes.get(name, 0)
+        (most, _), *_ = counts.most_common(1)
+        return torch.stack([runs[i][1] for i in most]).sum()
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A small parameter's gradient as the last run of autograd has left it."""
+
+    parameter: Tensor
+    held: weakref.ref[Tensor]
+    version: int
+    gradient: Tensor
+
+    @classmethod
+    def of(cls, p: Tensor) -> Witness | None:
+        """What there is to see now; None if there is no gradient, or a sparse one."""
+        g = p.grad
+        if g is None or g.layout != torch.strided:
+            return None
+        return cls(p, weakref.ref(g), g._version, g.detach().clone())
+
+    @property
+    def written_to(self) -> bool:
+        """Whether the gradient is another one since, or has been changed in place."""
+        g = self.parameter.grad
+        return g is None or g is not self.held() or g._version != self.version
+
+    @property
+    def zeroed(self) -> bool:
+        g = self.parameter.grad
+        return self.written_to and (g is None or (not g.any() and bool(self.gradient.any())))
+
+    def multiplied_by(self) -> float:
+        """What the gradient was multiplied by since; 1 where that cannot be told."""
+        g, before = self.parameter.grad, self.gradient
+        if not self.written_to or g is None or g.shape != before.shape or g.layout != torch.strided:
+            return 1.0
+        square = float(before.double().square().sum())
+        factor = float((g.double() * before.double()).sum()) / square if square > 0 else 1.0
+        off = float((g.double() - factor * before.double()).square().sum())
+        return factor if off <= EXACT**2 * factor**2 * square else 1.0
+
+
+class Factors:
+    """Hooks on losses and parameters, which see what reaches them in each run of autograd.
+
+    Args:
+        parameters: by name.
+        sharded: gradients do not arrive at these tensors themselves, so that every run of autograd counts.
+
+    `witnessed`: gradients stay here as autograd leaves them, so that what is done to them afterwards can be seen; not
+    where ranks bring them together.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], sharded: bool = False):
+        self._handles: list[weakref.finalize[..., Factors]] = []
+        self._running: dict[int, Pass] = {}
+        self._smallest: Tensor | None = None
+        self._witness: Witness | None = None
+        self._sharded, self.witnessed = sharded, not sharded
+        self.follow(parameters)
+
+    def follow(self, parameters: Mapping[str, Tensor]) -> None:
+        """Sees the gradients of these from now on."""
+        self.remove()
+        self._names = frozenset(parameters)
+        if self._sharded:
+            return
+        me = weakref.ref(self)
+        for name, p in parameters.items():
+            if p.requires_grad and p.is_leaf:
+                handle = p.register_post_accumulate_grad_hook(_hook(me, name))
+                self._handles.append(weakref.finalize(self, handle.remove))
+
+    def remove(self) -> None:
+        """Takes the hooks off the parameters."""
+        for remove in self._handles:
+            remove()
+        self._handles.clear()
+
+    def observe(self, scalar: Tensor, of: Observed) -> None:
+        """Notes from now on what autograd brings to a scalar."""
+        me = weakref.ref(self)
+
+        def hook(gradient: Tensor) -> None:
+            factors = me()
+            if factors is not None:
+                of.passes.append((factors._run(), gradient.detach()))
+
+        scalar.register_hook(hook)
+
+    def _run(self) -> Pass:
+        """The run of autograd that goes on now."""
+        key = torch._C._current_graph_task_id()
+        if key not in self._running:
+            self._running[key] = Pass(set(self._names if self._sharded else ()))
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: self._end(key))
+        return self._running[key]
+
+    def _arrive(self, name: str, p: Tensor) -> None:
+        for run in self._running.values():  # a checkpoint's own run within another counts for both
+            run.reached.add(name)
+        if self.witnessed and p.grad is not None and (self._smallest is None or p.numel() < self._smallest.numel()):
+            self._smallest = p
+
+    def _end(self, key: int) -> None:
+        self._running.pop(key, None)
+        p, self._smallest = self._smallest, None
+        if p is not None:
+            self._witness = Witness.of(p)
+
+    def settle(self) -> None:
+        """Between runs of autograd: forgets those that an exception has ended."""
+        self._running.clear()
+
+    @property
+    def zeroed(self) -> bool:
+        """Whether the gradients have been zeroed since autograd has left them."""
+        return self._witness is not None and self._witness.zeroed
+
+    def forget(self) -> None:
+        """The gradients are gone, or used."""
+        self._witness = self._smallest = None
+
+    def divided_by_hand(self, scale: float, taken_out: float) -> bool:
+        """Whether the gradients were divided by `scale`, that of all losses in them, after autograd had left them;
+        `taken_out` is what a `GradScaler` has divided them by."""
+        if self._witness is None or abs(scale / taken_out - 1) <= EXACT:
+            return False
+        by_hand = self._witness.multiplied_by() * taken_out
+        return abs(by_hand * scale / taken_out - 1) <= EXACT
+
+
+def of_gradients(observed: Sequence[O]) -> list[O]:
+    """What the gradients are of: the scalars whose gradients have arrived; or else, where gradients were set by hand,
+    those that autograd has run back from since gradients were zeroed, or at all."""
+    for kind in (lambda o: o.arrived, lambda o: o.seen and not o.outdated, lambda o: o.seen):
+        found = [o for o in observed if kind(o)]
+        if found:
+            return found
+    return list(observed)
+
+
+def _hook(me: weakref.ref[Factors], name: str) -> Callable[[Tensor], None]:
+    def arrived(p: Tensor) -> None:
+        factors = me()
+        if factors is not None:
+            factors._arrive(name, p)
+
+    return arrived

@@ -1,0 +1,103 @@
+"""One forward of the model, and how to run it again as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from natgrad.capture.recorder import Recorder
+from natgrad.optim.tracking.returned import Returned, Way
+
+
+@dataclass(eq=False)
+class Forward:
+    """A forward of the model: its arguments, its random state, its modules' modes, what it returned, what was recorded.
+
+    `autocast` is the lower precision it ran in, if it did. `compiled`: it ran in compiled code, where no uses are seen.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rng: RandomState
+    autocast: torch.dtype | None = None
+    compiled: bool = False
+    recorder: Recorder | None = None
+    returned: Returned | None = None
+    modes: list[tuple[nn.Module, bool]] = field(init=False)
+    inputs: list[tuple[Tensor, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.modes = [(m, m.training) for m in self.model.modules()]
+        self.inputs = [(t, _version(t)) for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+    def again(self, forward: Callable[..., Any], way: Way) -> Tensor:
+        """The loss's input from `forward` on the same arguments: with the same random numbers, in the same precision,
+        in the same modes of training or evaluation.
+
+        Raises:
+            RuntimeError: if an argument has been changed in place since.
+        """
+        for t, version in self.inputs:
+            if _version(t) != version:
+                raise RuntimeError(
+                    f"an input of the model, of shape {tuple(t.shape)}, was changed in place after the forward, and "
+                    "the step runs the model on it again; give the model a copy (x.clone()), or change it after the "
+                    "step"
+                )
+        device = self.rng.device.type
+        # A model may turn autocast on within its forward, as Accelerate has it; what that keeps of the parameters would
+        # outlast the steps that are tried here.
+        torch.clear_autocast_cache()
+        with (
+            self.rng.restored(),
+            self._in_its_modes(),
+            torch.autocast(device, self.autocast, enabled=self.autocast is not None, cache_enabled=False),
+        ):
+            output = way(forward(*self.args, **self.kwargs))
+        return full_precision(output)
+
+    @contextlib.contextmanager
+    def _in_its_modes(self) -> Iterator[None]:
+        changed = [(m, m.training) for m, training in self.modes if m.training != training]
+        for m, training in changed:
+            m.training = not training
+        try:
+            yield
+        finally:
+            for m, training in changed:
+                m.training = training
+
+
+def full_precision(output: Tensor) -> Tensor:
+    """The output as the loss takes it: at least in float32."""
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+class RandomState:
+    """The state of the generators that a forward may draw from."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Within, random numbers are those of the recorded forward; afterwards, the generators are as before."""
+        devices = [self.device] if self._cuda is not None else []
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(self._cpu)
+            if self._cuda is not None:
+                torch.cuda.set_rng_state(self._cuda, self.device)
+            yield

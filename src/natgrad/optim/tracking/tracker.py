@@ -1,0 +1,377 @@
+"""What `opt.loss` notes between a forward of the model and the step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn.parallel import DistributedDataParallel
+
+from natgrad.capture.recorder import Recorder
+from natgrad.capture.use import Use
+from natgrad.checks.values import described, did_you_mean
+from natgrad.curvature.problem import buffers_kept
+from natgrad.distributed.placement import Whole, placed_within, refuse_ranks
+from natgrad.optim.parameters import Parameters
+from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Term
+from natgrad.optim.tracking.factors import Factors, of_gradients
+from natgrad.optim.tracking.forward import Forward, full_precision
+from natgrad.optim.tracking.returned import Way
+from natgrad.optim.tracking.unchanged import Unchanged
+from natgrad.optim.tracking.watch import Watch
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Who wants to know of a batch."""
+
+    def due(self) -> bool:
+        """Whether the next batches' statistics are wanted."""
+
+    def runs_again(self) -> bool:
+        """Whether the next step runs the model again."""
+
+    def may_run_again(self) -> bool:
+        """Whether some step to come does."""
+
+    def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
+        """The uses that the output depends on. Raises NotImplementedError for a parameter that the curvature does not
+        cover."""
+
+    def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int) -> None:
+        """Takes the statistics of a batch, or notes its fault; it is the `draw`-th of the step."""
+
+    def follow_along(self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int) -> None:
+        """Takes part in bringing together the shards for other ranks' statistics, of which this rank has none."""
+
+    def share(self, pending: list[Batch]) -> None:
+        """Begins to bring the ranks' statistics of these batches together."""
+
+
+class Tracker:
+    """Follows a model's forwards, takes the losses that are made of them, and notes by which factor each is in the
+    gradients.
+
+    Args:
+        optimizer: its name, for messages.
+        model: as the user gave it, in a wrapper or not.
+        parameters: those that are trained.
+        terms: the objective's terms by name; under the empty name, where there is one alone.
+        output: how the loss's input is made of what the model returns.
+        generator: of the random labels, if the user gave one.
+        many_ranks: whether the optimizer brings together what several ranks see.
+    """
+
+    def __init__(
+        self,
+        optimizer: str,
+        model: nn.Module,
+        parameters: Parameters,
+        terms: Mapping[str, Term],
+        *,
+        output: Way | None,
+        generator: torch.Generator | None,
+        many_ranks: bool,
+    ):
+        self.optimizer, self.parameters, self.terms = optimizer, parameters, dict(terms)
+        self.place: Whole = parameters.place
+        self.pending: list[Batch | Penalty] = []
+        self.joined = False  # once there is a torch.distributed.algorithms.Join
+        self.first_mass: float | None = None  # of the first batch, on all ranks
+        self._output, self._many_ranks = output, many_ranks
+        self._around = _weakly(model)
+        self._unchanged = Unchanged(self.place.model, generator)
+        wrapper = None if model is self.place.model else model
+        self.watch = Watch(self.place.model, parameters, wrapper=wrapper, within=self.see_ranks)
+        self.watch.see_more(self.place.follow)
+        self.factors = Factors(parameters, sharded=self.place.shards is not None)
+        self.factors.witnessed &= self.place.world.size == 1
+
+    observer: Observer
+
+    def see_ranks(self, around: DistributedDataParallel) -> None:
+        """Joins the ranks of a `DistributedDataParallel` that the model turns out to be in: one made after the
+        optimizer, or of a module that the model is a part of."""
+        if around is self._around() or self.place.shards is not None:
+            return
+        place = placed_within(around, self.place.model)
+        if not self._many_ranks:
+            refuse_ranks(self.optimizer, place)
+        self.place.world = place.world  # in place, as all parts of the optimizer have it
+        self._around = weakref.ref(around)
+        self.factors.witnessed = False
+        if around.module is self.place.model:
+            self.watch.see_wrapper(around)
+
+    def follow(self) -> None:
+        """Follows the parameters that there are now."""
+        self.watch.follow(self.parameters)
+        self.factors.follow(self.parameters)
+
+    def arm(self) -> None:
+        """Sets whether the next forward is recorded."""
+        self.watch.recording = self.observer.due() or self.observer.runs_again()
+
+    # Between forward and step --------------------------------------------------------------------------
+
+    def loss(self, term: Term, output: Any, target: Tensor) -> Tensor:
+        """The loss of one batch, noted."""
+        self._forget_gone()
+        forward = self._forward_of(output)
+        if self.observer.due() and self.place.shards is None:  # shards stand aside during a forward
+            self._unchanged.check(self.place.model, self.parameters)
+        output, way = self._read(output, forward)
+        with torch.autocast(output.device.type, enabled=False):
+            if output.numel() == 0:
+                return self._no_loss(term, forward, output, way, target)
+            return self._loss(term, forward, output, way, target)
+
+    def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
+        """A part of the objective that is no loss of outputs, noted."""
+        self._forget_gone()
+        value = penalty()
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise TypeError(
+                f"opt.plus was given a function that returned {described(value)}; expected one number, a Tensor, "
+                "computed from the parameters: opt.plus(lambda: 1e-3 * model.weight.square().sum())"
+            )
+        value = value.reshape(())
+        self._noted(Penalty(penalty, value.detach(), self.parameters.versions()), value)
+        return value
+
+    def _forward_of(self, output: Any) -> Forward:
+        """The forward that `output` is of."""
+        forwards = self.watch.forwards
+        if self.watch.running:
+            raise RuntimeError(
+                "opt.loss was called before the model's forward had returned; where a training step is a part of that, "
+                "as Lightning's is under DistributedDataParallel, make the optimizer for the module that the output is "
+                f"of: {self.optimizer}(self.net, ...)"
+            )
+        if not forwards:
+            raise RuntimeError(
+                "opt.loss follows a forward of the model in training mode with gradients enabled, and there was "
+                "none since the last step; call model.train() and model(x) first, and for evaluation the loss module "
+                "itself"
+            )
+        for forward in reversed(forwards):
+            returned = forward.returned
+            assert returned is not None
+            if returned.is_all_of(output) or (isinstance(output, Tensor) and returned.way_to(output) is not None):
+                return forward
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return forwards[-1]
+        behind = _behind(output)
+        of = [f for f in forwards if f.returned is not None and f.returned.nodes() & behind]
+        if not of:
+            raise RuntimeError(
+                "opt.loss follows a forward of the model in training mode with gradients enabled, and was given a "
+                "tensor that none since the last step has led to; expected one that the model returned"
+            )
+        if len(of) > 1:
+            raise ValueError(
+                f"opt.loss was given a tensor made of {len(of)} forwards of the model; expected one forward: run the "
+                "model once on the batches together (torch.cat), and split what it returns"
+            )
+        return of[0]
+
+    def _read(self, output: Any, forward: Forward) -> tuple[Tensor, Way | None]:
+        """The loss's input, and how it came from what the model returned."""
+        returned = forward.returned
+        assert returned is not None
+        if self._output is not None and returned.is_all_of(output):
+            return full_precision(self._output(output)), self._output
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"opt.loss was given {described(output)}; expected the tensor that the loss takes. Give it one "
+                "of those that the model returned, or pass output= (how to make it of what the model returns) to "
+                f"{self.optimizer} and give opt.loss all that the model returned"
+            )
+        return full_precision(output), returned.way_to(output)
+
+    def _loss(self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
+        term.curvature.check(output, target)
+        if self.observer.may_run_again() and way is None:
+            raise ValueError(
+                "opt.loss was not given a tensor that the model returned, or a view of one, but the adaptive step runs "
+                f"the model again and needs it; pass output= to {self.optimizer}, say output=lambda returned: "
+                "returned.logits[:, :-1].flatten(0, 1), and give opt.loss all that the model returned. Or fix lr, "
+                "momentum and damping (and the solver of a NaturalGradient)"
+            )
+        if torch.is_grad_enabled() and not output.requires_grad:
+            raise ValueError(
+                "opt.loss was given a tensor without a graph; expected the model's output as it is: leave detach() out"
+            )
+        recorder, recorded = self._recorded(forward, output, way)
+        uses = None if recorder is None else self.observer.check(recorder, recorded)
+        loss = term.curvature.loss(output, target)
+        mass = term.curvature.normalizer(output.detach(), target)
+        batch = self._batch(term, forward, output, way, target, mass, loss)
+        if self.place.world.size > 1 and term.curvature.is_mean:
+            batch.weight = self._weight(float(mass))
+            loss = loss.detach() + batch.weight * (loss - loss.detach())
+        if uses is not None:
+            if self.observer.due():
+                if torch.isfinite(loss):
+                    self.observer.observe(batch, uses, recorded, len(self._batches()))
+                else:
+                    batch.fault = LOSS_NOT_FINITE
+            if self.observer.runs_again() and recorded is output:
+                batch.uses = uses
+        return self._noted(batch, loss)
+
+    def _recorded(self, forward: Forward, output: Tensor, way: Way | None) -> tuple[Recorder | None, Tensor]:
+        """What was recorded on the way to the output; of compiled code, in a second forward that is not."""
+        if forward.recorder is not None:
+            return forward.recorder, output
+        if not (self.observer.due() and self.watch.recording):
+            return None, output
+        if way is None:
+            raise ValueError(
+                "opt.loss was not given a tensor that the model returned, or a view of one, and the forward ran in "
+                f"compiled code, where no uses of parameters are seen; pass output= to {self.optimizer}, how the "
+                "loss's input is made of what the model returns, and give opt.loss all that the model returned"
+            )
+        recorder = self.watch.recorder()
+        with self.watch.suspended(), torch.enable_grad(), buffers_kept(self.place.model), recorder:
+            return recorder, forward.again(self.place.model, way)
+
+    def _batch(
+        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor, mass: Tensor, loss: Tensor
+    ) -> Batch:
+        batch = Batch(term, forward, target, output.shape, way, mass, loss.detach(), self.parameters.versions())
+        batch.target_version = target._version
+        return batch
+
+    def _noted(self, observed: Batch | Penalty, scalar: Tensor) -> Tensor:
+        self.factors.settle()
+        if scalar.requires_grad:
+            self.factors.observe(scalar, observed)
+        self.pending.append(observed)
+        if isinstance(observed, Batch) and self.observer.due() and self._brings_together():
+            self.observer.share(self._batches())
+        return scalar
+
+    def _batches(self) -> list[Batch]:
+        return [b for b in self.pending if isinstance(b, Batch)]
+
+    def _brings_together(self) -> bool:
+        """Whether the backward to come is one in which the ranks' gradients are brought together: not within
+        `no_sync()`, and not where ranks may run out of batches."""
+        around = self._around()
+        return around is not None and bool(around.require_backward_grad_sync) and not self.joined
+
+    def _no_loss(self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
+        """The loss of a rank that has no examples where others have: zero, with gradients that are zero."""
+        if self.place.world.size == 1:
+            raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")
+        if self.place.shards is not None and forward.recorder is not None and self.observer.due():
+            uses = self.observer.check(forward.recorder, output)
+            self.observer.follow_along(uses, output, target, term, len(self._batches()))
+        loss = output.sum()
+        batch = self._batch(term, forward, output, way, target, loss.detach().new_zeros(()), loss)
+        if term.curvature.is_mean:
+            batch.weight = self._weight(0.0)
+        return self._noted(batch, loss)
+
+    def _weight(self, mass: float) -> float:
+        """What the gradient of a rank's mean is multiplied by, so that the average over the ranks is in proportion to
+        the mean over all cases: the rank's cases over what a rank had in the first batch."""
+        if self.first_mass is None:
+            (self.first_mass,) = self.place.world.numbers([mass], "the size of the first batch")
+            if not self.first_mass > 0:
+                self.first_mass = None
+                raise ValueError("the first batch has no cases on any rank; skip empty batches")
+        return mass * self.place.world.size / self.first_mass
+
+    # Gradients that come and go ------------------------------------------------------------------------
+
+    def _forget_gone(self) -> None:
+        """Forgets batches whose gradients are gone without `opt.zero_grad()`: by `model.zero_grad()`, or as they were
+        zeroed in place. Shards keep those of microbatches elsewhere."""
+        if not any(b.arrived for b in self.pending) or self.place.shards:
+            return
+        if all(p.grad is None for p in self.parameters.values()) or self.factors.zeroed:
+            self.forget_arrived()
+
+    def forget_arrived(self) -> None:
+        """Forgets batches whose gradients are in those of the parameters, which are zeroed."""
+        self.pending[:] = [b for b in self.pending if not b.arrived]
+        for b in self.pending:
+            b.outdated = b.seen
+        self.factors.forget()
+
+    def collect(self) -> list[Batch | Penalty]:
+        """What the gradients of this step are of."""
+        self.factors.settle()
+        self._unchanged.tell_of_thawed(self.place.model, self.parameters, self.optimizer)
+        return of_gradients(self.pending)
+
+    def end_step(self, *, accepted: bool) -> None:
+        """Forgets what the step was made of."""
+        self.watch.buffers.end_step(accepted=accepted)
+        self.pending.clear()
+        self.factors.forget()
+        self.watch.end_step()
+
+
+class Losses:
+    """`opt.loss`: the loss module's value on what the model returned, noted for the step.
+
+        loss = opt.loss(output, target)                # of an optimizer of one loss
+        loss = opt.loss["box"](output, target)         # of one made with several, by its name
+
+    `output` is a tensor that a forward of the model in training mode has returned since the last step (also one in an
+    object or a dictionary), a view of it, or all that was returned where the optimizer has an `output=`. Losses may be
+    of one forward or of several. Backward from them, scaled or summed as you like, then call `step`.
+
+    Raises:
+        KeyError: for a term that there is not.
+        RuntimeError: if no forward in training mode with gradients enabled came before, or it has not returned.
+        ValueError: if output and target do not fit the loss, or the batch is empty (on all of several ranks).
+        NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
+    """
+
+    def __init__(self, tracker: Tracker, term: Term | None = None):
+        self._tracker = tracker
+        alone = next(iter(tracker.terms.values())) if len(tracker.terms) == 1 else None
+        self._term = term or alone
+
+    def __call__(self, output: Any, target: Tensor) -> Tensor:
+        if self._term is None:
+            names = ", ".join(map(repr, self._tracker.terms))
+            raise TypeError(
+                f"opt.loss has several terms, {names}; expected the one that is meant: opt.loss[name](output, target)"
+            )
+        return self._tracker.loss(self._term, output, target)
+
+    def __getitem__(self, name: str) -> Losses:
+        terms = self._tracker.terms
+        if name not in terms:
+            if list(terms) == [""]:
+                raise KeyError(f"{name!r}: this optimizer has one loss, without a name; call opt.loss(output, target)")
+            known = ", ".join(map(repr, terms))
+            raise KeyError(f"no term is called {name!r}; expected one of {known}{did_you_mean(name, terms)}")
+        return Losses(self._tracker, terms[name])
+
+
+def _weakly(model: nn.Module) -> Callable[[], DistributedDataParallel | None]:
+    """A reference that does not keep it: where its reducer is the last to let go of the ranks' group, at the end of a
+    process, torch's gloo may wait for ever."""
+    return weakref.ref(model) if isinstance(model, DistributedDataParallel) else lambda: None
+
+
+def _behind(output: Tensor) -> set[Node]:
+    """The nodes of the autograd graph that a tensor comes from."""
+    found: set[Node] = set()
+    left = [] if output.grad_fn is None else [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += [n for n, _ in node.next_functions if n is not None]
+    return found
