@@ -10,7 +10,8 @@ from natgrad.cli.progress import SUMMARY_HEADINGS, summary_rows
 from natgrad.cli.report import finite, write_json, write_page
 from natgrad.cli.training import Point, Run
 from natgrad.study.measure import RELATIVE_FLOOR
-from natgrad.study.tasks import SUBSET, Task
+from natgrad.study.task import Task
+from natgrad.study.tasks import SUBSET
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from natgrad.cli.errors import UserError
 from natgrad.cli.target import call, checked, look_here
-from natgrad.study.tasks import SUBSET, Batch, Task, indices
+from natgrad.study.task import Batch, Task
+from natgrad.study.tasks import SUBSET, indices
 
 FORM = "expected (model, loss, data) or (model, loss, data, evaluate)"
 SIZE = 250

@@ -14,9 +14,9 @@ from natgrad.study.optimizers import OPTIMIZERS, Kind, check
 from natgrad.study.own_task import digest
 from natgrad.study.reading import Table, near, parse, read_text, shown
 from natgrad.study.tasks import TASKS
-from natgrad.study.training import Budget
+from natgrad.study.training import CONSTANT, Budget, Schedule
 
-SHIPPED = ("centering", "residual", "peers")
+SHIPPED = ("centering", "residual", "peers", "language")
 Setting = dict[str, Any]
 
 
@@ -64,6 +64,7 @@ class Job:
     evaluations: int
     threads: int
     measure: Measure
+    schedule: Schedule = CONSTANT
 
     @property
     def label(self) -> str:
@@ -86,6 +87,7 @@ class Job:
             "evaluations": self.evaluations,
             "threads": self.threads,
             "measure": measured,
+            **({"schedule": vars(self.schedule)} if self.schedule != CONSTANT else {}),
             **own,
         }
 
@@ -104,9 +106,20 @@ class Spec:
     evaluations: int
     threads: int
     measure: Measure
+    schedule: Schedule = CONSTANT
 
     def job(self, task: TaskEntry, optimizer: OptimizerEntry, setting: Setting, seed: int) -> Job:
-        return Job(task, optimizer.name, optimizer.use, setting, seed, self.evaluations, self.threads, self.measure)
+        return Job(
+            task,
+            optimizer.name,
+            optimizer.use,
+            setting,
+            seed,
+            self.evaluations,
+            self.threads,
+            self.measure,
+            self.schedule,
+        )
 
     @property
     def in_seconds(self) -> bool:
@@ -159,6 +172,7 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     threads = top.whole("threads", 1)
     batch = top.whole("batch", None)
     measure = _measure(top.table("measure"))
+    schedule = _schedule(top.table("schedule"))
     tasks = _tasks(top, budget, batch)
     optimizers = _optimizers(top, tasks)
     names = [o.name for o in optimizers]
@@ -169,7 +183,7 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     for task in tasks:
         if not any(o.settings.get(task.name) for o in optimizers):
             raise top.fail(f"tasks.{task.name}", "a task that no optimizer runs on", "at least one", "leave it out.")
-    return Spec(name, title, text, tasks, optimizers, seeds, baseline, evaluations, threads, measure)
+    return Spec(name, title, text, tasks, optimizers, seeds, baseline, evaluations, threads, measure, schedule)
 
 
 def _seeds(top: Table) -> tuple[int, ...]:
@@ -202,6 +216,16 @@ def _measure(table: Table) -> Measure:
     )
     table.finish()
     return found
+
+
+def _schedule(table: Table) -> Schedule:
+    shares = {}
+    for key in ("warmup", "cooldown"):
+        shares[key] = float(table.number(key, 0.0))
+        if shares[key] > 1:
+            raise table.fail(key, f"{shares[key]:g}", "a share of the budget, at most 1", f"write, say, {key} = 0.1.")
+    table.finish()
+    return Schedule(**shares)
 
 
 def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEntry, ...]:
@@ -293,5 +317,9 @@ def _check_types(table: Table, kind: Kind, key: str, values: list[Any]) -> None:
         if types and type(value) not in types:
             expected = " or ".join(words[t] for t in dict.fromkeys(types) if not (t is int and float in types))
             raise table.fail(key, shown(value), f"{expected}, or a list of such to try", "mend it.")
+        if key == "length" and not 0 < value <= 1:
+            raise table.fail(
+                key, shown(value), "a share of the budget, above 0 and at most 1", "write, say, length = 0.8."
+            )
         if key == "batch" and value < 1:
             raise table.fail(key, shown(value), "a whole number of at least 1", "write, say, batch = 250.")
