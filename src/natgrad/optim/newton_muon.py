@@ -34,7 +34,11 @@ from natgrad.optim.preconditioner.interval import Interval
 from natgrad.optim.tracking.unchanged import Unchanged
 from natgrad.optim.vectors import Vector, check_dense
 
-SIDES = {"input": "the second moment of a layer's inputs", "both": "that, and the gradients' on the output side"}
+SIDES = {
+    "none": "orthogonalized alone, as Muon",
+    "input": "whitened by the second moment of the inputs",
+    "both": "and by that of the gradients on the output side",
+}
 REST = 0.15
 """The learning rate of AdamW's steps, in units of that of the matrices."""
 
@@ -119,7 +123,7 @@ class NewtonMuon(torch.optim.Optimizer):
         self._refreshed: int | None = None  # at which step
         self._interval = Interval(refresh_every, growing=True)
         chosen = chooser(steps, {n: p.shape for n, p in self.parameters.items()})
-        self._matrices = Matrices(self.parameters, chosen, InputSide(ridge, decay))
+        self._matrices = Matrices(self.parameters, chosen, InputSide(ridge, decay), whiten=sides != "none")
         self._unchanged = Unchanged(self.model, None)
         self._forwards = Forwards(self.parameters, max_dim)
         self._arm()

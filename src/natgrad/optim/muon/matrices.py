@@ -41,10 +41,13 @@ class Matrices:
         parameters: of the optimizer.
         chosen: the user's choice of a step by name, or None.
         inputs: the averages of the inputs' second moments.
+        whiten: whether a hidden matrix is whitened unless the user says so.
     """
 
-    def __init__(self, parameters: Parameters, chosen: Callable[[str], str | None], inputs: InputSide):
-        self._parameters, self._chosen, self.inputs = parameters, chosen, inputs
+    def __init__(
+        self, parameters: Parameters, chosen: Callable[[str], str | None], inputs: InputSide, *, whiten: bool = True
+    ):
+        self._parameters, self._chosen, self.inputs, self._whiten = parameters, chosen, inputs, whiten
         self.routes: dict[str, Route] = {}
         self._owners: dict[str, int] = {}  # the ranks that matrices are on, where parameters are sharded
 
@@ -80,6 +83,8 @@ class Matrices:
         for _, its in every:
             for n, function in its.items():
                 found.setdefault(n, unseen(n, self._chosen(n), function))
+        if not self._whiten:
+            found |= {n: route.unwhitened() for n, route in found.items() if self._chosen(n) is None}
         self.routes.update(found)
         self._find_owners()
         return [n for n, route in found.items() if route.units]

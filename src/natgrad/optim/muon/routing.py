@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
@@ -42,6 +42,10 @@ class Route:
     step: str
     why: str
     units: tuple[Layer, ...] = ()
+
+    def unwhitened(self) -> Route:
+        """The same without whitening."""
+        return replace(self, step=ORTHOGONAL) if self.step == WHITENED else self
 
     def state(self) -> dict[str, Any]:
         """Plain values, which `of_state` reads."""
