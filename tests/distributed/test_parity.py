@@ -97,6 +97,18 @@ def test_ranks_with_shards_count_by_their_cases(ranks, alone, how):
     compare(ranks(2, work.trained_in, EXACT, 20, how | {"sharded": "fsdp"}), alone(EXACT, 20, how))
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(name, marks=[] if name in ("all adaptive", "EKFAC", "orthogonalized") else [pytest.mark.slow])
+        for name in RECIPES
+    ],
+)
+def test_weights_are_those_of_one_process_where_ranks_have_no_layer(ranks, alone, recipe):
+    options, how = EXACT | RECIPES[recipe], {"few": True}
+    compare(ranks(4, work.trained_in, options, 14, how | {"sharded": "fsdp"}), alone(options, 14, how))
+
+
 @pytest.mark.parametrize("recipe", ["all adaptive", "EKFAC", "given step size"])
 def test_ranks_that_run_out_of_data_join_the_others(ranks, recipe):
     options, batches = EXACT | RECIPES[recipe], [14, 9]

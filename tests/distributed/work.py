@@ -35,8 +35,10 @@ def batch(step: int, n: int = N) -> tuple[Tensor, Tensor]:
     return x, (x[:, 0] + x[:, 1] > 0).long() + (x[:, 2] > 1).long()
 
 
-def network() -> nn.Module:
+def network(few: bool = False) -> nn.Module:
     torch.manual_seed(0)
+    if few:  # layers than some of four ranks have none of
+        return nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, C)).double()
     return nn.Sequential(
         nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 7, bias=False), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, C)
     ).double()
@@ -87,10 +89,11 @@ def trained(
     load: str = "",
     save: str = "",
     dtype: torch.dtype = torch.float64,
+    few: bool = False,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The weights after some steps, and the steps' diagnostics. `group`: None for one process that sees everything.
     The steps begin with the `first`, from the checkpoint `load`; `save` is the folder of one after the last."""
-    model = network().to(dtype)
+    model = network(few).to(dtype)
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     called = placed(model, group, sharded)
     loss_fn = nn.CrossEntropyLoss(reduction=reduction)

@@ -387,8 +387,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("loss", "came"),
         [
-            (nn.NLLLoss(), "NLLLoss"),
-            (nn.BCELoss(), "BCELoss"),
+            (nn.CTCLoss(), "CTCLoss"),
+            (nn.TripletMarginLoss(), "TripletMarginLoss"),
             (nn.MSELoss, "the class MSELoss"),
             (F.cross_entropy, "function"),
             ("mse", "str"),

@@ -63,6 +63,15 @@ def test_a_long_row_of_rejections_is_no_error(count):
     assert RULE.after_rejection(1.0, count, 0.0) == 1e30
 
 
+def test_it_rises_where_a_bound_leaves_little_of_the_step():
+    assert RULE.adapt(1.0, 0.9, 1.0, share=0.5) == 2.0
+    assert RULE.adapt(1.0, 0.9, 1.0, share=0.8) == 0.5
+    damping = 1.0
+    for _ in range(60):
+        damping = RULE.adapt(damping, 0.9, 3.0, share=0.1)
+    assert damping == 1e3 * 3
+
+
 class TestCalibrate:
     @pytest.mark.parametrize("best", [1e3, 10.0, 1.0, 1e-3, 1e-6])
     @pytest.mark.parametrize("scale", [1e-5, 1.0, 300.0])

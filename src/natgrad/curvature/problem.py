@@ -87,14 +87,14 @@ class Problem:
                 "before is empty, too: make a new one, or give a list"
             )
 
-    def run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    def run(self, model: Any, batch: Any) -> tuple[Tensor, Any]:
         """The model's output on a batch, in the precision that was in force when the matrix was asked for. Its buffers,
         the running averages of batch normalization among them, stay as they were."""
         lowered = torch.autocast(self.device.type, self._precision, enabled=self._precision is not None)
         with lowered, buffers_kept(self.model), without_cudnn(self.model):
             return self._run(model, batch)
 
-    def _run(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    def _run(self, model: Any, batch: Any) -> tuple[Tensor, Any]:
         if self._forward is not None:
             result = self._forward(model, batch)
             if not (isinstance(result, (tuple, list)) and len(result) == 2):

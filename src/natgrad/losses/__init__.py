@@ -1,6 +1,7 @@
 """The output-space curvature `D` of losses: its products, its factors `S Sᵀ = D`, its samples.
 
-Torch's own loss modules have closed forms; `Likelihood` takes any distribution of `torch.distributions`.
+Torch's own loss modules have closed forms; `Likelihood` takes any distribution of `torch.distributions`, `Convex` any
+function.
 """
 
 from typing import Any
@@ -9,12 +10,16 @@ from torch import nn
 
 from natgrad.checks.values import described
 from natgrad.losses.base import ESTIMATORS, OutputCurvature
+from natgrad.losses.convex import Convex, ConvexCurvature
 from natgrad.losses.elementwise import Bernoulli, Poisson, SquaredError
 from natgrad.losses.gaussian import Gaussian
 from natgrad.losses.likelihood import Likelihood, LikelihoodCurvature
+from natgrad.losses.logarithms import Divergence, LogProbabilities, Probabilities
+from natgrad.losses.margin import MultiLabelSoftMargin, SoftMargin
+from natgrad.losses.robust import AbsoluteError, Huber, SmoothAbsoluteError
 from natgrad.losses.softmax import Softmax
 
-__all__ = ["ESTIMATORS", "Likelihood", "OutputCurvature", "output_curvature"]
+__all__ = ["ESTIMATORS", "Convex", "Likelihood", "OutputCurvature", "output_curvature"]
 
 _KNOWN: dict[type[nn.Module], type[OutputCurvature]] = {
     nn.CrossEntropyLoss: Softmax,
@@ -22,15 +27,32 @@ _KNOWN: dict[type[nn.Module], type[OutputCurvature]] = {
     nn.BCEWithLogitsLoss: Bernoulli,
     nn.PoissonNLLLoss: Poisson,
     nn.GaussianNLLLoss: Gaussian,
+    nn.NLLLoss: LogProbabilities,
+    nn.KLDivLoss: Divergence,
+    nn.BCELoss: Probabilities,
+    nn.L1Loss: AbsoluteError,
+    nn.SmoothL1Loss: SmoothAbsoluteError,
+    nn.HuberLoss: Huber,
+    nn.SoftMarginLoss: SoftMargin,
+    nn.MultiLabelSoftMarginLoss: MultiLabelSoftMargin,
     Likelihood: LikelihoodCurvature,
+    Convex: ConvexCurvature,
 }
+_OWN = (Likelihood, Convex)
 _MEANT = {
     "cross_entropy": "CrossEntropyLoss",
     "mse_loss": "MSELoss",
     "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
     "poisson_nll_loss": "PoissonNLLLoss",
     "gaussian_nll_loss": "GaussianNLLLoss",
-    "NLLLoss": "CrossEntropyLoss",  # which leaves log-probabilities as they are
+    "nll_loss": "NLLLoss",
+    "kl_div": "KLDivLoss",
+    "binary_cross_entropy": "BCELoss",
+    "l1_loss": "L1Loss",
+    "smooth_l1_loss": "SmoothL1Loss",
+    "huber_loss": "HuberLoss",
+    "soft_margin_loss": "SoftMarginLoss",
+    "multilabel_soft_margin_loss": "MultiLabelSoftMarginLoss",
 }
 """What is meant by torch's functions, and by a loss that another one computes, too."""
 
@@ -39,11 +61,11 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
     """The output-space curvature of a loss module.
 
     Args:
-        loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss`,
-            `nn.GaussianNLLLoss` or `natgrad.losses.Likelihood`.
+        loss: an instance of one of torch's losses (`docs/losses.md` lists them), `natgrad.losses.Likelihood` or
+            `natgrad.losses.Convex`.
         kind: `"fisher"`: `D = E[s sᵀ]`, `s` the loss's gradient in the output at a label drawn from the model.
-            `"gauss_newton"`: the loss's Hessian in the output at the target. They are one for canonical links: the
-            first three, and the fourth with log rates.
+            `"gauss_newton"`: the loss's Hessian in the output at the target. They are one for canonical links:
+            cross-entropy, squared error, logistic losses, Poisson with log rates.
 
     Raises:
         TypeError: if the loss is not an instance of a supported class, or has a forward of its own.
@@ -67,15 +89,15 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
     came = described(loss)
     if isinstance(loss, tuple(_KNOWN)):
         came += ", which computes another loss in a forward of its own"
-    names = [f"nn.{k.__name__}()" for k in _KNOWN if k is not Likelihood]
+    names = [f"nn.{k.__name__}()" for k in _KNOWN if k not in _OWN]
     raise TypeError(
-        f"loss is {came}; expected an instance of one of {', '.join(names)}, or natgrad.losses.Likelihood(fn)"
-        f"{_in_its_place(loss)}"
+        f"loss is {came}; expected an instance of one of {', '.join(names)}, or natgrad.losses.Likelihood(fn) for a "
+        f"distribution, or natgrad.losses.Convex(fn) for a loss of one's own{_in_its_place(loss)}"
     )
 
 
 def _in_its_place(loss: Any) -> str:
     """The end of the message: which supported loss is meant by one that is not."""
-    known = {k.__name__: k.__name__ for k in _KNOWN if k is not Likelihood} | _MEANT
+    known = {k.__name__: k.__name__ for k in _KNOWN if k not in _OWN} | _MEANT
     name = getattr(loss, "__name__", type(loss).__name__)
     return f"; did you mean nn.{known[name]}()?" if name in known else ""

@@ -47,15 +47,17 @@ class OutputCurvature(ABC):
     """Whether the Hessian is the Fisher information whatever the target, as for canonical links."""
     nonnegative = False
     """Whether the loss is zero at the least, whatever the output."""
+    reductions: tuple[str, ...] = ("mean", "sum")
+    """Those of the module that make one number."""
 
     def __init__(self, module: nn.Module, kind: str = "fisher"):
         self.module: Any = module
         self.kind = kind
         check_choice("kind", kind, KINDS)
-        if module.reduction not in ("mean", "sum"):
+        if module.reduction not in self.reductions:
             raise ValueError(
                 f"{type(module).__name__} has reduction={module.reduction!r}; the matrix of an objective needs "
-                "'mean' or 'sum': make the loss with one of them"
+                f"{' or '.join(map(repr, self.reductions))}: make the loss with one of them"
             )
 
     @property
@@ -142,6 +144,26 @@ class OutputCurvature(ABC):
     def ignored(self, output: Tensor, target: Tensor) -> Tensor | None:
         """Which targets take no part in the loss, of the target's shape; None if all do."""
         return None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What users should know of the matrix, beside what it is."""
+        return ()
+
+    def stand_in(self, output: Tensor) -> Tensor:
+        """A target of the form that this loss takes, where `D` does not depend on it.
+
+        Raises:
+            TypeError: if `D` depends on the target.
+        """
+        raise self._needs_target("at the targets")
+
+    def _needs_target(self, why: str) -> TypeError:
+        return TypeError(
+            f"opt.predict takes outputs without targets, and the curvature of {type(self.module).__name__} is {why}; "
+            "expected a loss whose curvature is that of a predictive distribution, such as nn.CrossEntropyLoss(), "
+            "nn.MSELoss() or natgrad.losses.Likelihood(fn), without weights of classes"
+        )
 
     def case_weight(self, output: Tensor, target: Tensor) -> Tensor:
         """The weight of each case, broadcastable to the output."""

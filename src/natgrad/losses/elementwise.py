@@ -26,6 +26,9 @@ class Elementwise(OutputCurvature):
     def exact_columns(self, output: Tensor, target: Tensor) -> Iterator[Tensor]:
         yield from one_by_one(self.second_derivative(output, target).sqrt())
 
+    def stand_in(self, output: Tensor) -> Tensor:
+        return torch.zeros_like(output)
+
     @abstractmethod
     def second_derivative(self, output: Tensor, target: Tensor) -> Tensor:
         """`d`, in the shape of the output."""
@@ -61,6 +64,11 @@ class Bernoulli(Elementwise):
         super()._check(output, target)
         if not target.is_floating_point():
             raise self._wrong_dtype(target, "a floating one: target.to(output.dtype)")
+
+    def stand_in(self, output: Tensor) -> Tensor:
+        if self.module.pos_weight is not None:
+            raise self._needs_target("weighted by them")
+        return super().stand_in(output)
 
     def product(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
         slope = torch.ops.aten.sigmoid_backward(v, output.sigmoid())  # p (1 − p) v in one pass over the entries

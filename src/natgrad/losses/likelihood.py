@@ -109,6 +109,11 @@ class LikelihoodCurvature(OutputCurvature):
         with torch.no_grad():
             return output.new_tensor(self.module.distribution(output).batch_shape.numel())
 
+    def stand_in(self, output: Tensor) -> Tensor:
+        with torch.no_grad():
+            p = self.module.distribution(output)
+        return output.new_zeros(p.batch_shape + p.event_shape)
+
     def product(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
         return self._hessian(output, target)(v)
 

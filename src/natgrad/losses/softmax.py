@@ -112,10 +112,16 @@ class Softmax(OutputCurvature):
         kept, _ = self._classes(target)
         return None if kept.all() else ~kept
 
+    def stand_in(self, output: Tensor) -> Tensor:
+        if self.module.weight is not None:
+            raise self._needs_target("weighted by them")
+        index = 0 if self.module.ignore_index != 0 or output.shape[1] == 1 else 1
+        return torch.full((output.shape[0], *output.shape[2:]), index, device=output.device)
+
     def case_weight(self, output: Tensor, target: Tensor) -> Tensor:
         C = output.shape[1]
         weight = output.new_ones(C) if self.module.weight is None else self.module.weight.to(output)
-        smoothing = self.module.label_smoothing
+        smoothing = getattr(self.module, "label_smoothing", 0.0)
         if target.is_floating_point():
             t = target * (1 - smoothing) + smoothing / C
             return (t * weight.view(-1, *[1] * (output.ndim - 2))).sum(1, keepdim=True)

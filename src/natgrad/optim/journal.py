@@ -25,7 +25,7 @@ class Journal:
         self.faults: Counter[str] = Counter()
         self.loss_before: float | None = None
         self.first_loss: float | None = None
-        self.exploded = False
+        self.exploded = self.warned = False
         self.rejected = deque[bool](maxlen=2 * HOPELESS)
 
     def begin(self, damping: float | None) -> None:
@@ -39,8 +39,9 @@ class Journal:
         self.figures["loss"] = loss
         if self.first_loss is None:
             self.first_loss = loss
-        was, self.exploded = self.exploded, loss - self.first_loss > EXPLODED * abs(self.first_loss)
-        if self.exploded and not was and given:
+        self.exploded = loss - self.first_loss > EXPLODED * abs(self.first_loss)
+        if self.exploded and given and not self.warned:
+            self.warned = True
             warn(
                 f"{self.optimizer} diverges: the loss is {loss:.4g} at step {self.steps}, and was "
                 f"{self.first_loss:.4g} at the first. With numbers for lr, momentum and damping nothing is undone: "
@@ -89,5 +90,5 @@ class Journal:
         self.steps, self.rejections = saved["steps"], saved["rejections"]
         self.faults = Counter(saved["faults"])
         self.loss_before, self.first_loss = saved["loss_before"], saved["first_loss"]
-        self.exploded = False
+        self.exploded = self.warned = False
         self.rejected.clear()

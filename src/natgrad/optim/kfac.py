@@ -165,9 +165,9 @@ class KFAC(CurvatureOptimizer):
             relative=damping is None and one_sided,
             estimator=estimator,
             sharing=sharing,
-            statistics=_interval("statistics_every", statistics_every, 10 if seldom else 5, growing=not given),
+            statistics=_interval("statistics_every", statistics_every, 10 if seldom else 5),
             statistics_share=statistics_share,
-            inverses=_interval("inverses_every", inverses_every, 20 if seldom else 5, growing=not given),
+            inverses=_interval("inverses_every", inverses_every, 20 if seldom else 5),
             bases_every=100 if bases_every is None else bases_every,
             decay=decay,
             max_dim=max_dim,
@@ -226,10 +226,10 @@ class KFAC(CurvatureOptimizer):
         return self._blocks.curvature()
 
 
-def _interval(name: str, every: int | None, default: int, *, growing: bool) -> Interval:
-    """So many steps, at the user's word; or so many by default, fewer at the start where it is `growing`."""
+def _interval(name: str, every: int | None, default: int) -> Interval:
+    """So many steps, at the user's word; or so many by default, and fewer at the start."""
     check_count(name, default if every is None else every, "steps")
-    return Interval(default, growing) if every is None else Interval(every, False)
+    return Interval(default, True) if every is None else Interval(every, False)
 
 
 def _check(options: Options) -> None:

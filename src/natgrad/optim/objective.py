@@ -13,7 +13,7 @@ from torch.func import functional_call
 from natgrad.curvature.products import tangent
 from natgrad.linalg.precision import matmul_precision
 from natgrad.optim.parameters import Parameters
-from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty
+from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Prediction
 from natgrad.optim.vectors import Vector, symmetric
 
 
@@ -22,7 +22,8 @@ class Objective:
 
     All is in the units of the heaviest term's mean, `max |ω_t| = 1`: with one term, of the loss's own mean. So nothing
     depends on the reduction, the batch size or the number of microbatches. `scale` is the user's gradient over this
-    objective's gradient, `idle` how many ranks have no examples.
+    objective's gradient, `idle` how many ranks have no examples, `moved` whether the parameters were written to after a
+    forward on some rank, so that its loss is another one now.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class Objective:
             own[b.term.name] += mean
         each = zip([*self._per_loss(means), *factors[n:]], losses, strict=True)
         empty = all(b.is_empty for b in self.batches)
-        numbers = [float(sum(f * its for f, its in each)), float(empty), *own.values(), *self._faults()]
-        loss, idle, *rest = self._world.numbers(numbers, "the loss")
-        self.idle = int(idle)
+        numbers = [float(sum(f * its for f, its in each)), float(empty), float(self._moved()), *own.values()]
+        loss, idle, moved, *rest = self._world.numbers([*numbers, *self._faults()], "the loss")
+        self.idle, self.moved = int(idle), moved > 0
         totals = dict(zip(own, rest, strict=False))
         heaviest = max((abs(v) for v in totals.values()), default=0.0)
         only = math.copysign(heaviest, next(iter(totals.values()))) if len(totals) == 1 else heaviest
@@ -64,13 +65,13 @@ class Objective:
     def _numbers(self) -> tuple[list[float], list[float], list[float]]:
         """The factors, masses and values of batches and penalties; a GPU is waited for once."""
         sizes = self._parameters.sizes()
-        by_hand: Counter[str] = Counter(b.term.name for b in self.batches)
+        by_hand: Counter[str] = Counter(_name(b) for b in self.batches)
         rows = []
         parts: list[Batch | Penalty] = [*self.batches, *self.penalties]
         for part in parts:
             factor = part.factor(sizes)
             if factor is None:  # gradients that were set by hand
-                is_mean = isinstance(part, Batch) and part.term.curvature.is_mean
+                is_mean = isinstance(part, Prediction) or (isinstance(part, Batch) and part.term.curvature.is_mean)
                 factor = part.loss.new_tensor(1 / by_hand[_name(part)] if is_mean else 1.0)
             mass = part.mass if isinstance(part, Batch) else part.loss.new_ones(())
             rows.append(torch.stack([factor, mass, part.loss]))
@@ -82,7 +83,8 @@ class Objective:
     def _in_means(batch: Batch, factor: float, mass: float) -> float:
         if batch.is_empty:
             return 0.0
-        return factor * (batch.weight if batch.term.curvature.is_mean else mass)
+        is_mean = batch.term.curvature.is_mean or isinstance(batch, Prediction)
+        return factor * (batch.weight if is_mean else mass)
 
     def _per_loss(self, means: Sequence[float]) -> list[float]:
         """The factor of each batch's loss, a mean or a sum, from that of its mean."""
@@ -106,8 +108,7 @@ class Objective:
         each = zip(self._weights, self._masses, self.batches, strict=False)
         return [0.0 if b.is_empty or not mass else w / mass for w, mass, b in each]
 
-    @property
-    def moved(self) -> bool:
+    def _moved(self) -> bool:
         """Whether the parameters were written to after a forward, so that its loss is another one now."""
         now = self._parameters.versions()
         parts: list[Batch | Penalty] = [*self.batches, *self.penalties]
@@ -125,6 +126,11 @@ class Objective:
         return all(batch.way is not None for batch in self.batches)
 
     @property
+    def measurable(self) -> bool:
+        """Whether the objective has a value, which outputs without a loss have not."""
+        return not any(isinstance(b, Prediction) for b in self.batches)
+
+    @property
     def nonnegative(self) -> bool:
         """Whether the objective is zero at the least, whatever the outputs."""
         return not self.penalties and all(b.term.curvature.nonnegative for b in self.batches)
@@ -136,7 +142,8 @@ class Objective:
         try:
             with torch.no_grad():
                 for weight, batch in zip(self._per_loss(self._weights), self.batches, strict=True):
-                    total += weight * batch.value(self._model)
+                    if not isinstance(batch, Prediction):
+                        total += weight * batch.value(self._model)
                 for weight, penalty in zip(self._penalty_weights, self.penalties, strict=True):
                     total += weight * penalty.value(self._model)
         finally:
@@ -192,4 +199,5 @@ class Objective:
 
 
 def _name(part: Batch | Penalty) -> str:
-    return part.term.name if isinstance(part, Batch) else ""
+    kind = "predicted " if isinstance(part, Prediction) else ""
+    return kind + part.term.name if isinstance(part, Batch) else ""

@@ -24,8 +24,9 @@ from natgrad.optim.recipe import Recipe
 from natgrad.optim.rules.damping import DampingControl
 from natgrad.optim.terms import Loss, terms_of
 from natgrad.optim.tracking.batch import Batch, Penalty
+from natgrad.optim.tracking.calls import Losses, Predictions
 from natgrad.optim.tracking.returned import Way
-from natgrad.optim.tracking.tracker import Losses, Tracker
+from natgrad.optim.tracking.tracker import Tracker
 from natgrad.optim.vectors import Vector
 
 
@@ -79,7 +80,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         self.tracker = Tracker(
             name, model, self.parameters, terms, output=output, generator=generator, many_ranks=self._many_ranks
         )
-        self.loss = Losses(self.tracker)
+        self.loss, self.predict = Losses(self.tracker), Predictions(self.tracker)
         self._adapts_lr = self._has_free_lr()  # whatever a scheduler writes into the groups
 
     def _assemble(self, preconditioner: Preconditioner, damping: DampingControl, tolerated: float, tries: int) -> None:

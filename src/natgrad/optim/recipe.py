@@ -103,14 +103,12 @@ class Recipe:
         moving = [n for n in self.preconditioner.moves(gradients) if n not in waiting]
         stage = self._stage(objective, gradients, moving)
         self.preconditioner.see_gradient(stage.gradient)
-        self.journal.see_loss(stage.loss, given=self.rule.fixed and not self.damping.adaptive)
         if not stage.gradient or (self._squared == 0 and not self.rule.fixed):
             return  # nothing to do, and no direction to do it in
-        if self.damping.value is None:
-            self._calibrate(stage)
-        elif self._was_too_far(objective):
-            raise Rejection(f"the loss had risen to {objective.loss:.4g} by the last step, which is undone")
-        self.journal.loss_before = objective.loss
+        if objective.measurable:
+            self._look_at_loss(stage)
+        elif self.damping.adaptive and (self.damping.value is None or self._adaptation_due()):
+            self.damping.value = self.preconditioner.scale()
         for tries in range(1, self.tries + 1):
             if self.tries > 1:
                 figures["tries"] = tries
@@ -122,6 +120,16 @@ class Recipe:
                     raise
                 self.damping.raise_(tries, self.preconditioner.scale())
 
+    def _look_at_loss(self, stage: Stage) -> None:
+        """Calibrates the damping on the first loss. Raises Rejection if the last step has raised the loss too much."""
+        objective = stage.objective
+        self.journal.see_loss(stage.loss, given=self.rule.fixed and not self.damping.adaptive)
+        if self.damping.value is None:
+            self._calibrate(stage)
+        elif self._was_too_far(objective):
+            raise Rejection(f"the loss had risen to {objective.loss:.4g} by the last step, which is undone")
+        self.journal.loss_before = objective.loss
+
     def _was_too_far(self, objective: Objective) -> bool:
         """Whether the last step was not measured, and has raised the loss; it is then undone."""
         if not self.damping.adaptive or not self.trials.too_far(objective.loss, self.journal.loss_before):
@@ -131,10 +139,11 @@ class Recipe:
     def _try(self, stage: Stage) -> Taken:
         """The step of this damping, taken. Raises Rejection if the loss would rise by it, or there is none."""
         damping, figures, due = self.damping.value, self.journal.figures, self._adaptation_due()
+        measures = self._measures() and stage.objective.measurable
         assert damping is not None
         try:
             self.preconditioner.prepare(damping, stage.decay, figures, self.journal.steps)
-            step, change = self.rule.propose(stage, damping, figures, predicts=self._measures(), joint=due)
+            step, change = self.rule.propose(stage, damping, figures, predicts=measures, joint=due)
         except ValueError as error:
             if self.journal.exploded:
                 raise ValueError(f"the run has diverged, to a loss of {stage.loss:.4g} ({error}); {MEND}") from error
@@ -142,7 +151,8 @@ class Recipe:
                 raise
             raise Rejection(f"{self.preconditioner.inverted} could not be inverted: {error}") from error
         # Where the model promises most of the loss, it may be wrong: saturated outputs have next to no curvature.
-        if not (self._measures() or (self.damping.adaptive and -change > 0.5 * abs(stage.loss))):
+        doubtful = self.damping.adaptive and stage.objective.measurable and -change > 0.5 * abs(stage.loss)
+        if not (measures or doubtful):
             return self.trials.take(step)
         found = self.trials.measure(step, stage, shorten=not self.rule.fixed)
         if isinstance(found, Risen):
@@ -157,7 +167,7 @@ class Recipe:
         else:
             assert found.loss_after is not None
             ratio = figures["reduction_ratio"] = (found.loss_after - stage.loss) / change if change else 0.0
-            self.damping.adapt(ratio, self.preconditioner.scale())
+            self.damping.adapt(ratio, self.preconditioner.scale(), self.rule.share)
         return found
 
     def _commit(self, taken: Taken) -> None:

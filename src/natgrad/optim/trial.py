@@ -104,7 +104,7 @@ class Trials:
         """Takes the last step back if it has raised this batch's loss to `loss` by more than what is tolerated."""
         states = {n: self.parameters.state_of(n) for n in self.parameters}
         delta = {n: s["delta"] for n, s in states.items() if "delta" in s}
-        if not delta or not objective.runs_again or not objective.batches:
+        if not delta or not objective.runs_again:
             return False
         own, before = self.parameters.local(), self.parameters.snapshot()
         undone = False

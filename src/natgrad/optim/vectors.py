@@ -17,9 +17,16 @@ def dot(u: Vector, v: Vector) -> float:
 
 
 def dots(pairs: Iterable[tuple[Vector, Vector]]) -> list[float]:
-    """`uᵀ v` of every pair; a GPU is waited for once."""
-    sums = [torch.stack([torch.dot(u[n].flatten(), v[n].flatten()) for n in u]).sum() for u, v in pairs]
-    return torch.stack(sums).tolist() if sums else []
+    """`uᵀ v` of every pair; a GPU is waited for once. Vectors may be empty, as where a rank has no layer."""
+    found = list(pairs)
+    full = [i for i, (u, _) in enumerate(found) if u]
+    sums = []
+    for u, v in (found[i] for i in full):
+        sums.append(torch.stack([torch.dot(u[n].flatten(), v[n].flatten()) for n in u]).sum())
+    out = [0.0] * len(found)
+    for i, value in zip(full, torch.stack(sums).tolist() if sums else [], strict=True):
+        out[i] = value
+    return out
 
 
 def gram(directions: list[Vector]) -> Tensor:

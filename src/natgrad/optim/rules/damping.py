@@ -30,8 +30,11 @@ class LevenbergMarquardt:
     def __init__(self, factor: float, floor: float):
         self.factor, self.floor = factor, floor
 
-    def adapt(self, damping: float, ratio: float, scale: float) -> float:
-        """The next damping; `scale` is the mean of the curvature's diagonal."""
+    def adapt(self, damping: float, ratio: float, scale: float, share: float = 1.0) -> float:
+        """The next damping. `scale` is the mean of the curvature's diagonal, `share` that of the step which a bound on
+        its length has left."""
+        if share < 0.7:
+            return min(damping / self.factor, max(damping, LIMIT * scale))
         lower = min(damping, max(damping * self.factor, self.floor * scale))
         if ratio > 0.75:
             return lower
@@ -50,10 +53,10 @@ class DampingControl:
     def __init__(self, value: float | None, rule: LevenbergMarquardt):
         self.value, self.adaptive, self.rule = value, value is None, rule
 
-    def adapt(self, ratio: float, scale: float) -> None:
-        """After a step that was measured."""
+    def adapt(self, ratio: float, scale: float, share: float) -> None:
+        """After a step that was measured, `share` of which was taken to keep a bound on its length."""
         if self.adaptive and self.value is not None:
-            self.value = self.rule.adapt(self.value, ratio, scale)
+            self.value = self.rule.adapt(self.value, ratio, scale, share)
 
     def raise_(self, count: int, scale: float) -> None:
         """After a rejection, the `count`-th in a row."""

@@ -32,6 +32,7 @@ class StepRule(ABC):
 
     def __init__(self, parameters: Parameters, directions: Directions, max_kl: float | None):
         self.parameters, self.directions, self.max_kl = parameters, directions, max_kl
+        self.share = 1.0
 
     @abstractmethod
     def propose(self, stage: Stage, damping: float, figures: Figures, *, predicts: bool, joint: bool) -> Proposal:
@@ -103,6 +104,7 @@ class Fixed(StepRule):
             products = dots(({n: v[n] for n in own}, {n: direction[n] for n in own}) for _, own in steps)
             kl = sum(0.5 * group["lr"] ** 2 * p for (group, _), p in zip(steps, products, strict=True))
             share = self._share_within(parameters.total([kl])[0])
+        self.share = share
         parts = [Part(own, -group["lr"] * share, shrink(group, group["lr"])) for group, own in steps]
         step, first = Step(direction, parts), parameters.groups[0]
         figures |= {"lr": first["lr"] * share, "momentum": first["momentum"] if past else 0.0, "predicted_change": 0.0}
@@ -127,6 +129,8 @@ class Adaptive(StepRule):
         self.combination: list[float] | None = None
 
     def propose(self, stage: Stage, damping: float, figures: Figures, *, predicts: bool, joint: bool) -> Proposal:
+        if not stage.objective.measurable:
+            return self._to_the_bound(stage, figures)
         group, direction = self.parameters.groups[0], self.directions.apply(stage.gradient)
         stage = Stage(stage.objective, {n: stage.gradient[n] for n in direction}, stage.decay, stage.loss)
         directions = [direction]
@@ -157,6 +161,26 @@ class Adaptive(StepRule):
             raise Rejection(NO_STEP)
         parts = [Part(own, 1.0, shrink(group, -coefficients[0])) for group, own in self.parameters.by_group(delta)]
         return Step(delta, parts), change
+
+    def _to_the_bound(self, stage: Stage, figures: Figures) -> Proposal:
+        """`−α Δ` with `½ α² ΔᵀFΔ` equal to `max_kl`: where the gradient is of another objective than the curvature, the
+        quadratic model says nothing of the length.
+
+        Reference: Kakade (2001), "A Natural Policy Gradient"; Schulman et al. (2015), arXiv:1502.05477.
+        """
+        if self.max_kl is None:
+            raise NotImplementedError(
+                "opt.predict gives the curvature of a distribution and no loss to choose a step size by; give the "
+                "optimizer max_kl=0.01, to whose bound the step goes then, or numbers for lr and momentum"
+            )
+        direction = self.directions.apply(stage.gradient)
+        kl = 0.5 * float(stage.objective.products([direction])[0, 0])
+        if not (math.isfinite(kl) and kl > 0 and self.parameters.finite(direction)):
+            raise Rejection(NO_STEP)
+        length = math.sqrt(self.max_kl / kl)
+        figures |= {"lr": length, "momentum": 0.0, "kl": self.max_kl}
+        parts = [Part(own, -length, shrink(group, length)) for group, own in self.parameters.by_group(direction)]
+        return Step(direction, parts), 0.0
 
     def forget(self) -> None:
         self.combination = None

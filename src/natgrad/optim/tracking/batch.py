@@ -97,3 +97,13 @@ class Penalty(Observed):
     def value(self, model: nn.Module) -> float:
         """It at the parameters as they are now."""
         return float(self.penalty())
+
+
+@dataclass(eq=False)
+class Prediction(Batch):
+    """Outputs whose predictive distribution has a curvature, where the gradient comes from a loss of the user's own.
+
+    `arrivals`: how often gradients had been added to parameters before.
+    """
+
+    arrivals: int = 0

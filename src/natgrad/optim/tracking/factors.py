@@ -113,6 +113,7 @@ class Factors:
         self._smallest: Tensor | None = None
         self._witness: Witness | None = None
         self._sharded, self.witnessed = sharded, not sharded
+        self.arrivals = 0  # how often gradients were added to parameters
         self.follow(parameters)
 
     def follow(self, parameters: Mapping[str, Tensor]) -> None:
@@ -154,6 +155,7 @@ class Factors:
         return self._running[key]
 
     def _arrive(self, name: str, p: Tensor) -> None:
+        self.arrivals += 1
         for run in self._running.values():  # a checkpoint's own run within another counts for both
             run.reached.add(name)
         if self.witnessed and p.grad is not None and (self._smallest is None or p.numel() < self._smallest.numel()):

@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.use import Use
-from natgrad.checks.values import described, did_you_mean
+from natgrad.checks.values import described
 from natgrad.curvature.problem import buffers_kept
 from natgrad.distributed.placement import Whole, placed_within, refuse_ranks
 from natgrad.optim.parameters import Parameters
-from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Term
+from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Prediction, Term
 from natgrad.optim.tracking.factors import Factors, of_gradients
 from natgrad.optim.tracking.forward import Forward, full_precision
 from natgrad.optim.tracking.returned import Way
@@ -130,6 +130,25 @@ class Tracker:
                 return self._no_loss(term, forward, output, way, target)
             return self._loss(term, forward, output, way, target)
 
+    def predict(self, term: Term, output: Any) -> None:
+        """The curvature of the distribution that outputs of a batch stand for, noted."""
+        forward = self._forward_of(output)
+        output, way = self._read(output, forward)
+        target = term.curvature.stand_in(output.detach())
+        term.curvature.check(output, target)
+        self._check_way(way)
+        recorder, recorded = self._recorded(forward, output, way)
+        mass, zero = term.curvature.normalizer(output.detach(), target), output.detach().new_zeros(())
+        batch = Prediction(term, forward, target, output.shape, way, mass, zero, self.parameters.versions())
+        batch.arrivals = self.factors.arrivals
+        if recorder is not None:
+            uses = self.observer.check(recorder, recorded)
+            if self.observer.due():
+                self.observer.observe(batch, uses, recorded, len(self._batches()))
+            if self.observer.runs_again() and recorded is output:
+                batch.uses = uses
+        self.pending.append(batch)
+
     def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
         """A part of the objective that is no loss of outputs, noted."""
         self._forget_gone()
@@ -195,17 +214,11 @@ class Tracker:
 
     def _loss(self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
         term.curvature.check(output, target)
-        if self.observer.may_run_again() and way is None:
-            raise ValueError(
-                "opt.loss was not given a tensor that the model returned, or a view of one, but the adaptive step runs "
-                f"the model again and needs it; pass output= to {self.optimizer}, say output=lambda returned: "
-                "returned.logits[:, :-1].flatten(0, 1), and give opt.loss all that the model returned. Or fix lr, "
-                "momentum and damping (and the solver of a NaturalGradient)"
-            )
         if torch.is_grad_enabled() and not output.requires_grad:
             raise ValueError(
                 "opt.loss was given a tensor without a graph; expected the model's output as it is: leave detach() out"
             )
+        self._check_way(way)
         recorder, recorded = self._recorded(forward, output, way)
         uses = None if recorder is None else self.observer.check(recorder, recorded)
         loss = term.curvature.loss(output, target)
@@ -223,6 +236,15 @@ class Tracker:
             if self.observer.runs_again() and recorded is output:
                 batch.uses = uses
         return self._noted(batch, loss)
+
+    def _check_way(self, way: Way | None) -> None:
+        if self.observer.may_run_again() and way is None:
+            raise ValueError(
+                "opt.loss was not given a tensor that the model returned, or a view of one, but the adaptive step runs "
+                f"the model again and needs it; pass output= to {self.optimizer}, say output=lambda returned: "
+                "returned.logits[:, :-1].flatten(0, 1), and give opt.loss all that the model returned. Or fix lr, "
+                "momentum and damping (and the solver of a NaturalGradient)"
+            )
 
     def _recorded(self, forward: Forward, output: Tensor, way: Way | None) -> tuple[Recorder | None, Tensor]:
         """What was recorded on the way to the output; of compiled code, in a second forward that is not."""
@@ -300,16 +322,22 @@ class Tracker:
 
     def forget_arrived(self) -> None:
         """Forgets batches whose gradients are in those of the parameters, which are zeroed."""
-        self.pending[:] = [b for b in self.pending if not b.arrived]
+        self.pending[:] = [b for b in self.pending if not (b.arrived or self._is_used(b))]
         for b in self.pending:
             b.outdated = b.seen
         self.factors.forget()
+
+    def _is_used(self, part: Batch | Penalty) -> bool:
+        """Whether gradients have arrived since a prediction was noted."""
+        return isinstance(part, Prediction) and self.factors.arrivals > part.arrivals
 
     def collect(self) -> list[Batch | Penalty]:
         """What the gradients of this step are of."""
         self.factors.settle()
         self._unchanged.tell_of_thawed(self.place.model, self.parameters, self.optimizer)
-        return of_gradients(self.pending)
+        predictions = [b for b in self.pending if isinstance(b, Prediction)]
+        losses = [b for b in self.pending if not isinstance(b, Prediction)]
+        return [*of_gradients(losses), *predictions]
 
     def end_step(self, *, accepted: bool) -> None:
         """Forgets what the step was made of."""
@@ -317,46 +345,6 @@ class Tracker:
         self.pending.clear()
         self.factors.forget()
         self.watch.end_step()
-
-
-class Losses:
-    """`opt.loss`: the loss module's value on what the model returned, noted for the step.
-
-        loss = opt.loss(output, target)                # of an optimizer of one loss
-        loss = opt.loss["box"](output, target)         # of one made with several, by its name
-
-    `output` is a tensor that a forward of the model in training mode has returned since the last step (also one in an
-    object or a dictionary), a view of it, or all that was returned where the optimizer has an `output=`. Losses may be
-    of one forward or of several. Backward from them, scaled or summed as you like, then call `step`.
-
-    Raises:
-        KeyError: for a term that there is not.
-        RuntimeError: if no forward in training mode with gradients enabled came before, or it has not returned.
-        ValueError: if output and target do not fit the loss, or the batch is empty (on all of several ranks).
-        NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
-    """
-
-    def __init__(self, tracker: Tracker, term: Term | None = None):
-        self._tracker = tracker
-        alone = next(iter(tracker.terms.values())) if len(tracker.terms) == 1 else None
-        self._term = term or alone
-
-    def __call__(self, output: Any, target: Tensor) -> Tensor:
-        if self._term is None:
-            names = ", ".join(map(repr, self._tracker.terms))
-            raise TypeError(
-                f"opt.loss has several terms, {names}; expected the one that is meant: opt.loss[name](output, target)"
-            )
-        return self._tracker.loss(self._term, output, target)
-
-    def __getitem__(self, name: str) -> Losses:
-        terms = self._tracker.terms
-        if name not in terms:
-            if list(terms) == [""]:
-                raise KeyError(f"{name!r}: this optimizer has one loss, without a name; call opt.loss(output, target)")
-            known = ", ".join(map(repr, terms))
-            raise KeyError(f"no term is called {name!r}; expected one of {known}{did_you_mean(name, terms)}")
-        return Losses(self._tracker, terms[name])
 
 
 def _weakly(model: nn.Module) -> Callable[[], DistributedDataParallel | None]:

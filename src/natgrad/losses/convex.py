@@ -1,0 +1,177 @@
+"""A loss of the user's own: its Hessian in the output, by autograd, where that is positive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.checks.values import check_choice, described
+from natgrad.losses.base import OutputCurvature
+
+MOST_ENTRIES = 4096
+"""Of an example's output, whose Hessian is formed."""
+TOLERANCE = 1e-5
+
+
+class Convex(nn.Module):
+    """The loss `fn(output, target)`, of which `D` is the Hessian in the output, by autograd.
+
+    Where the Hessian is indefinite (focal loss, robust losses without convexity), `D` is its positive part: negative
+    eigenvalues count as zero. `F.coverage()` and `opt.diagnostics` then say so.
+
+    Args:
+        fn: takes output and target to one number for each example, `(examples,)`. It must be twice differentiable, and
+            the number of an example must depend on that example's output alone.
+        reduction: `"mean"` over the examples, or their `"sum"`.
+
+    Raises:
+        TypeError: if `fn` is not a function, or does not return a tensor.
+        ValueError: if it does not return one number for each example, if examples depend on one another, or the
+            reduction is unknown.
+
+    Example:
+        >>> import torch, natgrad
+        >>> log_cosh = natgrad.losses.Convex(lambda f, y: (f - y).cosh().log().sum(1))
+        >>> log_cosh(torch.zeros(4, 1), torch.ones(4, 1))
+        tensor(0.4338)
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> G = natgrad.gauss_newton(model, log_cosh, (torch.ones(4, 1), torch.zeros(4, 1)), "dense")
+        >>> G.to_dense().tolist()  # 1 − tanh²(0)
+        [[1.0]]
+
+    Reference: Schraudolph (2002), "Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent".
+    """
+
+    def __init__(self, fn: Callable[[Tensor, Tensor], Tensor], reduction: str = "mean"):
+        super().__init__()
+        check_choice("reduction", reduction, ("mean", "sum"))
+        if not callable(fn):
+            raise TypeError(
+                f"Convex: fn is {described(fn)}; expected a function of output and target that returns one number for "
+                "each example: lambda f, y: (f - y).square().sum(1)"
+            )
+        self.fn, self.reduction = fn, reduction
+
+    def each(self, output: Tensor, target: Any) -> Tensor:
+        """One number for each example."""
+        values = self.fn(output, target)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"Convex: fn returned {described(values)}; expected a Tensor, one number for each example")
+        if values.shape != output.shape[:1]:
+            raise ValueError(
+                f"Convex: fn returned shape {tuple(values.shape)} for an output of shape {tuple(output.shape)}; "
+                f"expected one number for each example, {tuple(output.shape[:1])}: sum over all axes but the first"
+            )
+        return values
+
+    def forward(self, output: Tensor, target: Any) -> Tensor:
+        """The mean or the sum of `fn` over the examples."""
+        values = self.each(output, target)
+        return values.mean() if self.reduction == "mean" else values.sum()
+
+
+class ConvexCurvature(OutputCurvature):
+    """`D = U max(e, 0) Uᵀ`, from the eigenvalues `e` of every example's Hessian."""
+
+    def __init__(self, module: Convex, kind: str = "fisher"):
+        super().__init__(module, kind)
+        self.clipped = 0.0
+        """The largest share of examples in a batch so far whose Hessian had negative eigenvalues."""
+        self._separate: set[torch.Size] = set()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.clipped:
+            return ()
+        return (
+            f"the loss's Hessian in the output is indefinite for up to {100 * self.clipped:.0f}% of a batch's "
+            "examples: its positive part is in the matrix",
+        )
+
+    def _check(self, output: Tensor, target: Any) -> None:
+        if output.ndim == 0:
+            raise ValueError("Convex: output is a scalar; expected an axis of examples first: output.unsqueeze(0)")
+        if output.shape in self._separate:
+            return
+        self._check_apart(output, target)
+        self._separate.add(output.shape)
+
+    def check(self, output: Tensor, target: Any) -> None:
+        """Targets are the function's own affair, whatever they are."""
+        self._check(output, target)
+
+    def _check_apart(self, output: Tensor, target: Any) -> None:
+        """Raises ValueError if the number of one example depends on the output of another."""
+        with torch.enable_grad():
+            f = output.detach().requires_grad_()
+            values = self.module.each(f, target)
+            if not values.requires_grad:
+                raise ValueError("Convex: what fn returned does not depend on the output; look for a detach()")
+            chosen = torch.arange(len(f), device=f.device) % 2 == 0
+            (g,) = torch.autograd.grad(values[chosen].sum(), f, materialize_grads=True)
+        if len(f) > 1 and float(g[~chosen].abs().max()) > TOLERANCE * float(g.abs().max()):
+            raise ValueError(
+                "Convex: the number of one example depends on the outputs of others; expected examples apart. Let the "
+                "model return what a loss of single examples takes (of in-batch contrasts, the logits, with "
+                "nn.CrossEntropyLoss)"
+            )
+
+    def normalizer(self, output: Tensor, target: Any) -> Tensor:
+        return output.new_tensor(float(len(output)))
+
+    def product(self, output: Tensor, target: Any, v: Tensor) -> Tensor:
+        e, U = self._eigen(output, target)
+        inside = (U.mT @ v.reshape(len(v), -1, 1).to(U.dtype)) * e.unsqueeze(-1)
+        return (U @ inside).to(v.dtype).view(v.shape)
+
+    def exact_columns(self, output: Tensor, target: Any) -> Iterator[Tensor]:
+        e, U = self._eigen(output, target)
+        kept = [k for k in range(e.shape[1]) if bool((e[:, k] > 0).any())]
+        for k in kept or [0]:
+            yield (U[:, :, k] * e[:, k : k + 1].sqrt()).to(output.dtype).view(output.shape)
+
+    def sampled_column(self, output: Tensor, target: Any, generator: torch.Generator | None) -> Tensor:
+        """`U √e z` for random signs `z`, so that `E[s sᵀ] = D`."""
+        e, U = self._eigen(output, target)
+        signs = 2 * torch.randint(2, e.shape, generator=generator, device=e.device).to(e.dtype) - 1
+        return (U @ (e.sqrt() * signs).unsqueeze(-1)).to(output.dtype).view(output.shape)
+
+    def _eigen(self, output: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        """Positive eigenvalues (zeros in place of others) and eigenvectors of every example's Hessian, in float64."""
+        D = self._blocks(output, target)
+        e, U = torch.linalg.eigh(D.double())
+        rounding = e.abs().amax(1, keepdim=True) * torch.finfo(D.dtype).eps * 8 * e.shape[1]
+        share = float((e < -rounding).any(1).double().mean())
+        self.clipped = max(self.clipped, share)
+        return torch.where(e > rounding, e, 0.0), U
+
+    def _blocks(self, output: Tensor, target: Any) -> Tensor:
+        """The Hessian of every example, `(examples, size, size)` for outputs of `size` entries."""
+        examples, size = len(output), output[0].numel()
+        if size > MOST_ENTRIES:
+            raise ValueError(
+                f"Convex: an example's output has {size} entries, and its Hessian is formed up to {MOST_ENTRIES}; "
+                "expected fewer, or a loss of torch's own, whose curvature has a closed form"
+            )
+        with torch.enable_grad():
+            f = output.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(
+                self.module.each(f, target).sum(), f, create_graph=True, materialize_grads=True
+            )
+            unit = torch.eye(size, dtype=output.dtype, device=output.device)
+            rows = []
+            for row in unit:
+                if not gradient.requires_grad:  # the function is linear
+                    rows.append(torch.zeros(examples, size, dtype=output.dtype, device=output.device))
+                    continue
+                v = row.repeat(examples).view(output.shape)
+                (Hv,) = torch.autograd.grad(gradient, f, v, retain_graph=True, materialize_grads=True)
+                rows.append(Hv.reshape(examples, size))
+        D = torch.stack(rows, 1)
+        if not torch.isfinite(D).all():
+            raise ValueError("Convex: the Hessian in the output has entries that are not finite; look for kinks in fn")
+        return (D + D.mT) / 2

@@ -1,0 +1,113 @@
+"""Losses of log-probabilities and of probabilities: what comes out of `log_softmax` and `sigmoid`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from natgrad.losses.base import one_by_one
+from natgrad.losses.elementwise import Elementwise
+from natgrad.losses.softmax import Softmax
+
+
+class LogProbabilities(Softmax):
+    """`nn.NLLLoss`: log-probabilities `f = log q` on axis 1. The loss is linear in them, and its Fisher information is
+
+        D = w diag(q).
+
+    Carried back through `log_softmax`, whose Jacobian is `I − 1 qᵀ`, it is `w (diag q − q qᵀ)`: that of
+    `nn.CrossEntropyLoss` on the logits, in Fisher and Gauss-Newton alike.
+    """
+
+    nonnegative = False
+
+    def product(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
+        return self.case_weight(output, target) * output.exp() * v
+
+    def exact_columns(self, output: Tensor, target: Tensor) -> Iterator[Tensor]:
+        yield from one_by_one((self.case_weight(output, target) * output.exp()).sqrt())
+
+    def sampled_column(self, output: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:
+        u = torch.rand(output.shape, dtype=output.dtype, device=output.device, generator=generator)
+        noise = -(-u.clamp_min(torch.finfo(output.dtype).tiny).log()).log()
+        label = (output + noise).argmax(1, keepdim=True)
+        # The score of a label, −1 at its place, has a mean: with random signs positions and examples do not mix.
+        signs = 2 * torch.randint(2, label.shape, generator=generator, device=output.device).to(output.dtype) - 1
+        return torch.zeros_like(output).scatter_(1, label, signs) * self.case_weight(output, target).sqrt()
+
+    def _check(self, output: Tensor, target: Tensor) -> None:
+        super()._check(output, target)
+        if target.is_floating_point():
+            raise self._wrong_dtype(target, "class indices of dtype torch.int64")
+        _check_logarithms(type(self.module).__name__, output, "nn.CrossEntropyLoss")
+
+
+class Divergence(Elementwise):
+    """`nn.KLDivLoss`: `Σ t (log t − f)` for log-probabilities `f = log q` and a distribution `t` on the classes' axis.
+
+    `D = diag(q)`, with the mass of the targets: for distributions over classes it is that of `nn.NLLLoss`.
+    """
+
+    reductions = ("mean", "batchmean", "sum")
+
+    def _check(self, output: Tensor, target: Tensor) -> None:
+        super()._check(output, target)
+        if not target.is_floating_point():
+            raise self._wrong_dtype(target, "probabilities of the output's dtype")
+        _check_logarithms("KLDivLoss", output, "nn.CrossEntropyLoss, which takes probabilities as targets")
+
+    @property
+    def is_mean(self) -> bool:
+        return self.module.reduction in ("mean", "batchmean")
+
+    def normalizer(self, output: Tensor, target: Tensor) -> Tensor:
+        return output.new_tensor(len(output) if self.module.reduction == "batchmean" else output.numel())
+
+    def second_derivative(self, output: Tensor, target: Tensor) -> Tensor:
+        return output.exp()
+
+    def sampled_column(self, output: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:
+        signs = torch.randint(2, output.shape, generator=generator, device=output.device).to(output.dtype)
+        return (2 * signs - 1) * (0.5 * output).exp()
+
+    def stand_in(self, output: Tensor) -> Tensor:
+        return output.exp().log() if self.module.log_target else output.exp()
+
+
+class Probabilities(Elementwise):
+    """`nn.BCELoss` on probabilities `p`: `D = diag(w / (p (1 − p)))`. Carried back through `sigmoid` it is
+    `w p (1 − p)`, that of `nn.BCEWithLogitsLoss`, in Fisher and Gauss-Newton alike."""
+
+    nonnegative = True
+
+    def _check(self, output: Tensor, target: Tensor) -> None:
+        super()._check(output, target)
+        if not target.is_floating_point():
+            raise self._wrong_dtype(target, "a floating one: target.to(output.dtype)")
+        if not bool(((output >= 0) & (output <= 1)).all()):
+            raise ValueError(
+                "BCELoss: output has entries outside of [0, 1]; expected probabilities, or nn.BCEWithLogitsLoss for "
+                "logits"
+            )
+
+    def case_weight(self, output: Tensor, target: Tensor) -> Tensor:
+        weight = self.module.weight
+        return output.new_ones(()) if weight is None else weight.to(output)
+
+    def second_derivative(self, output: Tensor, target: Tensor) -> Tensor:
+        eps = torch.finfo(output.dtype).eps
+        p = output.clamp(eps, 1 - eps)  # at the ends themselves nothing moves
+        return (self.case_weight(output, target) / (p * (1 - p))).expand_as(output)
+
+    def sampled_column(self, output: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:
+        signs = torch.randint(2, output.shape, generator=generator, device=output.device).to(output.dtype)
+        return (2 * signs - 1) * self.second_derivative(output, target).sqrt()
+
+
+def _check_logarithms(name: str, output: Tensor, otherwise: str) -> None:
+    if bool((output > 1e-3).any()):
+        raise ValueError(
+            f"{name}: output has entries above zero; expected log-probabilities, as by log_softmax, or {otherwise}"
+        )

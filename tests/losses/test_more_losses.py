@@ -1,0 +1,263 @@
+"""Losses of torch beside the five of old, and losses of the user's own."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import natgrad
+from natgrad.losses import Convex, output_curvature
+from oracles import close, f64, net, randn
+
+N, C = 5, 3
+F = randn(N, C)
+INDEX = torch.arange(N) % C
+P = randn(N, C, seed=3).softmax(1)
+HALF = (randn(N, C, seed=4) > 0).to(f64)
+
+
+def outer(columns):
+    S = torch.stack([s.reshape(-1) for s in columns], 1)
+    return S @ S.mT
+
+
+def dense(D, output, target):
+    """`D` of all outputs, from its products."""
+    unit = torch.eye(output.numel(), dtype=f64)
+    return torch.stack([D.product(output, target, row.view(output.shape)).reshape(-1) for row in unit])
+
+
+def block_outer(columns):
+    """`Σ_k s_k s_kᵀ` example by example, as one matrix."""
+    columns = list(columns)
+    S = torch.stack([s.reshape(len(s), -1) for s in columns], 2)
+    return torch.block_diag(*(S @ S.mT))
+
+
+CASES = {
+    "NLL": (nn.NLLLoss(), F.log_softmax(1), INDEX),
+    "NLL weights": (nn.NLLLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=f64)), F.log_softmax(1), INDEX),
+    "NLL ignored": (nn.NLLLoss(ignore_index=1, reduction="sum"), F.log_softmax(1), INDEX),
+    "NLL positions": (nn.NLLLoss(), randn(N, C, 2).log_softmax(1), torch.arange(2 * N).view(N, 2) % C),
+    "KLDiv batchmean": (nn.KLDivLoss(reduction="batchmean"), F.log_softmax(1), P),
+    "KLDiv mean": (nn.KLDivLoss(), F.log_softmax(1), P),
+    "KLDiv log target": (nn.KLDivLoss(reduction="sum", log_target=True), F.log_softmax(1), P.log()),
+    "BCE": (nn.BCELoss(), F.sigmoid(), HALF),
+    "BCE weights": (nn.BCELoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=f64), reduction="sum"), F.sigmoid(), HALF),
+    "L1": (nn.L1Loss(), F, P),
+    "SmoothL1": (nn.SmoothL1Loss(beta=0.7), F, P),
+    "SmoothL1 beta 0": (nn.SmoothL1Loss(beta=0.0, reduction="sum"), F, P),
+    "Huber": (nn.HuberLoss(delta=0.4), F, P),
+    "SoftMargin": (nn.SoftMarginLoss(), F, 2 * HALF - 1),
+    "MultiLabel": (nn.MultiLabelSoftMarginLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=f64)), F, HALF),
+    "MultiLabel sum": (nn.MultiLabelSoftMarginLoss(reduction="sum"), F, HALF),
+}
+every = pytest.mark.parametrize("name", CASES)
+
+
+@every
+def test_columns_and_samples_are_factors_of_D(name):
+    loss, output, target = CASES[name]
+    D = output_curvature(loss)
+    D.check(output, target)
+    expected = dense(D, output, target)
+    close(expected, expected.mT)
+    close(block_outer(D.exact_columns(output, target)), expected, 1e-10)
+    generator = torch.Generator().manual_seed(0)
+    many = [D.sampled_column(output, target, generator) for _ in range(20_000)]
+    close(block_outer(many) / len(many), expected, 0.08)
+
+
+@every
+def test_the_mean_is_the_sum_over_the_normalizer(name):
+    loss, output, target = CASES[name]
+    D = output_curvature(loss)
+    if D.is_mean:
+        summed = type(loss)(**{k: v for k, v in vars(loss).items() if k in ("weight", "delta", "beta", "log_target")})
+        summed.weight = getattr(loss, "weight", None)
+        summed.reduction = "sum"
+        close(D.loss(output, target) * D.normalizer(output, target), summed(output, target))
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gauss_newton"])
+@pytest.mark.parametrize(
+    ("one", "other", "link", "target"),
+    [
+        (nn.NLLLoss(), nn.CrossEntropyLoss(), nn.LogSoftmax(1), INDEX),
+        (nn.NLLLoss(ignore_index=0), nn.CrossEntropyLoss(ignore_index=0), nn.LogSoftmax(1), INDEX),
+        (nn.KLDivLoss(reduction="batchmean"), nn.CrossEntropyLoss(), nn.LogSoftmax(1), P),
+        (nn.BCELoss(), nn.BCEWithLogitsLoss(), nn.Sigmoid(), HALF),
+    ],
+    ids=["NLL", "NLL ignored", "KLDiv", "BCE"],
+)
+def test_behind_its_link_it_is_the_matrix_of_the_loss_of_logits(kind, one, other, link, target):
+    model, x = net(4, C), randn(N, 4)
+    with_link = nn.Sequential(*model, link)
+    for structure in ("dense", "block", "kfac", "implicit"):
+        F1 = getattr(natgrad, kind)(with_link, one, (x, target), structure).to_dense()
+        F2 = getattr(natgrad, kind)(model, other, (x, target), structure).to_dense()
+        close(F1, F2, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("loss", "same"),
+    [
+        (nn.SoftMarginLoss(), lambda f, y: (nn.functional.softplus(-y * f)).mean()),
+        (nn.MultiLabelSoftMarginLoss(), lambda f, y: nn.functional.binary_cross_entropy_with_logits(f, y)),
+    ],
+    ids=["SoftMargin", "MultiLabel"],
+)
+def test_the_hessian_is_autograds(loss, same):
+    target = 2 * HALF - 1 if isinstance(loss, nn.SoftMarginLoss) else HALF
+    D = output_curvature(loss)
+    H = torch.autograd.functional.hessian(lambda f: same(f, target), F).view(N * C, N * C)
+    close(dense(D, F, target) / D.normalizer(F, target), H, 1e-10)
+
+
+@pytest.mark.parametrize("loss", [nn.HuberLoss(delta=0.4), nn.SmoothL1Loss(beta=0.7), nn.HuberLoss(delta=3.0)], ids=str)
+class TestRobust:
+    def test_gauss_newton_is_the_hessian(self, loss):
+        D = output_curvature(loss, "gauss_newton")
+        H = torch.autograd.functional.hessian(lambda f: loss(f, P), F).view(N * C, N * C)
+        close(dense(D, F, P) / D.normalizer(F, P), H, 1e-10)
+
+    def test_fisher_is_the_information_of_its_density(self, loss):
+        r = torch.linspace(-80, 80, 1_600_001, dtype=f64)
+        summed = type(loss)(reduction="none", **{k: getattr(loss, k) for k in ("delta", "beta") if hasattr(loss, k)})
+        r.requires_grad_()
+        rho = summed(r, torch.zeros_like(r))
+        (slope,) = torch.autograd.grad(rho.sum(), r)
+        p = (-rho.detach()).exp()
+        information = float((p * slope.square()).sum() / p.sum())
+        d = output_curvature(loss).product(F, P, torch.ones_like(F))
+        close(d, torch.full_like(d, information), 1e-6)
+
+
+CLOSED = {
+    "squared error": (nn.MSELoss(), Convex(lambda f, y: (f - y).square().mean(1)), F, P),
+    "sum": (nn.MSELoss(reduction="sum"), Convex(lambda f, y: (f - y).square().sum(1), "sum"), F, P),
+    "cross-entropy": (
+        nn.CrossEntropyLoss(),
+        Convex(lambda f, y: nn.functional.cross_entropy(f, y, reduction="none")),
+        F,
+        INDEX,
+    ),
+    "logistic": (
+        nn.BCEWithLogitsLoss(),
+        Convex(lambda f, y: nn.functional.binary_cross_entropy_with_logits(f, y, reduction="none").mean(1)),
+        F,
+        HALF,
+    ),
+    "counts": (
+        nn.PoissonNLLLoss(),
+        Convex(lambda f, y: nn.functional.poisson_nll_loss(f, y, reduction="none").mean(1)),
+        F,
+        INDEX.unsqueeze(1).expand(N, C).to(f64),
+    ),
+    "labels at positions": (
+        nn.CrossEntropyLoss(),
+        Convex(lambda f, y: nn.functional.cross_entropy(f, y, reduction="none").mean(1)),
+        randn(N, C, 2),
+        torch.arange(2 * N).view(N, 2) % C,
+    ),
+}
+
+
+class TestConvex:
+    @pytest.mark.parametrize("name", CLOSED)
+    def test_it_is_the_closed_form(self, name):
+        loss, convex, output, target = CLOSED[name]
+        D, own = output_curvature(loss), output_curvature(convex)
+        own.check(output, target)
+        close(own.loss(output, target), D.loss(output, target))
+        scale = own.normalizer(output, target) if D.is_mean else 1.0
+        expected = dense(D, output, target) / (D.normalizer(output, target) if D.is_mean else 1.0)
+        close(dense(own, output, target) / scale, expected, 1e-9)
+        close(block_outer(own.exact_columns(output, target)) / scale, expected, 1e-9)
+        generator = torch.Generator().manual_seed(0)
+        many = [own.sampled_column(output, target, generator) for _ in range(5000)]
+        close(block_outer(many) / len(many) / scale, expected, 0.1)
+
+    @pytest.mark.parametrize("structure", ["dense", "block", "kfac", "ekfac", "diagonal", "implicit"])
+    def test_matrices_are_those_of_the_closed_form(self, structure):
+        loss, convex, _, target = CLOSED["cross-entropy"]
+        model, x = net(4, 6, C), randn(N, 4)
+        one, other = (natgrad.fisher(model, which, (x, target), structure).to_dense() for which in (loss, convex))
+        close(one, other, 1e-9)
+
+    @staticmethod
+    def focal(f, y):
+        logp = f.log_softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
+        return -((1 - logp.exp()) ** 2) * logp
+
+    def test_of_an_indefinite_hessian_it_is_the_positive_part_and_says_so(self):
+        output, loss = 4 * F, Convex(self.focal)
+        D = output_curvature(loss)
+        H = torch.autograd.functional.hessian(lambda f: self.focal(f, INDEX).sum(), output).view(N * C, N * C)
+        e, U = torch.linalg.eigh(H)
+        assert e[0] < -1e-3
+        close(dense(D, output, INDEX), (U * e.clamp_min(0)) @ U.mT, 1e-8)
+        assert "its positive part" in D.notes[0]
+
+    def test_KFAC_trains_with_it(self):
+        torch.manual_seed(0)
+        model, x, y = net(4, 8, C), randn(60, 4), torch.arange(60) % C
+        opt = natgrad.KFAC(model, Convex(self.focal))
+        losses = []
+        for _ in range(40):
+            loss = opt.loss(model(x), y)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_targets_may_be_anything(self):
+        loss = Convex(lambda f, y: y["scale"] * (f - y["at"]).square().sum(1))
+        model, x = net(4, C), randn(N, 4)
+        target = {"scale": 2.0, "at": P}
+        G = natgrad.gauss_newton(model, loss, [(x, target)], "dense", forward=lambda m, b: (m(b[0]), b[1]))
+        H = natgrad.gauss_newton(model, nn.MSELoss(reduction="sum"), (x, P), "dense")
+        close(G.to_dense(), 2 * H.to_dense() / N, 1e-10)
+
+    @pytest.mark.parametrize(
+        ("fn", "error", "said"),
+        [
+            (lambda f, y: (f - y).square().sum(), ValueError, r"fn returned shape \(\) .*expected one number for each"),
+            (lambda f, y: 0.0, TypeError, "fn returned a float; expected a Tensor"),
+            (lambda f, y: (f - f.mean(0)).square().sum(1), ValueError, "depends on the outputs of others"),
+            (lambda f, y: (f - y).detach().square().sum(1), ValueError, "does not depend on the output"),
+        ],
+        ids=["a scalar", "a number", "a batch mean", "detached"],
+    )
+    def test_what_it_refuses(self, fn, error, said):
+        with pytest.raises(error, match=said):
+            natgrad.fisher(net(4, C), Convex(fn), (randn(N, 4), P))
+
+
+@pytest.mark.parametrize("loss", [nn.TripletMarginLoss(), nn.CTCLoss(), nn.MultiMarginLoss()], ids=str)
+def test_others_are_refused_with_the_cure(loss):
+    with pytest.raises(TypeError, match=r"natgrad\.losses\.Convex\(fn\) for a loss of one's own"):
+        natgrad.fisher(net(4, C), loss, (randn(N, 4), INDEX))
+
+
+@pytest.mark.parametrize(
+    ("loss", "output", "target", "said"),
+    [
+        (nn.NLLLoss(), F, INDEX, "entries above zero; expected log-probabilities"),
+        (nn.KLDivLoss(), F, P, "entries above zero; expected log-probabilities"),
+        (nn.BCELoss(), F, HALF, r"outside of \[0, 1\]"),
+        (nn.SoftMarginLoss(), F, HALF, "other than 1 and −1"),
+    ],
+    ids=["NLL", "KLDiv", "BCE", "SoftMargin"],
+)
+def test_outputs_and_targets_that_do_not_fit(loss, output, target, said):
+    with pytest.raises(ValueError, match=said):
+        output_curvature(loss).check(output, target)
+
+
+def test_the_information_of_the_absolute_error_is_the_limit_of_the_smooth_one():
+    limit = output_curvature(nn.SmoothL1Loss(beta=1e-9)).product(F, P, torch.ones_like(F))
+    close(limit, output_curvature(nn.L1Loss()).product(F, P, torch.ones_like(F)), 1e-6)
+    assert math.isclose(float(limit[0, 0]), 1.0, rel_tol=1e-6)
