@@ -31,8 +31,12 @@ def compare(own, expected):
 )
 @pytest.mark.parametrize(
     "options",
-    [{}, {"average": 0.9, "cautious": True, "weight_decay": 0.3}, {"steps": {"3.weight": "orthogonal"}}],
-    ids=["default", "averaged, cautious", "chosen"],
+    [
+        {},
+        {"average": 0.9, "cautious": True, "weight_decay": 0.3, "sides": "both"},
+        {"steps": {"3.weight": "orthogonal"}},
+    ],
+    ids=["default", "averaged, cautious, both sides", "chosen"],
 )
 def test_weights_are_those_of_one_process(ranks, alone, n, sharded, options):
     how = {"options": options}
@@ -74,11 +78,12 @@ def test_resumed_on_other_ranks(ranks, tmp_path, saved, resumed):
             muon.trained(None, steps, how) if n == 0 else ranks(n, muon.trained, steps, how | {"sharded": sharded})[0]
         )
 
-    whole = run((0, ""), 14, {})
+    options = {"options": {"sides": "both"}}
+    whole = run((0, ""), 14, options)
     folder = str(tmp_path / "checkpoint")
-    run(saved, 8, {"save": folder})
+    run(saved, 8, options | {"save": folder})
     for place in resumed:
-        weights = run(place, 14, {"first": 8, "load": folder})
+        weights = run(place, 14, options | {"first": 8, "load": folder})
         for n, p in whole.items():
             assert torch.allclose(weights[n], p, rtol=0, atol=1e-8), (place, n)
 

@@ -82,6 +82,41 @@ class TestFormula:
                 d = 0.2 * math.sqrt(H) * newton_schulz(v @ whitening(h, 0.3))
                 close(model.get_parameter(n).detach(), (1 - 0.1 * 0.01) * before[n] - 0.1 * d)
 
+    def test_both_sides(self):
+        """`orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ I)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ` over the gradients."""
+        model = perceptron()
+        opt = natgrad.NewtonMuon(
+            model, lr=0.1, weight_decay=0.0, momentum=0.6, nesterov=False, ridge=0.3, sides="both", refresh_every=1,
+            decay=0.5,
+        )  # fmt: skip
+        A, B, buffers = {}, {}, {}
+        for i in range(4):
+            x = randn(N, D, seed=i)
+            before = weights(model)
+            hidden = {"0.weight": x, "2.weight": model[:2](x).detach()}
+            step(model, opt, x)
+            for n, h in hidden.items():
+                g = model.get_parameter(n).grad
+                buffers[n] = 0.6 * buffers.get(n, 0.0) + 0.4 * g
+                A[n] = 0.5 * A.get(n, 0.0) + h.mT @ h
+                white = torch.linalg.inv(A[n] / A[n].diagonal().mean() + 0.3 * torch.eye(len(A[n]), dtype=f64))
+                B[n] = 0.5 * B.get(n, 0.0) + g @ white @ g.mT / g.square().sum()
+                e, Q = torch.linalg.eigh(B[n] / B[n].diagonal().mean())
+                root = Q @ torch.diag((e + 0.3) ** -0.5) @ Q.mT
+                d = 0.2 * math.sqrt(H) * newton_schulz(root @ buffers[n] @ white)
+                close(model.get_parameter(n).detach(), before[n] - 0.1 * d)
+
+    def test_of_many_rows_the_output_side_is_a_diagonal(self):
+        model, twin = perceptron(), perceptron()
+        opts = [natgrad.NewtonMuon(m, sides="both", max_dim=d, **EXACT) for m, d in ((model, 5), (twin, 99))]
+        for m, opt in zip((model, twin), opts, strict=True):
+            step(m, opt)
+        assert [s.ndim for s in opts[0]._matrices.outputs.sums.values()] == [1, 1]
+        for unit, diagonal in opts[0]._matrices.outputs.sums.items():
+            if unit.weight == "0.weight":  # whose input side is the same, of fewer columns
+                close(diagonal, opts[1]._matrices.outputs.sums[unit].diagonal())
+        assert not same(model, twin)
+
     def test_all_else_is_adamws_to_the_last_bit_of_its_formula(self):
         model, twin = perceptron(), perceptron()
         opt = natgrad.NewtonMuon(model, lr=0.1, rest_lr=0.01, weight_decay=0.3, steps={"*": "adamw"})
@@ -212,8 +247,8 @@ class TestFormula:
         assert held["0.q.weight"] is held["0.k.weight"] is held["0.v.weight"]
         assert held["0.q.weight"] is not held["0.out.weight"]
 
-    @given(seed=st.integers(0, 1000), tokens=st.integers(3, 40))
-    def test_rotated_inputs_give_rotated_steps(self, seed, tokens):
+    @given(seed=st.integers(0, 1000), tokens=st.integers(3, 40), sides=st.sampled_from(["input", "both"]))
+    def test_rotated_inputs_give_rotated_steps(self, seed, tokens, sides):
         """The step is the same in any orthonormal coordinates of the inputs, and of the outputs."""
         T = torch.linalg.qr(randn(D, D, seed=seed))[0]
         x = randn(tokens, D, seed=seed + 1)
@@ -222,7 +257,7 @@ class TestFormula:
         twin = copy.deepcopy(model)
         with torch.no_grad():
             twin[0].weight.copy_(model[0].weight @ T.T)
-        opts = [natgrad.NewtonMuon(m, lr=0.05) for m in (model, twin)]
+        opts = [natgrad.NewtonMuon(m, lr=0.05, sides=sides) for m in (model, twin)]
         for _ in range(3):
             step(model, opts[0], x, y)
             step(twin, opts[1], x @ T.T, y)
@@ -323,7 +358,7 @@ class TestAsTorchsOptimizers:
             ({"lr": 0.0, "rest_lr": 0.1}, "rest_lr=0.1 is not usable beside lr=0"),
             ({"momentum": 1.0}, r"momentum=1\.0 is not usable: expected a number in \[0, 1\)"),
             ({"betas": (0.9, 1.0)}, r"betas=1\.0 is not usable"),
-            ({"sides": "output"}, "sides='output' is unknown: expected one of 'input'"),
+            ({"sides": "output"}, r"sides='output' is unknown: expected one of 'none' \(.*'input' \(.*'both'"),
             ({"ridge": 0.0}, r"ridge=0\.0 is not usable"),
             ({"refresh_every": 0}, "refresh_every=0 is not usable"),
             ({"decay": 1.0}, r"decay=1\.0 is not usable"),
@@ -430,7 +465,7 @@ class TestResuming:
     @pytest.mark.parametrize("dtype", [torch.float32, f64, torch.bfloat16])
     @pytest.mark.parametrize("at", [1, 5, 13])
     def test_bit_for_bit_through_a_file(self, dtype, at):
-        options = {"lr": 0.05, "average": 0.9, "refresh_every": 4}
+        options = {"lr": 0.05, "average": 0.9, "refresh_every": 4, "sides": "both"}
         model, twin = perceptron(dtype=dtype), perceptron(seed=1, dtype=dtype)
         opt, resumed = (natgrad.NewtonMuon(m, **options) for m in (model, twin))
         for i in range(at):

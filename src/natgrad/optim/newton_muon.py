@@ -13,11 +13,9 @@ from natgrad.checks.parameters import check_parameters, select_parameters
 from natgrad.checks.values import (
     check_choice,
     check_count,
-    check_flag,
     check_max_dim,
     check_number,
     check_within,
-    did_you_mean,
 )
 from natgrad.checks.warning import warn
 from natgrad.curvature.moments import MAX_DIM
@@ -26,7 +24,9 @@ from natgrad.optim import averaging, saved
 from natgrad.optim.muon.adamw import adamw, decayed_
 from natgrad.optim.muon.forwards import Forwards
 from natgrad.optim.muon.matrices import Matrices
+from natgrad.optim.muon.output import OutputSide
 from natgrad.optim.muon.routing import Routing, Steps, chooser
+from natgrad.optim.muon.settings import REST, SIDES, check_group, share_of_lr
 from natgrad.optim.muon.whitening import InputSide
 from natgrad.optim.parameter_groups import Groups, as_group, parameter_groups
 from natgrad.optim.parameters import Parameters
@@ -34,46 +34,69 @@ from natgrad.optim.preconditioner.interval import Interval
 from natgrad.optim.tracking.unchanged import Unchanged
 from natgrad.optim.vectors import Vector, check_dense
 
-SIDES = {
-    "none": "orthogonalized alone, as Muon",
-    "input": "whitened by the second moment of the inputs",
-    "both": "and by that of the gradients on the output side",
-}
-REST = 0.15
-"""The learning rate of AdamW's steps, in units of that of the matrices."""
-
-
-def _check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raises ValueError if a setting is out of range, or misspelt."""
-    for name in ("lr", "rest", "weight_decay", "eps"):
-        check_number(name, group[name])
-    check_within("momentum", group["momentum"], "[0, 1)")
-    for name in ("cautious", "nesterov"):
-        check_flag(name, group[name])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas={betas!r} is not usable: expected two numbers in [0, 1)")
-    for beta in betas:
-        check_within("betas", beta, "[0, 1)")
-    for key in group.keys() - {"params", *defaults}:
-        near = did_you_mean(key, defaults)
-        if near and key != "initial_lr":  # other keys are the user's own, as in torch
-            raise ValueError(f"a group has {key!r}; expected settings among {', '.join(defaults)}{near}")
-
-
-def _share(rest_lr: Any, lr: Any) -> float:
-    """The rate of AdamW's steps in units of the matrices' `lr`, so that schedulers change both."""
-    check_number("rest_lr", rest_lr)
-    check_number("lr", lr)
-    if lr == 0 and rest_lr != 0:
-        raise ValueError(
-            f"rest_lr={rest_lr!r} is not usable beside lr=0, of which it is kept as a share; expected lr > 0"
-        )
-    return float(rest_lr / lr) if rest_lr else 0.0
-
 
 class NewtonMuon(torch.optim.Optimizer):
-    """Needs no loss and no change to the loop. TODO docstring."""
+    """Whitened, orthogonalized steps for hidden matrices, and AdamW's for all else. It needs no loss and no change to
+    the training loop.
+
+    A hidden matrix with gradient `∇` and inputs `h` moves by
+
+        `W ← (1 − α η) W − α 0.2 √max(d_out, d_in) orth(M (A / ā + ρ I)⁻¹)`
+
+    with `M` the momentum of `∇`, `A` the average of `h hᵀ` over the layer's inputs, `ā` the mean of its eigenvalues,
+    `ρ` the ridge, `α` the learning rate and `η` the weight decay. `orth` replaces the singular values by ones, roughly:
+    five steps of a Newton-Schulz iteration. The factor `0.2 √max` makes the step as long as AdamW's. Without `A` this
+    is Muon. With `sides="both"` the output side is whitened, too: `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ I)⁻¹)`, with
+    `B` the average of `∇ A⁻¹ ∇ᵀ`.
+
+    Which parameter is a hidden matrix is read off the first forward in training mode: a weight that multiplies inputs,
+    and on whose output another matrix works. Kernels are matrices over patches; query, key and value that are used as
+    rows of one weight are three. Output layers, embeddings, norms, scales and biases take AdamW's step, with the
+    learning rate `rest_lr`. `routing()` shows it, `steps` overrides it.
+
+    Inputs are read in forwards of `model` in training mode with gradients enabled. On several ranks the optimizer is
+    made of the `DistributedDataParallel` or `fully_shard` model, and every rank makes the same step.
+
+    Args:
+        model: the network.
+        lr: learning rate of hidden matrices. Schedulers change `rest_lr` in proportion.
+        params: which parameters: names, a predicate on names, groups of them, or torch's groups; None: all. A group may
+            have its own `lr`, `rest_lr`, `weight_decay`, `cautious`, `momentum`, `nesterov`, `betas` and `eps`.
+        rest_lr: learning rate of AdamW's steps; None: 0.15 of `lr`.
+        weight_decay: decoupled, of all parameters: each step multiplies them by `1 − lr weight_decay`, or
+            `1 − rest_lr weight_decay`.
+        cautious: only entries that the step moves towards zero decay (Chen et al. 2025, arXiv:2510.12402).
+        momentum: of hidden matrices.
+        nesterov: whether the momentum looks a step ahead.
+        betas: AdamW's.
+        eps: AdamW's.
+        sides: `"input"`, `"both"`, or `"none"`: without whitening, which is Muon.
+        ridge: `ρ`, in units of the mean eigenvalue. A large one makes the step Muon's.
+        refresh_every: `A` takes in new inputs, and is inverted, every so many steps; more often in the first ones.
+        decay: what a refresh leaves of the weight of earlier inputs.
+        average: of the parameters over steps, for `averaged()`; None: none is kept.
+        steps: the step of parameters by name, `"whitened"`, `"orthogonal"` or `"adamw"`: a dictionary whose keys may be
+            patterns such as `"blocks.*.out.weight"`, or a function of the name; None: by their use.
+        max_dim: of matrices with more columns the diagonal of `A` is kept; with more rows, that of `B`.
+
+    Raises:
+        TypeError, ValueError: if a setting is none of these; `params` or `steps` name what is no parameter.
+
+    Example:
+        >>> import torch, natgrad
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> opt = natgrad.NewtonMuon(model, lr=0.02)
+        >>> for _ in range(3):
+        ...     opt.zero_grad()
+        ...     torch.nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(2, (16,))).backward()
+        ...     _ = opt.step()
+        >>> {name: route.step for name, route in opt.routing().items()}
+        {'0.weight': 'whitened', '0.bias': 'adamw', '2.weight': 'adamw', '2.bias': 'adamw'}
+
+    Reference: Jordan et al. (2024), "Muon: an optimizer for hidden layers in neural networks"; Liu et al. (2025), "Muon
+    is Scalable for LLM Training", arXiv:2502.16982, for the length of the step; Lin et al. (2025), arXiv:2509.03378,
+    for the output side.
+    """
 
     _key = "newton_muon"
 
@@ -108,7 +131,7 @@ class NewtonMuon(torch.optim.Optimizer):
         self.model, self.sides, self.average = place.model, sides, average
         defaults = {
             "lr": lr,
-            "rest": REST if rest_lr is None else _share(rest_lr, lr),
+            "rest": REST if rest_lr is None else share_of_lr(rest_lr, lr),
             "weight_decay": weight_decay,
             "cautious": cautious,
             "momentum": momentum,
@@ -123,7 +146,8 @@ class NewtonMuon(torch.optim.Optimizer):
         self._refreshed: int | None = None  # at which step
         self._interval = Interval(refresh_every, growing=True)
         chosen = chooser(steps, {n: p.shape for n, p in self.parameters.items()})
-        self._matrices = Matrices(self.parameters, chosen, InputSide(ridge, decay), whiten=sides != "none")
+        outputs = OutputSide(ridge, decay, max_dim) if sides == "both" else None
+        self._matrices = Matrices(self.parameters, chosen, InputSide(ridge, decay), outputs, whiten=sides != "none")
         self._unchanged = Unchanged(self.model, None)
         self._forwards = Forwards(self.parameters, max_dim)
         self._arm()
@@ -147,10 +171,10 @@ class NewtonMuon(torch.optim.Optimizer):
         """
         group = as_group(self.model, param_group)
         if "rest_lr" in group:
-            group["rest"] = _share(group.pop("rest_lr"), group.get("lr", self.defaults["lr"]))
+            group["rest"] = share_of_lr(group.pop("rest_lr"), group.get("lr", self.defaults["lr"]))
         super().add_param_group(group)
         try:
-            _check_group(self.param_groups[-1], self.defaults)
+            check_group(self.param_groups[-1], self.defaults)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -203,9 +227,10 @@ class NewtonMuon(torch.optim.Optimizer):
         self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "refreshed": False}
         with torch.autocast(self.parameters.device.type, enabled=False):
             if not gradients or self.parameters.finite(gradients):
+                g = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in gradients.items()}
                 if self._due():
-                    self._refresh(gradients)
-                self._move(gradients)
+                    self._refresh(g)
+                self._move(g)
             else:
                 self._reject("the gradient is not finite")
         self.parameters.place.settle()
@@ -228,15 +253,15 @@ class NewtonMuon(torch.optim.Optimizer):
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 self.parameters.state_of(n).pop(key, None)
         taken, spoiled = self._matrices.take_in(shown.sums)
+        self._matrices.take_in_gradients(gradients)
         if taken:
             self.diagnostics["refreshed"], self._refreshed = True, self._steps
         if spoiled:
             names = ", ".join(dict.fromkeys(repr(unit.weight) for unit in spoiled))
             warn(f"the inputs of {names} were not finite at step {self._steps}; their earlier averages are kept")
 
-    def _move(self, gradients: Vector) -> None:
+    def _move(self, g: Vector) -> None:
         values, matrices = self.parameters.local(), self._matrices
-        g = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in gradients.items()}
         directions = matrices.directions(self._momentum({n: t for n, t in g.items() if n in matrices}))
         for group, names in self.parameters.by_group(n for n in g if n not in matrices):
             states = {n: self.parameters.state_of(n) for n in names}

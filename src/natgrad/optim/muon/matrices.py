@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.cases import Layer
-from natgrad.curvature.moments import AffineMoments, Moments, moments_of_state
+from natgrad.curvature.moments import AffineMoments, Moments, moments_of_state, state_of_moments
 from natgrad.distributed.assignment import assign, cost
 from natgrad.distributed.reduction import Keep, completed, reduced
 from natgrad.optim.muon.forwards import Shown
+from natgrad.optim.muon.output import OutputSide
 from natgrad.optim.muon.routing import (
     NOT_SEEN,
     WHITENED,
@@ -41,13 +43,21 @@ class Matrices:
         parameters: of the optimizer.
         chosen: the user's choice of a step by name, or None.
         inputs: the averages of the inputs' second moments.
+        outputs: the averages of what the gradients span on the output side, if that is whitened, too.
         whiten: whether a hidden matrix is whitened unless the user says so.
     """
 
     def __init__(
-        self, parameters: Parameters, chosen: Callable[[str], str | None], inputs: InputSide, *, whiten: bool = True
+        self,
+        parameters: Parameters,
+        chosen: Callable[[str], str | None],
+        inputs: InputSide,
+        outputs: OutputSide | None = None,
+        *,
+        whiten: bool = True,
     ):
-        self._parameters, self._chosen, self.inputs, self._whiten = parameters, chosen, inputs, whiten
+        self._parameters, self._chosen, self._whiten = parameters, chosen, whiten
+        self.inputs, self.outputs = inputs, outputs
         self.routes: dict[str, Route] = {}
         self._owners: dict[str, int] = {}  # the ranks that matrices are on, where parameters are sharded
 
@@ -104,6 +114,20 @@ class Matrices:
         spoiled = self.inputs.take_in(self._reduced(every))
         return bool(every) or not whitened, spoiled
 
+    def take_in_gradients(self, gradients: Vector) -> None:
+        """For the output side, after the inputs were taken in."""
+        if self.outputs is None:
+            return
+        own = {n: g for n, g in gradients.items() if n in self and self.routes[n].step == WHITENED}
+        shards = self._parameters.place.shards
+        if shards is not None and own:
+            shapes = {n: self._parameters[n].shape for n in own}
+            own = shards.gathered(own, {n: self._owners[n] for n in own}, shapes)
+        matrices: dict[Layer, Tensor] = {}
+        for n, g in own.items():
+            matrices |= self._by_unit(n, g)
+        self.outputs.take_in(matrices, self.inputs)
+
     def _reduced(self, sums: Mapping[Layer, Moments]) -> dict[Layer, AffineMoments]:
         """The moments of all ranks' inputs; where parameters are sharded, those that this rank is to have."""
         place = self._parameters.place
@@ -127,11 +151,8 @@ class Matrices:
     def _directions(self, v: Vector) -> Vector:
         matrices: dict[Layer, Tensor] = {}
         for n, direction in v.items():
-            route = self.routes[n]
-            for unit in route.units:
-                M = unit.layout.to_operator(direction, direction.shape, matrix_shape(unit.layout, direction.shape))
-                M = M[slice(*unit.rows)] if unit.rows else M
-                matrices[unit] = self.inputs.whitened(unit, M) if route.step == WHITENED else M
+            for unit, M in self._by_unit(n, direction).items():
+                matrices[unit] = self._whitened(unit, M) if self.routes[n].step == WHITENED else M
         found = dict(zip(matrices, orthogonalized(list(matrices.values())), strict=True))
         out: Vector = {}
         for n, direction in v.items():
@@ -141,14 +162,31 @@ class Matrices:
             out[n] = layout.to_parameter(M, direction.shape, matrix_shape(layout, direction.shape))
         return out
 
+    def _by_unit(self, name: str, value: Tensor) -> dict[Layer, Tensor]:
+        """A parameter's value, gradient or direction, as its matrices."""
+        found = {}
+        for unit in self.routes[name].units:
+            M = unit.layout.to_operator(value, value.shape, matrix_shape(unit.layout, value.shape))
+            found[unit] = M[slice(*unit.rows)] if unit.rows else M
+        return found
+
+    def _whitened(self, unit: Layer, M: Tensor) -> Tensor:
+        M = self.inputs.whitened(unit, M)
+        return M if self.outputs is None else self.outputs.whitened(unit, M)
+
     # Saving --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         return {
             "routes": {n: route.state() for n, route in self.routes.items()},
             "owners": dict(self._owners),
-            "moments": self.inputs.state(),
+            "moments": state_of_moments(self._moments()),
         }
+
+    def _moments(self) -> dict[Layer, AffineMoments]:
+        """The inputs' moments, and with them what is known of the output side."""
+        outputs = self.outputs.sums if self.outputs is not None else {}
+        return {u: replace(m, output=outputs[u]) if u in outputs else m for u, m in self.inputs.moments.items()}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         self.routes.clear()
@@ -156,7 +194,10 @@ class Matrices:
         self._owners.clear()
         self._owners.update(saved["owners"])
         self._find_owners()
-        self.inputs.load(saved["moments"])
+        moments = {u: m for u, m in moments_of_state(saved["moments"]).items() if isinstance(m, AffineMoments)}
+        self.inputs.load({u: replace(m, output=m.output.new_zeros(0, 0)) for u, m in moments.items()})
+        if self.outputs is not None:
+            self.outputs.load({u: m.output for u, m in moments.items() if m.output.numel()})
 
     def check_state(self, saved: Mapping[str, Any]) -> None:
         """Raises ValueError if a state is of other parameters, or one rank's of several."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from natgrad.capture.cases import Layer, read_inputs
 from natgrad.capture.layers import Inputs
 from natgrad.capture.use import Use
-from natgrad.curvature.moments import AffineMoments, moments_of_state, state_of_moments
+from natgrad.curvature.moments import AffineMoments
 from natgrad.linalg import factor
 from natgrad.linalg.precision import matmul_precision
 from natgrad.optim.muon.routing import unit_of
@@ -109,19 +109,9 @@ class InputSide:
         inverse = self._inverses.get(unit)
         return V if inverse is None else factor.from_right(V, inverse.to(V.dtype))
 
-    def forget(self, names: set[str]) -> None:
-        """Lets go of the parameters' matrices."""
-        for held in (self.moments, self._inverses):
-            for unit in [unit for unit in held if unit.weight in names]:
-                del held[unit]
-
-    def state(self) -> dict[str, dict[str, Any]]:
-        return state_of_moments(self.moments)
-
-    def load(self, state: Mapping[str, dict[str, Any]]) -> None:
-        moments = [(unit, m) for unit, m in moments_of_state(state).items() if isinstance(m, AffineMoments)]
+    def load(self, moments: Mapping[Layer, AffineMoments]) -> None:
         self.moments = {}
-        for unit, m in moments:
+        for unit, m in moments.items():
             twin = (o for o in self.moments.values() if o.scatter.shape == m.scatter.shape and _equal(o, m))
             self.moments[unit] = next(twin, m)
         self._inverses = {}
@@ -136,6 +126,12 @@ def _equal(one: AffineMoments, other: AffineMoments) -> bool:
     return torch.equal(one.scatter, other.scatter) and torch.equal(one.mean, other.mean)
 
 
+def mean_of_eigenvalues(A: Tensor, *, batched: bool = False) -> Tensor:
+    """Of a factor, a matrix or a diagonal, or of each of a batch. It is not zero where all of a factor is."""
+    diagonal = A if A.ndim == 1 + batched else A.diagonal(dim1=-2, dim2=-1)
+    return diagonal.mean(-1).clamp_min(torch.finfo(A.dtype).tiny)
+
+
 def damped_inverses(factors: Sequence[Tensor], ridge: float) -> list[Tensor]:
     """`(A / ā + ridge I)⁻¹` of each factor, a matrix or a diagonal, where `ā` is the mean of its eigenvalues. Those of
     one size are inverted together."""
@@ -145,9 +141,7 @@ def damped_inverses(factors: Sequence[Tensor], ridge: float) -> list[Tensor]:
     out = list(factors)
     for shape, places in by_shape.items():
         A = torch.stack([factors[i] for i in places])
-        diagonal = A if len(shape) == 1 else A.diagonal(dim1=1, dim2=2)
-        mean = diagonal.mean(1).clamp_min(torch.finfo(A.dtype).tiny)  # inputs may be zero in all examples
-        scaled = A / mean.view(-1, *[1] * len(shape))
+        scaled = A / mean_of_eigenvalues(A, batched=True).view(-1, *[1] * len(shape))
         for i, inverse in zip(places, _inverses(scaled, ridge), strict=True):
             out[i] = inverse
     return out
