@@ -52,6 +52,13 @@ def run_compare(target: str, seconds: float, batch: int, seed: int, out: Path) -
                 break
             outcomes.append(outcome)
             console.print(_line(outcome), highlight=False, soft_wrap=True, markup=False)
+        if not outcomes:
+            return
+        if all(o.status == "refused" for o in outcomes):
+            raise UserError(
+                f"no optimizer can train what {target} returned: AdamW raised {outcomes[0].error}; expected a model, a "
+                "loss and data with which loss.backward() works; mend the function."
+            )
         held_out = bool(problem.data.held_out)
         sentence = advice(outcomes, held_out)
         page = _write(target, seconds, seed, outcomes, sentence, held_out, out)
@@ -115,7 +122,7 @@ def rows(outcomes: list[Outcome]) -> list[tuple[str, ...]]:
     costs = [o.cost for o in outcomes if o.contestant.name.startswith("AdamW") and o.costs]
     unit = min(costs, default=math.nan)
     which = "held-out" if any(math.isfinite(o.last("held-out")) for o in outcomes) else "training"
-    found = []
+    found: list[tuple[str, ...]] = []
     for o in sorted(outcomes, key=lambda o: o.last(which)):
         name = o.contestant.name + ("" if o.status == "finished" else f" ({o.status})")
         figures = (_number(o.last("training")), _number(o.last("held-out")))
@@ -174,7 +181,7 @@ def draw(outcomes: list[Outcome], held_out: bool, path: Path) -> None:
     figure = new_figure(4.1 * len(which), 3.9)
     panels = figure.subplots(1, len(which), squeeze=False)[0]
     for axes, key in zip(panels, which, strict=True):
-        values = []
+        values: list[float] = []
         for i, o in enumerate(outcomes):
             points = [(p["seconds"], p[key]) for p in o.curve if math.isfinite(p[key])]
             if len(points) > 1:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
+from natgrad.cli.errors import UserError
 from natgrad.study.split import Split
 from natgrad.study.training import CONSTANT, Budget, Schedule, moments
 
@@ -148,6 +149,8 @@ def run(
             on_step(outcome)
             if outcome.status == "diverged":
                 break
+    except UserError:
+        raise
     except Exception as error:
         outcome.status, outcome.error = "refused", " ".join(f"{type(error).__name__}: {error}".split())
     return outcome

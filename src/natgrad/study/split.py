@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
 from natgrad.cli.errors import UserError
 from natgrad.study.tasks import indices
@@ -39,7 +39,7 @@ def split(data: Any, size: int) -> Split:
     """
     if _is_pair(data):
         return _pair(data, size)
-    if isinstance(data, DataLoader) and isinstance(data.dataset, Sized) and data.batch_size is not None:
+    if isinstance(data, DataLoader) and _can_be_divided(data):
         return _loader(data)
     if isinstance(data, Sequence):
         return _list(data)
@@ -48,7 +48,13 @@ def split(data: Any, size: int) -> Split:
         raise UserError(
             f"the data are {what}; expected one (input, target) pair of tensors, a list of batches, or a DataLoader."
         )
-    return Split(lambda seed: _endless(data, seed), _some(data, "the data"), ())
+    return Split(lambda seed: _endless(data), _some(data, "the data"), ())
+
+
+def _can_be_divided(data: DataLoader[Any]) -> bool:
+    """Whether its examples can be drawn otherwise, and mean the same: not where a sampler of the user's weighs them."""
+    plain = isinstance(data.sampler, (RandomSampler, SequentialSampler))
+    return plain and isinstance(data.dataset, Sized) and data.batch_size is not None
 
 
 def _pair(data: Sequence[Tensor], size: int) -> Split:
@@ -88,9 +94,7 @@ def _loader(data: DataLoader[Any]) -> Split:
     few = max(1, FEW // (data.batch_size or 1))
     sample = _some(islice(iter(loader(sorted(own), False)), few), "the data set")
     held_out = list(islice(iter(loader(sorted(held), False)), few)) if held else []
-    return Split(
-        lambda seed: _endless(loader(own if shuffled else sorted(own), shuffled, seed), seed), sample, held_out
-    )
+    return Split(lambda seed: _endless(loader(own if shuffled else sorted(own), shuffled, seed)), sample, held_out)
 
 
 def _list(data: Sequence[Any]) -> Split:
@@ -107,9 +111,14 @@ def _shuffled(batches: Sequence[Any], seed: int) -> Iterator[Any]:
     return (batches[int(i)] for i in indices(len(batches), 1, seed))
 
 
-def _endless(data: Iterable[Any], seed: int) -> Iterator[Any]:
+def _endless(data: Iterable[Any]) -> Iterator[Any]:
     while True:
-        yield from data
+        count = 0
+        for batch in data:
+            count += 1
+            yield batch
+        if count == 0:
+            raise UserError("the data set has no whole batch to train on; give more data, or a smaller batch_size.")
 
 
 def _some(data: Iterable[Any], what: str) -> list[Any]:
