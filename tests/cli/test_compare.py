@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from natgrad.cli import main
 from natgrad.cli.compare import rows
 from natgrad.cli.errors import UserError
-from natgrad.study import comparison
 from natgrad.study.comparison import Contestant, Outcome, Problem, advice, contestants, run
 from natgrad.study.split import split
 
@@ -255,8 +254,7 @@ def test_figures_are_means_over_examples_in_evaluation() -> None:
     assert model.training
 
 
-def test_a_run_that_diverges_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "EVALUATIONS", 5)
+def test_a_run_that_diverges_says_so() -> None:
     entry = Contestant("SGD", "", lambda model, loss: torch.optim.SGD(model.parameters(), lr=1e20))
     found = run(entry, small_problem(nn.MSELoss()), 0.2)
     assert found.status == "diverged"

@@ -138,14 +138,15 @@ def run(
     seconds: float,
     stopped: Callable[[], bool] = lambda: False,
     on_step: Callable[[Outcome], None] = lambda outcome: None,
+    evaluations: int = EVALUATIONS,
 ) -> Outcome:
     """Trains a copy of the model for so many seconds of the processor. Neither evaluation nor fetching a batch counts,
     nor a first step, on another copy, in which libraries are loaded."""
     outcome = Outcome(contestant)
     try:
-        for _ in _train(Outcome(contestant), problem, Budget(steps=1), stopped):
+        for _ in _train(Outcome(contestant), problem, Budget(steps=1), stopped, 1):
             pass
-        for _ in _train(outcome, problem, Budget(seconds=seconds), stopped):
+        for _ in _train(outcome, problem, Budget(seconds=seconds), stopped, evaluations):
             on_step(outcome)
             if outcome.status == "diverged":
                 break
@@ -156,7 +157,9 @@ def run(
     return outcome
 
 
-def _train(outcome: Outcome, problem: Problem, budget: Budget, stopped: Callable[[], bool]) -> Iterator[None]:
+def _train(
+    outcome: Outcome, problem: Problem, budget: Budget, stopped: Callable[[], bool], evaluations: int
+) -> Iterator[None]:
     model = copy.deepcopy(problem.model)
     model.train()
     torch.manual_seed(problem.seed)
@@ -178,7 +181,7 @@ def _train(outcome: Outcome, problem: Problem, budget: Budget, stopped: Callable
 
     before = 0.0
     clock = clock_of(model)
-    for moment in moments(take, problem.data.training(problem.seed), budget, EVALUATIONS, stopped, clock):
+    for moment in moments(take, problem.data.training(problem.seed), budget, evaluations, stopped, clock):
         outcome.steps, outcome.seconds = moment.step, moment.seconds
         if moment.step:
             outcome.costs.append(moment.seconds - before)
