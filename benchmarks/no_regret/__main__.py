@@ -35,18 +35,14 @@ def main() -> None:
     kept: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
     done = {(r["task"], r["optimizer"], r["seed"]) for r in kept}
 
-    def take(pool: Any, names: Any) -> None:
-        """The runs that are not kept yet."""
-        jobs = [(t, n, s, options.seconds) for t in options.tasks for s in range(options.seeds) for n in names(t, s)]
-        for found in pool.imap_unordered(perform, [j for j in jobs if j[:3] not in done]):
-            kept.append(found)
-            done.add((found["task"], found["optimizer"], found["seed"]))
-            options.out.write_text(json.dumps(kept, indent=1))
-            print({k: v for k, v in found.items() if v != ""}, flush=True)
-
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        take(pool, lambda task, seed: [f"AdamW {lr:g}" for lr in RATES] if seed == 0 else [])
-        take(pool, lambda task, seed: [*([best_rate(kept, task)] if seed else []), "NewtonMuon", "KFAC"])
+        for seed in range(options.seeds):
+            adamw = {t: [f"AdamW {lr:g}" for lr in RATES] if seed == 0 else [best_rate(kept, t)] for t in options.tasks}
+            jobs = [(t, n, seed, options.seconds) for t in options.tasks for n in (*adamw[t], "NewtonMuon", "KFAC")]
+            for found in pool.imap_unordered(perform, [job for job in jobs if job[:3] not in done]):
+                kept.append(found)
+                options.out.write_text(json.dumps(kept, indent=1))
+                print({k: v for k, v in found.items() if v != ""}, flush=True)
     print(f"{machine()}; {options.seconds:g} s, {options.seeds} seeds, {options.processes} processes\n")
     print(table(sorted(kept, key=lambda r: (list(TASKS).index(r["task"]), r["optimizer"], r["seed"]))))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from typing import Any
 
 import torch
 
 import natgrad
-from benchmarks.no_regret.tasks import TASKS
+from benchmarks.no_regret.tasks import TASKS, Task
 from natgrad.study.comparison import Contestant, run
 from natgrad.study.training import CONSTANT
 
@@ -25,11 +26,16 @@ def contestant(name: str) -> Contestant:
     return Contestant(name, "", lambda model, loss: natgrad.KFAC(model, loss), True, CONSTANT)
 
 
+@functools.cache
+def _task(name: str) -> Task:
+    return TASKS[name]()
+
+
 def perform(job: tuple[str, str, int, float]) -> dict[str, Any]:
     """One run."""
     task, name, seed, seconds = job
     torch.set_num_threads(1)
-    outcome = run(contestant(name), TASKS[task]().problem(seed), seconds, evaluations=2)
+    outcome = run(contestant(name), _task(task).problem(seed), seconds, evaluations=2)
     return {
         "task": task,
         "optimizer": name,
