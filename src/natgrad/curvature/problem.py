@@ -26,8 +26,8 @@ Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 class Problem:
     """A model, a loss and data: batch after batch as `(output, target)`, or as the cases of every layer.
 
-    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`. With `reached` the cases are of
-    those layers alone that the output depends on, and there may be none. Of a model in
+    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`. With `reached` the cases are
+    of those layers alone that the output depends on, and there may be none. Of a model in
     `DistributedDataParallel` they are this rank's batches, of which there may be none.
     """
 

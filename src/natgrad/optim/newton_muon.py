@@ -19,7 +19,8 @@ from natgrad.checks.values import (
 )
 from natgrad.checks.warning import warn
 from natgrad.curvature.moments import MAX_DIM
-from natgrad.distributed.placement import Whole, placed
+from natgrad.distributed.placement import placed
+from natgrad.distributed.whole import Whole
 from natgrad.optim import averaging, saved
 from natgrad.optim.muon.adamw import adamw, decayed_
 from natgrad.optim.muon.forwards import Forwards

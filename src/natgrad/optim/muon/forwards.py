@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.capture.recorder import Recorder
 from natgrad.curvature.moments import AffineMoments
 from natgrad.curvature.problem import buffers_kept

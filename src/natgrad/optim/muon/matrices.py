@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.curvature.moments import AffineMoments, Moments, moments_of_state, state_of_moments
 from natgrad.distributed.assignment import assign, cost
 from natgrad.distributed.reduction import Keep, completed, reduced

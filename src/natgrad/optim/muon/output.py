@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.linalg import factor
 from natgrad.optim.muon.whitening import InputSide, mean_of_eigenvalues
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.capture.layers.embedding import Embedding, EmbeddingBag
 from natgrad.capture.layers.scale import Scale
 from natgrad.capture.use import Use

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.capture.cases import Layer, read_inputs
+from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs
+from natgrad.capture.reading import read_inputs
 from natgrad.capture.use import Use
 from natgrad.curvature.moments import AffineMoments
 from natgrad.linalg import factor
