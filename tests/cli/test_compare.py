@@ -96,8 +96,8 @@ def test_it_writes_a_report_and_gives_advice(folder: Path, capfd: pytest.Capture
     assert len(firsts) == 1  # the same weights
     for r in found["runs"]:
         assert r["status"] == "finished"
-        assert r["steps"] > 3
-        assert 0.2 <= r["seconds"] < 2
+        assert r["steps"] >= 1
+        assert r["seconds"] >= 0.2
         assert r["curve"][-1]["step"] == r["steps"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://", page)
