@@ -57,6 +57,7 @@ class Watch:
         self._finished = None if finished is None else weakref.WeakMethod(finished)
         self._frozen = frozen
         self._watched = weakref.WeakSet((model, *also))
+        self._told: weakref.WeakMethod[Callable[[Forward, Any], None]] | None = None
         me = weakref.ref(self)
 
         def before(module: nn.Module, args: Any, kwargs: Any, compiled: bool) -> None:
@@ -96,6 +97,10 @@ class Watch:
                 watch._recorder.know({n: t for n, t in tensors.items() if n in watch._parameters})
 
         self._handles += [weakref.finalize(self, handle.remove) for handle in follow(seen)]
+
+    def tell(self, of: Callable[[Forward, Any], None]) -> None:
+        """Calls a method after every forward, with what it returned."""
+        self._told = weakref.WeakMethod(of)
 
     def detach(self) -> None:
         """Takes the hooks off the model."""
@@ -185,6 +190,8 @@ class Watch:
             self.forwards.append(forward)
         else:
             finished(forward)
+        if self._told is not None and (told := self._told()) is not None:
+            told(forward, output)
 
 
 def _calling_frame() -> FrameType | None:
