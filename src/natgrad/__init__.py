@@ -4,7 +4,7 @@ from natgrad import linalg, losses, pde
 from natgrad.curvature.matrices import fisher, gauss_newton, hessian
 from natgrad.curvature.residual import residual
 from natgrad.linalg import load
-from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, load_checkpoint
+from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, NewtonMuon, load_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "PRONG",
     "GrowingBatches",
     "NaturalGradient",
+    "NewtonMuon",
     "fisher",
     "gauss_newton",
     "hessian",

@@ -70,11 +70,38 @@ def inspect(
 
 
 @app.command()
+def compare(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help="A function without arguments that returns (model, loss, data); its module is looked for in the "
+            "current directory first.",
+        ),
+    ],
+    seconds: Annotated[float, typer.Option(help="Processor time of each optimizer, in seconds.")] = 60.0,
+    batch: Annotated[int, typer.Option(help="Examples of a batch, where the data are a pair of tensors.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of torch and of the batches.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-compare"),
+) -> None:
+    """Try AdamW, Muon, NewtonMuon and KFAC on your own model for equal time, and say which to use.
+
+    Every optimizer begins with the same weights and sees the same batches; a tenth of the data is held out.
+
+    Ctrl-C stops and writes the report on what there is; a second Ctrl-C aborts.
+    """
+    from natgrad.cli.compare import run_compare
+
+    run_compare(target, seconds, batch, seed, out)
+
+
+@app.command()
 def study(
     spec: Annotated[
         str,
         typer.Argument(
-            metavar="SPEC", help="A TOML file, or one of natgrad's own: centering, residual, peers, pinns, pinns-long."
+            metavar="SPEC",
+            help="A TOML file, or one of natgrad's own: centering, residual, peers, language, pinns, pinns-long.",
         ),
     ],
     out: Annotated[
