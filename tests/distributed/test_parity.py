@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 import work
 
 EXACT = {"estimator": "exact", "matmul_precision": "highest", "statistics_share": 1.0}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from loops import OPTIONS, kfac, loader, network, plain_loop, same, weights
 from torch import nn
 
+from loops import OPTIONS, kfac, loader, network, plain_loop, same, weights
 from natgrad.integrations.lightning import LogDiagnostics
 
 

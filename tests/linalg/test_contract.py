@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import CASES, INVERSE_ALONE, UNIT_METRIC, block_diagonal, centered
 from hypothesis import given
 from hypothesis import strategies as st
 
 import natgrad
+from cases import CASES, INVERSE_ALONE, UNIT_METRIC, block_diagonal, centered
 from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Kronecker, Space
 from oracles import close, f64, randn, spd
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from networks import CLASSES, CONVOLUTIONS, EMBEDDINGS, LINEAR, NETWORKS, SCALES, make
 from torch import nn
 
 import natgrad
+from networks import CLASSES, CONVOLUTIONS, EMBEDDINGS, LINEAR, NETWORKS, SCALES, make
 from oracles import close, f64, homogeneous_kron, numel, randn
 
 LOSS = nn.CrossEntropyLoss()
