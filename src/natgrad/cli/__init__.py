@@ -52,19 +52,25 @@ def inspect(
         str,
         typer.Argument(
             metavar="MODULE:FUNCTION",
-            help="A function without arguments that returns (model, loss, data); its module is looked for in the "
-            "current directory first.",
+            help="A function without arguments that returns (model, loss, data), say training:problem or "
+            "training.py:problem. A module is looked for in the current directory first.",
         ),
     ],
     estimator: Annotated[str, typer.Option(help="Of the output curvature: exact, mc or empirical.")] = "exact",
     seed: Annotated[int, typer.Option(help="Seed of torch, of the labels of mc and of the permutations.")] = 0,
     permutations: Annotated[int, typer.Option(help="Of the test of independence; 0 leaves it out.")] = 200,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-inspect"),
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps. Default: where the model is.")
+    ] = None,
 ) -> None:
-    """Measure, layer by layer, what K-FAC leaves out on your own model, and write a report on it."""
+    """Measure, layer by layer, what K-FAC leaves out on your own model, and say what to do about it.
+
+    Prints a table and advice, and writes a report.
+    """
     from natgrad.cli.inspect import run_inspect
 
-    run_inspect(target, estimator, seed, permutations, out)
+    run_inspect(target, estimator, seed, permutations, out, device)
 
 
 @app.command()

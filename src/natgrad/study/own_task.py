@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.cli.errors import UserError
-from natgrad.cli.target import call, checked, look_here
+from natgrad.cli.target import call, checked, parsed
 from natgrad.study.tasks import SUBSET, Batch, Task, indices
 
 FORM = "expected (model, loss, data) or (model, loss, data, evaluate)"
@@ -58,13 +58,12 @@ def own_task(name: str, target: str, seed: int) -> Task:
 
 def digest(target: str) -> str:
     """Of the text of the file that the function is in, to notice when it changes; empty where there is none."""
-    look_here()
     try:
-        spec = importlib.util.find_spec(target.partition(":")[0])
+        spec = importlib.util.find_spec(parsed(target).module)
         assert spec is not None
         assert spec.origin is not None
         return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
-    except (AssertionError, ImportError, ValueError, OSError):
+    except (UserError, AssertionError, ImportError, ValueError, OSError):
         return ""
 
 
