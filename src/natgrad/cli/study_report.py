@@ -17,6 +17,7 @@ from natgrad.study.summary import (
     interval_words,
     median,
     number,
+    ratio_words,
     to_dict,
 )
 
@@ -72,7 +73,7 @@ def pair_rows(summary: Summary) -> list[tuple[str, ...]]:
         for p in task.pairs:
             pairs = f"{p.pairs}" if not p.lost else f"{p.pairs} of {p.pairs + p.lost}"
             better = f"{p.better} of {p.pairs + p.lost}"
-            rows.append((p.task, p.optimizer, pairs, better, *interval_words(p.ratio), *interval_words(p.difference)))
+            rows.append((p.task, p.optimizer, pairs, better, *ratio_words(p.ratio), *interval_words(p.difference)))
     return rows
 
 

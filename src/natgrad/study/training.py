@@ -48,11 +48,12 @@ def moments(
     budget: Budget,
     evaluations: int,
     stopped: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Moment]:
     """Takes steps until the budget is spent or `stopped()`; yields before the first and after each.
 
-    The clock runs in `take_step` only: neither in what is done at a moment, nor while a batch is fetched. Leaving the
-    loop ends the training.
+    The clock, in seconds, runs in `take_step` only: neither in what is done at a moment, nor while a batch is fetched.
+    Leaving the loop ends the training.
     """
     step, seconds, due = 0, 0.0, 0.0
     while True:
@@ -65,7 +66,7 @@ def moments(
         if last:
             return
         batch = next(batches)
-        start = time.perf_counter()
+        start = clock()
         take_step(batch)
-        seconds += time.perf_counter() - start
+        seconds += clock() - start
         step += 1
