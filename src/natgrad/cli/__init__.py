@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from natgrad.cli.errors import UserError
+from natgrad.cli.patience import wait_asleep
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -146,6 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 if all went well, 2 after one line about a user's mistake."""
     if arguments is None:
         arguments = sys.argv[1:]
+        wait_asleep(arguments)
     _check_command(arguments)
     try:
         status = app(arguments or ["--help"], prog_name="natgrad", standalone_mode=False)
