@@ -156,6 +156,7 @@ def children(pid: int) -> list[int]:
 SLOW = SPEC.replace("problem", "slow").replace("seeds = 2", "seeds = 3").partition("[measure]")[0]
 
 
+@pytest.mark.long
 def test_after_a_kill_the_study_goes_on(folder: Path) -> None:
     process = start(folder, SLOW)
     wait_for_runs(folder, 2, process)
