@@ -125,8 +125,7 @@ def nearness(model: nn.Module, data: Data, x: Tensor, prior: float) -> dict[str,
     whole = covariance(precision(model, data, "dense"), J, prior)
     found = {
         "laplace-torch, kron": peer_covariance(peer(model, data, "kron", prior), x),
-        "natgrad, kfac, not centered": covariance(precision(model, data, "kfac", centered=False), J, prior),
-        "natgrad, kfac, centered": covariance(precision(model, data, "kfac"), J, prior),
+        "natgrad, kfac": covariance(precision(model, data, "kfac"), J, prior),
         "natgrad, ekfac, not centered": covariance(precision(model, data, "ekfac", centered=False), J, prior),
         "natgrad, ekfac, centered": covariance(precision(model, data, "ekfac"), J, prior),
         "natgrad, block": covariance(precision(model, data, "block"), J, prior),

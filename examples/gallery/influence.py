@@ -50,7 +50,7 @@ trained = train(dict(model.named_parameters()), every)
 model.load_state_dict(trained)
 i_test = N + vmap(loss_of, (None, 0, 0))(trained, x[N:], y[N:]).sub(1).abs().argmin()  # the model is not sure of it
 test = x[i_test], y[i_test]
-H = natgrad.gauss_newton(model, loss_fn, (x[:N] / 16, y[:N]), "kfac", centered=False)
+H = natgrad.gauss_newton(model, loss_fn, (x[:N] / 16, y[:N]), "kfac")
 direction = H.solve(grad(loss_of)(trained, *test), damping=DECAY)
 each = vmap(grad(loss_of), (None, 0, 0))(trained, x[:N], y[:N])
 predicted = sum(each[name].flatten(1) @ direction[name].flatten() for name in each) / N

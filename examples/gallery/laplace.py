@@ -1,8 +1,8 @@
 """A Laplace posterior: how sure is a trained network, and where?
 
 The posterior is a Gaussian about the trained weights. Its precision P is N/(2σ²) times the Gauss-Newton matrix of the
-squared error, plus the prior's precision, which is the damping; with centered=False that is the same for weights and
-biases. The variance of a prediction is J P⁻¹ Jᵀ, in one call for all points, and `sample` draws from the posterior.
+squared error, plus the prior's precision, which is the damping. The variance of a prediction is J P⁻¹ Jᵀ, in one call
+for all points, and `sample` draws from the posterior.
 
     python examples/gallery/laplace.py FOLDER
 """
@@ -44,7 +44,7 @@ deviations = {}
 plt.style.use(Path(__file__).with_name("gallery.mplstyle"))
 figure, panels = plt.subplots(1, 3, figsize=(9, 3), sharey=True)
 for axes, structure in zip(panels, ("diagonal", "kfac", "dense"), strict=True):
-    G = natgrad.gauss_newton(model, nn.MSELoss(), (x, y), structure, centered=False)
+    G = natgrad.gauss_newton(model, nn.MSELoss(), (x, y), structure)
     P = len(x) / (2 * NOISE**2) * G
     deviations[structure] = s = P.inverse(PRIOR).quadratic(J).sqrt()
     draws = P.sample(6, PRIOR)  # of the weights, less their mean; the function is linear in them, as in the variance

@@ -84,3 +84,15 @@ def test_a_demo_that_is_started_anew_passes_on_what_it_is_told() -> None:
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "--seconds was -1" in ran.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["study", "centering", "--print"]], ids=" ".join)
+def test_output_that_cannot_be_written_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "natgrad", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "could not be (No space left on device)" in done.stderr

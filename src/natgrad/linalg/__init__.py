@@ -1,5 +1,7 @@
 """Operators: symmetric matrices known by what they do, one contract for all (`Operator`)."""
 
+from natgrad.linalg import coverage as coverage
+from natgrad.linalg import restriction as restriction
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.centered import Centered, CenteredKronecker, homogeneous_inverse
 from natgrad.linalg.columns import ColumnBlock
@@ -8,12 +10,12 @@ from natgrad.linalg.coordinates import CoordinateBlocks
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.exact import ExactBlock
+from natgrad.linalg.files import load
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.layout import Layout
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.rows import Rows
 from natgrad.linalg.space import Space
-from natgrad.linalg.state import load
 from natgrad.linalg.stochastic import Estimate
 from natgrad.linalg.vec import unvec, vec
 
