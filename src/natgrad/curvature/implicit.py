@@ -109,6 +109,7 @@ class ImplicitGaussNewton(Implicit):
         by_reverse = self._jacobian.by_reverse(key, model, call, v, partial(tangent, model, call))
         for n, p in gauss_newton_product(model, call, v, curve, by_reverse).items():
             total[n] += p
+        self.notes = self.problem.notes
         return held["mass"]
 
 

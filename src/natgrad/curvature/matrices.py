@@ -283,8 +283,11 @@ def _matrix(problem: Problem | Terms, structure: str, centered: bool, sharing: s
         return _sum(problem, ImplicitGaussNewton) if isinstance(problem, Terms) else ImplicitGaussNewton(problem)
     with torch.autocast(problem.device.type, enabled=False):  # the model's own precision is the problem's affair
         if structure != "dense":
-            return _of_layers(problem, structure, centered, sharing, max_dim)
-        return _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
+            matrix: Operator = _of_layers(problem, structure, centered, sharing, max_dim)
+        else:
+            matrix = _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
+    matrix.notes = problem.notes
+    return matrix
 
 
 def _of_layers(problem: Problem | Terms, structure: str, centered: bool, sharing: str, max_dim: int) -> BlockDiagonal:
