@@ -240,6 +240,8 @@ def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEn
             )
         its_budget = _budget(table) or budget
         if its_budget is None:
+            for place in (table, top):
+                place.check_spelling("steps", "seconds")
             raise table.fail("", "without a budget", "steps or seconds", "write, say, steps = 200 at the top.")
         targets = table.take("targets", [])
         if not isinstance(targets, list) or not all(type(t) in (int, float) and math.isfinite(t) for t in targets):
