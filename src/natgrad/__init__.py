@@ -5,16 +5,20 @@ from natgrad.curvature.matrices import fisher, gauss_newton, hessian
 from natgrad.curvature.residual import residual
 from natgrad.linalg import load
 from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, load_checkpoint
+from natgrad.uses.laplace import laplace
+from natgrad.uses.posterior import LaplacePosterior
 
 __version__ = "0.1.0"
 __all__ = [
     "KFAC",
     "PRONG",
     "GrowingBatches",
+    "LaplacePosterior",
     "NaturalGradient",
     "fisher",
     "gauss_newton",
     "hessian",
+    "laplace",
     "linalg",
     "load",
     "load_checkpoint",

@@ -6,6 +6,7 @@ from natgrad.linalg.columns import ColumnBlock
 from natgrad.linalg.combination import Scaled, Sum
 from natgrad.linalg.coordinates import CoordinateBlocks
 from natgrad.linalg.dense import Dense
+from natgrad.linalg.density import SpectralDensity
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
@@ -15,6 +16,7 @@ from natgrad.linalg.rows import Rows
 from natgrad.linalg.space import Space
 from natgrad.linalg.state import load
 from natgrad.linalg.stochastic import Estimate
+from natgrad.linalg.top import Eigenpairs
 from natgrad.linalg.vec import unvec, vec
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "CoordinateBlocks",
     "Dense",
     "Diagonal",
+    "Eigenpairs",
     "Estimate",
     "ExactBlock",
     "Homogeneous",
@@ -36,6 +39,7 @@ __all__ = [
     "Rows",
     "Scaled",
     "Space",
+    "SpectralDensity",
     "Sum",
     "homogeneous_inverse",
     "load",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, check_number
 from natgrad.linalg.space import Parts, Space, check_order
+from natgrad.linalg.spectral import Spectral
 
 if TYPE_CHECKING:
     from natgrad.linalg.coverage import Coverage
@@ -23,7 +24,7 @@ DAMPING_STYLES = ("exact", "factored")
 DENSE_LIMIT = 20_000
 
 
-class Operator(ABC):
+class Operator(Spectral, ABC):
     """A symmetric matrix `M` known by what it does to a vector: the contract of every matrix of this library.
 
     A vector `v` comes in one of the forms of the operator's `space`, and the answer has the same form: for a model's

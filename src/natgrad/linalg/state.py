@@ -118,8 +118,9 @@ def restore(state: Any) -> Any:
     return _KINDS[kind](**arguments)
 
 
-def save(operator: Operator, path: str | PathLike[str]) -> None:
-    """Writes an operator to a safetensors file: its tensors, and in the metadata what they are."""
+def save(value: Any, path: str | PathLike[str]) -> None:
+    """Writes an operator, or a dictionary that holds some, to a safetensors file: the tensors, and in the metadata what
+    they are."""
     tensors: dict[str, Tensor] = {}
 
     def describe(value: Any) -> Any:
@@ -132,7 +133,7 @@ def save(operator: Operator, path: str | PathLike[str]) -> None:
             return {type(value).__name__: [describe(v) for v in value]}
         return value
 
-    structure = json.dumps(describe(dump(operator)))
+    structure = json.dumps(describe(dump(value)))
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written, as there is no folder {Path(path).parent}; make it first")
     if Path(path).is_dir():
@@ -159,6 +160,32 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: s
         >>> natgrad.load(path).trace().item()
         6.0
     """
+    operator = read(path, device=device)
+    if not isinstance(operator, Operator):
+        raise ValueError(
+            f"{path} holds more than a matrix: a Laplace posterior or the like; load it by what saved it, such as "
+            "natgrad.LaplacePosterior.load"
+        )
+    if model is not None:
+        _check_model(operator.space, model, str(path))
+    return operator
+
+
+def _check_model(space: Space, model: nn.Module, path: str) -> None:
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    for name, shape in zip(space.names or (), space.shapes, strict=False):
+        if shapes.get(name) != shape:
+            has = f"has shape {shapes[name]} in" if name in shapes else "is not a parameter of"
+            raise ValueError(
+                f"{path} is of another model: {name!r}, of shape {shape} there, {has} this one; give the model that "
+                "the matrix was computed of"
+            )
+    if space.names is None:
+        raise ValueError(f"{path} has no parameter names; expected the matrix of a model, or leave model= out")
+
+
+def read(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> Any:
+    """What `save` wrote to `path`."""
     if not Path(path).is_file():
         kind = IsADirectoryError if Path(path).is_dir() else FileNotFoundError
         raise kind(f"{path} is no file; expected a safetensors file that save() wrote")
@@ -193,20 +220,4 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: s
         structure = json.loads(metadata["natgrad"])
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: what its tensors are cannot be read; save the matrix again") from error
-    operator: Operator = restore(build(structure))
-    if model is not None:
-        _check_model(operator.space, model, str(path))
-    return operator
-
-
-def _check_model(space: Space, model: nn.Module, path: str) -> None:
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    for name, shape in zip(space.names or (), space.shapes, strict=False):
-        if shapes.get(name) != shape:
-            has = f"has shape {shapes[name]} in" if name in shapes else "is not a parameter of"
-            raise ValueError(
-                f"{path} is of another model: {name!r}, of shape {shape} there, {has} this one; give the model that "
-                "the matrix was computed of"
-            )
-    if space.names is None:
-        raise ValueError(f"{path} has no parameter names; expected the matrix of a model, or leave model= out")
+    return restore(build(structure))

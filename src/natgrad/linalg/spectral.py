@@ -1,0 +1,73 @@
+"""What every operator can say of its eigenvalues."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from natgrad.linalg.density import SpectralDensity
+    from natgrad.linalg.operator import Operator
+    from natgrad.linalg.top import Eigenpairs
+
+
+class Spectral:
+    """The part of `Operator` that is about eigenvalues."""
+
+    @property
+    def _operator(self) -> Operator:
+        return cast("Operator", self)
+
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues, `(size,)`, in no order, from the structure itself: of K-FAC products of the factors'.
+
+        Raises:
+            TypeError: if the structure has none, and it is too large to be formed.
+        """
+        from natgrad.linalg.eigenvalues import eigenvalues
+
+        return eigenvalues(self._operator)
+
+    def top_eigenvalues(
+        self,
+        k: int = 10,
+        *,
+        which: str = "largest",
+        tol: float | None = None,
+        max_products: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Eigenpairs:
+        """The `k` largest eigenvalues with their vectors, by products alone: a restarted block Krylov method.
+
+        Args:
+            k: how many.
+            which: `"largest"`, `"smallest"`, or largest in `"magnitude"`.
+            tol: the largest residual `‖M v − λ v‖`, relative to the largest eigenvalue. None: about `eps^¾`.
+            max_products: at most so many products. None: `50 k + 10 size`.
+            generator: the source of the first vectors.
+
+        Returns:
+            `(values, vectors, residuals)`; the vectors lie along a leading axis of `k`.
+
+        Raises:
+            RuntimeError: if some have not converged.
+
+        Reference: Stathopoulos & Wu (1994), "Thick restarting of the Davidson method"; Golub & Underwood (1977).
+        """
+        from natgrad.linalg.top import top_eigenvalues
+
+        return top_eigenvalues(self._operator, k, which, tol, max_products, generator)
+
+    def spectral_density(
+        self, samples: int = 10, steps: int = 100, generator: torch.Generator | None = None
+    ) -> SpectralDensity:
+        """How the eigenvalues are spread: all of them where `eigenvalues()` has them, else an estimate by stochastic
+        Lanczos quadrature, with `steps` products for each of `samples` random vectors.
+
+        Reference: Ubaru, Chen & Saad (2017); Ghorbani, Krishnan & Xiao (2019), arXiv:1901.10159.
+        """
+        from natgrad.linalg.density import spectral_density
+
+        return spectral_density(self._operator, samples, steps, generator)
