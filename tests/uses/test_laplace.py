@@ -147,6 +147,25 @@ def test_finer_priors_fit_better_and_entries_best():
         close(t * delta.square() + h * t * delta - h, torch.zeros_like(t), 1e-3)
 
 
+@pytest.mark.parametrize("structure", ["dense", "kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("per", ["one", "layer", "parameter", "entry"])
+def test_a_prior_is_fitted_in_float32_as_in_float64(structure, per):
+    """Some inputs never vary, and a weight is zero: those keep their precision where each weight has its own."""
+    model, loss, (x, y) = problem()
+    x[:, 0] = 0
+    with torch.no_grad():
+        model[0].weight[1, 1] = 0
+    found = []
+    for dtype in (f64, torch.float32):
+        data = x.to(dtype), y
+        found.append(natgrad.laplace(model.to(dtype), loss, data, structure).fit_prior(per).prior_precision)
+    for n, expected in found[0].items():
+        assert (found[1][n].double() / expected - 1).abs().max() < 0.02
+    if per == "entry":
+        assert (found[0]["0.weight"][:, 0] == 1).all()
+        assert found[0]["0.weight"][1, 1] == 1
+
+
 def test_the_noise_is_fitted_with_the_prior():
     model, loss, data = problem("numbers")
     P = natgrad.laplace(model, loss, data, "dense").fit_prior("layer")

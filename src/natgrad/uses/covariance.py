@@ -17,6 +17,7 @@ from natgrad.linalg import (
     Operator,
     factor,
 )
+from natgrad.linalg.layout import PLAIN
 from natgrad.uses.precision import Rescaled
 from natgrad.uses.rows import Rows
 
@@ -26,16 +27,25 @@ BUDGET = 1 << 25
 
 def output_covariance(rows: Rows, covariance: BlockDiagonal, diagonal: bool = False) -> Float[Tensor, "n k *k2"]:
     """`J Σ Jᵀ` of every example, `(n, k, k)`, or its diagonal, `(n, k)`."""
-    total: Tensor | None = None
-    own = {block.names: block for block in covariance.layers.values()}
-    if all(block.names in own for _, block, _ in rows.blocks()):
-        for _, block, cases in rows.blocks():
-            found = _of_block(block, cases, own[block.names], diagonal)
-            total = found if total is None else total + found
-    else:
-        total = _formed(rows, covariance, diagonal)
-    assert total is not None
-    return total
+    found = [_of_block(*pair, diagonal) for pair in _pairs(rows, covariance)]
+    return torch.stack(found).sum(0) if found else _formed(rows, covariance, diagonal)
+
+
+def _pairs(rows: Rows, covariance: BlockDiagonal) -> list[tuple[Block, ExactBlock, Block]]:
+    """Each block of the covariance with the cases of its parameters; nothing where they are held in other blocks."""
+    held = {n: (block, cases) for _, block, cases in rows.blocks() for n in block.names}
+    pairs = []
+    for sigma in covariance.layers.values():
+        block, cases = held[sigma.names[0]]
+        if sigma.names != block.names:
+            if isinstance(cases, ColumnBlock) or len(block.names) != 2 or len(sigma.names) != 1:
+                return []
+            bias = sigma.names[0] == block.names[1]
+            cases = ExactBlock(cases.h[..., :0] if bias else cases.h, cases.g, bias=bias)
+            layout = PLAIN if bias else block.layout
+            block = Block(cases, sigma.names, layout, (block.shapes[int(bias)],), block.function)
+        pairs.append((block, cases, sigma))
+    return pairs
 
 
 def _of_block(block: Block, cases: ExactBlock, sigma: Block, diagonal: bool) -> Tensor:

@@ -141,7 +141,9 @@ class LaplacePosterior:
         Raises:
             ValueError: if the marginal likelihood has no maximum: weights that are all zero, or that the data do not
                 depend on.
-            RuntimeError: if the search does not converge.
+            RuntimeError: if the iteration does not converge.
+
+        Single weights (`per="entry"`) that are zero, or that the data do not depend on, keep the precision they have.
         """
         fit_noise = self._has_noise and not self._sigma_given if noise is None else noise
         if fit_noise and not self._has_noise:

@@ -60,6 +60,7 @@ class Spectrum(NamedTuple):
 class Piece:
     """`E (s M + damping I) E` of some parameters, with `E = 1` unless there are `scales`."""
 
+    name: str
     block: Block
     scale: float
     damping: float
@@ -152,7 +153,7 @@ class Precision:
     def _piece(self, name: str, block: Block) -> Piece:
         deltas = [self.precisions[n] for n in block.names]
         if all(d.ndim == 0 and d == deltas[0] for d in deltas):
-            return Piece(block, self.scale, float(deltas[0]), self.matrix.spectrum(name))
+            return Piece(name, block, self.scale, float(deltas[0]), self.matrix.spectrum(name))
         op = block.operator
         if isinstance(op, (CenteredKronecker, Homogeneous)) and all(d.ndim == 0 for d in deltas):
             stacked = Kronecker(op.A, op.B) if isinstance(op, CenteredKronecker) else op.stacked
@@ -162,15 +163,15 @@ class Precision:
                 S = torch.full_like(A[0], 1 / roots[0])
                 S[-1] = 1 / roots[1]
                 whitened = Homogeneous(Kronecker(S[:, None] * A * S, self.scale * stacked.B))
-                return Piece(block.with_operator(whitened), 1.0, 1.0, spectrum_of(whitened), roots)
+                return Piece(name, block.with_operator(whitened), 1.0, 1.0, spectrum_of(whitened), roots)
         spread = {n: d.expand(shape) for n, d, shape in zip(block.names, deltas, block.shapes, strict=True)}
         parts = block.parts(spread)
         if isinstance(op, Diagonal):
             added = tuple(self.scale * v + d for v, d in zip(op.values, parts, strict=True))
-            return Piece(block.with_operator(Diagonal(added, op.space)), 1.0, 0.0, None)
+            return Piece(name, block.with_operator(Diagonal(added, op.space)), 1.0, 0.0, None)
         if isinstance(op, (Dense, ExactBlock)) or op.space.size <= FORMED:
             formed = self.scale * op.to_dense() + op.space.flatten(parts).diag()
-            return Piece(block.with_operator(Dense(formed, op.space)), 1.0, 0.0, None)
+            return Piece(name, block.with_operator(Dense(formed, op.space)), 1.0, 0.0, None)
         raise TypeError(
             f"the block of {name!r} ({op.describe()}) takes one prior precision for all of its parameters, and was "
             "given several; use one for each layer (per='layer'), bias='apart', or structure='diagonal' or 'dense'"
@@ -204,9 +205,23 @@ class Precision:
             if piece.scales is None and piece.damping > 0 and together(names):
                 found[names] = piece.determined()
             else:
-                variances = piece.block.named(piece.inverse._diagonal())
-                found[names] = {n: 1 - self.precisions[n] * variances[n] for n in names}
+                found[names] = self._each_determined(piece)
         return found
+
+    def _each_determined(self, piece: Piece) -> dict[str, Tensor]:
+        """`1 − δ diag(P⁻¹)`, in float64 where that is at hand, as it is a difference."""
+        names, op = piece.block.names, piece.block.operator
+        deltas = {n: self.precisions[n].double() for n in names}
+        own = self.matrix.blocks[piece.name].operator
+        if isinstance(own, Diagonal):
+            h = piece.block.named(tuple(self.scale * v.double() for v in own.values))
+            return {n: h[n] / (h[n] + deltas[n]) for n in names}
+        if isinstance(op, Dense):
+            inverse: Operator = (1 / piece.scale) * Dense(op.matrix.double(), op.space).inverse(piece._own)
+        else:
+            inverse = piece.inverse
+        variances = piece.block.named(inverse._diagonal())
+        return {n: 1 - deltas[n] * variances[n].double() for n in names}
 
     def sample(self, n: int, generator: torch.Generator | None) -> dict[str, Tensor]:
         """`n` draws from `N(0, P⁻¹)`, `(n, *shape)` for each parameter."""
