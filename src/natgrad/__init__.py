@@ -5,12 +5,15 @@ from natgrad.curvature.matrices import fisher, gauss_newton, hessian
 from natgrad.curvature.residual import residual
 from natgrad.linalg import load
 from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, load_checkpoint
+from natgrad.uses.influence import influence
 from natgrad.uses.laplace import laplace
+from natgrad.uses.lds import LDS, lds
 from natgrad.uses.posterior import LaplacePosterior
 
 __version__ = "0.1.0"
 __all__ = [
     "KFAC",
+    "LDS",
     "PRONG",
     "GrowingBatches",
     "LaplacePosterior",
@@ -18,7 +21,9 @@ __all__ = [
     "fisher",
     "gauss_newton",
     "hessian",
+    "influence",
     "laplace",
+    "lds",
     "linalg",
     "load",
     "load_checkpoint",

@@ -22,11 +22,6 @@ WHICH = {
 class Eigenpairs(NamedTuple):
     """Eigenvalues and orthonormal eigenvectors: what `top_eigenvalues` returns.
 
-    Args:
-        values: `(k,)`, in the order asked for.
-        vectors: `k` vectors in the form of the operator's, along a leading axis.
-        residuals: `‖M v − λ v‖` of each.
-
     Example:
         >>> import torch
         >>> from natgrad.linalg import Dense
@@ -36,8 +31,11 @@ class Eigenpairs(NamedTuple):
     """
 
     values: Tensor
+    """`(k,)`, in the order asked for."""
     vectors: Any
+    """`k` vectors in the form of the operator's, along a leading axis."""
     residuals: Tensor
+    """`‖M v − λ v‖` of each."""
 
 
 def top_eigenvalues(

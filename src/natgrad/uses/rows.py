@@ -187,7 +187,8 @@ def summed(curvature: OutputCurvature) -> OutputCurvature:
 def _slope(of: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
     with torch.enable_grad():
         f = output.detach().requires_grad_()
-        (s,) = torch.autograd.grad(of(f), f, allow_unused=True)
+        value = of(f)
+        s = torch.autograd.grad(value, f, allow_unused=True)[0] if value.requires_grad else None
     return torch.zeros_like(output) if s is None else s
 
 
