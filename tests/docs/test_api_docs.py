@@ -14,11 +14,10 @@ from natgrad import integrations, linalg, losses
 from natgrad.linalg.coverage import Coverage
 from natgrad.report.residual import Condition, LayerResidual, ResidualReport
 from natgrad.uses.predictive import Prediction
-from natgrad.uses.scores import Scores
 
 griffe = pytest.importorskip("griffe")
 ROOT = Path(__file__).parents[2]
-HANDED_OUT = [ResidualReport, LayerResidual, Condition, Coverage, Prediction, Scores]
+HANDED_OUT = [ResidualReport, LayerResidual, Condition, Coverage, Prediction]
 """What users hold without having typed its name."""
 
 

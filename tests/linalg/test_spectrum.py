@@ -1,12 +1,13 @@
 """Eigenvalues, their vectors and their density, against the dense matrix."""
 
 import pytest
+import scipy.sparse.linalg
 import torch
 from cases import CASES
 from torch import nn
 
 import natgrad
-from natgrad.linalg import Dense
+from natgrad.linalg import Dense, External, Space
 from natgrad.linalg.eigenvalues import eigenvalues
 from oracles import close, f64, net, randn
 
@@ -103,3 +104,74 @@ def test_the_density_by_products_is_near_the_exact_one():
 def test_a_density_is_drawn(tmp_path):
     implicit("hessian").spectral_density(samples=2, steps=20).plot(tmp_path / "density.png")
     assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
+def test_scipy_finds_the_same_eigenvalues(make):
+    case = make(3, 4, seed=1)
+    found = scipy.sparse.linalg.eigsh(case.op.to_scipy(), k=3, return_eigenvectors=False)
+    close(torch.from_numpy(found).sort().values, torch.linalg.eigvalsh(case.dense)[-3:], 1e-8)
+
+
+def test_what_scipy_has_is_an_operator():
+    M = torch.randn(6, 6, dtype=f64)
+    M = M @ M.mT
+    space = Space(((2, 2), (2,)), ("w", "b"))
+    op = External(scipy.sparse.csr_matrix(M.numpy()), space)
+    v = {"w": randn(3, 2, 2), "b": randn(3, 2)}
+    close(space.flatten(tuple((op @ v).values())), space.flatten(tuple(v.values())) @ M)
+    close(External(op.to_scipy()).to_dense(), M)
+    close(
+        op.solve(torch.ones(6, dtype=f64), 0.1),
+        torch.linalg.solve(M + 0.1 * torch.eye(6, dtype=f64), torch.ones(6, dtype=f64)),
+    )
+    with pytest.raises(ValueError, match=r"of shape \(2, 3\); expected a square one"):
+        External(scipy.sparse.csr_matrix((2, 3)))
+
+
+def test_the_condition_number():
+    M = with_spectrum(torch.linspace(1, 50, 40, dtype=f64))
+    assert M.condition() == pytest.approx(50.0)
+    assert M.condition(damping=1.0) == pytest.approx(51 / 2)
+    H = implicit()
+    e = torch.linalg.eigvalsh(H.to_dense())
+    assert H.condition(0.1) == pytest.approx(float((e[-1] + 0.1) / (e[0] + 0.1)), rel=1e-6)
+    with pytest.raises(ValueError, match="singular or indefinite"):
+        H.condition()
+
+
+POWER = 1 / torch.arange(1, 201, dtype=f64) ** 2  # a few eigenvalues make up the trace
+
+
+def errors(M, method, samples, draws=60):
+    g = torch.Generator().manual_seed(0)
+    found = [M.estimate_trace(samples, g, method) for _ in range(draws)]
+    exact = M.trace()
+    return torch.stack([f.value - exact for f in found]), torch.stack([f.standard_error for f in found])
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
+@pytest.mark.parametrize("e", [POWER, torch.linspace(0.5, 1.5, 100, dtype=f64)], ids=["steep", "flat"])
+def test_estimates_of_the_trace_are_unbiased_and_know_their_error(method, e):
+    found, said = errors(with_spectrum(e), method, 30)
+    assert abs(found.mean()) < 4 * found.std() / len(found) ** 0.5
+    assert 0.4 < said.mean() / found.std() < 3
+
+
+def test_on_a_steep_spectrum_the_sketches_are_far_more_exact():
+    """For eigenvalues i⁻² Hutchinson's error falls as samples⁻½, those of the two as about samples⁻²."""
+    M = with_spectrum(POWER)
+    size = {
+        m: [float(errors(M, m, s)[0].square().mean().sqrt()) for s in (24, 96)]
+        for m in ("hutchinson", "hutch++", "xtrace")
+    }
+    assert size["xtrace"][1] < size["hutch++"][1] < size["hutchinson"][1] / 20
+    assert size["hutchinson"][0] < 4 * size["hutchinson"][1]
+    assert size["xtrace"][0] > 8 * size["xtrace"][1]
+
+
+@pytest.mark.parametrize("method", ["hutch++", "xtrace"])
+def test_a_matrix_of_low_rank_has_its_trace_exactly(method):
+    M = with_spectrum(torch.cat([torch.tensor([3.0, 2, 1], dtype=f64), torch.zeros(60, dtype=f64)]))
+    assert M.estimate_trace(30, method=method).value == pytest.approx(6.0, abs=1e-6)
+    assert Dense(torch.eye(3, dtype=f64)).estimate_trace(30, method=method).value == pytest.approx(3.0)

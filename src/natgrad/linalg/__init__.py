@@ -9,6 +9,7 @@ from natgrad.linalg.dense import Dense
 from natgrad.linalg.density import SpectralDensity
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.exact import ExactBlock
+from natgrad.linalg.external import External
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.layout import Layout
 from natgrad.linalg.operator import Operator
@@ -31,6 +32,7 @@ __all__ = [
     "Eigenpairs",
     "Estimate",
     "ExactBlock",
+    "External",
     "Homogeneous",
     "Kronecker",
     "KroneckerEigen",

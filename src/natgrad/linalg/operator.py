@@ -237,11 +237,21 @@ class Operator(Spectral, ABC):
 
     # Estimates by products alone -----------------------------------------------------------------------
 
-    def estimate_trace(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:
-        """The trace from `samples` products with random signs (Hutchinson 1990), with its standard error."""
-        from natgrad.linalg.stochastic import estimate_trace
+    def estimate_trace(
+        self, samples: int = 100, generator: torch.Generator | None = None, method: str = "hutchinson"
+    ) -> Estimate:
+        """The trace from `samples` products, with its standard error.
 
-        return estimate_trace(self, samples, generator)
+        `method="hutchinson"` takes random signs (1990); `"hutch++"` (Meyer et al. 2021) and `"xtrace"` (Epperly, Tropp &
+        Webber 2024) are more exact where a few eigenvalues make up most of the trace.
+        """
+        from natgrad.linalg.stochastic import estimate_trace
+        from natgrad.linalg.traces import TRACES, hutch_plus_plus, xtrace
+
+        check_choice("method", method, TRACES, meanings=TRACES)
+        if method == "hutchinson":
+            return estimate_trace(self, samples, generator)
+        return (hutch_plus_plus if method == "hutch++" else xtrace)(self, samples, generator)
 
     def estimate_diagonal(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:
         """The diagonal from `samples` products with random signs (Bekas et al. 2007), with its standard error."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
     from natgrad.linalg.density import SpectralDensity
     from natgrad.linalg.operator import Operator
     from natgrad.linalg.top import Eigenpairs
@@ -71,3 +74,52 @@ class Spectral:
         from natgrad.linalg.density import spectral_density
 
         return spectral_density(self._operator, samples, steps, generator)
+
+    def condition(self, damping: float = 0.0) -> Tensor:
+        """The largest over the smallest eigenvalue of `M + damping I`, a scalar: how hard it is to solve with.
+
+        It is exact where `eigenvalues()` has them, else from the largest and the smallest by products.
+
+        Args:
+            damping: `λ`.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite.
+        """
+        from natgrad.linalg.eigen import positive
+        from natgrad.linalg.eigenvalues import eigenvalues
+        from natgrad.linalg.operator import check_damping
+
+        check_damping(damping)
+        M = self._operator
+        try:
+            e = eigenvalues(M)
+        except TypeError:
+            ends = [M.top_eigenvalues(1, which=which).values for which in ("largest", "smallest")]
+            e = torch.cat(ends)
+        e = positive(e + damping, M._label(), damping)
+        return e.max() / e.min()
+
+    def to_scipy(self) -> LinearOperator:
+        """The matrix as a `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors, for `eigsh`, `cg`, ...;
+        `natgrad.linalg.External` is the way back."""
+        from natgrad.linalg.external import to_scipy
+
+        return to_scipy(self._operator)
+
+    def __getitem__(self, names: str | Iterable[str]) -> Operator:
+        """The principal submatrix of some parameters, by their names, or of modules by theirs: `F["fc1"]`,
+        `F[["fc1.weight", "fc2.weight"]]`. It keeps the structure where it takes whole blocks."""
+        from natgrad.linalg.submatrix import submatrix
+
+        return submatrix(self._operator, names)
+
+    def to(self, *args: Any, **kwargs: Any) -> Operator:
+        """The same matrix with another dtype or on another device, as `Tensor.to` takes them.
+
+        Raises:
+            TypeError: for a matrix that holds a model and data, as implicit ones do.
+        """
+        from natgrad.linalg.submatrix import converted
+
+        return converted(self._operator, *args, **kwargs)

@@ -24,10 +24,7 @@ class Top(NamedTuple):
 
 
 class Scores(Tensor):
-    """Influence scores: a tensor, with `top`.
-
-    Args:
-        values: `(queries, training examples)`.
+    """Influence scores, `(queries, training examples)`: a tensor, with `top`.
 
     Example:
         >>> import torch
