@@ -6,6 +6,7 @@ from natgrad.curvature.residual import residual
 from natgrad.linalg import load
 from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, load_checkpoint
 from natgrad.uses.influence import influence
+from natgrad.uses.jacobian import Jacobian, jacobian, ntk
 from natgrad.uses.laplace import laplace
 from natgrad.uses.lds import LDS, lds
 from natgrad.uses.posterior import LaplacePosterior
@@ -16,18 +17,21 @@ __all__ = [
     "LDS",
     "PRONG",
     "GrowingBatches",
+    "Jacobian",
     "LaplacePosterior",
     "NaturalGradient",
     "fisher",
     "gauss_newton",
     "hessian",
     "influence",
+    "jacobian",
     "laplace",
     "lds",
     "linalg",
     "load",
     "load_checkpoint",
     "losses",
+    "ntk",
     "residual",
 ]
 

@@ -61,6 +61,20 @@ def test_a_large_matrix_takes_few_products():
     close(found.values, e.flip(0)[:5], 1e-8)
 
 
+@pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
+def test_the_spectral_norm(make):
+    case = make(3, 4, seed=1)
+    close((-1 * case.op).norm(2), torch.linalg.matrix_norm(case.dense, 2), 1e-8)
+    close(case.op.norm("fro"), torch.linalg.matrix_norm(case.dense))
+
+
+def test_the_spectral_norm_by_products():
+    H = implicit("hessian")
+    close(H.norm(2), torch.linalg.matrix_norm(H.to_dense(), 2), 1e-8)
+    with pytest.raises(ValueError, match="ord=1 is unknown"):
+        H.norm(1)
+
+
 def test_what_does_not_converge_is_said():
     e = torch.linspace(1, 1.001, 300, dtype=f64)
     with pytest.raises(RuntimeError, match="of 3 eigenvalues have not converged after"):

@@ -12,7 +12,7 @@ from natgrad.capture.cases import Layer
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_flag, check_max_dim
 from natgrad.curvature.blocks import assemble
-from natgrad.curvature.implicit import ImplicitGaussNewton, ImplicitHessian
+from natgrad.curvature.implicit import ImplicitGaussNewton, ImplicitHessian, ImplicitSampled
 from natgrad.curvature.moments import MAX_DIM, SHARING
 from natgrad.curvature.problem import Forward, Problem, check_mass
 from natgrad.curvature.structures import STRUCTURES
@@ -207,12 +207,7 @@ def _matrix(problem: Problem, structure: str, centered: bool, sharing: str, max_
     check_choice("sharing", sharing, SHARING)
     check_max_dim(max_dim)
     if structure == "implicit":
-        if problem.estimator != "exact":
-            raise ValueError(
-                f"structure='implicit' has no estimator={problem.estimator!r}; use 'exact', or another structure, "
-                "such as 'dense' or 'kfac'"
-            )
-        return ImplicitGaussNewton(problem)
+        return ImplicitGaussNewton(problem) if problem.estimator == "exact" else ImplicitSampled(problem)
     with torch.autocast(problem.device.type, enabled=False):  # the model's own precision is the problem's affair
         return _dense(problem) if structure == "dense" else _of_layers(problem, structure, centered, sharing, max_dim)
 

@@ -79,7 +79,7 @@ class CoordinateBlocks(Operator):
     def trace_in_coordinates(self) -> Tensor:
         return self.v.sum() + self.s.sum()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         ww, wc = self.v + self.m.square() * self.s, self.m * self.s
         return (ww.square() + 2 * wc.square() + self.s.square()).sum().sqrt()
 

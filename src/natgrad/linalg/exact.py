@@ -173,7 +173,7 @@ class ExactBlock(Operator):
         inputs = torch.einsum("nti,nsi->nts", self.h, self.h) + float(self.bias)
         return torch.einsum("nts,nkto,nkso->nk", inputs, self.g, self.g)
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return torch.linalg.matrix_norm(self._form_dense() if self._is_small() else self.gram())
 
     def _diagonal(self) -> Parts:
@@ -307,7 +307,7 @@ class ExactPower(Operator):
         e = self.block.spectrum()
         return ((e + self.damping) ** self.exponent).sum() + (self.space.size - len(e)) * self._rest
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         e = (self.block.spectrum() + self.damping) ** self.exponent
         return (e.square().sum() + (self.space.size - len(e)) * self._rest**2).sqrt()
 

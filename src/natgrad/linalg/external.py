@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import described
-from natgrad.linalg.operator import Operator
+from natgrad.linalg.krylov import IterativeInverse
+from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space
 from natgrad.linalg.stochastic import product
 
@@ -27,20 +29,36 @@ def _linear_operator() -> Any:
 
 def to_scipy(operator: Operator) -> LinearOperator:
     """A `scipy.sparse.linalg.LinearOperator` on NumPy vectors."""
-    dtype = torch.float32 if operator.dtype in (torch.bfloat16, torch.float16) else operator.dtype
 
-    def columns(V: Any) -> Any:
-        """The products with the columns of an array."""
-        rows = torch.from_numpy(np.ascontiguousarray(V.T)).to(operator.device, operator.dtype)
-        return product(operator, rows).to("cpu", dtype).numpy().T
+    def times(rows: Tensor) -> Tensor:
+        return product(operator, rows)
 
     size = operator.space.size
+    return linear_operator((size, size), times, times, operator.dtype, operator.device)
+
+
+def linear_operator(
+    shape: tuple[int, int],
+    times: Callable[[Tensor], Tensor],
+    transposed_times: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LinearOperator:
+    """One from products with the rows of a tensor."""
+    held = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+    def columns(apply: Callable[[Tensor], Tensor], V: Any) -> Any:
+        """The products with the columns of an array."""
+        rows = torch.from_numpy(np.ascontiguousarray(V.T)).to(device, dtype)
+        return apply(rows).to("cpu", held).numpy().T
+
     return _linear_operator()(
-        shape=(size, size),
-        matvec=lambda v: columns(v.reshape(-1, 1))[:, 0],
-        rmatvec=lambda v: columns(v.reshape(-1, 1))[:, 0],
-        matmat=columns,
-        dtype=torch.empty(0, dtype=dtype).numpy().dtype,
+        shape=shape,
+        matvec=lambda v: columns(times, v.reshape(-1, 1))[:, 0],
+        rmatvec=lambda v: columns(transposed_times, v.reshape(-1, 1))[:, 0],
+        matmat=lambda V: columns(times, V),
+        rmatmat=lambda V: columns(transposed_times, V),
+        dtype=torch.empty(0, dtype=held).numpy().dtype,
     )
 
 
@@ -84,3 +102,10 @@ class External(Operator):
         rows = v.reshape(-1, self.space.size).numpy()
         found: Tensor = torch.from_numpy(np.ascontiguousarray(self.matrix.matmat(rows.T).T)).to(self.dtype)
         return self.space.unflatten(found.reshape(v.shape))
+
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+        """`(M + damping I)⁻¹` by conjugate gradients."""
+        check_damping(damping, damping_style)
+        if damping_style != "exact":
+            raise TypeError(f"{self._label()} has no factors to damp; use damping_style='exact'")
+        return IterativeInverse(self, damping)

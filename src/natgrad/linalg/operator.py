@@ -103,8 +103,7 @@ class Operator(Spectral, ABC):
         """The sum of the diagonal."""
         raise self._cannot("trace")
 
-    def norm(self) -> Tensor:
-        """The Frobenius norm."""
+    def _norm(self) -> Tensor:
         raise self._cannot("norm")
 
     def _diagonal(self) -> Parts:
@@ -242,8 +241,12 @@ class Operator(Spectral, ABC):
     ) -> Estimate:
         """The trace from `samples` products, with its standard error.
 
-        `method="hutchinson"` takes random signs (1990); `"hutch++"` (Meyer et al. 2021) and `"xtrace"` (Epperly, Tropp &
-        Webber 2024) are more exact where a few eigenvalues make up most of the trace.
+        Args:
+            samples: how many products.
+            generator: the source of the random vectors.
+            method: `"hutchinson"` takes random signs (1990); `"hutch++"` (Meyer, Musco, Musco & Woodruff 2021) and
+                `"xtrace"` (Epperly, Tropp & Webber 2024) are more exact where a few eigenvalues make up most of the
+                trace.
         """
         from natgrad.linalg.stochastic import estimate_trace
         from natgrad.linalg.traces import TRACES, hutch_plus_plus, xtrace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -75,6 +74,29 @@ class Spectral:
 
         return spectral_density(self._operator, samples, steps, generator)
 
+    def norm(self, ord: str | int = "fro") -> Tensor:
+        """A norm of the matrix, a scalar.
+
+        Args:
+            ord: `"fro"`, Frobenius; or `2`, the largest absolute eigenvalue, from the structure where that has
+                eigenvalues, else by products as in `top_eigenvalues`.
+
+        Raises:
+            TypeError: if the structure has no exact Frobenius norm.
+            RuntimeError: if the largest eigenvalue has not converged.
+        """
+        from natgrad.linalg.eigenvalues import eigenvalues
+
+        M = self._operator
+        if ord == "fro":
+            return M._norm()
+        if ord != 2 or isinstance(ord, bool):
+            raise ValueError(f"ord={ord!r} is unknown: expected 'fro' or 2")
+        try:
+            return eigenvalues(M).abs().max()
+        except TypeError:
+            return M.top_eigenvalues(1, which="magnitude").values[0].abs()
+
     def condition(self, damping: float = 0.0) -> Tensor:
         """The largest over the smallest eigenvalue of `M + damping I`, a scalar: how hard it is to solve with.
 
@@ -107,7 +129,7 @@ class Spectral:
 
         return to_scipy(self._operator)
 
-    def __getitem__(self, names: str | Iterable[str]) -> Operator:
+    def __getitem__(self, names: Any) -> Operator:
         """The principal submatrix of some parameters, by their names, or of modules by theirs: `F["fc1"]`,
         `F[["fc1.weight", "fc2.weight"]]`. It keeps the structure where it takes whole blocks."""
         from natgrad.linalg.submatrix import submatrix

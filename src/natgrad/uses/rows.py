@@ -14,7 +14,7 @@ from natgrad.capture.cases import read_cases
 from natgrad.capture.recorder import Recorder
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import described
-from natgrad.curvature.blocks import named_blocks
+from natgrad.curvature.blocks import assemble, named_blocks
 from natgrad.curvature.matrices import example_gradients
 from natgrad.curvature.problem import Problem
 from natgrad.curvature.structures import ExactStructure
@@ -93,12 +93,8 @@ def rows_of(problem: Problem, columns: Columns) -> Iterator[Rows]:
 
 
 def _captured(problem: Problem, recorder: Recorder, output: Tensor, columns: list[Tensor]) -> BlockDiagonal:
-    recorder.check(output)
-    for use in recorder.uses:
-        use.forget_output()
-    one = torch.ones((), dtype=problem.dtype, device=problem.device)
     parts = ExactStructure()
-    parts.add(read_cases(recorder.uses, output, columns, one, problem.dtype, sampled=False))
+    add_batch(parts, problem, recorder, output, columns)
     blocks = named_blocks(parts.build(is_mean=False), problem.parameters)
     reached = {n for block in blocks.values() for n in block.names}
     for name, p in problem.parameters.items():  # a parameter that this batch did not use has rows of zeros
@@ -106,6 +102,22 @@ def _captured(problem: Problem, recorder: Recorder, output: Tensor, columns: lis
             zeros = p.new_zeros(len(output), len(columns), p.numel(), dtype=problem.dtype)
             blocks[name] = Block(ColumnBlock(zeros, (tuple(p.shape),)), (name,))
     return BlockDiagonal(blocks, _space(problem))
+
+
+def add_batch(
+    parts: ExactStructure, problem: Problem, recorder: Recorder, output: Tensor, columns: list[Tensor]
+) -> None:
+    """Takes the rows of a recorded batch into the exact blocks."""
+    recorder.check(output)
+    for use in recorder.uses:
+        use.forget_output()
+    one = torch.ones((), dtype=problem.dtype, device=problem.device)
+    parts.add(read_cases(recorder.uses, output, columns, one, problem.dtype, sampled=False))
+
+
+def joined_layers(parts: ExactStructure, problem: Problem) -> Joint:
+    """The rows of all batches, of those parameters that they use."""
+    return Joint(assemble(parts.build(is_mean=False), problem.parameters))
 
 
 def _by_autograd(problem: Problem, output: Tensor, columns: list[Tensor]) -> BlockDiagonal:
