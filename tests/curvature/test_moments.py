@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Rows
 from natgrad.curvature.moments import AffineMoments, KnownSums, merge
 from oracles import close, f64, randn

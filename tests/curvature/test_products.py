@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch.nn.functional as F
-from layers.networks import NETWORKS, make
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from layers.networks import NETWORKS, make
 from natgrad.capture.recorder import Recorder
 from natgrad.curvature.products import tangent
 from oracles import close, f64, randn

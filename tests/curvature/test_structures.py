@@ -486,17 +486,3 @@ def test_a_parameter_that_no_layer_covers(structure):
     model = nn.Sequential(nn.Linear(3, 4, dtype=f64), Power(4), nn.Linear(4, CLASSES, dtype=f64))
     with pytest.raises(NotImplementedError, match=r"'1\.exponent'.*params="):
         natgrad.fisher(model, problem.loss, problem.batches, structure)
-
-
-@pytest.mark.parametrize("structure", ["block", "ekfac", "diagonal"])
-def test_an_input_whose_first_axis_is_not_the_examples(structure):
-    class Folded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(3, CLASSES, dtype=f64)
-
-        def forward(self, x):
-            return self.fc(x.transpose(0, 1).flatten(0, 1)).view(-1, len(x), CLASSES).sum(0)
-
-    with pytest.raises(ValueError, match=r"layer 'fc' was used on 8 rows where the output has 4 examples.*axis 0"):
-        natgrad.fisher(Folded(), nn.CrossEntropyLoss(), (randn(4, 2, 3), torch.arange(4) % CLASSES), structure)

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from layers.networks import NETWORKS, make
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from layers.networks import NETWORKS, make
 from natgrad.curvature.products import tangent
 from natgrad.curvature.tangents import RULES, tangent_rule
 from oracles import close, f64, randn

@@ -614,7 +614,7 @@ class TestWhatTheLossIsGiven:
     @pytest.mark.parametrize(
         ("loss", "message"),
         [
-            (nn.L1Loss(), "loss is a L1Loss; expected an instance of one of"),
+            (nn.CTCLoss(), "loss is a CTCLoss; expected an instance of one of"),
             (nn.CrossEntropyLoss(reduction="none"), "reduction='none'.* needs 'mean' or 'sum'"),
         ],
         ids=str,

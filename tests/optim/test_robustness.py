@@ -390,7 +390,7 @@ class TestAsATorchOptimizer:
             assert 0.3 < opt.diagnostics["reduction_ratio"] < 3
 
     def test_a_scheduler_sets_the_step_size(self):
-        model, opt = made(**{**FIXED, "momentum": 0.0})
+        model, opt = made(**{**FIXED, "momentum": 0.0}, statistics_every=2, inverses_every=2)
         scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.1)
         start = copy.deepcopy(model.state_dict())
         moved = []
@@ -434,7 +434,7 @@ class TestAsATorchOptimizer:
         assert opt.diagnostics["lr"] is None
 
     def test_momentum_and_step_size_as_numbers(self):
-        model, opt = made(**FIXED)
+        model, opt = made(**FIXED, statistics_every=2, inverses_every=2)
         start = flat(model)
         step(model, opt)
         first = flat(model) - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, VIEWS, Call, Kind, View
+from natgrad.capture.forms import Form, Forms
+from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, RESHAPES, SPREADS, Call, Kind
 from natgrad.capture.layers.scale import Scale, product, shift
-from natgrad.capture.use import Form, Use
+from natgrad.capture.spread import Copied, Spreading
+from natgrad.capture.use import Use
 
 
 class Recorder(TorchFunctionMode):
@@ -27,22 +30,19 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.uses: list[Use] = []
         self._names: dict[int, str] = {}
-        # Other forms of a parameter (`W.T`, `W.chunk(3)`), kept alive so that their ids stay theirs.
-        self._forms: dict[int, tuple[Tensor, Form]] = {}
+        self._forms = Forms()  # other forms of a parameter: `W.T`, `W.chunk(3)`
         self.know(parameters)
         # Outputs of uses that have no bias yet: `h @ W.T + b` adds it in a second call.
         self._open: dict[int, Use] = {}
-        # Outputs of uses with one row for all examples, which a sum spreads over them.
-        self._spread: dict[int, Use] = {}
+        self._spreading = Spreading()
         # How parameters were used by functions of no kind, and with gradients disabled.
         self._others: dict[str, str] = {}
         self._without_gradients: dict[str, str] = {}
-        self._positions: int | None = None
 
     def know(self, parameters: Mapping[str, Tensor]) -> None:
         """Records the uses of these from now on."""
         self._names |= {id(p): n for n, p in parameters.items()}
-        self._forms |= {id(p): (p, Form(n)) for n, p in parameters.items()}
+        self._forms.know(parameters)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -50,19 +50,16 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         composite = COMPOSITES.get(func)
         tensors = _tensors((args, kwargs))
-        given = [t for t in tensors if id(t) in self._forms]
+        given = [t for t in tensors if t in self._forms]
         if composite is not None and given and torch.is_grad_enabled():
-            outer, self._positions = self._positions, composite.positions(*args, **kwargs)
-            try:
-                with self:
-                    return composite.function(*args, **kwargs)
-            finally:
-                self._positions = outer
+            with self:
+                return composite(*args, **kwargs)
         out = func(*args, **kwargs)
         if given:
             self._note(func, args, kwargs, out, given)
-        elif self._spread and func in ADDITIONS:
-            self._spread_out(args, out)
+        if func in SPREADS or func in RESHAPES or func is Tensor.__getitem__:
+            for copied in self._spreading.look_at(func, args, kwargs, out):
+                self._spread_out(copied, out)
         return out
 
     def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, given: list[Tensor]) -> None:
@@ -71,44 +68,31 @@ class Recorder(TorchFunctionMode):
             if not any(t.requires_grad for t in _tensors(out)):
                 return
             others = self._others
-            if self._look_at(VIEWS[func](*args, **kwargs) if func in VIEWS else None, out):
-                return
             calls = self._calls(func, args, kwargs)
             for call in calls:
                 covered |= self._record(func, call, out)
+            if not calls and self._forms.look_at(func, args, kwargs, out):
+                return
         for t in given:
-            name = self._forms[id(t)][1].name
+            name = self._named(t)
             if name not in covered:
                 how = f" as a bias of shape {tuple(t.shape)}" if any(t is call.bias for call in calls) else ""
                 others.setdefault(name, _name(func) + how)
-
-    def _look_at(self, view: View | None, out: Any) -> bool:
-        """Keeps the forms of a parameter that a view gives, if it is one."""
-        held = None if view is None else self._forms.get(id(view.of))
-        if view is None or held is None:
-            return False
-        form = held[1]
-        if (view.rows and form.transposed) or (not view.rows and not view.transposed and form.transposed):
-            return False
-        first = form.rows[0] if form.rows else 0
-        rows = [(first + a, first + b) for a, b in view.rows] if view.rows else [form.rows]
-        for tensor, its_rows in zip(out if isinstance(out, (tuple, list)) else [out], rows, strict=True):
-            self._forms[id(tensor)] = (
-                tensor,
-                replace(form, rows=its_rows, transposed=form.transposed != view.transposed),
-            )
-        return True
 
     def _calls(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
         """The uses that a call is made of."""
         if func in PARSERS:
             calls = PARSERS[func](*args, **kwargs)
+            if isinstance(calls, tuple):  # it may be read in several ways
+                calls = next((call for call in calls if call.weight in self._forms), calls[0])
             return calls if isinstance(calls, list) else [calls] if calls is not None else []
         if func in ADDITIONS or func in PRODUCTS:
             operands = [*args, *(kwargs[k] for k in ("input", "other") if k in kwargs)]
             tensors = [t for t in operands if isinstance(t, Tensor)]
             if len(tensors) == 2 and kwargs.get("alpha", 1) == 1:
-                own = [id(t) in self._forms for t in tensors]
+                own = [t in self._forms for t in tensors]
+                if own == [True, True] and func in ADDITIONS:
+                    return [shift(t.new_zeros(()), t) for t in tensors]
                 if own == [True, False]:
                     tensors.reverse()
                 if own != [True, True]:
@@ -118,91 +102,103 @@ class Recorder(TorchFunctionMode):
     def _record(self, func: Any, call: Call, out: Tensor) -> set[str]:
         """Keeps the use that a call is. Returns the names of the parameters it covers."""
         if call.weight is None and self._add_bias(call, out):
-            return {self._forms[id(call.bias)][1].name}
-        weight, bias = (self._form(t) for t in (call.weight, call.bias))
+            return {self._named(call.bias)}
+        weight, bias = (self._forms.of(t) for t in (call.weight, call.bias))
         if bias is not None and not self._fits(call, bias, out):
             bias = None
         if weight is None and bias is None:
             return set()
         kind = call.kind.oriented(weight is not None and weight.transposed)
-        if kind is None or id(call.h) in self._forms or not self._is_matrix(call, weight, kind, out):
+        if kind is None or call.h in self._forms or not self._is_matrix(call, weight, kind):
             return set()
         kind = kind.kept(weight is not None, bias is not None)
+        if isinstance(kind, Scale):
+            kind = _placed(kind, weight, bias)
         others = [call.h, *call.others]
         others += [t for t, form in ((call.weight, weight), (call.bias, bias)) if form is None and t is not None]
+        of_matrix = not isinstance(kind, Scale)
+        is_one = isinstance(kind, Scale) and kind.is_one
         use = Use(
             None if weight is None else weight.name,
-            None if bias is None else bias.name,
+            None if bias is None or is_one else bias.name,
             kind,
-            None if weight is None else _within(weight.rows, call.rows),
-            None if bias is None else _within(bias.rows, call.rows),
+            _within(weight.rows, call.rows) if weight is not None and of_matrix else None,
+            _within(bias.rows, call.rows) if bias is not None and of_matrix else None,
             func,
             call.h.detach(),
             out,
             _edge(out),
             tuple(get_gradient_edge(t).node for t in others if t.requires_grad),
             (call.h._version, out._version),
-            0 if self._positions is None else 1,
-            _lead(call.h) if self._positions is None else self._positions,
+            {form.name: form.shape for form in (weight, bias) if form is not None},
             all(t is None or id(t) in self._names for t in (call.weight, call.bias)),
         )
         self.uses.append(use)
-        if call.bias is None and call.weight is not None and kind.features == -1 and not isinstance(kind, Scale):
+        if bias is None and call.bias is None and kind.features == -1 and (of_matrix or use.weight):
             self._open[id(out)] = use
-        if len(out) == 1 and out.ndim > 1:
-            self._spread[id(out)] = use
+        self._spreading.note(use)
         return {form.name for form in (weight, bias) if form is not None}
 
-    def _form(self, t: Tensor | None) -> Form | None:
-        held = None if t is None else self._forms.get(id(t))
-        return None if held is None else held[1]
+    def _named(self, t: Tensor | None) -> str:
+        form = self._forms.of(t)
+        assert form is not None
+        return form.name
 
     def _fits(self, call: Call, bias: Form, a: Tensor) -> bool:
         """Whether a bias has an entry for each of `a`'s features, or is spread over them."""
         assert call.bias is not None
-        if bias.transposed or (isinstance(call.kind, Scale) and not _spreads(call.bias, a)):
-            return False
-        return isinstance(call.kind, Scale) or call.bias.shape == (a.shape[call.kind.features],)
+        if isinstance(call.kind, Scale):
+            return True
+        return bias.matrix and not bias.transposed and call.bias.shape == (a.shape[call.kind.features],)
 
-    def _is_matrix(self, call: Call, weight: Form | None, kind: Kind, a: Tensor) -> bool:
+    def _is_matrix(self, call: Call, weight: Form | None, kind: Kind) -> bool:
         """Whether the weight is read as its layout says: rows of a matrix that is stored row by row, or all of it."""
-        if weight is None:
+        if weight is None or isinstance(kind, Scale):
             return True
         assert call.weight is not None
-        if isinstance(kind, Scale):
-            return weight.rows is None and _spreads(call.weight, a)
-        if weight.rows is not None and (kind.layout.form != "plain" or call.rows is not None):
+        if not weight.matrix or (weight.rows is not None and (kind.layout.form != "plain" or call.rows is not None)):
             return False
         return call.weight.ndim > 1
 
     def _add_bias(self, call: Call, out: Tensor) -> bool:
-        """Gives an affine use the bias that a call adds to its output."""
-        use, bias = self._open.get(id(call.h)), self._form(call.bias)
-        if use is None or bias is None or call.bias is None or not use.a_intact:
+        """Gives a use that has none the bias that a call adds to its output."""
+        use, bias = self._open.get(id(call.h)), self._forms.of(call.bias)
+        if use is None or bias is None or call.bias is None or not use.a_intact or out.shape != use.a.shape:
             return False
-        if call.bias.shape != use.a.shape[-1:] or out.shape != use.a.shape:
+        if isinstance(use.kind, Scale):
+            if (
+                bias.name == use.weight
+                or call.bias.shape != use.kind.spread
+                or not bias.whole
+                or use.kind.entries[0] is not None
+            ):
+                return False
+            kind: Kind = replace(use.kind, has_shift=True)
+        elif not bias.matrix or bias.transposed or call.bias.shape != use.a.shape[-1:]:
             return False
+        else:
+            kind = use.kind
         del self._open[id(call.h)]
-        self._extend(use, out, bias=bias.name, bias_rows=bias.rows)
+        rows = None if isinstance(kind, Scale) else bias.rows
+        shapes = use.shapes | {bias.name: bias.shape}
+        self._spreading.forget(use)
+        self._spreading.note(self._extend(use, out, kind=kind, bias=bias.name, bias_rows=rows, shapes=shapes))
         return True
 
-    def _spread_out(self, args: Sequence[Any], out: Any) -> None:
-        """A use with one row for all examples, added to what has a row for each: it is a use for each."""
-        operands = [t for t in args if isinstance(t, Tensor)]
-        use = next((self._spread[id(t)] for t in operands if id(t) in self._spread), None)
-        if use is None or len(operands) != 2 or not use.a_intact or out.ndim != use.a.ndim or len(out) == 1:
+    def _spread_out(self, copied: Copied, out: Tensor) -> None:
+        """A use that is one for all examples, of which each has got a copy: it is a use for each."""
+        if copied.use not in self.uses or not copied.use.a_intact:
             return
-        other = operands[0] if operands[1] is use.a else operands[1]
-        if out.shape[1:] != use.a.shape[1:]:
-            return
-        del self._spread[id(use.a)]
-        more = (get_gradient_edge(other).node,) if other.requires_grad else ()
-        self._extend(use, out, h=use.h.expand(len(out), *use.h.shape[1:]), sources=use.sources + more)
+        other = copied.other
+        more = (get_gradient_edge(other).node,) if other is not None and other.requires_grad else ()
+        sources = copied.use.sources + more
+        self._extend(copied.use, out, kind=copied.kind, h=copied.h, sources=sources, is_spread=True)
 
-    def _extend(self, use: Use, out: Tensor, **changes: Any) -> None:
+    def _extend(self, use: Use, out: Tensor, **changes: Any) -> Use:
         versions = (use.versions[0], out._version)
         whole = replace(use, a=out, edge=_edge(out), versions=versions, before=use, **changes)
         self.uses[self.uses.index(use)] = whole
+        return whole
 
     def let_go(self) -> None:
         """Keeps no tensor that the forward has returned: aliases without a graph are in the place of all outputs."""
@@ -212,7 +208,7 @@ class Recorder(TorchFunctionMode):
                 aliases[id(use.a)] = use.a.detach()
             use.a = aliases[id(use.a)]
         self._open.clear()
-        self._spread.clear()
+        self._spreading = Spreading()
 
     def check(self, output: Any, *, reached: bool = False) -> list[Use]:
         """The uses, or those that `output` depends on if `reached`; it depends on the parameters by these alone.
@@ -263,6 +259,17 @@ class Recorder(TorchFunctionMode):
         return missed, reached
 
 
+def _placed(kind: Scale, weight: Form | None, bias: Form | None) -> Scale:
+    """The kind, with the places of its coordinates in the parameters."""
+    entries, sizes = [], []
+    for form in (weight, bias):
+        chosen = None if form is None or form.whole else form.select().flatten()
+        entries.append(chosen)
+        sizes.append(0 if form is None else prod(form.shape))
+    is_one = weight is not None and bias is not None and weight.name == bias.name
+    return replace(kind, entries=(entries[0], entries[1]), sizes=(sizes[0], sizes[1]), is_one=is_one)
+
+
 def _edge(a: Tensor) -> GradientEdge:
     """The edge of `a`. Where it is another shape of one tensor (`linear` with positions), the edge of that tensor:
     an in-place function on a view gives the view a new node, and the old one leaves the graph."""
@@ -281,20 +288,6 @@ def _within(outer: tuple[int, int] | None, inner: tuple[int, int] | None) -> tup
     if outer is None or inner is None:
         return outer or inner
     return outer[0] + inner[0], outer[0] + inner[1]
-
-
-def _lead(h: Tensor) -> int | None:
-    """The first axis of what was flattened to the two axes of `h`."""
-    base = h._base
-    if h.ndim != 2 or base is None or base.ndim < 3 or base.numel() != h.numel() or len(h) % len(base):
-        return None
-    outermost = base.stride(0) * len(base) == base.numel()  # of the base's axes in memory
-    return len(base) if h.is_contiguous() and outermost else None
-
-
-def _spreads(parameter: Tensor, a: Tensor) -> bool:
-    """Whether a parameter is the same for all examples on axis 0 of `a`."""
-    return a.ndim > parameter.ndim or (a.ndim == parameter.ndim > 0 and len(parameter) == 1) or parameter.numel() == 1
 
 
 def _tensors(value: Any) -> list[Tensor]:

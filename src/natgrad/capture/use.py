@@ -21,11 +21,10 @@ class Use:
     `bias_rows` those of the bias (None: all).
     `edge` stands for `a` in the autograd graph: its gradient is that of the pre-activation even if an in-place
     function has since overwritten the tensor, with the entries of `a` in its own shape. `sources` are where the
-    graph goes on from `a` beside these parameters. `before` is the use as it was until a later call added the bias,
-    or the examples that `W h` is the same for. `direct`: the function was given the parameters themselves.
-
-    Examples are on `example_axis`; or, where `lead` is given, on that axis of what has been flattened to two axes,
-    the first of size `lead`.
+    graph goes on from `a` beside these parameters. `shapes` are the parameters' own.
+    `before` is the use as it was until a later call added the bias,
+    or (`is_spread`) gave each example a copy of what is one for all. `direct`: the function was given the parameters
+    themselves.
     """
 
     weight: str | None
@@ -37,16 +36,25 @@ class Use:
     h: Tensor
     a: Tensor
     edge: GradientEdge
-    sources: tuple[Node, ...]
+    sources: tuple[Any, ...]
     versions: tuple[int, int]
-    example_axis: int = 0
-    lead: int | None = None
+    shapes: dict[str, tuple[int, ...]]
     direct: bool = True
     before: Use | None = None
+    is_spread: bool = False
 
     def forget_output(self) -> None:
         """Lets go of the memory of `a`; its shape stays."""
-        self.a, self.before = self.a.new_empty(()).expand(self.a.shape), None
+        self.a = self.a.new_empty(()).expand(self.a.shape)
+        if self.narrow is not None:
+            self.narrow.forget_output()
+        else:
+            self.before = None
+
+    @property
+    def narrow(self) -> Use | None:
+        """The use as it was before it was spread over examples, where it was."""
+        return self.before if self.is_spread else None
 
     def check_input(self) -> None:
         """Raises RuntimeError if `h` was overwritten since the forward."""
@@ -60,30 +68,18 @@ class Use:
     def a_intact(self) -> bool:
         return self.a._version == self.versions[1]
 
-    def by_example(self, t: Tensor, examples: int) -> Tensor:
-        """`h`, or a tensor of `a`'s shape, with its examples on axis 0 if it can be told where they are."""
-        if self.kind.features == -1:
-            if self.lead is not None and t.ndim == 2 and (self.example_axis == 1 or len(t) != examples):
-                t = t.unflatten(0, (self.lead, -1))
-            if t.ndim > 2 and (self.example_axis == 1 or (len(t) != examples and t.shape[1] == examples)):
-                t = t.transpose(0, 1)
-        return t
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The axes of `a` on which different examples may lie."""
+        return self.kind.grid(self.a)
 
     def parts(self, reached: Set[Node]) -> list[Use]:
         """The use itself; or, where the graph has reached what was `before`, that, and the bias added since with a
         pre-activation of its own."""
         if self.before is None or self.before.edge.node not in reached:
             return [self]
-        if self.bias is None:
+        if self.is_spread:
             return self.before.parts(reached)
-        bias = replace(self, weight=None, function=torch.add, sources=(self.before.edge.node,), before=None)
-        return [self.before, bias]
-
-
-@dataclass(frozen=True)
-class Form:
-    """A parameter as a function was given it: all of it or some rows, as it is or transposed."""
-
-    name: str
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
+        kind = self.kind.kept(False, True)
+        sources = (self.before.edge.node,)
+        return [self.before, replace(self, kind=kind, weight=None, function=torch.add, sources=sources, before=None)]

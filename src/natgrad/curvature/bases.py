@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer
-from natgrad.capture.layers import Inputs, Rows, Sparse
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
+from natgrad.capture.layers import Inputs, Rows, Sparse, joined
 from natgrad.curvature.blocks import homogeneous
-from natgrad.curvature.groups import has_rival, joined_examples, step_of
+from natgrad.curvature.groups import by_case, has_rival, step_of
 from natgrad.curvature.moments import AffineMoments, Moments
 from natgrad.distributed.assignment import cost
 from natgrad.distributed.world import World
@@ -53,7 +54,7 @@ class Eigenbasis:
 
     def inputs(self, cases: Cases, m: AffineMoments) -> Inputs:
         """`U_Cᵀ (h − m)`, or `U_Aᵀ x`."""
-        x = joined_examples(cases, self.layer)
+        x = joined(cases.h[self.layer])
         if not self.layer.weight or isinstance(x, Sparse):
             return x
         h = x.dense()
@@ -135,7 +136,8 @@ def squares_in(bases: Mapping[Layer, Eigenbasis], moments: Mapping[Layer, Moment
         z = {layer: basis.inputs(cases, _affine(moments[layer])) for layer, basis in present.items()}
         for g in cases.columns:
             for layer, basis in present.items():
-                accumulate(values, layer, basis.squares(z[layer], cases.by_example(layer, g[layer])))
+                if layer in g:
+                    accumulate(values, layer, basis.squares(z[layer], by_case(g[layer])))
     return values
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from math import prod
 
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Layer
-from natgrad.curvature.groups import groups, tiled, whole
-from natgrad.curvature.moments import AffineMoments, Moments, ScaleMoments
+from natgrad.capture.layer import Layer
+from natgrad.curvature.groups import groups, tiled, united, whole
+from natgrad.curvature.moments import AffineMoments, Moments, ScaleMoments, reconciled
 from natgrad.linalg import (
     Block,
     BlockDiagonal,
@@ -19,6 +19,7 @@ from natgrad.linalg import (
     CenteredKronecker,
     ColumnBlock,
     CoordinateBlocks,
+    Dense,
     Diagonal,
     ExactBlock,
     Homogeneous,
@@ -29,6 +30,8 @@ from natgrad.linalg import (
 )
 from natgrad.linalg.centered import matrix_of
 from natgrad.linalg.nearest import nearest_of_cases, nearest_of_columns
+
+ELSE = "use structure='block', 'diagonal', 'dense' or 'implicit', or leave it out with params="
 
 
 def assemble(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tensor]) -> BlockDiagonal:
@@ -48,8 +51,16 @@ def named_blocks(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tens
     Raises:
         NotImplementedError: if some rows of a parameter are in no layer.
     """
-    blocks = {}
+    blocks: dict[str, Block] = {}
+    users: dict[str, str] = {}
     for layer, op in layers.items():
+        for n in layer.names:
+            if n in users:
+                raise NotImplementedError(
+                    f"{n!r} was used by {users[n]} in one batch and by {layer.function} in another, which make no "
+                    f"block together; {ELSE}"
+                )
+            users[n] = layer.function
         shapes = tuple(tuple(parameters[n].shape) for n in layer.names)
         if sum(map(prod, shapes)) != op.space.size:
             raise NotImplementedError(
@@ -63,12 +74,31 @@ def named_blocks(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tens
 def kfac_blocks(moments: Mapping[Layer, Moments], is_mean: bool, centered: bool) -> dict[Layer, Operator]:
     """K-FAC's operator of every whole layer."""
     blocks: dict[Layer, Operator] = {}
+    moments = reconciled(moments)
     for layers in groups(moments):
-        if len({layer.layout for layer in layers}) > 1:
+        if len({layer.scale for layer in layers}) > 1:
+            blocks[united(layers)] = _vector(layers, moments, is_mean)
+        elif len({layer.layout for layer in layers}) > 1:
             blocks[whole(layers)] = pooled({layer: moments[layer] for layer in layers}, is_mean)
         else:
             blocks |= tiled({layer: kfac_block(layer, moments[layer], is_mean, centered) for layer in layers})
     return blocks
+
+
+def _vector(layers: Sequence[Layer], moments: Mapping[Layer, Moments], is_mean: bool) -> Operator:
+    """The matrix of a vector that is a bias and a scale: the sum of both uses' matrices.
+
+    Raises:
+        NotImplementedError: for a matrix, which is a factor of a product and a scale.
+    """
+    first = layers[0]
+    if any(layer.weight and not layer.scale for layer in layers) or any(len(layer.names) > 1 for layer in layers):
+        raise NotImplementedError(
+            f"{first.names[0]!r} is used by {' and by '.join(layer.function for layer in layers)}, whose sum has no "
+            f"Kronecker factors; {ELSE}"
+        )
+    blocks = [kfac_block(layer, moments[layer], is_mean, False) for layer in layers]
+    return Dense(torch.stack([block.to_dense() for block in blocks]).sum(0))
 
 
 def kfac_block(layer: Layer, moments: Moments, is_mean: bool, centered: bool) -> Operator:
@@ -114,7 +144,15 @@ def pooled(moments: Mapping[Layer, Moments], is_mean: bool) -> Kronecker:
     Every use `u` is a product `L_u ⊗ R_u` of a factor of the rows and one of the columns. Their sum has no inverse of
     this form; in its place stands the product with the same partial traces, and so the same trace:
     `(Σ L_u tr R_u) ⊗ (Σ R_u tr L_u) / Σ tr L_u tr R_u`.
+
+    Raises:
+        NotImplementedError: for the kernel of convolutions and of transposed ones, whose factors are of other axes.
     """
+    if any(layer.layout.form == "deconvolution" for layer in moments):
+        raise NotImplementedError(
+            f"{next(iter(moments)).names[0]!r} is the kernel of convolutions and of transposed ones, whose sum has no "
+            f"Kronecker factors; {ELSE}"
+        )
     lefts, rights, traces = [], [], []
     for layer, m in moments.items():
         assert isinstance(m, AffineMoments)

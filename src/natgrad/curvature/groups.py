@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, joined
 from natgrad.linalg import Operator, Rows
 from natgrad.linalg.layout import PLAIN
@@ -24,9 +26,47 @@ def groups(layers: Iterable[Layer]) -> list[list[Layer]]:
     return [sorted(group, key=lambda layer: layer.rows or (0, 0)) for group in found.values()]
 
 
+def components(layers: Iterable[Layer], together: Iterable[tuple[str, ...]] = ()) -> list[list[Layer]]:
+    """The layers that share parameters, or have some that are used together; also by way of others."""
+    found: list[tuple[set[str], list[Layer]]] = []
+    for names, own in [*((set(names), []) for names in together), *((set(l.names), [l]) for l in layers)]:
+        near = [group for group in found if group[0] & names]
+        joined_names = names.union(*(group[0] for group in near))
+        found = [g for g in found if g not in near] + [(joined_names, [*(l for _, ls in near for l in ls), *own])]
+    return [own for _, own in found if own]
+
+
 def has_rival(layer: Layer, layers: Iterable[Layer]) -> bool:
-    """Whether the layer's weight is used in another layout too: as `W` and as `Wᵀ`."""
-    return any(other.names == layer.names and other.layout != layer.layout for other in layers)
+    """Whether the layer's weight is used in another way too: as `W` and as `Wᵀ`, in a product and as a scale."""
+    own = layer.layout, layer.scale
+    return any(other.names == layer.names and (other.layout, other.scale) != own for other in layers)
+
+
+def is_simple(layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a component is one layer, or layers whose rows are all of their parameters', each once."""
+    first = layers[0]
+    if len(layers) == 1 and first.rows is None:
+        return True
+    rows = sorted(layer.rows or (0, 0) for layer in layers)
+    fits = all((layer.names, layer.layout, layer.scale) == (first.names, first.layout, first.scale) for layer in layers)
+    ends = [0, *(stop for _, stop in rows)]
+    return fits and [start for start, _ in rows] == ends[:-1] and ends[-1] == _height(first, shapes[first.names[0]])
+
+
+def _height(layer: Layer, shape: tuple[int, ...]) -> int:
+    """How many rows the matrix of a layer's first parameter has."""
+    form = layer.layout.form if layer.weight else "plain"
+    return {"plain": shape[0], "transposed": shape[-1], "deconvolution": layer.layout.groups * shape[1 % len(shape)]}[
+        form
+    ]
+
+
+def united(layers: Sequence[Layer]) -> Layer:
+    """The layer of all parameters of a component, each in its own shape."""
+    weights = dict.fromkeys(layer.weight for layer in layers if layer.weight)
+    names = list(dict.fromkeys([*weights, *(n for layer in layers for n in layer.names)]))
+    function = " + ".join(dict.fromkeys(layer.function for layer in layers))
+    return Layer(names[0], names[1] if len(names) > 1 else None, more=tuple(names[2:]), function=function)
 
 
 def whole(layers: Sequence[Layer]) -> Layer:
@@ -66,28 +106,70 @@ def tiled(operators: Mapping[Layer, Operator]) -> dict[Layer, Operator]:
 
 
 def example_gradients(cases: Cases, layers: Sequence[Layer], g: Mapping[Layer, list[Tensor]]) -> Parts:
-    """The gradient of every example in the parameters of a group, `(n, *shape)` each, as the whole layer has them."""
-    parts = [_example_gradient(cases, layer, g[layer]) for layer in layers]
-    if len(layers) == 1:
-        return parts[0]
-    if layers[0].rows is not None:
-        return tuple(torch.cat(column, 1) for column in zip(*parts, strict=True))
-    plain = [W.mT if layer.layout.form == "transposed" else W for layer, (W, *_) in zip(layers, parts, strict=True)]
-    return (torch.stack(plain).sum(0),)
+    """The gradient of every case in the parameters of `united(layers)`, `(n, *form_of(shape))` each."""
+    total: dict[str, Tensor] = {}
+    if len(layers) > 1 and is_simple(layers, cases.shapes):  # rows, one below the other
+        ordered = sorted(layers, key=lambda layer: layer.rows or (0, 0))
+        own = [single_gradients(cases, layer, g) for layer in ordered]
+        found = [(replace(layers[0], rows=None), tuple(torch.cat(parts, 1) for parts in zip(*own, strict=True)))]
+    else:
+        found = [(layer, single_gradients(cases, layer, g)) for layer in layers]
+    for layer, parts in found:
+        for n, part in in_own_shapes(layer, parts, cases.shapes).items():
+            total[n] = total[n] + part if n in total else part
+    return tuple(total[n].reshape(-1, *form_of(cases.shapes[n])) for n in united(layers).names)
 
 
-def _example_gradient(cases: Cases, layer: Layer, uses: list[Tensor]) -> Parts:
-    g = cases.by_example(layer, uses)
+def form_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which an operator of several layers' parameters has one of them: a vector or a matrix."""
+    return shape if len(shape) == 1 else (shape[0], prod(shape[1:])) if shape else (1,)
+
+
+def in_own_shapes(layer: Layer, parts: Parts, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The parts of a layer's vectors in the shapes of its parameters, after any leading axes; zero in other rows."""
+    found = {}
+    for i, (n, part) in enumerate(zip(layer.names, parts, strict=True)):
+        shape, is_weight = shapes[n], i == 0 and layer.weight is not None
+        lead = part.ndim - (1 if layer.scale else len(form_of(shape)))
+        if layer.rows is not None:
+            height = _height(layer, shape) if is_weight else shape[0]
+            placed = part.new_zeros(*part.shape[:lead], height, *part.shape[lead + 1 :])
+            placed.narrow(lead, layer.rows[0], layer.rows[1] - layer.rows[0]).copy_(part)
+            part = placed
+        layout = layer.layout if is_weight else PLAIN
+        found[n] = layout.to_parameter(part, shape, tuple(part.shape[lead:]))
+    return found
+
+
+def as_vectors(layer: Layer, values: Mapping[str, Tensor]) -> Parts:
+    """Undoes `in_own_shapes`, for a layer of all rows."""
+    parts = []
+    for i, n in enumerate(layer.names):
+        v = values[n]
+        shape, is_weight = tuple(v.shape), i == 0 and layer.weight is not None
+        if layer.scale:
+            parts.append(v.flatten())
+        elif is_weight and layer.layout.form != "plain":
+            height = _height(layer, shape)
+            parts.append(layer.layout.to_operator(v, shape, (height, v.numel() // height)))
+        else:
+            parts.append(v.reshape(form_of(shape)))
+    return tuple(parts)
+
+
+def single_gradients(cases: Cases, layer: Layer, g: Mapping[Layer, list[Tensor]]) -> Parts:
+    """The gradient of every case in one layer's parameters, `(n, *shape)` each, as its operator has them."""
+    its = by_case(g[layer])
     if layer.scale:
-        return coordinates(g.sum(1), layer)
-    bias = (g.sum(1),) if layer.bias else ()
+        return coordinates(its.sum(1), layer)
+    bias = (its.sum(1),) if layer.bias else ()
     if not layer.weight:
         return bias
-    x = joined_examples(cases, layer)
+    x = joined(cases.h[layer])
     step = step_of(x)
     W = [
-        torch.einsum("nto,nti->noi", its_g, x.part(start, start + step).dense())
-        for start, its_g in zip(range(0, len(g), step), g.split(step), strict=True)
+        torch.einsum("nto,nti->noi", part, x.part(start, start + step).dense())
+        for start, part in zip(range(0, len(its), step), its.split(step), strict=True)
     ]
     return (torch.cat(W), *bias)
 
@@ -97,10 +179,9 @@ def coordinates(values: Float[Tensor, "*n p"], layer: Layer) -> Parts:
     return tuple(values.chunk(len(layer.names), -1))
 
 
-def joined_examples(cases: Cases, layer: Layer) -> Inputs:
-    """All uses of a layer, one after the other along the positions."""
-    cases.check_examples(layer, [use.shape[0] for use in cases.h[layer]])
-    return joined(cases.h[layer])
+def by_case(uses: Sequence[Tensor]) -> Float[Tensor, "n t o"]:
+    """Gradients of all uses, one after the other along the positions."""
+    return uses[0] if len(uses) == 1 else torch.cat(list(uses), 1)
 
 
 def step_of(x: Inputs, budget: int = 1 << 25) -> int:

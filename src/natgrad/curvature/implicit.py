@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from natgrad.capture.graph import refuse_reentrant
+from natgrad.curvature.jacobian import Jacobian, twice_differentiable
 from natgrad.curvature.problem import Problem, check_mass, check_output
-from natgrad.curvature.products import gauss_newton_product
+from natgrad.curvature.products import gauss_newton_product, tangent
 from natgrad.distributed.gathering import in_common, jointly
 from natgrad.linalg import Block, BlockDiagonal, Dense, Operator, Space
 from natgrad.linalg.krylov import IterativeInverse
@@ -35,7 +36,7 @@ class Implicit(Operator):
         self.problem = problem
         parameters = problem.parameters
         self.space = Space(tuple(tuple(p.shape) for p in parameters.values()), tuple(parameters))
-        self.dtype, self.device = next(iter(parameters.values())).dtype, problem.device
+        self.dtype, self.device = problem.dtype, problem.device
 
     @abstractmethod
     def _add_product(self, batch: Any, v: Vector, total: Vector) -> Tensor:
@@ -46,8 +47,9 @@ class Implicit(Operator):
             rows = [self._matmul(tuple(p[i] for p in parts)) for i in range(len(parts[0]))]
             return tuple(torch.stack(column) for column in zip(*rows, strict=True))
         assert self.space.names is not None
-        v = dict(zip(self.space.names, parts, strict=True))
-        total = {n: torch.zeros_like(p) for n, p in v.items()}
+        total = {n: torch.zeros_like(p) for n, p in zip(self.space.names, parts, strict=True)}
+        own = self.problem.parameters
+        v = {n: p.to(own[n].dtype) for n, p in zip(self.space.names, parts, strict=True)}
         mass = torch.zeros((), dtype=self.dtype, device=self.device)
         with jointly(self.problem.world, "the product"):
             self._check_common(parts)
@@ -84,7 +86,12 @@ class Implicit(Operator):
 
 
 class ImplicitGaussNewton(Implicit):
-    """`E[Jᵀ D J]`: each product is one forward-mode and one reverse-mode pass over the data (Schraudolph 2002)."""
+    """`E[Jᵀ D J]`: each product is a forward-mode and a reverse-mode pass over the data (Schraudolph 2002), or three
+    backward passes where forward mode is another derivative than the backward's."""
+
+    def __init__(self, problem: Problem):
+        super().__init__(problem)
+        self._jacobian = Jacobian()
 
     def _add_product(self, batch: Any, v: Vector, total: Vector) -> Tensor:
         held: dict[str, Tensor] = {}
@@ -99,7 +106,10 @@ class ImplicitGaussNewton(Implicit):
             held["mass"] = curvature.normalizer(output, held["target"])
             return self._curved(output, held["target"], Jd)
 
-        for n, p in gauss_newton_product(self.problem.model, call, v, curve).items():
+        model = self.problem.model
+        key = shapes(batch), tuple(module.training for module in model.modules())
+        by_reverse = self._jacobian.by_reverse(key, model, call, v, partial(tangent, model, call))
+        for n, p in gauss_newton_product(model, call, v, curve, by_reverse).items():
             total[n] += p
         return held["mass"]
 
@@ -155,16 +165,11 @@ class ImplicitHessian(Implicit):
         """Leaves for the parameters, the gradient of the summed loss in them with its graph, and the batch's mass."""
         model, curvature = self.problem.model, self.problem.curvature
         owned = dict(model.named_parameters())
-        leaves = {n: owned[n].detach().requires_grad_() for n in self.space.names or ()}
-        rest = {n: p.detach() for n, p in owned.items() if n not in leaves}
-        buffers = {n: b.clone() for n, b in model.named_buffers()}
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(model, {**rest, **leaves, **buffers}, args, kwargs)
-
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            output, target = self.problem.run(forward, batch)
+        leaves: Vector = {n: owned[n] for n in self.space.names or ()}
+        with torch.enable_grad(), twice_differentiable():
+            output, target = self.problem.run(model, batch)
             check_output(output)
+            refuse_reentrant(output)
             mass = curvature.normalizer(output.detach(), target)
             loss = curvature.loss(output, target) * (mass if curvature.is_mean else 1)
             values = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
@@ -199,16 +204,30 @@ class ImplicitHessian(Implicit):
                 mass += batch_mass
                 its_leaves = {n: leaves[n] for n in names}
                 for start, rows in _unit_rows(space, H):
-                    parts = dict(zip(names, space.unflatten(rows), strict=True))
+                    units = zip(names, space.unflatten(rows), strict=True)
+                    parts = {n: unit.to(leaves[n].dtype) for n, unit in units}
                     products = _vjp(gradients, its_leaves, list(names), [parts[n] for n in names], batched=True)
-                    flat = space.flatten(tuple(products[n] for n in names))
-                    H[start : start + len(rows)] += flat.to(H.dtype)
+                    H[start : start + len(rows)] += space.flatten(tuple(products[n].to(H.dtype) for n in names))
         self.problem.world.sum(H, "the Hessian")
         self.problem.world.sum(mass, "the Hessian")
         H = H * self._scale(mass)
         if not torch.isfinite(H).all():
             raise ValueError("the Hessian has entries that are not finite; look for NaN or inf in targets or weights")
+        if (H - H.mT).norm() > max(1e-6, 10 * torch.finfo(H.dtype).eps ** 0.5) * H.norm():
+            raise NotImplementedError(
+                "the second derivatives are not symmetric: the backward of some function in the model is not its "
+                "derivative, so that there is no Hessian. Use natgrad.gauss_newton, or freeze what comes before it"
+            )
         return (H + H.mT) / 2
+
+
+def shapes(value: Any) -> Hashable:
+    """The shapes of all tensors in a batch."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return tuple((k, shapes(v)) for k, v in value.items())
+    return tuple(map(shapes, value)) if isinstance(value, (tuple, list)) else None
 
 
 def _vjp(gradients: Vector, leaves: Vector, names: list[str], v: list[Tensor], batched: bool = False) -> Vector:

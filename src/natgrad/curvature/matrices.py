@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.graph import refuse_reentrant
+from natgrad.capture.layer import Layer
+from natgrad.capture.order import Grouping
+from natgrad.capture.reading import AT_ONCE, backward_passes
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_flag, check_max_dim
 from natgrad.curvature.blocks import assemble
@@ -52,7 +57,9 @@ def fisher(
         model: any module; its trainable parameters are those of the matrix.
         loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss`,
             `nn.GaussianNLLLoss` (the model returns `(mean, var)`) or `natgrad.losses.Likelihood`.
-        data: one `(input, target)` pair, or an iterable of such batches.
+        data: one `(input, target)` pair, or an iterable of such batches. A tuple of tensors is one batch. A list is one
+            of batches; two tensors in a list are a pair without `forward`, as a `DataLoader` collates one, and two
+            batches with it.
         structure: `"kfac"` (a Kronecker product for each layer), `"ekfac"` (its eigenbases with corrected
             eigenvalues), `"diagonal"`, `"block"` (the exact block of each layer, held as its cases), `"dense"` (the
             full matrix), or `"implicit"` (products only).
@@ -66,7 +73,8 @@ def fisher(
         params: the names of the parameters to take, or a predicate on names. Default: all trainable ones.
         forward: `forward(model, batch)` returns `(output, target)`, for batches of any other form.
         generator: the source of the random labels of `"mc"`.
-        dtype: that of the matrix. Default: that of the parameters.
+        dtype: that of the matrix and of its sums, float32 or float64. Default: that of the parameters, and float32 for
+            a model in half precision.
         progress: show a progress bar over the batches.
 
     Returns:
@@ -240,10 +248,12 @@ def _dense(problem: Problem) -> Dense:
     mass = torch.zeros((), dtype=G.dtype, device=G.device)
     with jointly(problem.world, "the matrix"):
         for _, output, target in problem.recorded({}):
+            refuse_reentrant(output)
             mass += curvature.normalizer(output, target)
             for sign, column in problem.signed_columns(output, target):
-                S = example_gradients(output, column, parameters, space).to(G.dtype)
-                G.addmm_(S.mT, S, alpha=sign)
+                for S in example_gradients(output, column, parameters, space):
+                    S = S.to(G.dtype)
+                    G.addmm_(S.mT, S, alpha=sign)
     problem.world.sum(G, "the matrix")
     problem.world.sum(mass, "the matrix")
     if not torch.isfinite(G).all():
@@ -252,17 +262,21 @@ def _dense(problem: Problem) -> Dense:
     return Dense(G / mass if curvature.is_mean else G, space)
 
 
-def example_gradients(output: Tensor, column: Tensor, parameters: Mapping[str, Tensor], space: Space) -> Tensor:
-    """`Jᵀ s` of every example apart, `(examples, size)`, from autograd alone."""
-    each = torch.eye(len(output), dtype=output.dtype, device=output.device)
-    each = each.view(*each.shape, *[1] * (output.ndim - 1))
+def example_gradients(
+    output: Tensor, column: Tensor, parameters: Mapping[str, Tensor], space: Space
+) -> Iterator[Float[Tensor, "examples size"]]:
+    """`Jᵀ s` of every example apart, some examples at a time, from autograd alone."""
+    step = max(1, AT_ONCE // max(1, space.size))
     leaves = list(parameters.values())
-    gradients = torch.autograd.grad(
-        output, leaves, each * column, retain_graph=True, is_grads_batched=True, allow_unused=True
-    )
-    return space.flatten(
-        tuple(p.new_zeros(len(output), *p.shape) if g is None else g for g, p in zip(gradients, leaves, strict=True))
-    )
+    rows = backward_passes(output, leaves, Grouping(1, len(output)).parts(column), step)
+    while some := list(islice(rows, step)):
+        parts = zip(*some, strict=True)
+        yield space.flatten(
+            tuple(
+                torch.stack([torch.zeros_like(p) if g is None else g for g in its])
+                for its, p in zip(parts, leaves, strict=True)
+            )
+        )
 
 
 def check_covered(parameters: Mapping[str, Tensor], layers: Mapping[Layer, Operator]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, InputSums, joined, stacked
 from natgrad.linalg.space import Parts
 
@@ -204,13 +205,13 @@ def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM)
                 m = moments[layer]
                 for summed in shared(uses, "reduce" if _one_by_one(layer, uses) else sharing):
                     m.add_gradients(summed)
-                if cases.ignored is not None:
+                if layer in cases.ignored:
                     used[layer] = _used(uses, used.get(layer))
             del g, uses  # before the next ones are made
         known = KnownSums()
         for layer, m in moments.items():
             if isinstance(m, AffineMoments):
-                _add_inputs(m, cases.h[layer], _kept(cases, layer, used.get(layer)), sharing, known)
+                _add_inputs(m, cases.h[layer], _kept(cases, layer, used.get(layer), sharing), sharing, known)
     return dict(moments)
 
 
@@ -222,7 +223,7 @@ def input_moments(cases: Cases, layers: Iterable[Layer], sharing: str, max_dim: 
         for layer in layers:
             d_in = cases.h[layer][0].shape[2]
             m = AffineMoments.empty(d_in, cases.d_out[layer], cases.mass, diagonal=(d_in > max_dim, True))
-            _add_inputs(m, cases.h[layer], _kept(cases, layer, None), sharing, known)
+            _add_inputs(m, cases.h[layer], _kept(cases, layer, None, sharing), sharing, known)
             moments[layer] = m
     return moments
 
@@ -245,8 +246,9 @@ def _empty(cases: Cases, layer: Layer, max_dim: int) -> AffineMoments | ScaleMom
 def kept_positions(cases: Cases, layer: Layer) -> list[Bool[Tensor, "n t"]] | None:
     """Which positions of each use of a layer are cases; None: all. The columns must be kept in memory."""
     used: list[Tensor] | None = None
-    for g in cases.columns if cases.ignored is not None else ():
-        used = _used(g[layer], used)
+    for g in cases.columns if layer in cases.ignored else ():
+        if layer in g:
+            used = _used(g[layer], used)
     return _kept(cases, layer, used)
 
 
@@ -256,14 +258,16 @@ def _used(uses: Sequence[Tensor], before: Sequence[Tensor] | None) -> list[Bool[
     return now if before is None else [a | b for a, b in zip(before, now, strict=True)]
 
 
-def _kept(cases: Cases, layer: Layer, used: Sequence[Tensor] | None) -> list[Bool[Tensor, "n t"]] | None:
-    """Which positions of each use are cases; None: all."""
-    if cases.ignored is None:
-        return None
-    kept = []
-    for i, without in enumerate(cases.without_target([use.shape[:2] for use in cases.h[layer]])):
-        kept.append(~without if used is None else ~without | used[i])
-    return kept
+def _kept(
+    cases: Cases, layer: Layer, used: Sequence[Tensor] | None, sharing: str = "expand"
+) -> list[Bool[Tensor, "n t"]] | None:
+    """Which positions of each use are cases, or are averaged over; None: all."""
+    kept = cases.present_in(layer, reduced=sharing == "reduce")
+    without = cases.without_target(layer)
+    if without is None:
+        return kept
+    with_target = [~t if used is None else ~t | used[i] for i, t in enumerate(without)]
+    return with_target if kept is None else [a & b for a, b in zip(kept, with_target, strict=True)]
 
 
 def _add_inputs(
@@ -288,6 +292,29 @@ def merge(parts: Iterable[Mapping[Layer, Moments]]) -> dict[Layer, Moments]:
         for layer, moments in part.items():
             total[layer] = total[layer] + moments if layer in total else moments  # type: ignore[operator]
     return total
+
+
+def reconciled(moments: Mapping[Layer, Moments]) -> dict[Layer, Moments]:
+    """The moments of layers, apart by parameter where some batches have used them with others than others have."""
+    users: dict[str, set[tuple[str, ...]]] = {}
+    for layer in moments:
+        for n in layer.names:
+            users.setdefault(n, set()).add(layer.names)
+    found: dict[Layer, Moments] = {}
+    for layer, m in moments.items():
+        parted = any(len(users[n]) > 1 for n in layer.names)
+        parts = zip(layer.apart(), _apart(m), strict=True) if parted and len(layer.names) > 1 else [(layer, m)]
+        found = merge([found, dict(parts)])
+    return found
+
+
+def _apart(m: Moments) -> tuple[Moments, Moments]:
+    """The moments of a weight alone, and of its bias."""
+    if isinstance(m, ScaleMoments):
+        return ScaleMoments(m.products[:1], m.mass), ScaleMoments(m.products[2:], m.mass)
+    if isinstance(m, DiagonalMoments):
+        return DiagonalMoments(m.values[:1], m.mass), DiagonalMoments(m.values[1:], m.mass)
+    return m, replace(m, mean=m.mean[:0], scatter=m.scatter.new_zeros(0, 0))
 
 
 def state_of_moments(moments: Mapping[Layer, Moments]) -> dict[str, dict[str, Any]]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natgrad.capture.cases import Cases, read_cases
+from natgrad.capture.cases import Cases
+from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
+from natgrad.capture.separation import SeparationCheck
 from natgrad.checks.parameters import Selection, select_parameters
 from natgrad.checks.values import check_count, check_dtype, check_function, check_generator, described
 from natgrad.distributed.gathering import apart, in_common
@@ -45,20 +48,25 @@ class Problem:
         self.curvature.check_estimator(estimator)
         check_count("samples", samples)
         check_dtype(dtype)
+        if dtype is not None and torch.promote_types(dtype, torch.float32) != dtype:
+            raise ValueError(
+                f"dtype={dtype} is of too few digits to sum many batches in; expected torch.float32 or torch.float64"
+            )
         check_function("forward", forward, "of the model and a batch that returns (output, target)")
         self.model, self.world = unwrapped(model)
         self.kind, self.estimator, self.samples = kind, estimator, samples
         self.parameters = select_parameters(self.model, params)
         first = next(iter(self.parameters.values()))
-        self.dtype, self.device = dtype or first.dtype, first.device
+        self.dtype, self.device = dtype or torch.promote_types(first.dtype, torch.float32), first.device
         check_generator(generator, self.device)
         self.generator = in_common(self.world, generator, self.device)
         draws = estimator == "mc" or self.world.size == 1
         self._labels = apart(self.world, self.generator, self.device) if draws else None
+        self.separation = SeparationCheck()
         self._forward, self.progress = forward, progress and self.world.rank == 0
         lowered = torch.is_autocast_enabled(self.device.type)
         self._precision = torch.get_autocast_dtype(self.device.type) if lowered else None
-        if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+        if _is_one_batch(data, forward is not None):
             data = [data]
         if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
             raise ValueError(f"data is {described(data)}; expected an (input, target) pair or an iterable of them")
@@ -161,12 +169,14 @@ class Problem:
             for use in uses:
                 use.forget_output()
             mass = self.curvature.normalizer(output, target)
+            mode = tuple(module.training for module in self.model.modules())
             yield read_cases(
                 uses,
                 output,
-                self.columns(output, target),
+                partial(self.columns, output, target),
                 mass,
                 self.dtype,
+                separation=self.separation.of(uses, output, mode).whole(),
                 ignored=self.curvature.ignored(output, target),
                 sampled=self.estimator == "mc",
             )
@@ -186,6 +196,27 @@ class Problem:
                 between()
                 self._labels.set_state(state)
             yield from kept if kept is not None else self.cases()
+
+
+def _is_one_batch(data: Any, has_forward: bool) -> bool:
+    """Whether the data are one batch: a tuple of tensors, or two in a list where batches have to be pairs.
+
+    Raises:
+        ValueError: for a list of two tensors of which neither can be told, with a `forward`.
+    """
+    if not isinstance(data, (tuple, list)) or not data or not isinstance(data[0], Tensor):
+        return False
+    if isinstance(data, tuple):
+        return True
+    if len(data) != 2 or not isinstance(data[1], Tensor):
+        return False
+    if has_forward and (data[0].dtype, data[0].ndim) != (data[1].dtype, data[1].ndim):
+        raise ValueError(
+            f"data is a list of two tensors of different kinds, {data[0].dtype} of shape {tuple(data[0].shape)} and "
+            f"{data[1].dtype} of shape {tuple(data[1].shape)}; with forward= a list is one of batches and a tuple is "
+            "one batch: expected (a, b) for one, or batches of one kind"
+        )
+    return not has_forward
 
 
 @contextlib.contextmanager

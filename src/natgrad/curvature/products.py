@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from natgrad.capture.layers import COMPOSITES
 from natgrad.capture.layers.embedding import embedding_bag
 from natgrad.capture.use import Use
+from natgrad.curvature.jacobian import graph, same_numbers, through_graph
 from natgrad.curvature.tangents import tangent_rule
 from natgrad.linalg.precision import linear
 
@@ -112,7 +113,7 @@ class _Replay(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in COMPOSITES:  # fused ones have no forward mode
             with self:
-                return COMPOSITES[func].function(*args, **kwargs)
+                return COMPOSITES[func](*args, **kwargs)
         rule = tangent_rule(func, args)
         if rule is not None and (found := rule(*args, **kwargs)) is not None:
             return found
@@ -197,19 +198,21 @@ def gauss_newton_product(
     call: Callable[..., Tensor],
     direction: Mapping[str, Tensor],
     curve: Callable[[Tensor, Tensor], Tensor],
+    by_reverse: bool = False,
 ) -> dict[str, Tensor]:
-    """`Jᵀ D J d` on one batch; `curve(output, v)` is `D v`."""
-    names = list(direction)
-    frozen = {n: p.detach() for n, p in model.named_parameters() if n not in direction}
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
-    leaves = {n: dict(model.named_parameters())[n].detach().requires_grad_() for n in names}
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(model, {**frozen, **leaves, **buffers}, args, kwargs)
-
-    output, Jd = tangent(model, call, direction)
-    DJd = curve(output, Jd)
-    with torch.enable_grad():
-        out = call(forward)
-    grads = torch.autograd.grad(out, [leaves[n] for n in names], DJd, allow_unused=True)
-    return {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(names, grads, strict=True)}
+    """`Jᵀ D J d` on one batch; `curve(output, v)` is `D v`. Forward mode and a backward, or (`by_reverse`) three
+    backward passes. Both run with the same random numbers."""
+    if by_reverse:
+        out, leaves = graph(model, call, direction)
+        DJd = curve(out.detach(), through_graph(out, leaves, direction))
+    else:
+        with same_numbers(next(iter(direction.values())).device) as again:
+            output, Jd = tangent(model, call, direction)
+            again()
+            owned = dict(model.named_parameters())
+            leaves = {n: owned[n] for n in direction}
+            with torch.enable_grad():
+                out = call(model)
+        DJd = curve(output, Jd)
+    grads = torch.autograd.grad(out, list(leaves.values()), DJd.to(out.dtype), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(leaves.items(), grads, strict=True)}

@@ -12,18 +12,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_count, check_flag
-from natgrad.curvature.blocks import homogeneous
+from natgrad.curvature.blocks import homogeneous, named_blocks
+from natgrad.curvature.exact import ExactStructure, of_all_ranks
 from natgrad.curvature.independence import SMALLEST_CHUNK, Kernel, dependence, inner
 from natgrad.curvature.matrices import check_covered, check_finite
 from natgrad.curvature.moments import SHARING, AffineMoments, Moments, kept_positions
 from natgrad.curvature.problem import Forward, Problem, check_mass
-from natgrad.curvature.structures import ExactStructure, KfacStructure, joined
+from natgrad.curvature.structures import KfacStructure
 from natgrad.distributed.gathering import jointly
 from natgrad.distributed.world import World
-from natgrad.linalg import ColumnBlock, ExactBlock, Operator
+from natgrad.linalg import BlockDiagonal, ColumnBlock, ExactBlock, Operator, Space
 from natgrad.report.residual import Condition, LayerResidual, ResidualReport
 
 
@@ -136,13 +138,15 @@ def _report(problem: Problem, centered: bool, sharing: str, permutations: int, c
     check_finite(factors)
     blocks = exact.build(is_mean)
     report = {}
-    for layer in _shown([layer for layer in factors if layer in blocks], problem.progress):
+    for layer in _shown(list(blocks), problem.progress):
         block = blocks[layer]
         assert isinstance(block, ExactBlock)
-        if isinstance(block, ColumnBlock):
-            report[layer.name] = _of_columns(block, factors[layer], _condition(layer, kfac.moments.get(layer)))
+        moments = kfac.moments.get(layer)
+        if isinstance(block, ColumnBlock) or layer not in factors:
+            own = factors[layer] if layer in factors else _of_several(layer, factors, problem.parameters)
+            assert isinstance(block, ColumnBlock)
+            report[layer.name] = _of_columns(block, own, _condition(layer, moments))
             continue
-        moments = kfac.moments[layer]
         assert isinstance(moments, AffineMoments)
         cases_of_it = positions.cases(layer, block, sharing)
         report[layer.name] = _of_layer(
@@ -155,7 +159,20 @@ def _report(problem: Problem, centered: bool, sharing: str, permutations: int, c
             permutations=permutations,
             generator=problem.generator,
         )
-    return ResidualReport(report)
+    return ResidualReport({name: report[name] for name in _in_order(factors, blocks, report)})
+
+
+def _of_several(component: Layer, factors: Mapping[Layer, Operator], parameters: Mapping[str, Tensor]) -> BlockDiagonal:
+    """K-FAC's blocks of the layers that share parameters, as one matrix."""
+    own = {layer: factor for layer, factor in factors.items() if set(layer.names) <= set(component.names)}
+    space = Space(tuple(tuple(parameters[n].shape) for n in component.names), component.names)
+    return BlockDiagonal(named_blocks(own, parameters), space)
+
+
+def _in_order(factors: Iterable[Layer], blocks: Iterable[Layer], report: Collection[str]) -> list[str]:
+    """The report's names in the order in which the layers were used."""
+    whole = {n: layer.name for layer in blocks for n in layer.names}
+    return list(dict.fromkeys(whole[n] for layer in factors for n in layer.names if whole[n] in report))
 
 
 def _of_layer(
@@ -213,7 +230,7 @@ def _condition(layer: Layer, moments: Moments | None) -> Condition:
 def _of_columns(block: ColumnBlock, kfac: Operator, condition: Condition) -> LayerResidual:
     """Of a layer that is no plain affine map of its inputs, from the columns `s_ik` of its exact block `G = S Sᵀ`:
     `‖R‖² = ‖G‖² − 2 Σ_ik s_ikᵀ K s_ik + ‖K‖²`, `K` K-FAC's block, which is in float64."""
-    S = block.space.unflatten(block.S.flatten(0, 1).double())
+    S = kfac.space.unflatten(block.S.flatten(0, 1).double())
     inner = block.scale * torch.stack([(s * Ks).sum() for s, Ks in zip(S, kfac._matmul(S), strict=True)]).sum()
     G = float(block.norm())
     square = G**2 - 2 * float(inner) + float(kfac.norm()) ** 2
@@ -248,12 +265,12 @@ class Positions:
             kept = kept_positions(cases, layer)
             if kept is None:
                 t = sum(use.shape[1] for use in uses)
-                kept = [torch.ones(cases.examples, t, dtype=torch.bool, device=cases.mass.device)]
+                kept = [torch.ones(uses[0].shape[0], t, dtype=torch.bool, device=cases.mass.device)]
             self._own.setdefault(layer, []).append(torch.cat(kept, 1))
 
     def merge_ranks(self, world: World) -> None:
         """Takes in those of the other ranks."""
-        self._own = joined(world.exchanged(self._own, "the positions"))
+        self._own = of_all_ranks(world.exchanged(self._own, "the positions"))
 
     def cases(
         self, layer: Layer, block: ExactBlock, sharing: str

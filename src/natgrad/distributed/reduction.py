@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments
 from natgrad.distributed.packing import Form, filled, form_of, leaves, packed, unpacked
 from natgrad.distributed.world import World

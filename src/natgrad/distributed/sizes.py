@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.curvature.moments import MAX_DIM, AffineMoments, Moments, ScaleMoments
 from natgrad.distributed.assignment import cost
 

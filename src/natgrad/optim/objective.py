@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from natgrad.curvature.products import tangent
+from natgrad.curvature.jacobian import Jacobian, graph, through_graph
+from natgrad.curvature.problem import buffers_kept
+from natgrad.curvature.products import gauss_newton_product, tangent
 from natgrad.linalg.precision import matmul_precision
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Prediction
@@ -32,7 +36,9 @@ class Objective:
         parts: Sequence[Batch | Penalty],
         terms: Iterable[str],
         precision: str | None = None,
+        jacobian: Jacobian | None = None,
     ):
+        self._jacobian = jacobian or Jacobian()
         self._parameters, self._place, self._precision = parameters, parameters.place, precision
         self._model, self._world = self._place.model, self._place.world
         self.batches = [b for b in parts if isinstance(b, Batch)]
@@ -158,8 +164,9 @@ class Objective:
         n = len(directions)
         lower = [0.0] * (n * (n + 1) // 2)
         for share, batch in zip(self.shares, self.batches, strict=True):
+            by_reverse = bool(directions) and self._by_reverse(batch, directions[0])
             with matmul_precision(self._precision):
-                pushed = [tangent(self._model, batch.run, d, batch.uses, self._place.duals) for d in directions]
+                pushed = [self._pushed(batch, d, by_reverse) for d in directions]
             if batch.is_empty:
                 continue
             curved = [batch.term.curvature.product(output, batch.target, Jd) for output, Jd in pushed]
@@ -167,6 +174,35 @@ class Objective:
             own = torch.stack([torch.dot(u.flatten(), v.flatten()) for u, v in pairs]).tolist()
             lower = [total + share * value for total, value in zip(lower, own, strict=True)]
         return symmetric(self._world.numbers(lower, "the quadratic model"), n)
+
+    def _forward_mode(self, batch: Batch, d: Vector) -> tuple[Tensor, Tensor]:
+        return tangent(self._model, batch.run, d, batch.uses, self._place.duals)
+
+    def _by_reverse(self, batch: Batch, d: Vector) -> bool:
+        """Whether `J d` takes two backward passes, as forward mode is not what the backward is."""
+        if self._place.shards is not None or batch.is_empty:
+            return False
+        key = batch.term.name, batch.shape, batch.forward.mode
+        run = partial(self._run, batch)
+        return self._jacobian.by_reverse(key, self._model, run, d, partial(self._forward_mode, batch))
+
+    def _run(self, batch: Batch, model: Any) -> Tensor:
+        """The loss's input; what the model writes to its buffers is not kept."""
+        with buffers_kept(self._model):
+            return batch.run(model)
+
+    def _pushed(self, batch: Batch, d: Vector, by_reverse: bool) -> tuple[Tensor, Tensor]:
+        """The output and `J d`."""
+        if not by_reverse:
+            return self._forward_mode(batch, d)
+        output, leaves = graph(self._model, partial(self._run, batch), d)
+        return output.detach(), through_graph(output, leaves, d)
+
+    def _product_by_reverse(self, batch: Batch, d: Vector) -> Vector:
+        def curve(output: Tensor, v: Tensor) -> Tensor:
+            return batch.term.curvature.product(output, batch.target, v)
+
+        return gauss_newton_product(self._model, partial(self._run, batch), d, curve, by_reverse=True)
 
     def product(self, names: Sequence[str]) -> Callable[[Vector], Vector]:
         """The map `d ↦ F d` on the named parameters, at their values now: the graph of one forward is kept, and each
@@ -179,12 +215,20 @@ class Objective:
         def forward(*args: object, **kwargs: object) -> object:
             return functional_call(self._model, values, args, kwargs)
 
-        with torch.enable_grad():
-            outputs = [batch.run(forward) for batch in self.batches]
+        own = {n: values[n].detach() for n in names}
+        outputs: list[Tensor | None] = []
+        for batch in self.batches:
+            by_reverse = self._by_reverse(batch, own)
+            with torch.enable_grad():
+                outputs.append(None if by_reverse else batch.run(forward))
 
         def product(d: Vector) -> Vector:
             total = {n: torch.zeros_like(d[n]) for n in names}
             for share, batch, output in zip(self.shares, self.batches, outputs, strict=True):
+                if output is None:  # a graph of its own for each product
+                    for n, g in self._product_by_reverse(batch, d).items():
+                        total[n] += share * g
+                    continue
                 _, Jd = tangent(self._model, batch.run, d, batch.uses)
                 DJd = share * batch.term.curvature.product(output.detach(), batch.target, Jd)
                 gradients = torch.autograd.grad(output, leaves, DJd, retain_graph=True, allow_unused=True)

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from natgrad.capture.cases import Layer, layers_of, read_inputs
+from natgrad.capture.layer import Layer, layers_of
+from natgrad.capture.reading import read_inputs
 from natgrad.capture.recorder import Recorder
 from natgrad.checks.parameters import select_parameters
 from natgrad.checks.values import check_count, check_flag, check_max_dim, check_number, check_within

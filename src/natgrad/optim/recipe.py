@@ -12,6 +12,7 @@ from torch import Tensor
 
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.use import Use
+from natgrad.curvature.jacobian import Jacobian
 from natgrad.optim import averaging
 from natgrad.optim.decay import Decay
 from natgrad.optim.journal import MEND, Journal
@@ -65,6 +66,7 @@ class Recipe:
         precision: str | None,
     ):
         self.parameters, self.tracker, self.preconditioner = parameters, tracker, preconditioner
+        self.jacobian = Jacobian()
         self.damping, self.journal, self.labels = damping, journal, labels
         self.tries, self.adapt_every, self.average, self.precision = tries, adapt_every, average, precision
         self.fixed = Fixed(parameters, preconditioner, max_kl)
@@ -191,7 +193,7 @@ class Recipe:
 
     def _objective(self, parts: list[Batch | Penalty], gradients: Vector) -> Objective:
         """What the gradients are of. Raises Rejection if it is not finite."""
-        objective = Objective(self.parameters, parts, self.tracker.terms, self.precision)
+        objective = Objective(self.parameters, parts, self.tracker.terms, self.precision, self.jacobian)
         if objective.idle:
             gradients |= self._from_others(gradients)
         check_dense(gradients)

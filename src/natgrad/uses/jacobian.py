@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, described
+from natgrad.curvature.implicit import shapes
+from natgrad.curvature.jacobian import Jacobian as Derivative
 from natgrad.curvature.problem import Problem, check_output
 from natgrad.curvature.products import tangent
-from natgrad.curvature.structures import ExactStructure
+from natgrad.curvature.exact import ExactStructure
 from natgrad.linalg import Dense, Operator, Space
 from natgrad.linalg.external import linear_operator
 from natgrad.linalg.krylov import IterativeInverse
@@ -81,8 +84,8 @@ def ntk(
             products only, each a reverse and a forward pass over the data.
 
     Raises:
-        ValueError: as `natgrad.jacobian` does; for `"dense"` also if an example's output depends on other examples, or
-            there are more outputs than a dense matrix may have rows.
+        ValueError: as `natgrad.jacobian` does; for `"dense"` also if passes over the data differ, or there are more
+            outputs than a dense matrix may have rows.
 
     Example:
         >>> import torch, natgrad
@@ -120,16 +123,16 @@ class Jacobian:
     """
 
     def __init__(self, problem: Problem):
-        self.problem = problem
+        self.problem, self._derivative = problem, Derivative()
         own = problem.parameters
         self.space = Space(tuple(tuple(p.shape) for p in own.values()), tuple(own))
         self.dtype, self.device = next(iter(own.values())).dtype, problem.device
         with torch.no_grad():
-            shapes = [tuple(problem.run(problem.model, batch)[0].shape) for batch in problem]
-        if len({s[1:] for s in shapes}) > 1:
-            raise ValueError(f"the outputs of batches differ in shape: {sorted({s[1:] for s in shapes})}; expected one")
-        self._sizes = [s[0] for s in shapes]
-        self.outputs: tuple[int, ...] = (sum(self._sizes), *shapes[0][1:])
+            found = [_output_shape(problem, batch) for batch in problem]
+        if len({s[1:] for s in found}) > 1:
+            raise ValueError(f"the outputs of batches differ in shape: {sorted({s[1:] for s in found})}; expected one")
+        self._sizes = [s[0] for s in found]
+        self.outputs: tuple[int, ...] = (sum(self._sizes), *found[0][1:])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -153,14 +156,11 @@ class Jacobian:
         """The matrix itself, `(outputs, parameters)`.
 
         Raises:
-            ValueError: if an example's output depends on other examples of its batch.
+            ValueError: if passes over the data differ.
         """
-        parts = []
-        for rows in rows_of(self.problem, unit_columns):
-            dense = self.space.flatten(tuple(p.flatten(0, 1) for p in rows.dense().values()))
-            parts.append(dense)
-        J = torch.cat(parts)
-        self._check(lambda u: u.to(J.dtype) @ J, lambda u: self._transposed_times(u))
+        batches = (rows.dense().values() for rows in rows_of(self.problem, unit_columns))
+        J = torch.cat([self.space.flatten(tuple(p.flatten(0, 1) for p in parts)) for parts in batches])
+        self._check(lambda u: u.to(J.dtype) @ J, self._transposed_times)
         return J
 
     def to_scipy(self) -> LinearOperator:
@@ -184,7 +184,9 @@ class Jacobian:
         found = []
         for batch, start, end in self._batches():
             call = self._call(batch)
-            output, Jv = tangent(self.problem.model, call, direction)
+            model = self.problem.model
+            key = shapes(batch), tuple(module.training for module in model.modules())
+            output, Jv = self._derivative.tangent(key, model, call, direction, partial(tangent, model, call))
             self._check_size(output, start, end)
             found.append(Jv.reshape(-1))
         return torch.cat(found)
@@ -216,13 +218,13 @@ class Jacobian:
             )
 
     def _check(self, formed: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor]) -> None:
-        """Raises ValueError unless both agree on a random vector: what is formed takes examples to be independent."""
+        """Raises ValueError unless what was formed and a product of two other passes agree on a random vector."""
         u = torch.randn(prod(self.outputs), dtype=self.dtype, device=self.device)
         one, other = formed(u), product(u)
         if not (one - other).norm() <= torch.finfo(self.dtype).eps ** 0.5 * other.norm().clamp_min(1e-30):
             raise ValueError(
-                "the output of an example depends on other examples of its batch, or passes over the data differ; put "
-                "the model in evaluation mode, and give the data in a fixed order"
+                "passes over the data give different outputs; put the model in evaluation mode, and give the data in a "
+                "fixed order, without shuffling"
             )
 
 
@@ -282,6 +284,12 @@ def _kernel(J: Jacobian) -> Float[Tensor, "outputs outputs"]:
         return dense @ dense.mT
     J._check(lambda u: K @ u.to(K.dtype), lambda u: J._times(J._transposed_times(u)))
     return K
+
+
+def _output_shape(problem: Problem, batch: Any) -> tuple[int, ...]:
+    output, _ = problem.run(problem.model, batch)
+    check_output(output)
+    return tuple(output.shape)
 
 
 def _output(forward: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], Tensor]:

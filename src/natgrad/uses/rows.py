@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.capture.cases import read_cases
+from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import described
 from natgrad.curvature.blocks import assemble, named_blocks
 from natgrad.curvature.matrices import example_gradients
 from natgrad.curvature.problem import Problem
-from natgrad.curvature.structures import ExactStructure
+from natgrad.curvature.exact import ExactStructure
 from natgrad.linalg import Block, BlockDiagonal, ColumnBlock, ExactBlock, Space
 from natgrad.linalg.joint import Joint
 from natgrad.losses.base import OutputCurvature, one_by_one
@@ -80,8 +80,8 @@ class Rows:
 def rows_of(problem: Problem, columns: Columns) -> Iterator[Rows]:
     """The rows of every batch of a problem.
 
-    Layers that the capture supports are read as cases. If it does not support a parameter, the rows of that batch come
-    from autograd alone, one example after the other.
+    Layers that the capture supports are read as cases. If it does not support a parameter, or the output's rows see one
+    another, the rows of that batch come from autograd alone, one example after the other.
     """
     for recorder, output, target in problem.recorded(problem.parameters):
         own = list(columns(output.detach(), target))
@@ -108,11 +108,15 @@ def add_batch(
     parts: ExactStructure, problem: Problem, recorder: Recorder, output: Tensor, columns: list[Tensor]
 ) -> None:
     """Takes the rows of a recorded batch into the exact blocks."""
-    recorder.check(output)
-    for use in recorder.uses:
+    uses = recorder.check(output)
+    mode = tuple(module.training for module in problem.model.modules())
+    separation = problem.separation.of(uses, output, mode).whole()
+    if any(grouping.members > 1 for grouping in separation.groupings):
+        raise NotImplementedError("the output's rows see one another in some layer")
+    for use in uses:
         use.forget_output()
     one = torch.ones((), dtype=problem.dtype, device=problem.device)
-    parts.add(read_cases(recorder.uses, output, columns, one, problem.dtype, sampled=False))
+    parts.add(read_cases(uses, output, lambda: columns, one, problem.dtype, separation=separation, sampled=False))
 
 
 def joined_layers(parts: ExactStructure, problem: Problem) -> Joint:
@@ -122,7 +126,7 @@ def joined_layers(parts: ExactStructure, problem: Problem) -> Joint:
 
 def _by_autograd(problem: Problem, output: Tensor, columns: list[Tensor]) -> BlockDiagonal:
     space = _space(problem)
-    S = torch.stack([example_gradients(output, c, problem.parameters, space) for c in columns], 1)
+    S = torch.stack([torch.cat(list(example_gradients(output, c, problem.parameters, space))) for c in columns], 1)
     block = ColumnBlock(S.detach().to(problem.dtype), space.shapes)
     return BlockDiagonal({"all": Block(block, space.names or (), shapes=space.shapes)}, space)
 

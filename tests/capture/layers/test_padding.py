@@ -94,7 +94,7 @@ def test_a_token_without_a_target_that_others_see_is_a_case():
 
 
 class TestFlattened:
-    """Positions as examples of the output: fine where they do not see one another, or where labels are drawn."""
+    """Positions as examples of the output, `(N·T, C)` in place of `(N, C, T)`."""
 
     def matrix(self, model, estimator, **options):
         x, y = torch.randint(1, TOKENS, (4, 5)), torch.randint(1, TOKENS, (4, 5))
@@ -107,10 +107,11 @@ class TestFlattened:
         ), natgrad.fisher(model, nn.CrossEntropyLoss(), [(x, y)], estimator=estimator, **options)
 
     @pytest.mark.parametrize("make", [Model, Recurrent])
-    @pytest.mark.parametrize("estimator", ["exact", "empirical"])
-    def test_those_that_see_one_another_are_refused(self, make, estimator):
-        with pytest.raises(ValueError, match=r"see one another.*\(N, C, T\)"):
-            self.matrix(make(causal=True).to(f64), estimator)
+    @pytest.mark.parametrize("structure", ["block", "ekfac", "diagonal", "kfac"])
+    def test_those_that_see_one_another_are_taken_sequence_by_sequence(self, make, structure):
+        torch.manual_seed(0)
+        flat, positions = self.matrix(make(causal=True).to(f64), "exact", structure=structure)
+        close(flat.to_dense(), positions.to_dense(), 1e-10)
 
     def test_others_give_the_same(self):
         class Apart(nn.Module):

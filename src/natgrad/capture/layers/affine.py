@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.capture.layers.inputs import Rows
-from natgrad.capture.layers.kind import Call, Kind, View
+from natgrad.capture.layers.kind import Call, Kind
 from natgrad.linalg.layout import Layout
 
 
@@ -35,8 +34,8 @@ class Affine(Kind):
     def inputs(self, h: Tensor) -> Rows:
         return Rows(rows(h))
 
-    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n t o"]:
-        return rows(g)
+    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid 1 o"]:
+        return g.unsqueeze(-2)
 
     def oriented(self, transposed: bool) -> Affine:
         return Affine(self.transposed != transposed)
@@ -54,40 +53,6 @@ def _matmul(input: Tensor, other: Tensor, **_: Any) -> Call | None:
     return Call(Affine(transposed=True), input, other)
 
 
-def _transpose(input: Tensor, *_: Any, **__: Any) -> View | None:
-    return View(input, transposed=True) if input.ndim == 2 else None
-
-
-def _transpose_dims(input: Tensor, dim0: int, dim1: int) -> View | None:
-    return View(input, transposed=True) if input.ndim == 2 and (dim0 - dim1) % 2 else None
-
-
-def _chunk(input: Tensor, chunks: int, dim: int = 0) -> View | None:
-    return _split(input, -(-len(input) // chunks), dim)
-
-
-def _split(tensor: Tensor, split_size_or_sections: Any, dim: int = 0, **named: Any) -> View | None:
-    size = named.get("split_size", split_size_or_sections)
-    n = len(tensor)
-    sizes = [min(size, n - i) for i in range(0, n, size)] if isinstance(size, int) else list(size)
-    return View(tensor, tuple(pairwise(accumulate(sizes, initial=0)))) if dim == 0 else None
-
-
-def _getitem(input: Tensor, index: Any) -> View | None:
-    if isinstance(index, slice) and index.step in (None, 1):
-        start, stop, _ = index.indices(len(input))
-        return View(input, ((start, stop),)) if start < stop else None
-    whole = (
-        i is None or i is Ellipsis or (isinstance(i, slice) and i == slice(None))
-        for i in (index if isinstance(index, tuple) else (index,))
-    )
-    return View(input) if all(whole) else None
-
-
-def _same(input: Tensor, *_: Any, **__: Any) -> View:
-    return View(input)
-
-
 # Which functions are affine maps, and how their arguments are read.
 PARSERS: dict[Any, Callable[..., Call | None]] = {
     F.linear: _linear,
@@ -98,26 +63,6 @@ PARSERS: dict[Any, Callable[..., Call | None]] = {
     Tensor.__matmul__: _matmul,
     torch.mm: _matmul,
     Tensor.mm: _matmul,
-}
-
-# Which functions give the entries of a parameter in another form.
-VIEWS: dict[Any, Callable[..., View | None]] = {
-    torch.t: _transpose,
-    Tensor.t: _transpose,
-    torch.transpose: _transpose_dims,
-    Tensor.transpose: _transpose_dims,
-    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
-    Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]
-    torch.chunk: _chunk,
-    Tensor.chunk: _chunk,
-    torch.split: _split,
-    Tensor.split: _split,
-    Tensor.__getitem__: _getitem,
-    **dict.fromkeys(
-        [torch.reshape, Tensor.reshape, Tensor.view, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze],
-        _same,
-    ),
-    **dict.fromkeys([Tensor.to, Tensor.type_as, Tensor.float, Tensor.contiguous, Tensor.flatten], _same),
 }
 
 

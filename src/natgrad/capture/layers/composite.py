@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from natgrad.capture.layers.recurrent import UNROLLED
-
-
-@dataclass(frozen=True)
-class Composite:
-    """`function` does as the fused one does, by functions of torch's own.
-
-    `positions` tells from the arguments the size of axis 0 inside of it, where that is positions and examples are on
-    axis 1; None where examples are on axis 0.
-    """
-
-    function: Callable[..., Any]
-    positions: Callable[..., int | None] = lambda *_, **__: None
 
 
 def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,11 +20,8 @@ def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
     return opened
 
 
-def _queries(query: Tensor, *_: Any, **__: Any) -> int:
-    return len(query)
-
-
-COMPOSITES: dict[Any, Composite] = {
-    F.multi_head_attention_forward: Composite(_opened(F.multi_head_attention_forward), _queries),
-    **{fused: Composite(unrolled) for fused, unrolled in UNROLLED.items()},
+# For each fused function one that does the same by functions of torch's own.
+COMPOSITES: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
+    **UNROLLED,
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from natgrad.capture.layers.inputs import Inputs, InputSums, Rows
 from natgrad.capture.layers.kind import Call, Kind
+from natgrad.capture.order import Order
 from natgrad.linalg.layout import Layout
 
 CHUNK = 1 << 23
@@ -59,22 +60,36 @@ class Convolution(Kind):
     def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n p o"]:
         return _batched(g, len(self.kernel))[:, slice(*self.outputs)].flatten(2).mT
 
+    def grid(self, a: Tensor) -> tuple[int, ...]:
+        return (len(_batched(a, len(self.kernel))),)
+
+    def positions(self, a: Tensor) -> int:
+        return prod(_batched(a, len(self.kernel)).shape[2:])
+
+    def rows(self, a: Tensor) -> Tensor:
+        return _batched(a, len(self.kernel)).flatten(1)
+
     def width(self, a: Tensor) -> int:
         return self.outputs[1] - self.outputs[0]
 
-    def positions(self, a: Tensor) -> tuple[int, int]:
-        a = _batched(a, len(self.kernel))
-        return len(a), prod(a.shape[2:])
-
 
 class Patches(Inputs):
-    """The patches of a convolution's input, `(example, position, channels · kernel)`, written out only if need be."""
+    """The patches of a convolution's input, `(example, position, channels · kernel)`, written out only if need be.
 
-    def __init__(self, h: Float[Tensor, "n c ..."], convolution: Convolution, dtype: torch.dtype | None = None):
-        self.h, self.convolution, self.dtype = h, convolution, dtype or h.dtype
+    An example may have several `images`, which follow one another in `h`.
+    """
+
+    def __init__(
+        self,
+        h: Float[Tensor, "n c ..."],
+        convolution: Convolution,
+        dtype: torch.dtype | None = None,
+        images: int = 1,
+    ):
+        self.h, self.convolution, self.dtype, self.images = h, convolution, dtype or h.dtype, images
         spatial = zip(h.shape[2:], *self._geometry(), strict=True)
         self.sizes = [(size + sum(pad) - d * (k - 1) - 1) // s + 1 for size, k, s, pad, d in spatial]
-        self.shape = (len(h), prod(self.sizes), h.shape[1] * prod(convolution.kernel))
+        self.shape = (len(h) // images, images * prod(self.sizes), h.shape[1] * prod(convolution.kernel))
 
     def _geometry(self) -> tuple[Any, ...]:
         c = self.convolution
@@ -93,7 +108,8 @@ class Patches(Inputs):
     def dense(self) -> Tensor:
         space = len(self.sizes)
         windows = self._unfolded(self._padded(self.h.to(self.dtype)), 0)
-        return windows.flatten(2 + space).flatten(2, 1 + space).permute(0, 2, 1, 3).flatten(2)
+        patches = windows.flatten(2 + space).flatten(2, 1 + space).permute(0, 2, 1, 3).flatten(2)
+        return patches if self.images == 1 else patches.reshape(self.shape)
 
     def sums(self, kept: Tensor | None = None, diagonal: bool = False) -> InputSums:
         """The scatter of the patches, without writing them out.
@@ -162,13 +178,23 @@ class Patches(Inputs):
             return Rows(self.dense()).averaged(kept)
         space = len(self.sizes)
         windows = self._unfolded(self._padded(self.h.to(self.dtype)), 0)
-        return Rows(windows.mean([*range(2, 2 + space)]).flatten(1).unsqueeze(1))
+        means = windows.mean([*range(2, 2 + space)]).flatten(1)
+        return Rows(means.unflatten(0, (-1, self.images)).mean(1, keepdim=True))
 
     def to(self, dtype: torch.dtype) -> Patches:
-        return Patches(self.h, self.convolution, dtype)
+        return Patches(self.h, self.convolution, dtype, self.images)
 
     def part(self, start: int, stop: int, step: int = 1) -> Patches:
-        return Patches(self.h[start:stop:step], self.convolution, self.dtype)
+        if self.images == 1:
+            return Patches(self.h[start:stop:step], self.convolution, self.dtype)
+        h = self.h.unflatten(0, (-1, self.images))[start:stop:step].flatten(0, 1)
+        return Patches(h, self.convolution, self.dtype, self.images)
+
+    def arranged(self, order: Order) -> Patches:
+        if order.is_identity:
+            return self
+        h = order.of(self.h)  # (cases, images, c, ...)
+        return Patches(h.flatten(0, 1), self.convolution, self.dtype, h.shape[1])
 
     def blank(self, n: int) -> Patches:
         return Patches(self.h.new_zeros(n, *self.h.shape[1:]), self.convolution, self.dtype)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from natgrad.capture.layers.affine import rows
 from natgrad.capture.layers.inputs import Sparse
 from natgrad.capture.layers.kind import Call, Kind
 from natgrad.linalg.layout import Layout
@@ -40,8 +39,8 @@ class Embedding(Kind):
         value = torch.ones(len(index), device=h.device)
         return Sparse(row, index, value, (len(h), h.shape[1], self.tokens))
 
-    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n t o"]:
-        return rows(g)
+    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid 1 o"]:
+        return g.unsqueeze(-2)
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ class EmbeddingBag(Kind):
         sizes = torch.tensor([*self.offsets[1:], h.numel()]) - torch.tensor(self.offsets)
         return torch.arange(len(sizes)).repeat_interleave(sizes).to(h.device), len(sizes)
 
-    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n t o"]:
-        return rows(g)
+    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid 1 o"]:
+        return g.unsqueeze(-2)
 
 
 def _embedding(
@@ -122,6 +121,18 @@ def _embedding_bag(
     return Call(kind, input, weight, others=others)
 
 
+def _getitem(input: Tensor, index: Any) -> Call | None:
+    """`W[index]` for a tensor of row numbers."""
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32) or input.ndim != 2:
+        return None
+    return Call(Embedding(len(input)), index % len(input), input)
+
+
+def can_be_opened(*args: Any, **kwargs: Any) -> bool:
+    """Whether `embedding_bag` computes what `F.embedding_bag` does."""
+    return _embedding_bag(*args, **kwargs) is not None
+
+
 def embedding_bag(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.embedding_bag` by functions that have a forward mode.
 
@@ -144,4 +155,8 @@ def _index(padding: int | None, tokens: int) -> int | None:
     return padding + tokens if padding is not None and padding < 0 else padding
 
 
-PARSERS: dict[Any, Callable[..., Call | None]] = {F.embedding: _embedding, F.embedding_bag: _embedding_bag}
+PARSERS: dict[Any, Callable[..., Call | None]] = {
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+    Tensor.__getitem__: _getitem,
+}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from natgrad.capture.order import Order
 
 DENSE_BUDGET = 1 << 28
 """The most numbers that sparse inputs are written out to."""
@@ -50,6 +53,10 @@ class Inputs(ABC):
     @abstractmethod
     def part(self, start: int, stop: int, step: int = 1) -> Inputs:
         """Some of the examples, in the memory of the whole where that can be."""
+
+    @abstractmethod
+    def arranged(self, order: Order) -> Inputs:
+        """Those of cases, from those of the rows of a grid; what fills up is zero."""
 
     def place(self) -> tuple[Any, ...] | None:
         """Where the inputs lie in memory, the same for the same inputs of another layer; None if that is not known."""
@@ -103,6 +110,9 @@ class Rows(Inputs):
 
     def part(self, start: int, stop: int, step: int = 1) -> Rows:
         return Rows(self.x[start:stop:step], self.dtype)
+
+    def arranged(self, order: Order) -> Rows:
+        return self if order.is_identity else Rows(order.of(_on_grid(self.x, order.grid)).flatten(1, 2), self.dtype)
 
     def blank(self, n: int) -> Rows:
         return Rows(self.x.new_zeros(n, 1, self.x.shape[2]), self.dtype)
@@ -171,6 +181,16 @@ class Sparse(Inputs):
         row = (example // step * t + place)[own]
         return Sparse(row, self.column[own], self.value[own], (len(examples), t, d))
 
+    def arranged(self, order: Order) -> Sparse:
+        if order.is_identity:
+            return self
+        n, t, d = self.shape
+        numbers = torch.arange(1, n * t + 1, device=self.row.device).view(n, t, 1)
+        rows = order.of(_on_grid(numbers, order.grid)).flatten(1)  # of every case, counted from 1
+        place = torch.zeros(n * t + 1, dtype=torch.long, device=self.row.device)
+        place[rows.flatten()] = torch.arange(rows.numel(), device=self.row.device)
+        return Sparse(place[self.row + 1], self.column, self.value, (*rows.shape, d))
+
     def blank(self, n: int) -> Sparse:
         return Sparse(self.row[:0], self.column[:0], self.value[:0], (n, 1, self.shape[2]))
 
@@ -181,6 +201,11 @@ class Sparse(Inputs):
         place, which = torch.unique(self.row // t * d + self.column, return_inverse=True)
         sums = terms.new_zeros(len(place), *terms.shape[1:]).index_add_(0, which, terms)
         return p.new_zeros(d, p.shape[-1]).index_add_(0, place % d, sums.square().sum(1)).mT
+
+
+def _on_grid(t: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """`(n, t, d)` as `(*grid, positions of a row, d)`."""
+    return t.unflatten(1, (*grid[1:], t.shape[1] // prod(grid[1:]))) if grid else t[0]
 
 
 def joined(inputs: Sequence[Inputs]) -> Inputs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import prod
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,12 +26,21 @@ class Kind(ABC):
         """What the weight's matrix is multiplied with."""
 
     @abstractmethod
-    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n t o"]:
-        """The gradient in what comes out of the matrix, from that in the output."""
+    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid t o"]:
+        """The gradient in what comes out of the matrix, from that in the output: for each row of the grid, and
+        each position that a row has by itself."""
 
-    def positions(self, a: Tensor) -> tuple[int, int]:
-        """How many examples and positions an output has."""
-        return (len(a), prod(a.shape[1:-1])) if a.ndim > 1 else (1, 1)
+    def grid(self, a: Tensor) -> tuple[int, ...]:
+        """The axes of the output on which different examples may lie."""
+        return tuple(a.shape[:-1])
+
+    def positions(self, a: Tensor) -> int:
+        """How many positions each row of the grid has by itself."""
+        return 1
+
+    def rows(self, a: Tensor) -> Tensor:
+        """What a tensor of the output's shape has in each row of the grid, flat: `(rows, numbers)`."""
+        return a.reshape(-1, a.shape[-1])
 
     def width(self, a: Tensor) -> int:
         """How many features its gradients have."""

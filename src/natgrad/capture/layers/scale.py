@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from natgrad.capture.layers.inputs import Rows
@@ -22,7 +22,7 @@ class Scale(Kind):
 
     A case is an example, with `Σ g z` and `Σ g` over the places of the example that a coordinate is used at. K-FAC
     keeps for each coordinate the exact block `E[(Σ g z, Σ g)(Σ g z, Σ g)ᵀ]` of scale and shift, and nothing between
-    coordinates. A batch normalization in training mode mixes examples, which is left out of account.
+    coordinates.
     """
 
     name: str
@@ -30,35 +30,67 @@ class Scale(Kind):
     has_scale: bool
     has_shift: bool
     normalize: Callable[[Tensor], Tensor] | None = None
+    entries: tuple[Int[Tensor, " o"] | None, Int[Tensor, " o"] | None] = field(default=(None, None), compare=False)
+    """Where the coordinates of scale and of shift are in their parameters; None: in their own order."""
+    sizes: tuple[int, int] = (0, 0)
+    """Of the parameters, where entries are given."""
+    is_one: bool = False
+    """Whether scale and shift are one parameter."""
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether no average over other entries is taken first."""
+        return self.normalize is None
 
     def inputs(self, h: Tensor) -> Rows:
         """Nothing: a scale's input is part of its gradient."""
         return Rows(h.new_zeros(1, 1, 0))
 
-    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "n t o"]:
-        """`(Σ g z, Σ g)` for every example, one after the other."""
+    def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid 1 o"]:
+        """`(g z, g)` in every row, one after the other."""
         parts = []
         if self.has_scale:
             z = h if self.normalize is None else self.normalize(h)
-            parts.append(self._sums(g * z.to(g.dtype)))
+            parts.append(self._coordinates(g * z.to(g.dtype)))
         if self.has_shift:
-            parts.append(self._sums(g))
-        return torch.cat(parts, 1).unsqueeze(1)
+            parts.append(self._coordinates(g))
+        return torch.cat(parts, -1).unsqueeze(-2)
 
-    def positions(self, a: Tensor) -> tuple[int, int]:
-        return len(a), 1
+    def placed(self, g: Float[Tensor, "n 1 o"]) -> Float[Tensor, "n 1 p"]:
+        """The coordinates' gradients where they are in the parameters; zero for what is not used."""
+        own = [i for i, has in enumerate((self.has_scale, self.has_shift)) if has]
+        placed = []
+        for i, part in zip(own, g.chunk(len(own), -1), strict=True):
+            entries = self.entries[i]
+            if entries is not None:
+                part = part.new_zeros(len(part), 1, self.sizes[i]).index_add_(2, entries, part)
+            placed.append(part)
+        return sum(placed[1:], placed[0]) if self.is_one else torch.cat(placed, -1)
+
+    def grid(self, a: Tensor) -> tuple[int, ...]:
+        return tuple(a.shape[axis] for axis in self._axes(a.ndim)[0])
+
+    def rows(self, a: Tensor) -> Tensor:
+        return self._coordinates(a).reshape(prod(self.grid(a)), -1)
 
     def width(self, a: Tensor) -> int:
-        return prod(self.spread) * (self.has_scale + self.has_shift)
+        both = zip((self.has_scale, self.has_shift), self.entries, self.sizes, strict=True)
+        widths = [prod(self.spread) if entries is None else size for has, entries, size in both if has]
+        return widths[0] if self.is_one else sum(widths)
 
     def kept(self, weight: bool, bias: bool) -> Scale:
-        return replace(self, has_scale=weight, has_shift=bias)
+        return self if self.is_one else replace(self, has_scale=weight, has_shift=bias)
 
-    def _sums(self, t: Tensor) -> Float[Tensor, "n d"]:
-        """The sum over all places of a coordinate, for each example."""
-        spread = (1,) * (t.ndim - len(self.spread)) + self.spread
-        axes = [i for i, s in enumerate(spread) if s == 1 and i > 0]
-        return (t.sum(axes) if axes else t).reshape(len(t), -1)
+    def _axes(self, ndim: int) -> tuple[list[int], list[int]]:
+        """The axes along which the parameters are the same, and those along which they are not."""
+        spread = (1,) * (ndim - len(self.spread)) + self.spread
+        return [i for i, s in enumerate(spread) if s == 1], [i for i, s in enumerate(spread) if s != 1]
+
+    def _coordinates(self, t: Tensor) -> Float[Tensor, "*grid o"]:
+        """A tensor of the output's shape with the grid first and the coordinates last, flat."""
+        grid, own = self._axes(t.ndim)
+        moved = t.permute(*grid, *own)
+        return moved.reshape(*moved.shape[: len(grid)], -1)
 
 
 def _norm(
@@ -137,18 +169,52 @@ def shift(z: Tensor, c: Tensor) -> Call:
     return Call(Scale("add", tuple(c.shape), False, True), z, None, c)
 
 
-def _expand(input: Tensor, *sizes: Any) -> Call:
+def _addcmul(
+    input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Any = 1
+) -> tuple[Call, ...] | list[Call] | None:
+    """`input + tensor1 ∘ tensor2`: either of the factors may be the scale."""
+    if value != 1:
+        return None
+    factors = ((tensor1, tensor2), (tensor2, tensor1))
+    pairs = [(z, w) for z, w in factors if w.shape == input.shape]
+    if pairs:
+        return tuple(Call(Scale("addcmul", tuple(w.shape), True, True), z, w, input) for z, w in pairs)
+    return [*(product(z, w) for z, w in factors), shift(tensor1, input)]
+
+
+def _expand(input: Tensor, *_: Any, **__: Any) -> Call:
     return Call(Scale("expand", tuple(input.shape), False, True), input.new_zeros(()), None, input)
 
 
-PARSERS: dict[Any, Callable[..., Call | None]] = {
+def _repeat(input: Tensor, *repeats: Any, **named: Any) -> Call | None:
+    """A parameter that is repeated along new axes, or axes of length 1."""
+    times = repeats_of(repeats, named)
+    own = (1,) * (len(times) - input.ndim) + tuple(input.shape)
+    return _expand(input) if all(size == 1 or n == 1 for size, n in zip(own, times, strict=True)) else None
+
+
+def repeats_of(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[int, ...]:
+    """How often `repeat` or `tile` was asked to repeat every axis."""
+    given = next(iter(named.values())) if named else args[0] if len(args) == 1 else args
+    return (given,) if isinstance(given, int) else tuple(given)
+
+
+PARSERS: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     F.group_norm: _group_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
-    Tensor.expand: _expand,
+    torch.addcmul: _addcmul,
+    Tensor.addcmul: _addcmul,
+    **dict.fromkeys([Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to], _expand),
+    Tensor.repeat: _repeat,
 }
 
 ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+SPREADS = {
+    *(Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat),
+    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__),
+}
+"""Functions that give every example a copy of what is one for all."""

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments, merge
 from natgrad.linalg import factor
 from natgrad.optim.preconditioner.running import Statistics

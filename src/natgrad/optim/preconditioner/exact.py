@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer, read_cases
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, Rows
+from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
+from natgrad.capture.separation import SeparationCheck
 from natgrad.capture.use import Use
 from natgrad.curvature.blocks import assemble
-from natgrad.curvature.structures import ExactStructure
+from natgrad.curvature.exact import ExactStructure
 from natgrad.linalg import Operator, Space
 from natgrad.linalg.joint import Joint
 from natgrad.linalg.krylov import Solution, conjugate_gradient
@@ -55,6 +59,7 @@ class ExactMatrix(Preconditioner):
         self.labels, self.estimator, self.solver = labels, estimator, solver
         self.max_size, self.tolerance, self.max_iterations = max_size, tolerance, max_iterations
         self.runs_again = solver in (None, "cg")
+        self._separation = SeparationCheck()
         self._matrix: Joint | ByProducts | None = None
         self._inverse: Operator | None = None
         self._figures: Figures = {}
@@ -92,10 +97,18 @@ class ExactMatrix(Preconditioner):
         self._columns += output.numel() if self.estimator == "exact" else len(output)
         if not takes:
             return
-        source = self.labels.generator
-        columns = batch.term.curvature.columns(output, batch.target, self.estimator, generator=source)
         # The matrix squares the condition of J: float64, whatever the parameters are.
-        cases = read_cases(uses, output, columns, batch.mass, torch.float64, sampled=self.estimator == "mc").kept()
+        cases = read_cases(
+            uses,
+            output,
+            partial(
+                batch.term.curvature.columns, output, batch.target, self.estimator, generator=self.labels.generator
+            ),
+            batch.mass,
+            torch.float64,
+            separation=self._separation.of(uses, output, batch.forward.mode).in_common(),
+            sampled=self.estimator == "mc",
+        ).kept()
         if not all(torch.isfinite(g.sum()) for column in cases.columns for uses in column.values() for g in uses):
             batch.fault = "the curvature is not finite"
         batch.statistics = cases
@@ -163,6 +176,9 @@ def from_cases(objective: Objective, parameters: Mapping[str, Tensor]) -> Joint:
             layers[layer] = (h[0], batch.statistics.d_out[layer])
     kept = {layer: _within(layer, parameters) for layer in layers}
     _check_covered([part for part in kept.values() if part is not None], parameters)
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+    uses = (names for batch in objective.batches for names in batch.statistics.together)
+    together = dict.fromkeys(tuple(n for n in names if n in parameters) for names in uses)
     structure = ExactStructure()
     for share, batch in zip(objective.shares, objective.batches, strict=True):
         if share < 0:
@@ -170,7 +186,8 @@ def from_cases(objective: Objective, parameters: Mapping[str, Tensor]) -> Joint:
                 f"a batch counts {share:.3g} times in the objective: the Fisher matrix of a loss with a negative "
                 "factor is not positive semidefinite; expected positive factors"
             )
-        structure.add(_weighted(batch.statistics, share**0.5, layers, kept))
+        cases = _weighted(batch.statistics, share**0.5, layers, kept)
+        structure.add(replace(cases, shapes=shapes, together=tuple(together)))
     return Joint(assemble(structure.build(is_mean=False), parameters))
 
 
@@ -201,6 +218,7 @@ def _weighted(
 ) -> Cases:
     """The cases of the layers that are kept, with `factor` times the gradients; zeros where a layer was not used."""
     columns = list(cases.columns)
+    number = next(iter(cases.h.values()))[0].shape[0]  # of cases, the same in all layers
     h: dict[Layer, list[Inputs]] = {}
     g: list[dict[Layer, list[Tensor]]] = [{} for _ in columns]
     d_out: dict[Layer, int] = {}
@@ -208,7 +226,7 @@ def _weighted(
         part = kept[layer]
         if part is None:
             continue
-        uses = cases.h.get(layer, [template.blank(cases.examples)])
+        uses = cases.h.get(layer, [template.blank(number)])
         h[part] = uses if part.weight else [Rows(cases.mass.new_zeros(*use.shape[:2], 0)) for use in uses]
         for its, column in zip(g, columns, strict=True):
             gradients = column.get(layer, [cases.mass.new_zeros(*use.shape[:2], width) for use in uses])

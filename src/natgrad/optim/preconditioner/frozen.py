@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from math import prod
@@ -14,8 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer, read_cases
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
+from natgrad.capture.probe import PASSES
+from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
+from natgrad.capture.separation import Separation, SeparationCheck, assumed_of
 from natgrad.capture.use import Use
 from natgrad.curvature.blocks import assemble, named_blocks
 from natgrad.curvature.moments import MAX_DIM, AffineMoments
@@ -93,6 +97,8 @@ class LayerBlocks(Preconditioner):
         self.last_statistics: int | None = None  # at which step
         self.wanted = False  # statistics at once: some averages were lost, or a parameter has none
         self.frozen: frozenset[str] = frozenset()
+        self.separation = SeparationCheck()
+        self.taken_apart: tuple[str, ...] = ()  # layers whose squares are approximate
 
     def chosen(self) -> dict[str, Any]:
         return {"structure": self.options.structure} | ({} if self.options.centered else {"centered": False})
@@ -119,16 +125,23 @@ class LayerBlocks(Preconditioner):
 
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int, step: int) -> None:
         curvature, draws = batch.term.curvature, self.running.reads_gradients
-        source = self.labels.of(step, draw)
+
+        def columns() -> Iterable[Tensor]:
+            source = self.labels.of(step, draw)
+            return curvature.columns(output, batch.target, self.options.estimator, generator=source)
+
         cases = read_cases(
             uses,
             output,
-            curvature.columns(output, batch.target, self.options.estimator, generator=source) if draws else (),
+            columns if draws else tuple,
             batch.mass,
             self.parameters.precision,
+            separation=self._rows_of(batch, uses, output),
             ignored=curvature.ignored(output.detach(), batch.target),
             sampled=self.options.estimator == "mc" or not draws,
         )
+        new = [layer.label for layer in cases.mixed if self._approximates(layer)]
+        self.taken_apart = tuple(dict.fromkeys([*self.taken_apart, *new]))
         every = self._thinning(cases)
         if every > 1:
             cases = cases.every(every, start=step // self.options.statistics.most % every)
@@ -138,14 +151,41 @@ class LayerBlocks(Preconditioner):
         if not batch.statistics.finite():
             batch.fault = "the statistics are not finite"
 
+    def _rows_of(self, batch: Batch, uses: list[Use], output: Tensor) -> Separation:
+        """Which rows make up a case. With labels drawn, those that see one another are taken apart all the same: their
+        squares are approximate, where the one square of the whole batch would be noise.
+
+        Raises:
+            ValueError: if rows see one another, parameters are sharded, and labels are not drawn.
+        """
+        mode, draws = batch.forward.mode, self.options.estimator == "mc"
+        if not self.running.reads_gradients and self.options.sharing == "expand":
+            return assumed_of(uses, output)  # every row of an input is a case
+        if self.parameters.place.shards is None:
+            found = self.separation.of(uses, output, mode)
+            return found if draws else found.whole()
+        found = self.separation.in_step(uses, output, mode, of=batch.term.name)
+        if not draws and any(found.mixed):
+            raise ValueError(
+                f"estimator={self.options.estimator!r} needs independent rows where parameters are sharded, and this "
+                "model's see one another, as by averages over the batch; use estimator='mc'"
+            )
+        return found
+
+    def _approximates(self, layer: Layer) -> bool:
+        """Whether rows that are taken apart make a difference: not to K-FAC's factors, which are right on average."""
+        by_squares = self.options.sharing == "reduce" or self.options.structure in ("ekfac", "diagonal")
+        return self.options.estimator == "mc" and (layer.scale or by_squares)
+
     def follow_along(self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int) -> None:
         if not (self.running.reads_gradients and output.requires_grad):
             return
+        if self.separation.begin(term.name):
+            _follow(uses, output, PASSES)
         one, its_target = output.detach().new_zeros(1, *output.shape[1:]), target.new_zeros(1, *target.shape[1:])
         source = self.labels.of(step, draw)
         for _ in term.curvature.columns(one, its_target, self.options.estimator, generator=source):
-            edges = [use.edge for use in uses]
-            torch.autograd.grad(output, edges, torch.zeros_like(output), retain_graph=True, allow_unused=True)
+            _follow(uses, output, 1)
 
     def _thinning(self, cases: Cases) -> int:
         """Of how many examples the moments take one."""
@@ -171,6 +211,7 @@ class LayerBlocks(Preconditioner):
             return set()
         held = self.running.total.moments
         thinned = {layer.label: m.diagonals for layer, m in held.items() if isinstance(m, AffineMoments)}
+        figures["rows_taken_apart"] = list(self.taken_apart)
         figures["diagonal_factors"] = {label: factors for label, factors in thinned.items() if factors}
         return self._without_statistics(gradients, figures, taken)
 
@@ -398,3 +439,9 @@ def _check_fits(
             f"the state has moments for {layer.names[0]!r} in {dtype}; expected {expected}, for a parameter of "
             f"{parameters[layer.names[0]].dtype}: convert the model first, then load"
         )
+
+
+def _follow(uses: list[Use], output: Tensor, passes: int) -> None:
+    edges = [use.edge for use in uses]
+    for _ in range(passes):
+        torch.autograd.grad(output, edges, torch.zeros_like(output), retain_graph=True, allow_unused=True)

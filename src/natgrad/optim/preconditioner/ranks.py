@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from natgrad.capture.cases import Layer
+from natgrad.capture.layer import Layer
 from natgrad.distributed.assignment import assign, cost
 from natgrad.distributed.packing import leaves
 from natgrad.distributed.placement import Whole

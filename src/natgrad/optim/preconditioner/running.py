@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Cases, Layer
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
 from natgrad.curvature.bases import Eigenbasis, bases_of, squares_in, turned
 from natgrad.curvature.blocks import homogeneous, kfac_blocks
 from natgrad.curvature.groups import has_rival, tiled
@@ -23,6 +24,7 @@ from natgrad.curvature.moments import (
     layer_moments,
     merge,
     moments_of_state,
+    reconciled,
     state_of_moments,
 )
 from natgrad.curvature.structures import diagonal_squares
@@ -201,13 +203,16 @@ class RunningEkfac(RunningKfac):
 
     def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
         own: dict[Layer, Operator] = {}
+        alike = reconciled(self.total.moments)
         for layer, basis in self._bases.items():
+            if layer not in alike:  # used with a bias in some batches, and without in others
+                continue
             squares, m = self.total.squares.get(layer), self.total.moments.get(layer)
             if squares is not None and m is not None and without(layer, frozen) == layer:
                 assert isinstance(squares, DiagonalMoments)
                 assert isinstance(m, AffineMoments)
                 own[layer] = basis.block(squares.means(), m)
-        rest = {layer: m for layer, m in self.total.moments.items() if layer not in own}
+        rest = {layer: m for layer, m in alike.items() if layer not in own}
         return tiled(own) | kfac_blocks(left_of(rest, frozen), True, self.centered)
 
     def state(self) -> dict[str, Any]:
@@ -227,7 +232,7 @@ class RunningDiagonal(Running):
         return Statistics({layer: DiagonalMoments(v, cases.mass) for layer, v in diagonal_squares(cases).items()})
 
     def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
-        left = left_of(self.total.moments, frozen)
+        left = left_of(reconciled(self.total.moments), frozen)
         means = {layer: m.means() for layer, m in left.items() if isinstance(m, DiagonalMoments)}
         return tiled({layer: Diagonal(values) for layer, values in means.items()})
 
@@ -249,7 +254,7 @@ class RunningInput(Running):
         return bool(layer.weight) and not (layer.scale or sparse or has_rival(layer, cases.h))
 
     def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
-        left = left_of(self.total.moments, frozen)
+        left = left_of(reconciled(self.total.moments), frozen)
         return tiled({layer: self._block(layer, m) for layer, m in left.items() if layer.weight})
 
     def _block(self, layer: Layer, m: Moments) -> Operator:

@@ -12,7 +12,7 @@ class Buffers:
     """The floating-point buffers as they were before a step's first forward. Those that change alone are copied."""
 
     def __init__(self, model: nn.Module):
-        self._places: list[Place] = [(m, n) for m in model.modules() for n in m._buffers]
+        self._places: list[Place] = [(m, n) for m in model.modules() for n, _ in m._buffers.items()]
         self._copies: dict[Place, Tensor] = {}
         self._seen: dict[Place, tuple[int, int]] = {}
         self._kept = False
@@ -39,5 +39,5 @@ class Buffers:
                 buffer.copy_(copy)
 
     def _now(self) -> list[tuple[Place, Tensor]]:
-        found = [((m, n), m._buffers.get(n)) for m, n in self._places]
+        found = [((m, n), dict(m._buffers.items()).get(n)) for m, n in self._places]
         return [(place, b) for place, b in found if b is not None and b.is_floating_point() and not b.is_inference()]

@@ -63,6 +63,11 @@ class Forward:
             output = way(forward(*self.args, **self.kwargs))
         return full_precision(output)
 
+    @property
+    def mode(self) -> tuple[bool, ...]:
+        """Which modules were in training mode."""
+        return tuple(training for _, training in self.modes)
+
     @contextlib.contextmanager
     def _in_its_modes(self) -> Iterator[None]:
         changed = [(m, m.training) for m, training in self.modes if m.training != training]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Way = Callable[[Any], Tensor]
 Path = tuple[Any, ...]
@@ -22,51 +23,72 @@ class Returned:
 
     def __init__(self, value: Any):
         found = list(_tensors(value))
-        self._tensors = [(path, weakref.ref(t), t._version) for path, t in found]
+        self._tensors = [Held(path, t) for path, t in found]
         self._nodes = {t.grad_fn for _, t in found if t.grad_fn is not None}
 
     def let_go(self) -> bool:
         """Keeps nothing alive from now on. Returns whether any of the tensors is still in use."""
         self._nodes.clear()
-        return any(ref() is not None for _, ref, _ in self._tensors)
+        return any(held.in_use for held in self._tensors)
 
     def is_all_of(self, value: Any) -> bool:
         """Whether `value` holds what was returned: the same tensors in the same places."""
         found = list(_tensors(value))
         if len(found) != len(self._tensors) or not found:
             return False
-        pairs = zip(found, self._tensors, strict=True)
-        return all(path == its and t is ref() for (path, t), (its, ref, _) in pairs)
+        return all(path == held.path and t is held.ref() for (path, t), held in zip(found, self._tensors, strict=True))
 
     def way_to(self, output: Tensor) -> Way | None:
         """How `output` comes from what was returned: it is one of the tensors, as it is or as a view of it.
 
         None if it is neither, or has been written to.
         """
-        for path, ref, version in self._tensors:
-            t = ref()
-            if t is not None and t._version == version:
-                view = _view(output, t)
-                if view is not None:
-                    return lambda value, path=path, view=view: view(_at(value, path))  # type: ignore[misc]
+        for held in self._tensors:
+            view = held.view(output)
+            if view is not None:
+                return lambda value, path=held.path, view=view: view(_at(value, path))  # type: ignore[misc]
         return None
 
     def nodes(self) -> set[Node]:
         """The nodes of the autograd graph that the tensors come from."""
-        held = (ref() for _, ref, _ in self._tensors)
-        return self._nodes | {t.grad_fn for t in held if t is not None and t.grad_fn is not None}
+        alive = (held.ref() for held in self._tensors)
+        return self._nodes | {t.grad_fn for t in alive if t is not None and t.grad_fn is not None}
 
 
-def _view(output: Tensor, t: Tensor) -> Way | None:
-    """The function that made `output` of `t`."""
-    if output is t:
-        return lambda again: again
-    if output.untyped_storage().data_ptr() != t.untyped_storage().data_ptr() or not t.is_contiguous():
+class Held:
+    """Where a returned tensor was, and in what memory. Neither is kept alive: in `model(x).flatten(0, 1)` the tensor
+    that the model returned is gone at once, and its memory is not."""
+
+    def __init__(self, path: Path, t: Tensor):
+        self.path, self.ref, self._version = path, weakref.ref(t), t._version
+        self._memory = _memory(t)
+        self._contiguous, self._numel, self._offset = t.is_contiguous(), t.numel(), t.storage_offset()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the tensor or a view of it is alive."""
+        return self.ref() is not None or not (self._memory is None or self._memory.expired())
+
+    def view(self, output: Tensor) -> Way | None:
+        """The function that made `output` of the tensor; None if there is none, or the tensor has been written to."""
+        if output._version != self._version:
+            return None
+        if output is self.ref():
+            return lambda again: again
+        if self._memory is None or _memory(output) != self._memory or not self._contiguous:
+            return None
+        if output.is_contiguous() and output.numel() == self._numel:
+            return lambda again: again.reshape(output.shape)
+        size, stride, offset = output.shape, output.stride(), output.storage_offset() - self._offset
+        return lambda again: again.contiguous().as_strided(size, stride, again.storage_offset() + offset)
+
+
+def _memory(t: Tensor) -> StorageWeakRef | None:
+    """None for tensors that have no memory of their own."""
+    try:
+        return StorageWeakRef(t.untyped_storage())
+    except (RuntimeError, NotImplementedError):
         return None
-    if output.is_contiguous() and output.numel() == t.numel():
-        return lambda again: again.reshape(output.shape)
-    size, stride, offset = output.shape, output.stride(), output.storage_offset() - t.storage_offset()
-    return lambda again: again.contiguous().as_strided(size, stride, again.storage_offset() + offset)
 
 
 def _tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:

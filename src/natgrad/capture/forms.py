@@ -1,0 +1,90 @@
+"""The forms in which functions are given a parameter: itself, a transpose, some rows, any view of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from natgrad.capture.layers import CASTS, SELECTIONS, VIEWS, View
+
+
+@dataclass(frozen=True)
+class Form:
+    """A parameter as a function was given it: all of it or some rows, as it is or transposed; or, if not a `matrix`,
+    its entries in any other order. `select` gives their numbers in the parameter, which has `shape`."""
+
+    name: str
+    select: Callable[[], Int[Tensor, ...]]
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+    matrix: bool = True
+    whole: bool = True
+    """Whether its entries are those of the parameter, in their order."""
+
+
+class Forms:
+    """Those that were met in a forward. Their tensors are kept alive, so that their ids stay theirs."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Form]] = {}
+
+    def know(self, parameters: Mapping[str, Tensor]) -> None:
+        for n, p in parameters.items():
+            self._known[id(p)] = p, Form(n, partial(_numbers, p), tuple(p.shape))
+
+    def __contains__(self, t: object) -> bool:
+        return id(t) in self._known
+
+    def of(self, t: Tensor | None) -> Form | None:
+        held = None if t is None else self._known.get(id(t))
+        return None if held is None else held[1]
+
+    def look_at(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> bool:
+        """Keeps the forms that a call gives, if it is a view of a parameter."""
+        if func not in VIEWS and func not in SELECTIONS:
+            return False
+        source = args[0] if args else kwargs.get("input", kwargs.get("self"))
+        form = self.of(source)
+        outs = list(out) if isinstance(out, (tuple, list)) else [out]
+        if form is None or any(not isinstance(t, Tensor) for t in outs):
+            return False
+        view = VIEWS[func](*args, **kwargs) if func in VIEWS else None
+        keeps_order = view is not None and not view.transposed
+        for i, (t, found) in enumerate(zip(outs, _forms(form, view, len(outs)), strict=True)):
+            select = (
+                form.select if func in CASTS else partial(_select, func, form, args, kwargs, None if t is out else i)
+            )
+            whole = form.whole and keeps_order and t.numel() == prod(form.shape)
+            self._known[id(t)] = t, replace(found, select=select, whole=whole)
+        return True
+
+
+def _forms(form: Form, view: View | None, count: int) -> list[Form]:
+    """What each of the tensors is that a view of a form has returned."""
+    if not form.matrix or view is None or (form.transposed and (view.rows or not view.transposed)):
+        return [replace(form, matrix=False, rows=None, transposed=False)] * count
+    if not view.rows:
+        return [replace(form, transposed=form.transposed != view.transposed)] * count
+    first = form.rows[0] if form.rows else 0
+    return [replace(form, rows=(first + a, first + b)) for a, b in view.rows]
+
+
+def _numbers(p: Tensor) -> Int[Tensor, ...]:
+    return torch.arange(p.numel(), device=p.device).view(p.shape)
+
+
+def _select(
+    func: Any, form: Form, args: Sequence[Any], kwargs: Mapping[str, Any], which: int | None
+) -> Int[Tensor, ...]:
+    """The numbers of the entries that a call has chosen of a form's."""
+    others = {k: v for k, v in kwargs.items() if k not in ("input", "self")}
+    numbers = func(form.select(), *args[1:], **others)
+    return numbers if which is None else numbers[which]

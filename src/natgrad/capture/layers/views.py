@@ -1,0 +1,75 @@
+"""Functions that give the entries of a tensor in another form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natgrad.capture.layers.kind import View
+
+
+def _transpose(input: Tensor, *_: Any, **__: Any) -> View | None:
+    return View(input, transposed=True) if input.ndim == 2 else None
+
+
+def _transpose_dims(input: Tensor, dim0: int, dim1: int) -> View | None:
+    return View(input, transposed=True) if input.ndim == 2 and (dim0 - dim1) % 2 else None
+
+
+def _chunk(input: Tensor, chunks: int, dim: int = 0) -> View | None:
+    return _split(input, -(-len(input) // chunks), dim)
+
+
+def _split(tensor: Tensor, split_size_or_sections: Any, dim: int = 0, **named: Any) -> View | None:
+    size = named.get("split_size", split_size_or_sections)
+    n = len(tensor)
+    sizes = [min(size, n - i) for i in range(0, n, size)] if isinstance(size, int) else list(size)
+    return View(tensor, tuple(pairwise(accumulate(sizes, initial=0)))) if dim == 0 else None
+
+
+def _getitem(input: Tensor, index: Any) -> View | None:
+    if isinstance(index, slice) and index.step in (None, 1):
+        start, stop, _ = index.indices(len(input))
+        return View(input, ((start, stop),)) if start < stop else None
+    whole = (
+        i is None or i is Ellipsis or (isinstance(i, slice) and i == slice(None))
+        for i in (index if isinstance(index, tuple) else (index,))
+    )
+    return View(input) if all(whole) else None
+
+
+def _same(input: Tensor, *_: Any, **__: Any) -> View:
+    return View(input)
+
+
+# Those that leave the entries in their order.
+CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.contiguous, Tensor.clone, torch.clone}
+RESHAPES = {
+    *(torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten, Tensor.unflatten),
+    *(Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze),
+}
+# What each makes of a matrix.
+VIEWS: dict[Any, Callable[..., View | None]] = {
+    torch.t: _transpose,
+    Tensor.t: _transpose,
+    torch.transpose: _transpose_dims,
+    Tensor.transpose: _transpose_dims,
+    Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]
+    torch.chunk: _chunk,
+    Tensor.chunk: _chunk,
+    torch.split: _split,
+    Tensor.split: _split,
+    Tensor.__getitem__: _getitem,
+    **dict.fromkeys([*RESHAPES, *CASTS], _same),
+}
+# Those that choose entries, or put them in another order; others than matrices may be used in it.
+SELECTIONS = {
+    *(Tensor.narrow, torch.narrow, Tensor.select, torch.select, Tensor.unbind, torch.unbind),
+    *(Tensor.permute, torch.permute, Tensor.movedim, torch.movedim, Tensor.swapaxes, torch.swapaxes),
+    *(Tensor.flip, torch.flip, Tensor.roll, torch.roll, Tensor.repeat, Tensor.tile, torch.tile),
+}

@@ -1,0 +1,174 @@
+"""Products `J v`, by forward mode where that is the derivative that a backward pass takes, else by two backward passes.
+
+The two modes differ where a forward holds something constant for one of them alone: inside of `torch.no_grad()`, for
+the padding of an embedding, in a function with a backward of its own. Then the derivative is the backward's, which is
+what an optimizer's gradients are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from natgrad.capture.graph import refuse_reentrant
+from natgrad.capture.layers.embedding import can_be_opened, embedding_bag
+
+SEED = 1729
+"""Of the check's own random vectors: torch's own numbers are left as they are."""
+Vector = Mapping[str, Tensor]
+Forward = Callable[[Vector], tuple[Tensor, Tensor]]
+
+
+class Jacobian:
+    """Looks at each kind of batch once: whether `⟨u, J v⟩ = ⟨Jᵀ u, v⟩` for random vectors, `J v` by forward mode."""
+
+    def __init__(self) -> None:
+        self._by_reverse: dict[Hashable, bool] = {}
+
+    def tangent(
+        self, key: Hashable, model: nn.Module, call: Callable[[Any], Tensor], direction: Vector, forward: Forward
+    ) -> tuple[Tensor, Tensor]:
+        """The output and `J d`.
+
+        Args:
+            key: what the answer may depend on: shapes, and which modules are in training mode.
+            model: the module that owns the parameters.
+            call: `call(model)` runs it on the batch and returns the output, with the same random numbers each time.
+            direction: `d`, by parameter name.
+            forward: gives both by forward mode.
+
+        Raises:
+            NotImplementedError: if the model has neither a forward mode nor a second backward pass.
+        """
+        if not self.by_reverse(key, model, call, direction, forward):
+            return forward(direction)
+        output, leaves = graph(model, call, direction)
+        return output.detach(), through_graph(output, leaves, direction)
+
+    def by_reverse(
+        self, key: Hashable, model: nn.Module, call: Callable[[Any], Tensor], direction: Vector, forward: Forward
+    ) -> bool:
+        """Whether backward passes are to be taken in place of forward mode."""
+        if key not in self._by_reverse:
+            self._by_reverse[key] = _look(model, call, list(direction), forward)
+        return self._by_reverse[key]
+
+
+def graph(model: nn.Module, call: Callable[[Any], Tensor], direction: Vector) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output with a graph that can be differentiated twice, and the parameters of the direction."""
+    owned = dict(model.named_parameters())
+    with torch.enable_grad(), twice_differentiable():
+        output = call(model)
+    refuse_reentrant(output)
+    return output, {n: owned[n] for n in direction}
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Within, functions whose backward cannot be differentiated are computed by others: fused attention, cuDNN's
+    recurrent networks, bags of embeddings."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _Opened():
+        yield
+
+
+class _Opened(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding_bag and can_be_opened(*args, **kwargs):
+            return embedding_bag(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def through_graph(output: Tensor, leaves: Vector, direction: Vector) -> Tensor:
+    """`J d` as the derivative in `u` of `⟨Jᵀ u, d⟩`; the graph is kept."""
+    with torch.enable_grad():
+        u = torch.zeros_like(output, requires_grad=True)
+        gradients = torch.autograd.grad(output, list(leaves.values()), u, create_graph=True, allow_unused=True)
+        pairs = [(g, direction[n]) for n, g in zip(leaves, gradients, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return torch.zeros_like(output)
+        products = [(g * w.to(g.dtype)).sum() for g, w in pairs]
+        (Jd,) = torch.autograd.grad(sum(products[1:], products[0]), u, allow_unused=True, retain_graph=True)
+    return torch.zeros_like(output) if Jd is None else Jd.detach()
+
+
+def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], forward: Forward) -> bool:
+    """Whether forward mode is not to be used."""
+    owned = dict(model.named_parameters())
+    first = owned[names[0]]
+    generator = torch.Generator(first.device).manual_seed(SEED)
+    v = {n: _size(owned[n]) * _random(owned[n], generator) for n in names}
+    fault: Exception | None = None
+    with same_numbers(first.device) as again:
+        try:
+            _, Jv = forward(v)
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+            fault, Jv = error, first.detach()
+        again()
+        with torch.enable_grad():
+            output = call(model)
+        if not output.requires_grad:
+            return fault is not None
+        refuse_reentrant(output)
+        u = _random(output, generator)
+        gradients = torch.autograd.grad(output, [owned[n] for n in names], u, allow_unused=True)
+        terms = [(g.double() * v[n].double()).flatten() for n, g in zip(names, gradients, strict=True) if g is not None]
+        del output, gradients
+        if fault is None and _agree(u, Jv, terms):
+            return False
+        again()
+        try:
+            output, leaves = graph(model, call, v)
+            if _agree(u, through_graph(output, leaves, v), terms):
+                return True
+            why = "its backward is no linear function of the gradient that it is given"
+        except (RuntimeError, TypeError) as error:
+            why = str(error).strip().split("\n")[0]
+    raise NotImplementedError(
+        "a product with this model's Jacobian needs forward mode, which is not the derivative that its backward takes "
+        f"or does not exist, or a second backward pass, which fails: {why}. Use structure='dense' or 'block', which "
+        "take one backward alone; in an optimizer give lr, momentum and damping as numbers"
+    ) from fault
+
+
+def _agree(u: Tensor, Jv: Tensor, terms: list[Tensor]) -> bool:
+    """Whether `⟨u, J v⟩` is `⟨Jᵀ u, v⟩`, the sum of the terms, up to rounding."""
+    if not (Jv.shape == u.shape and torch.isfinite(Jv).all()):
+        return False
+    forward, reverse = (u.double() * Jv.double()).flatten(), torch.cat(terms) if terms else u.new_zeros(1).double()
+    tolerance = min(max(torch.finfo(Jv.dtype).eps ** 0.5, 1e-8), 0.1)
+    if Jv.dtype == torch.float32:
+        tolerance = 1e-3
+    return bool((forward.sum() - reverse.sum()).abs() <= tolerance * (forward.norm() + reverse.norm()))
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn(like.shape, dtype=dtype, device=like.device, generator=generator).to(like.dtype)
+
+
+def _size(p: Tensor) -> float:
+    """The root mean square of a parameter's entries; of one that is zero, 1."""
+    return float(p.detach().double().square().mean().sqrt()) or 1.0
+
+
+@contextlib.contextmanager
+def same_numbers(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Within, what is called sets torch's random numbers back; afterwards they are as they were before."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        own = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]
+
+        def again() -> None:
+            torch.set_rng_state(own[0])
+            for d, state in zip(cuda, own[1], strict=True):
+                torch.cuda.set_rng_state(state, d)
+
+        yield again

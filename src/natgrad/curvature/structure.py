@@ -1,0 +1,51 @@
+"""What every structure does with the cases of a batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
+from natgrad.distributed.world import World
+from natgrad.linalg import Operator
+
+
+class Structure(ABC):
+    """What a block-diagonal matrix sums over batches. `passes` over the data are needed."""
+
+    passes = 1
+
+    def __init__(self) -> None:
+        self.mass: Tensor | None = None
+
+    @abstractmethod
+    def add(self, cases: Cases) -> None:
+        """Takes in one batch of the current pass."""
+
+    def next_pass(self) -> None:  # noqa: B027
+        """What is to be done between two passes."""
+
+    @abstractmethod
+    def merge_ranks(self, world: World) -> None:
+        """Takes in what the other ranks have summed in the current pass."""
+
+    @abstractmethod
+    def build(self, is_mean: bool) -> dict[Layer, Operator]:
+        """Every layer's operator: of the objective's mean, or of its sum."""
+
+    def _add_mass(self, cases: Cases) -> None:
+        self.mass = cases.mass if self.mass is None else self.mass + cases.mass
+
+    def _sum_mass(self, world: World) -> None:
+        own = torch.zeros((), device=world.device) if self.mass is None else self.mass
+        dtypes = [dtype for dtype in world.gather(None if self.mass is None else own.dtype, "the mass") if dtype]
+        if not dtypes:
+            raise ValueError("data is empty on all ranks: expected at least one (input, target) batch on one of them")
+        self.mass = world.sum(own.to(dtypes[0]).clone(), "the mass")
+
+    def _scale(self, is_mean: bool) -> Tensor | float:
+        assert self.mass is not None
+        return 1 / self.mass if is_mean else 1.0
