@@ -15,7 +15,7 @@ from natgrad.linalg.combination import Scaled
 from natgrad.linalg.coordinates import CoordinateBlocks
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
-from natgrad.linalg.eigen import eigh, semidefinite
+from natgrad.linalg.eigen import eigh
 from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.operator import Operator
@@ -71,14 +71,22 @@ def _(operator: KroneckerEigen) -> Tensor:
 
 @_of.register
 def _(operator: Kronecker) -> Tensor:
-    return operator.eigen().values.flatten()
+    return _products(operator.A, operator.B)
 
 
 @_of.register
 def _(operator: CenteredKronecker) -> Tensor:
     """Those of `A ⊗ B`."""
-    e, f = (factor.eigen(F, name)[0] for F, name in ((operator.A, "the factor A"), (operator.B, "the factor B")))
-    return torch.outer(semidefinite(f, "the factor B"), semidefinite(e, "the factor A")).flatten()
+    return _products(operator.A, operator.B)
+
+
+def _products(A: Tensor, B: Tensor) -> Float[Tensor, " size"]:
+    """Of `A ⊗ B`; those of a factor that are rounding count as zero."""
+    found = []
+    for F, name in ((B, "the factor B"), (A, "the factor A")):
+        e = factor.eigen(F, name)[0]
+        found.append(torch.where(e.abs() > torch.finfo(e.dtype).eps * len(e) * e.abs().max(), e, 0.0))
+    return torch.outer(*found).flatten()
 
 
 @_of.register
@@ -97,7 +105,7 @@ def _(operator: CoordinateBlocks) -> Tensor:
     """Of `[[p, q], [q, s]]`: `(p + s)/2 ± √((p − s)²/4 + q²)`."""
     p, q, s = operator.v + operator.m.square() * operator.s, operator.m * operator.s, operator.s
     half, root = (p + s) / 2, torch.hypot((p - s) / 2, q)
-    return torch.cat([(half - root).clamp_min(0), half + root])
+    return torch.cat([half - root, half + root])
 
 
 @_of.register

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, described
+from natgrad.curvature.exact import ExactStructure
 from natgrad.curvature.implicit import shapes
 from natgrad.curvature.jacobian import Jacobian as Derivative
 from natgrad.curvature.problem import Problem, check_output
 from natgrad.curvature.products import tangent
-from natgrad.curvature.exact import ExactStructure
 from natgrad.linalg import Dense, Operator, Space
 from natgrad.linalg.external import linear_operator
 from natgrad.linalg.krylov import IterativeInverse

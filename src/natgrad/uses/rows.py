@@ -15,9 +15,9 @@ from natgrad.capture.recorder import Recorder
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import described
 from natgrad.curvature.blocks import assemble, named_blocks
+from natgrad.curvature.exact import ExactStructure
 from natgrad.curvature.matrices import example_gradients
 from natgrad.curvature.problem import Problem
-from natgrad.curvature.exact import ExactStructure
 from natgrad.linalg import Block, BlockDiagonal, ColumnBlock, ExactBlock, Space
 from natgrad.linalg.joint import Joint
 from natgrad.losses.base import OutputCurvature, one_by_one
