@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def influence(
     loss: nn.Module,
     train: Any,
     query: Any = None,
-    structure: str = "ekfac",
+    structure: str | Mapping[str, str] = "ekfac",
     *,
     damping: float = 1e-3,
     refine: int = 0,

@@ -25,7 +25,7 @@ def laplace(
     model: nn.Module,
     loss: nn.Module,
     data: Any,
-    structure: str = "kfac",
+    structure: str | Mapping[str, str] = "kfac",
     subset: Selection = "all",
     *,
     prior_precision: float | Tensor | Mapping[str, float | Tensor] = 1.0,
