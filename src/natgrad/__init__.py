@@ -5,14 +5,18 @@ from natgrad.curvature.matrices import fisher, gauss_newton, hessian
 from natgrad.curvature.residual import residual
 from natgrad.linalg import load
 from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, load_checkpoint
+from natgrad.uses.ewc import EWC, ewc
 from natgrad.uses.influence import influence
 from natgrad.uses.jacobian import Jacobian, jacobian, ntk
 from natgrad.uses.laplace import laplace
 from natgrad.uses.lds import LDS, lds
+from natgrad.uses.merge import merge
 from natgrad.uses.posterior import LaplacePosterior
+from natgrad.uses.prune import Pruned, prune
 
 __version__ = "0.1.0"
 __all__ = [
+    "EWC",
     "KFAC",
     "LDS",
     "PRONG",
@@ -20,6 +24,8 @@ __all__ = [
     "Jacobian",
     "LaplacePosterior",
     "NaturalGradient",
+    "Pruned",
+    "ewc",
     "fisher",
     "gauss_newton",
     "hessian",
@@ -31,7 +37,9 @@ __all__ = [
     "load",
     "load_checkpoint",
     "losses",
+    "merge",
     "ntk",
+    "prune",
     "residual",
 ]
 

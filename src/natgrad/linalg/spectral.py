@@ -122,6 +122,27 @@ class Spectral:
         e = positive(e + damping, M._label(), damping)
         return e.max() / e.min()
 
+    def project(self, v: Any, keep: float, *, which: str = "smallest") -> Any:
+        """The part of `v` along the eigenvectors of the lowest (or the highest) curvature, in the form of `v`.
+
+        A step that is projected on directions of low curvature changes the outputs on the matrix's own data little: an
+        edit that leaves the rest of the model's abilities in place.
+
+        Args:
+            v: a vector in any form, or many along leading axes.
+            keep: the share of the directions to keep, of all layers together, from 0 to 1.
+            which: `"smallest"` or `"largest"` eigenvalues.
+
+        Raises:
+            TypeError: if the structure has no eigenbasis, and is too large to be formed.
+
+        Reference: Ikram et al. (2026), "CrispEdit: Low-Curvature Projections for Scalable Non-Destructive LLM Editing",
+        arXiv:2602.15823.
+        """
+        from natgrad.linalg.subspace import project
+
+        return project(self._operator, v, keep, which)
+
     def to_scipy(self) -> LinearOperator:
         """The matrix as a `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors, for `eigsh`, `cg`, ...;
         `natgrad.linalg.External` is the way back."""
