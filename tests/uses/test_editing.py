@@ -212,7 +212,7 @@ def test_projections_are_those_of_the_dense_eigenvectors(structure, which):
 def test_parts_by_rows_and_one_layer_alone():
     pieces = [Kronecker(spd(3, 0), spd(2, 1)), Kronecker(spd(3, 2), spd(4, 3))]
     M = Rows(pieces)
-    e, U = torch.linalg.eigh(M.to_dense())
+    _, U = torch.linalg.eigh(M.to_dense())
     v = randn(M.space.size)
     close(M.project(v, 0.5), U[:, :9] @ (U[:, :9].mT @ v))
     Z = CenteredKronecker(covariance=spd(3, 0), mean=randn(3), output=spd(2, 1))
