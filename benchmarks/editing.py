@@ -141,7 +141,7 @@ def main() -> None:
 
 def draw(table: dict[str, Tensor], path: Path) -> None:
     figure = new_figure(10.5, 3.4)
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = figure.subplots(1, 3, gridspec_kw={"wspace": 0.35})
     for i, how in enumerate(("magnitude", "diagonal", "kfac")):
         values = torch.stack([table[f"prune {how} {s}"] for s in SPARSITIES])
         share = [100 * s for s in SPARSITIES]
