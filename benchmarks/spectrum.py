@@ -27,7 +27,7 @@ def main() -> None:
     digits = load_digits()
     x, y = torch.tensor(digits.data) / 16, torch.tensor(digits.target)
     torch.manual_seed(0)
-    model, loss = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 10)).double(), nn.CrossEntropyLoss()
+    model, loss = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10)).double(), nn.CrossEntropyLoss()
     opt = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(50):
         opt.zero_grad()

@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from layers.networks import NETWORKS, make
 from torch import nn
 
 import natgrad
+from layers.networks import NETWORKS, make
 from models import MODELS
 from oracles import close, net, randn
 
