@@ -140,7 +140,6 @@ def nearness(model: nn.Module, data: Data, queries: Data, damping: float) -> dic
         "EKFAC, one sampled label": ("ekfac", "mc", False),
         "K-FAC, exact": ("kfac", "exact", False),
         "EKFAC, exact": ("ekfac", "exact", False),
-        "K-FAC, exact, centered": ("kfac", "exact", True),
         "EKFAC, exact, centered": ("ekfac", "exact", True),
         "diagonal, exact": ("diagonal", "exact", False),
     }

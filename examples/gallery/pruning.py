@@ -56,7 +56,7 @@ def prune(Sigma):
 
 curves = {"magnitude": prune(torch.eye(len(trained)))}
 for structure in ("diagonal", "kfac"):
-    F = natgrad.fisher(model, loss_fn, (x[train], y[train]), structure, centered=False)
+    F = natgrad.fisher(model, loss_fn, (x[train], y[train]), structure)
     curves[structure] = prune(F.inverse(DAMPING).to_dense())
 
 plt.style.use(Path(__file__).with_name("gallery.mplstyle"))

@@ -1,5 +1,9 @@
 """The command itself: its version, its help, and what it says to what it does not know."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 import natgrad
@@ -53,3 +57,15 @@ def test_what_it_does_not_know_gives_one_line_with_what_is_near(
     assert (code, output) == (2, "")
     assert errors.count("\n") == 1
     assert words in errors
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["study", "centering", "--print"]], ids=" ".join)
+def test_output_that_cannot_be_written_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "natgrad", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "could not be (No space left on device)" in done.stderr

@@ -44,12 +44,12 @@ KINDS = {
     "implicit": Kind("implicit", lacks=PRODUCTS_ONLY),
     "dense": Kind("dense"),
     "block": Kind("block"),
-    "kfac": Kind("kfac", lacks=("power",)),
+    "kfac": Kind("kfac"),
     "kfac, homogeneous": Kind("kfac", centered=False),
-    "kfac, reduce": Kind("kfac", sharing="reduce", lacks=("power",)),
-    "ekfac": Kind("ekfac", lacks=("power",)),
+    "kfac, reduce": Kind("kfac", sharing="reduce"),
+    "ekfac": Kind("ekfac"),
     "ekfac, homogeneous": Kind("ekfac", centered=False),
-    "ekfac, reduce": Kind("ekfac", sharing="reduce", lacks=("power",)),
+    "ekfac, reduce": Kind("ekfac", sharing="reduce"),
     "diagonal": Kind("diagonal"),
     "hessian, implicit": Kind("implicit", hessian=True, lacks=PRODUCTS_ONLY),
     "hessian, dense": Kind("dense", hessian=True),
@@ -189,7 +189,7 @@ class Problem:
         return torch.autograd.functional.hessian(objective, flat)
 
     def metric(self, kind):
-        """What `damping` multiplies: `TᵀT` where weight and bias are held apart, else the identity."""
+        """What centered damping multiplies: `TᵀT` where weight and bias are held apart, else the identity."""
         hand = self.by_hand
 
         def of_layer(layer):
@@ -233,7 +233,7 @@ def definite(kind, problem, damping):
     dense = problem.dense(kind)
     if kind.hessian:
         damping += 2 * max(0.0, -torch.linalg.eigvalsh(dense)[0].item())
-    return damping, dense + damping * problem.metric(kind)
+    return damping, dense + damping * torch.eye(len(dense), dtype=f64)
 
 
 # The contract ------------------------------------------------------------------------------------------
@@ -321,6 +321,16 @@ def test_power(kind, setup, exponent, damping):
     close(kind.matrix("fisher", problem).power(exponent, damping).to_dense(), (U * e**exponent) @ U.mT, TOL)
 
 
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.structure in ("kfac", "ekfac")])
+@settings(max_examples=6)
+@given(setup=setups, of=functions, damping=dampings)
+def test_centered_damping_is_asked_for_by_name(kind, setup, of, damping):
+    kind, problem = KINDS[kind], problem_of(setup)
+    M, v = kind.matrix(of, problem), randn(numel(problem.model), seed=setup.seed)
+    expected = torch.linalg.solve(problem.dense(kind) + damping * problem.metric(kind), v)
+    close(M.solve(v, damping, damping_style="centered"), expected, TOL)
+
+
 @kinds("trace")
 @settings(max_examples=6)
 @given(setup=setups, damping=dampings)
@@ -359,7 +369,7 @@ def test_sums_and_multiples(kind, setup, factor, damping):
     close(total @ v, expected @ v, TOL)
     close((total - M).to_dense(), factor * first.to_dense(), TOL)
     shift = damping + 2 * max(0.0, -torch.linalg.eigvalsh(expected)[0].item())
-    damped = expected + shift * torch.eye(len(v), dtype=f64)  # a sum has no centered coordinates
+    damped = expected + shift * torch.eye(len(v), dtype=f64)
     if kind.structure != "implicit" and damping >= 0.3:
         close(total.solve(v, shift), torch.linalg.solve(damped, v), TOL)
     if "trace" not in kind.lacks:

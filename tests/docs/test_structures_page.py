@@ -15,6 +15,7 @@ TABLE = PAGE.partition("\n## Operations\n")[2].partition("\n## ")[0]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.splitlines() if line.startswith("|")]
 STRUCTURES = ROWS[0][1:]
 FACTORED = 'F.solve(v, 0.1, damping_style="factored")'
+CENTERED = 'F.solve(v, 0.1, damping_style="centered")'
 
 
 def test_the_structures_are_those_of_the_library():
@@ -46,23 +47,31 @@ def test_an_operation_is_as_the_table_says(call, structure, answer, tmp_path):
 
 
 @pytest.mark.parametrize("structure", ["dense", "ekfac", "diagonal"])
-def test_of_one_factor_the_factored_damping_is_the_exact_one(structure):
-    close(run(FACTORED, structure, None), run("F.solve(v, 0.1)", structure, None), 1e-12)
+def test_of_one_factor_the_factored_damping_is_the_centered_one(structure):
+    close(run(FACTORED, structure, None), run(CENTERED, structure, None), 1e-12)
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal"])
+def test_without_centered_coordinates_the_centered_damping_is_the_plain_one(structure):
+    close(run(CENTERED, structure, None), run("F.solve(v, 0.1)", structure, None), 1e-12)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_with_them_it_is_not(structure):
+    assert (run(CENTERED, structure, None) - run("F.solve(v, 0.1)", structure, None)).norm() > 1e-3
 
 
 def test_of_two_factors_it_is_not():
     assert (run(FACTORED, "kfac", None) - run("F.solve(v, 0.1)", "kfac", None)).norm() > 1e-3
 
 
-def test_with_centering_off_a_damped_power_exists():
-    for structure in ("kfac", "ekfac"):
-        data = randn(20, 4), torch.arange(20) % 3
-        F = natgrad.fisher(net(4, 5, 3), nn.CrossEntropyLoss(), data, structure, centered=False)
-        root, v = F.power(-0.5, 0.1), randn(F.space.size)
-        close(root @ (root @ v), F.solve(v, 0.1))
+@pytest.mark.parametrize("structure", [s for s in STRUCTURES if s != "implicit"])
+def test_the_root_of_the_inverse_whitens(structure):
+    root, v = run("F.power(-0.5, 0.1)", structure, None), randn(matrix(structure).space.size)
+    close(root @ (root @ v), matrix(structure).solve(v, 0.1))
 
 
-def test_a_sum_of_two_kfacs_is_damped_in_the_parameters_own_coordinates():
+def test_a_sum_of_two_kfacs_is_damped_as_all_else_is():
     both = matrix("kfac") + 2 * matrix("kfac")
     dense, v = both.to_dense(), randn(both.space.size)
     close(both.solve(v, 0.1), torch.linalg.solve(dense + 0.1 * torch.eye(len(dense), dtype=dense.dtype), v), 1e-8)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import natgrad
+from natgrad.linalg.files import sealed
 
 FOLDER = Path(mkdtemp())
 
@@ -27,10 +28,22 @@ def cut_short() -> None:
     natgrad.load(written("half.safetensors", whole.read_bytes()[:1000]))
 
 
-def described_by(structure: str, version: str = "1") -> None:
-    path = FOLDER / "described.safetensors"
-    save_file({"0": torch.ones(2)}, path, metadata={"natgrad": structure, "format": version})
+def described_by(structure: str) -> None:
+    natgrad.load(written("described.safetensors", b"".join(sealed({"0": torch.ones(2)}, structure))))
+
+
+def with_metadata(**metadata: str) -> None:
+    path = FOLDER / "foreign.safetensors"
+    save_file({"0": torch.ones(2)}, path, metadata=metadata)
     natgrad.load(path)
+
+
+def one_bit_changed() -> None:
+    whole = FOLDER / "whole.safetensors"
+    matrix().save(whole)
+    content = bytearray(whole.read_bytes())
+    content[-1] ^= 1
+    natgrad.load(written("changed.safetensors", bytes(content)))
 
 
 def a_models_own() -> None:
@@ -58,8 +71,14 @@ ROWS = [
      "model.pt is not a safetensors file (", "expected one that save()"),
     ("an empty file", lambda: natgrad.load(written("empty", b"")), ValueError, "empty is not a safetensors file ("),
     ("half a file", cut_short, ValueError, "half.safetensors is not a safetensors file (", "expected one that save()"),
-    ("a file of a later version", lambda: described_by("{}", "2"), ValueError,
+    ("a file of a later version", lambda: with_metadata(natgrad="{}", format="2"), ValueError,
      "is of format '2' and this version of natgrad reads '1'; load it with the version that saved it, or compute"),
+    ("a file without a checksum", lambda: with_metadata(natgrad="{}", format="1"), ValueError,
+     "foreign.safetensors has no checksum; expected a file that save() wrote; save the matrix again"),
+    ("a changed file", one_bit_changed, ValueError,
+     "changed.safetensors is damaged: its checksum is not that of its content; save the matrix again"),
+    ("a file of something else", lambda: described_by("[1]"), ValueError,
+     "described.safetensors holds a list of 1 and no matrix; expected a file that save() wrote"),
     ("a damaged file", lambda: described_by("{]"), ValueError,
      "is damaged: what its tensors are cannot be read; save the matrix again"),
     ("a matrix of another kind", lambda: described_by(json.dumps({"dict": [["kind", "Toeplitz"]]})), ValueError,

@@ -66,7 +66,8 @@ ROWS = [
     ("no damping for a determinant", lambda: matrix().logdet(), ValueError, "layer '2': ", "say damping=1e-3"),
     ("no damping for draws", lambda: matrix().sample(2), ValueError, "layer '2': ", "say damping=1e-3"),
     ("a damping style that is misspelt", lambda: matrix().inverse(1.0, damping_style="factorized"), ValueError,
-     "damping_style='factorized' is unknown: expected one of 'exact', 'factored'; did you mean 'factored'?"),
+     "damping_style='factorized' is unknown: expected one of 'exact', 'centered', 'factored'; did you mean "
+     "'factored'?"),
     ("a power in quotes", lambda: matrix().power("-0.5"), ValueError,
      "exponent='-0.5' is not usable: expected a finite number, such as -0.5"),
     ("a power that is NaN", lambda: matrix("dense").power(torch.nan, 1.0), ValueError, "exponent=nan is not usable: "),

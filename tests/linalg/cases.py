@@ -27,13 +27,16 @@ from oracles import centering, f64, homogeneous, homogeneous_kron, randn, spd
 
 @dataclass
 class Case:
-    """An operator, its dense matrix in torch order, and what `damping` multiplies in that order."""
+    """An operator, its dense matrix in torch order, and what centered damping multiplies in that order: `TᵀT`."""
 
     op: Operator
     dense: torch.Tensor
     metric: torch.Tensor
 
     def damped(self, damping):
+        return self.dense + damping * eye(len(self.dense))
+
+    def damped_in_coordinates(self, damping):
         return self.dense + damping * self.metric
 
 
@@ -118,10 +121,30 @@ def corrected(d_out, d_in, seed):
 
 
 def corrected_centered(d_out, d_in, seed):
-    weight, bias, m = corrected(d_out, d_in, seed), spd(d_out, seed + 2), randn(d_in, seed=seed)
-    T = centering(m, d_out)
+    """Centered EKFAC's: the bias's part has its own eigenvalues in the weight's output basis."""
+    weight, f, m = corrected(d_out, d_in, seed), positive(d_out, seed + 2), randn(d_in, seed=seed)
+    bias = (weight.op.U_B * f) @ weight.op.U_B.mT
+    return centered_of(weight, bias, m)
+
+
+def centered_of(weight, bias, m):
+    T = centering(m, len(bias))
     dense = T.mT @ torch.block_diag(weight.dense, bias) @ T
     return Case(Centered(weight.op, Dense(bias), m), dense, T.mT @ T)
+
+
+def centered_by_hand(d_out, d_in, seed):
+    """The bias's part has a basis of its own."""
+    return centered_of(corrected(d_out, d_in, seed), spd(d_out, seed + 2), randn(d_in, seed=seed))
+
+
+def wide_corrected(d_out, d_in, seed):
+    """Centered EKFAC's with diagonal factors."""
+    values, f, m = positive(d_out * d_in, seed), positive(d_out, seed + 1), 3 * randn(d_in, seed=seed)
+    weight = Case(KroneckerEigen(None, None, values.view(d_out, d_in)), values.diag(), eye(d_out * d_in))
+    T = centering(m, d_out)
+    dense = T.mT @ torch.block_diag(weight.dense, f.diag()) @ T
+    return Case(Centered(weight.op, Diagonal((f,)), m), dense, T.mT @ T)
 
 
 def coordinates(d_out, d_in, seed):
@@ -204,6 +227,8 @@ CASES = [
     wide,
     corrected,
     corrected_centered,
+    wide_corrected,
+    centered_by_hand,
     coordinates,
     rows,
     exact,
@@ -211,7 +236,8 @@ CASES = [
     kernel,
     scaled,
 ]
-# Their damping multiplies the identity.
-UNIT_METRIC = [kronecker, homogeneous_, dense, diagonal, wide_input, corrected, exact, columns, kernel, scaled]
-# Undamped they have no power of their structure but the inverse.
-INVERSE_ALONE = [corrected_centered, coordinates]
+# Damped in centered coordinates they are other matrices.
+CENTERED = [centered, wide_output, wide, corrected_centered, wide_corrected, centered_by_hand, coordinates, rows]
+CENTERED.append(block_diagonal)
+# Held as cases: there are neither factors nor centered coordinates to damp.
+UNFACTORED = [exact, columns, scaled]

@@ -72,7 +72,7 @@ def moved_outputs(h, g, shift, style, centered):
     return h @ dW.mT + db
 
 
-@pytest.mark.parametrize("style", ["exact", "factored"])
+@pytest.mark.parametrize("style", ["centered", "factored"])
 @given(d_in=sizes, d_out=sizes, seed=seeds)
 def test_the_centered_damped_step_ignores_a_shift_of_the_inputs(style, d_in, d_out, seed):
     h, g, *_ = cases(40, d_in, d_out, seed)
@@ -80,11 +80,31 @@ def test_the_centered_damped_step_ignores_a_shift_of_the_inputs(style, d_in, d_o
     close(moved_outputs(h, g, shift, style, True), moved_outputs(h, g, 0, style, True), 1e-9)
 
 
-@pytest.mark.parametrize("style", ["exact", "factored"])
-def test_the_uncentered_damped_step_does_not(style):
+@pytest.mark.parametrize(("style", "centered"), [("exact", True), ("exact", False), ("factored", False)])
+def test_the_step_with_plain_or_uncentered_damping_does_not(style, centered):
     h, g, *_ = cases(40, 4, 3, 0)
-    here, there = (moved_outputs(h, g, shift, style, False) for shift in (0, 3.0))
+    here, there = (moved_outputs(h, g, shift, style, centered) for shift in (0, 3.0))
     assert (here - there).norm() > 0.01 * here.norm()
+
+
+@given(d_in=sizes, d_out=sizes, seed=seeds, damping=st.sampled_from([1e-6, 0.1, 7.0]))
+def test_plain_damping_is_that_of_the_homogeneous_product(d_in, d_out, seed, damping):
+    """Centered or not, `A ⊗ B` is one matrix."""
+    C, B, m = spd(d_in, seed), spd(d_out, seed + 1), randn(d_in, seed=seed)
+    apart, together = CenteredKronecker(covariance=C, mean=m, output=B), Homogeneous(Kronecker(homogeneous(C, m), B))
+    close(apart.inverse(damping).to_dense(), together.inverse(damping).to_dense(), 1e-9)
+    close(apart.logdet(damping), together.logdet(damping), 1e-9)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_plain_damping_in_float32_with_inputs_far_from_zero(diagonal):
+    """A covariance of one beside a mean of a thousand, whose square is beyond float32's digits."""
+    C, B = spd(4, 0), spd(3, 1)
+    C, m = C.diagonal().clone() if diagonal else C, torch.full((4,), 1000.0, dtype=f64)
+    exact = CenteredKronecker(covariance=C, mean=m, output=B)
+    op = CenteredKronecker(covariance=C.float(), mean=m.float(), output=B.float())
+    close(op.logdet(0.1).double(), exact.logdet(0.1), 1e-5)
+    close(op.inverse(0.1).trace().double(), exact.inverse(0.1).trace(), 1e-4)
 
 
 def damped_factors(A, B, damping):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import CASES, INVERSE_ALONE, UNIT_METRIC, block_diagonal, centered
-from hypothesis import given
+from cases import CASES, CENTERED, UNFACTORED, centered, corrected_centered, wide, wide_corrected
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import natgrad
@@ -13,7 +13,7 @@ from oracles import close, f64, randn, spd
 TOL = 1e-8
 sizes, seeds, dampings = st.integers(1, 5), st.integers(0, 10_000), st.sampled_from([0.0, 1e-4, 0.3, 20.0])
 every_operator = pytest.mark.parametrize("make", CASES)
-powerful = pytest.mark.parametrize("make", [make for make in CASES if make not in INVERSE_ALONE])
+EXPONENTS = [-1.0, -0.5, 0.5, 2.0, -0.3, 1.5, -2.0, 0.0]
 
 
 def vector(case, seed=7):
@@ -134,12 +134,15 @@ def matrix_power(M, exponent):
     return (U * e**exponent) @ U.mT
 
 
-@powerful
-@pytest.mark.parametrize("exponent", [-1.0, -0.5, 0.5, 2.0])
-@given(d_out=sizes, d_in=sizes, seed=seeds)
-def test_power(make, exponent, d_out, d_in, seed):
+@every_operator
+@pytest.mark.parametrize("exponent", EXPONENTS)
+@settings(max_examples=10)
+@given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
+def test_power(make, exponent, d_out, d_in, seed, damping):
     case = make(d_out, d_in, seed)
-    close(case.op.power(exponent).to_dense(), matrix_power(case.dense, exponent), TOL)
+    expected = matrix_power(case.damped(damping), exponent)
+    close(case.op.power(exponent, damping).to_dense(), expected, TOL)
+    close(case.op.power(exponent, damping) @ vector(case)[0], expected @ vector(case)[0], TOL)
 
 
 @every_operator
@@ -149,10 +152,65 @@ def test_the_power_minus_one_is_the_inverse(make, d_out, d_in, seed):
     close(case.op.power(-1.0, 0.3).to_dense(), torch.linalg.inv(case.damped(0.3)), TOL)
 
 
-@pytest.mark.parametrize("make", INVERSE_ALONE)
-def test_another_power_than_the_inverse_says_what_has_it(make):
-    with pytest.raises(TypeError, match=r"structure='dense'|'dense'"):
-        make(2, 3, 0).op.power(0.5)
+@pytest.mark.parametrize("make", [wide, corrected_centered, wide_corrected])
+@pytest.mark.parametrize("exponent", [-1.0, -0.5, -0.3, 0.0, 0.5, 1.0])
+@settings(max_examples=10)
+@given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
+def test_what_a_power_of_a_centered_block_can_do(make, exponent, d_out, d_in, seed, damping):
+    """It is found row by row, and has diagonal, trace, norm and log-determinant of its own."""
+    assume(damping > 0 or exponent != -1)  # which is the inverse in centered coordinates
+    case = make(d_out, d_in, seed)
+    power, dense = case.op.power(exponent, damping), matrix_power(case.damped(damping), exponent)
+    close(flatten(power.diagonal()), dense.diagonal(), TOL)
+    close(power.trace(), dense.trace(), TOL)
+    close(power.logdet(), torch.logdet(dense), TOL)
+    close(power.inverse().to_dense(), torch.linalg.inv(dense), TOL)
+    close(power.power(0.5).to_dense(), matrix_power(dense, 0.5), TOL)
+    close((2 * power).to_dense(), 2 * dense, TOL)
+    if abs(exponent) in (0.0, 0.5, 1.0):
+        close(power.norm(), torch.linalg.matrix_norm(dense), TOL)
+
+
+@pytest.mark.parametrize("make", [corrected_centered, wide_corrected])
+@pytest.mark.parametrize("exponent", [-1.0, 1.0, -0.5])
+def test_samples_of_a_power_of_a_centered_block(make, exponent):
+    case, n = make(2, 3, 0), 40_000
+    draws = case.op.power(exponent, 0.3).sample(n, generator=torch.Generator().manual_seed(0))
+    white = torch.cat([p.flatten(1) for p in draws], 1) @ matrix_power(case.damped(0.3), exponent / 2)
+    close(white.mT @ white / n, torch.eye(len(case.dense), dtype=f64), tol=6 * (2 / n) ** 0.5)
+
+
+@pytest.mark.parametrize("operation", ["trace", "diagonal", "norm"])
+def test_what_a_high_power_of_a_centered_block_cannot_do(operation):
+    with pytest.raises(TypeError, match="'dense'"):
+        getattr(corrected_centered(2, 3, 0).op.power(3.5, 0.1), operation)()
+
+
+@pytest.mark.parametrize("make", CENTERED)
+@settings(max_examples=20)
+@given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
+def test_centered_damping_is_asked_for_by_name(make, d_out, d_in, seed, damping):
+    case = make(d_out, d_in, seed)
+    damped, (flat, formed) = case.damped_in_coordinates(damping), vector(case)
+    inverse = case.op.inverse(damping, damping_style="centered")
+    close(inverse.to_dense(), torch.linalg.inv(damped), TOL)
+    close(case.op.solve(flat, damping, damping_style="centered"), torch.linalg.solve(damped, flat), TOL)
+    close(flatten(case.op.solve(formed, damping, damping_style="centered")), torch.linalg.solve(damped, flat), TOL)
+    close(-inverse.logdet(), torch.logdet(damped), TOL)
+    close(inverse.inverse().to_dense(), damped, TOL)
+
+
+@pytest.mark.parametrize("make", [make for make in CASES if make not in [*CENTERED, *UNFACTORED]])
+def test_without_centered_coordinates_centered_damping_is_the_plain_one(make):
+    op = make(2, 3, 0).op
+    assert torch.equal(op.inverse(0.3, damping_style="centered").to_dense(), op.inverse(0.3).to_dense())
+
+
+@pytest.mark.parametrize("make", UNFACTORED)
+@pytest.mark.parametrize(("style", "lacks"), [("centered", "centered coordinates"), ("factored", "factors")])
+def test_a_matrix_held_as_a_whole_has_plain_damping_alone(make, style, lacks):
+    with pytest.raises(TypeError, match=rf"no {lacks} to damp; use damping_style='exact'"):
+        make(2, 3, 0).op.inverse(0.3, damping_style=style)
 
 
 @every_operator
@@ -177,19 +235,6 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(make, tmp_path):
     assert again.space == op.space
     assert repr(again) == repr(op)
     assert again.describe() == op.describe()
-
-
-@pytest.mark.parametrize("make", UNIT_METRIC)
-@given(d_out=sizes, d_in=sizes, seed=seeds, damping=dampings)
-def test_damped_power(make, d_out, d_in, seed, damping):
-    case = make(d_out, d_in, seed)
-    close(case.op.power(-0.5, damping).to_dense(), matrix_power(case.damped(damping), -0.5), TOL)
-
-
-@pytest.mark.parametrize("make", [centered, block_diagonal])
-def test_a_damped_power_that_has_no_such_structure_says_what_has(make):
-    with pytest.raises(TypeError, match="centered=False"):
-        make(2, 3, 0).op.power(-0.5, 0.1)
 
 
 @every_operator
@@ -224,7 +269,7 @@ def test_a_damping_that_is_no_damping(make, damping):
 
 @every_operator
 def test_a_damping_style_that_is_unknown(make):
-    with pytest.raises(ValueError, match=r"damping_style='tikhonov'.*exact.*factored"):
+    with pytest.raises(ValueError, match=r"damping_style='tikhonov'.*exact.*centered.*factored"):
         make(2, 3, 0).op.inverse(0.1, damping_style="tikhonov")
 
 

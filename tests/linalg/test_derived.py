@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from cases import block_diagonal, centered, coordinates, corrected_centered, exact, eye, kronecker
+from cases import block_diagonal, centered, coordinates, corrected_centered, exact, eye, kronecker, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,8 +48,16 @@ def inverse_of(make, damping=0.4):
     def made(d_out, d_in, seed):
         case = make(d_out, d_in, seed)
         op, dense = case if isinstance(case, tuple) else (case.op, case.dense)
-        metric = eye(len(dense)) if isinstance(case, tuple) else case.metric
-        return op.inverse(damping), torch.linalg.inv(dense + damping * metric)
+        return op.inverse(damping), torch.linalg.inv(dense + damping * eye(len(dense)))
+
+    return made
+
+
+def centered_inverse_of(make, damping=0.4):
+    def made(d_out, d_in, seed):
+        case = make(d_out, d_in, seed)
+        inverse = case.op.inverse(damping, damping_style="centered")
+        return inverse, torch.linalg.inv(case.damped_in_coordinates(damping))
 
     return made
 
@@ -112,9 +120,13 @@ TABLE = {
     "sum, inverse": Row(inverse_of(unlike), lacks=ITERATIVE),
     "sum, twice the inverse": Row(twice(inverse_of(unlike)), lacks=ITERATIVE),
     "restriction": Row(restricted, lacks=(*PRODUCTS, "trace", "diagonal")),
-    "centered, inverse": Row(inverse_of(centered), lacks=CENTERED_INVERSE),
-    "centered, EKFAC, inverse": Row(inverse_of(corrected_centered), lacks=CENTERED_INVERSE),
-    "coordinates, inverse": Row(inverse_of(coordinates), lacks=CENTERED_INVERSE),
+    "centered, inverse": Row(inverse_of(centered)),
+    "centered, EKFAC, inverse": Row(inverse_of(corrected_centered), lacks=DAMPED),
+    "centered, wide, inverse": Row(inverse_of(wide), lacks=DAMPED),
+    "coordinates, inverse": Row(inverse_of(coordinates)),
+    "centered, centered inverse": Row(centered_inverse_of(centered), lacks=CENTERED_INVERSE),
+    "centered, EKFAC, centered inverse": Row(centered_inverse_of(corrected_centered), lacks=CENTERED_INVERSE),
+    "coordinates, centered inverse": Row(centered_inverse_of(coordinates), lacks=CENTERED_INVERSE),
 }
 OPERATIONS = {
     "inverse": lambda op, path: op.inverse(),

@@ -9,7 +9,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 import natgrad
-from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Dense, Homogeneous, Kronecker, Layout, Space
+from natgrad.linalg import (
+    Block,
+    BlockDiagonal,
+    CenteredKronecker,
+    CoordinateBlocks,
+    Dense,
+    Homogeneous,
+    Kronecker,
+    Layout,
+    Space,
+)
 from natgrad.linalg.state import dump, restore
 from oracles import f64, randn, spd
 
@@ -37,8 +47,11 @@ OPERATORS = {
     "Homogeneous": lambda: Homogeneous(Kronecker(A1, B)),
     "Homogeneous inverse": lambda: Homogeneous(Kronecker(A1, B)).inverse(0.1),
     "CenteredKronecker": centered,
-    "Centered": lambda: centered().inverse(0.1).inverse(),
-    "CenteredInverse exact": lambda: centered().inverse(0.1),
+    "Centered": lambda: centered().inverse(0.1, damping_style="centered").inverse(),
+    "CenteredInverse": lambda: centered().inverse(0.1, damping_style="centered"),
+    "CenteredPower": lambda: centered().inverse(0.1, damping_style="centered").inverse().power(-0.5, 0.1),
+    "CoordinateInverse": lambda: CoordinateBlocks(C[0] ** 2, M, C[1] ** 2).inverse(0.1, damping_style="centered"),
+    "of an inverse with plain damping": lambda: centered().inverse(0.1),
     "CenteredInverse factored": lambda: centered().inverse(0.1, damping_style="factored"),
     "Dense": lambda: Dense(spd(D_OUT * D_IN, 4), Space(((D_OUT, D_IN),), ("w",))),
     "Dense without names": lambda: Dense(B),

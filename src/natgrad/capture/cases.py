@@ -64,6 +64,13 @@ class Cases:
     """The parameters of every use, which belong to one exact block."""
     mixed: tuple[Layer, ...] = ()
     """The layers of which a row depends on several rows of the output, and is taken for a case all the same."""
+    term: str = ""
+    """The term of an objective that they are of, where it has several."""
+
+    def scaled(self, factor: float, term: str) -> Cases:
+        """Those of a term of an objective, with `factor` times its matrix."""
+        own = ({layer: [factor**0.5 * g for g in its] for layer, its in c.items()} for c in self.columns)
+        return replace(self, columns=own, term=term)
 
     def kept(self) -> Cases:
         """The same, with all columns in memory, so that they can be read again."""

@@ -1,5 +1,7 @@
 """The command ``natgrad``: its options, and how it reports a user's mistakes."""
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -143,10 +145,16 @@ def main(arguments: list[str] | None = None) -> None:
     _check_command(arguments)
     try:
         status = app(arguments or ["--help"], prog_name="natgrad", standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be printed is not tried again at the exit
+        _fail(f"what was to be printed or written could not be ({error.strerror}); free space, or give another place.")
     except Exception as error:
         # Unknown options and unreadable numbers. Typer draws a box around them, and their class lives in
         # click or in typer, as the version of typer has it; both give the message this way.
@@ -182,5 +190,7 @@ def _check_command(arguments: list[str]) -> None:
 
 def _fail(message: str) -> NoReturn:
     """Print the message as one line on stderr and exit with status 2."""
-    print("natgrad: " + " ".join(message.split()), file=sys.stderr)
+    from natgrad.report.words import visible
+
+    print("natgrad: " + visible(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)

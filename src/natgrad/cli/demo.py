@@ -11,8 +11,9 @@ from natgrad.cli.demo_report import Outcome, write_all
 from natgrad.cli.errors import UserError
 from natgrad.cli.interrupt import Interruption
 from natgrad.cli.progress import TrainingDisplay, summary_table
-from natgrad.cli.report import check_seed, check_writable
+from natgrad.cli.report import check_seed, check_writable, writing
 from natgrad.cli.training import demo_runs, train
+from natgrad.report.words import visible
 from natgrad.study.networks import make_autoencoder
 from natgrad.study.tasks import SUBSET, autoencoder
 
@@ -65,8 +66,9 @@ def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
             conditioned,
             [] if conditioned.diverged else layer_conditioning(conditioned.model, task.images[:SUBSET]),
         )
-        report = write_all(outcome, out)
+        with writing(out):
+            report = write_all(outcome, out)
     console.print(summary_table(runs))
     if outcome.interrupted:
         console.print("Stopped early: the report has what there was.")
-    console.print(f"Report: {report}", soft_wrap=True, highlight=False)
+    console.print(f"Report: {visible(str(report))}", soft_wrap=True, markup=False, highlight=False)

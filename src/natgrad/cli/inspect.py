@@ -16,12 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from natgrad import residual
 from natgrad.checks.values import did_you_mean
 from natgrad.cli.errors import UserError
-from natgrad.cli.report import check_seed, check_writable, write_json, write_page
+from natgrad.cli.report import check_seed, check_writable, write_json, write_page, writing
 from natgrad.cli.target import load_problem, words
 from natgrad.curvature.problem import Forward
 from natgrad.losses.base import ESTIMATORS
 from natgrad.report.residual import COLUMNS, ResidualReport
 from natgrad.report.residual_figures import PANELS, draw
+from natgrad.report.words import visible
 
 
 def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: Path) -> None:
@@ -46,12 +47,13 @@ def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: 
     if rank > 0:
         return
     console = Console()
-    console.print(report.table(), markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(report.table(), lines=True), markup=False, highlight=False, soft_wrap=True)
     for remark in remarks(report, model):
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
     settings = {"target": target, "estimator": estimator, "seed": seed, "permutations": permutations}
-    page = write_all(report, settings, out)
-    console.print(f"Report: {page}", soft_wrap=True, markup=False, highlight=False)
+    with writing(out):
+        page = write_all(report, settings, out)
+    console.print(f"Report: {visible(str(page))}", soft_wrap=True, markup=False, highlight=False)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from natgrad.curvature.problem import Problem
 from natgrad.curvature.structures import KfacStructure
 from natgrad.distributed.plan import SCHEMES, Machine, Prediction, Settings, best, predict
 from natgrad.distributed.sizes import MODELS, Size, sizes_of
+from natgrad.report.words import visible
 
 UNITS = {"flops": ("TFLOP/s", 1e12), "bandwidth": ("GB/s", 1e9), "latency": ("µs", 1e-6), "memory": ("GiB", 2.0**30)}
 LEAST = 1e-4
@@ -44,13 +45,16 @@ def run_plan(target: str, ranks: str, machine: Path | None, given: dict[str, flo
         last = {p.scheme: p for p in predictions}
     console = Console()
     millions = sum(layer.parameters for layer in layers) / 1e6
-    console.print(f"{target}: {millions:,.1f}M parameters in {len(layers)} layers, {settings.batch} examples a rank")
+    console.print(
+        f"{visible(target)}: {millions:,.1f}M parameters in {len(layers)} layers, {settings.batch} examples a rank",
+        markup=False,
+    )
     console.print(table)
     console.print(f"On {counts[-1]} ranks, ms a step:")
     for scheme, p in last.items():
         spent = ", ".join(f"{what} {1e3 * s:.3g}" for what, s in p.seconds.items() if s > 0)
         console.print(f"  {scheme}: {spent}", soft_wrap=True)
-    console.print(_assumed(constants, machine), soft_wrap=True)
+    console.print(_assumed(constants, machine), soft_wrap=True, markup=False)
     if any(p.time < LEAST for p in last.values()):
         console.print("Less than 0.1 ms is less than Python takes to start it: of so small a model, time it.")
 

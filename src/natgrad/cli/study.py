@@ -6,12 +6,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from natgrad.cli.errors import UserError
 from natgrad.cli.interrupt import Interruption
-from natgrad.cli.report import check_writable, cores
+from natgrad.cli.report import check_writable, cores, writing
 from natgrad.cli.study_display import StudyDisplay
 from natgrad.cli.study_report import write_report
+from natgrad.report.words import visible
 from natgrad.study.images import check_mnist
 from natgrad.study.keeping import jobs, keep, kept, others, pending
 from natgrad.study.own_task import own_task
@@ -31,14 +33,17 @@ def run(given: str, out: Path | None, processes: int | None, replace: bool) -> N
     check_tasks(spec)
     out = Path("natgrad-study") / spec.name if out is None else out
     check_writable(out)
-    results = kept(out, spec, replace)
+    console = Console()
+    results = kept(
+        out, spec, replace, lambda words: console.print(visible(words), markup=False, highlight=False, soft_wrap=True)
+    )
     others(out, spec)
     processes = processes or default_processes(spec)
-    console = Console()
     console.print(
-        f"{spec.title}: {_count(len(spec.optimizers), 'optimizer')}, {_count(len(spec.tasks), 'task')}, "
+        f"{visible(spec.title)}: {_count(len(spec.optimizers), 'optimizer')}, {_count(len(spec.tasks), 'task')}, "
         f"{_count(len(spec.seeds), 'seed')}; {len(results)} runs are finished, {processes} at a time. "
         "Ctrl-C stops and writes what there is.",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -47,22 +52,25 @@ def run(given: str, out: Path | None, processes: int | None, replace: bool) -> N
             for event in run_study(spec, results, processes, lambda: interruption.requested):
                 if event.result is not None and event.result["status"] != "died":
                     event.result["machine"]["processes"] = processes
-                    keep(out, event.job, event.result)
+                    with writing(out):
+                        keep(out, event.job, event.result)
                 display.show(event, len(pending(spec, results)))
         summary = summarize(spec, [*results.values(), *others(out, spec)], interruption.requested)
-        report = write_report(summary, out)
+        with writing(out):
+            report = write_report(summary, out)
     for task in summary.tasks:
-        table = Table(title=f"{task.entry.name}: {task.figure} after {task.entry.budget}", title_justify="left")
+        title = f"{task.entry.name}: {task.figure} after {task.entry.budget}"
+        table = Table(title=Text(visible(title)), title_justify="left")
         for i, heading in enumerate(HEADINGS):
             table.add_column(heading, justify="right" if i else "left")
         for row in task.rows:
-            table.add_row(*row)
+            table.add_row(*(Text(visible(cell)) for cell in row))
         console.print(table)
     for trouble in summary.troubles:
-        console.print(trouble, markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(trouble), markup=False, highlight=False, soft_wrap=True)
     if summary.interrupted:
         console.print("Stopped early: the same command resumes from here.")
-    console.print(f"Report: {report}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"Report: {visible(str(report))}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _count(n: int, what: str) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from natgrad.report.words import shortened, visible
 from natgrad.study.pool import Event
 from natgrad.study.statistics import final
 
@@ -48,7 +49,7 @@ class StudyDisplay:
         """Show what has come of a run; `waiting` is how many have no result yet."""
         if event.result is not None:
             self._finished += 1
-            self._console.print(escape(closing(event)), highlight=False, soft_wrap=True)
+            self._console.print(visible(closing(event)), markup=False, highlight=False, soft_wrap=True)
         if self._live is None:
             return
         total = self._finished + waiting
@@ -57,7 +58,9 @@ class StudyDisplay:
             self._live.remove_task(self._rows.pop(event.worker))
             return
         if event.worker not in self._rows:
-            self._rows[event.worker] = self._live.add_task(escape(event.job.label), total=1.0, state="starting")
+            self._rows[event.worker] = self._live.add_task(
+                escape(shortened(visible(event.job.label))), total=1.0, state="starting"
+            )
         if event.step:
             state = f"step {event.step}, {event.figure:.4g}"
             self._live.update(self._rows[event.worker], completed=min(event.share, 1.0), state=state)

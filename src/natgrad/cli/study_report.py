@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from natgrad.cli.report import write_json, write_page
+from natgrad.report.words import file_names
 from natgrad.study.pictures import draw_conditions, draw_curves, draw_pairs, draw_residuals, has_conditions
 from natgrad.study.spec import brief
 from natgrad.study.summary import (
@@ -45,10 +45,10 @@ def write_report(summary: Summary, out: Path) -> Path:
 
 def draw(summary: Summary, out: Path) -> dict[str, Path]:
     """Draw what there is to draw; the pictures' paths by what they show."""
-    pictures = {}
+    pictures, files = {}, file_names(t.entry.name for t in summary.tasks)
     for task in summary.tasks:
         name = task.entry.name
-        slug = re.sub(r"[^\w.-]+", "-", name)
+        slug = files[name]
         if any(g.finished for g in task.groups):
             pictures[f"curves {name}"] = out / f"curves-{slug}.png"
             draw_curves(task, pictures[f"curves {name}"])

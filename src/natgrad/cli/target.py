@@ -52,7 +52,7 @@ def call(target: str) -> Any:
         )
     try:
         return function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{target} raised {words(error)}; expected it to return (model, loss, data) when called without "
             "arguments; mend the function."
@@ -81,7 +81,7 @@ def _load_module(name: str) -> Any:
             f"there is no module {name!r} in {here} or on sys.path; expected one, without the ending .py; change to "
             "its folder, or set PYTHONPATH."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"importing module {name!r} raised {words(error)}; expected a module that can be imported; mend it."
         ) from error
@@ -108,5 +108,6 @@ def checked(target: str, problem: Any, form: str = EXPECTED) -> tuple[nn.Module,
     return model, loss, data
 
 
-def words(error: Exception) -> str:
+def words(error: BaseException) -> str:
+    """An exception in words."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

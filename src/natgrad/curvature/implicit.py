@@ -18,7 +18,7 @@ from natgrad.curvature.products import gauss_newton_product, tangent
 from natgrad.distributed.gathering import in_common, jointly
 from natgrad.linalg import Block, BlockDiagonal, Dense, Operator, Space
 from natgrad.linalg.krylov import IterativeInverse
-from natgrad.linalg.operator import DENSE_LIMIT, check_damping
+from natgrad.linalg.operator import DENSE_LIMIT, check_damping, check_plain
 from natgrad.linalg.space import Parts
 
 Vector = dict[str, Tensor]
@@ -80,8 +80,7 @@ class Implicit(Operator):
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         check_damping(damping, damping_style)
-        if damping_style == "factored":
-            raise TypeError("an implicit matrix has no factors to damp; use damping_style='exact'")
+        check_plain("an implicit matrix", damping_style)
         return IterativeInverse(self, damping)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from itertools import islice
 from typing import Any
 
@@ -23,6 +25,7 @@ from natgrad.curvature.moments import MAX_DIM, SHARING
 from natgrad.curvature.problem import Forward, Problem, check_mass
 from natgrad.curvature.structure import Structure
 from natgrad.curvature.structures import STRUCTURES
+from natgrad.curvature.terms import Losses, Terms
 from natgrad.distributed.gathering import jointly
 from natgrad.linalg import BlockDiagonal, Dense, Operator, Space
 
@@ -32,7 +35,7 @@ ALL_STRUCTURES = ("implicit", "dense", *STRUCTURES)
 
 def fisher(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Losses,
     data: Any,
     structure: str | Mapping[str, str] = "kfac",
     *,
@@ -46,6 +49,7 @@ def fisher(
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    weights: Mapping[str, float] | None = None,
 ) -> Operator:
     """The Fisher information `F = E[Jᵀ D J]` of a model on data, as an operator on its parameters.
 
@@ -58,8 +62,9 @@ def fisher(
 
     Args:
         model: any module; its trainable parameters are those of the matrix.
-        loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss`,
-            `nn.GaussianNLLLoss` (the model returns `(mean, var)`) or `natgrad.losses.Likelihood`.
+        loss: an instance of one of torch's losses (`docs/losses.md` lists them; for `nn.GaussianNLLLoss` the model
+            returns `(mean, var)`), `natgrad.losses.Likelihood` or `natgrad.losses.Convex`. Or a dictionary of such
+            losses: the terms of a sum. Outputs and targets are then dictionaries of the same keys.
         data: one `(input, target)` pair, or an iterable of such batches. A tuple of tensors is one batch. A list is one
             of batches; two tensors in a list are a pair without `forward`, as a `DataLoader` collates one, and two
             batches with it.
@@ -80,6 +85,7 @@ def fisher(
         dtype: that of the matrix and of its sums, float32 or float64. Default: that of the parameters, and float32 for
             a model in half precision.
         progress: show a progress bar over the batches.
+        weights: of the terms, where there are several, by name. Default: 1 for each.
 
     Returns:
         An operator with `@`, `quadratic`, `solve`, `inverse`, `trace`, `diagonal`, `to_dense`, ...
@@ -104,13 +110,26 @@ def fisher(
     Reference: Martens & Grosse (2015), arXiv:1503.05671; Martens (2014), arXiv:1412.1193.
     """
     _check_structure(structure)
-    problem = Problem(model, loss, data, "fisher", estimator, samples, params, forward, generator, dtype, progress)
+    problem = _problem(
+        model,
+        loss,
+        data,
+        forward,
+        weights,
+        kind="fisher",
+        estimator=estimator,
+        samples=samples,
+        params=params,
+        generator=generator,
+        dtype=dtype,
+        progress=progress,
+    )
     return _matrix(problem, structure, centered, sharing, max_dim)
 
 
 def gauss_newton(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Losses,
     data: Any,
     structure: str | Mapping[str, str] = "kfac",
     *,
@@ -124,6 +143,7 @@ def gauss_newton(
     progress: bool = False,
     estimator: str = "exact",
     samples: int = 1,
+    weights: Mapping[str, float] | None = None,
 ) -> Operator:
     """The generalized Gauss-Newton matrix `G = E[Jᵀ D J]`, `D` the Hessian of the loss in the output.
 
@@ -135,7 +155,7 @@ def gauss_newton(
 
     Args:
         model, loss, data, structure, centered, sharing, max_dim, params, forward, generator: as for `fisher`.
-        dtype, progress: as for `fisher`.
+        dtype, progress, weights: as for `fisher`.
         estimator, samples: as for `fisher`, where the two matrices are one.
 
     Returns:
@@ -157,15 +177,26 @@ def gauss_newton(
     Reference: Martens (2014), arXiv:1412.1193.
     """
     _check_structure(structure)
-    problem = Problem(
-        model, loss, data, "gauss_newton", estimator, samples, params, forward, generator, dtype, progress
+    problem = _problem(
+        model,
+        loss,
+        data,
+        forward,
+        weights,
+        kind="gauss_newton",
+        estimator=estimator,
+        samples=samples,
+        params=params,
+        generator=generator,
+        dtype=dtype,
+        progress=progress,
     )
     return _matrix(problem, structure, centered, sharing, max_dim)
 
 
 def hessian(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Losses,
     data: Any,
     structure: str = "implicit",
     *,
@@ -173,13 +204,14 @@ def hessian(
     forward: Forward | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    weights: Mapping[str, float] | None = None,
 ) -> Operator:
     """The Hessian of the objective in the parameters. It need not be positive semidefinite.
 
     Nothing is asked of the layers: autograd does it all.
 
     Args:
-        model, loss, data, params, forward, dtype, progress: as for `fisher`; any of its losses.
+        model, loss, data, params, forward, dtype, progress, weights: as for `fisher`; any of its losses.
         structure: `"implicit"` (products only), `"dense"`, or `"block"` (each module's own parameters, dense).
 
     Returns:
@@ -199,11 +231,39 @@ def hessian(
     Reference: Pearlmutter (1994), "Fast Exact Multiplication by the Hessian".
     """
     check_choice("structure", structure, ("implicit", "dense", "block"))
-    problem = Problem(model, loss, data, params=params, forward=forward, dtype=dtype, progress=progress)
-    implicit = ImplicitHessian(problem)
-    if structure == "implicit":
-        return implicit
-    return implicit.formed() if structure == "dense" else implicit.block_diagonal()
+    problem = _problem(model, loss, data, forward, weights, params=params, dtype=dtype, progress=progress)
+
+    def of(own: Problem) -> Operator:
+        implicit = ImplicitHessian(own)
+        if structure == "implicit":
+            return implicit
+        return implicit.formed() if structure == "dense" else implicit.block_diagonal()
+
+    return _sum(problem, of) if isinstance(problem, Terms) else of(problem)
+
+
+def _problem(
+    model: nn.Module,
+    loss: Losses,
+    data: Any,
+    forward: Forward | None,
+    weights: Mapping[str, float] | None,
+    **options: Any,
+) -> Problem | Terms:
+    if isinstance(loss, Mapping):
+        return Terms(model, loss, data, forward, weights, **options)
+    if weights is not None:
+        raise ValueError(
+            f"weights={weights!r} are of several terms, and loss is one; expected loss to be a dictionary of losses, "
+            "or no weights"
+        )
+    return Problem(model, loss, data, forward=forward, **options)
+
+
+def _sum(terms: Terms, matrix: Callable[[Problem], Operator]) -> Operator:
+    """The weighted sum of every term's own matrix."""
+    each = (terms.weights[name] * matrix(problem) for name, problem in terms.problems.items())
+    return reduce(operator.add, each)
 
 
 def _check_structure(structure: Any) -> None:
@@ -215,17 +275,23 @@ def _check_structure(structure: Any) -> None:
         check_choice("structure", structure, ALL_STRUCTURES)
 
 
-def _matrix(problem: Problem, structure: Chosen, centered: bool, sharing: str, max_dim: int) -> Operator:
+def _matrix(problem: Problem | Terms, structure: Chosen, centered: bool, sharing: str, max_dim: int) -> Operator:
     check_flag("centered", centered)
     check_choice("sharing", sharing, SHARING)
     check_max_dim(max_dim)
     if structure == "implicit":
-        return ImplicitGaussNewton(problem) if problem.estimator == "exact" else ImplicitSampled(problem)
+        return _sum(problem, _implicit) if isinstance(problem, Terms) else _implicit(problem)
     with torch.autocast(problem.device.type, enabled=False):  # the model's own precision is the problem's affair
-        return _dense(problem) if structure == "dense" else of_layers(problem, structure, centered, sharing, max_dim)
+        if structure != "dense":
+            return of_layers(problem, structure, centered, sharing, max_dim)
+        return _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
 
 
-def of_layers(problem: Problem, structure: Chosen, centered: bool, sharing: str, max_dim: int) -> BlockDiagonal:
+def _implicit(problem: Problem) -> Operator:
+    return ImplicitGaussNewton(problem) if problem.estimator == "exact" else ImplicitSampled(problem)
+
+
+def of_layers(problem: Problem | Terms, structure: Chosen, centered: bool, sharing: str, max_dim: int) -> BlockDiagonal:
     """The matrix of a structure that goes by layers."""
 
     def make(name: str) -> Structure:
@@ -243,8 +309,8 @@ def of_layers(problem: Problem, structure: Chosen, centered: bool, sharing: str,
             parts.add(cases)
     parts.merge_ranks(problem.world)
     assert parts.mass is not None
-    check_mass(parts.mass, problem.curvature.is_mean)
-    layers = parts.build(problem.curvature.is_mean)
+    check_mass(parts.mass, problem.is_mean)
+    layers = parts.build(problem.is_mean)
     check_covered(problem.parameters, layers)
     check_finite(layers)
     return assemble(layers, problem.parameters)

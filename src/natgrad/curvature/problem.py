@@ -16,7 +16,7 @@ from natgrad.capture.recorder import Recorder
 from natgrad.capture.separation import SeparationCheck
 from natgrad.checks.parameters import Selection, select_parameters
 from natgrad.checks.values import check_count, check_dtype, check_function, check_generator, described
-from natgrad.distributed.gathering import apart, in_common
+from natgrad.distributed.gathering import apart, in_common, jointly
 from natgrad.distributed.placement import unwrapped
 from natgrad.losses import output_curvature
 
@@ -26,8 +26,9 @@ Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 class Problem:
     """A model, a loss and data: batch after batch as `(output, target)`, or as the cases of every layer.
 
-    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`. Of a model in
-    `DistributedDataParallel` they are this rank's batches, of which there may be none.
+    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`. With `reached` the cases are
+    of those layers alone that the output depends on, and there may be none. Of a model in `DistributedDataParallel`
+    they are this rank's batches, of which there may be none.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class Problem:
         generator: torch.Generator | None = None,
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        reached: bool = False,
     ):
+        self.reached = reached
         self.curvature = output_curvature(loss, kind)
         self.curvature.check_estimator(estimator)
         check_count("samples", samples)
@@ -129,12 +132,9 @@ class Problem:
 
     def hold_labels(self) -> None:
         """From here on `same_labels` has each pass draw the same random labels."""
-        own = torch.Generator(self.device)
-        if self._labels is None:
-            own.manual_seed(int(torch.randint(2**62, ())))
-        else:
-            own.set_state(self._labels.get_state())
-            torch.rand((), generator=self._labels, device=self.device)  # another matrix draws others
+        source, own = self.labels(), torch.Generator(self.device)
+        own.set_state(source.get_state())
+        torch.rand((), generator=source, device=self.device)  # another matrix draws others
         self._labels, self._held = own, own.get_state()
 
     def same_labels(self) -> None:
@@ -156,7 +156,7 @@ class Problem:
             with torch.compiler.set_stance("force_eager"), torch.enable_grad(), recorder:
                 output, target = self.run(self.model, batch)
             check_output(output)
-            if not output.requires_grad:
+            if not output.requires_grad and not self.reached:
                 raise ValueError(
                     "the output does not depend on any trainable parameter; expected a model that uses them"
                 )
@@ -165,7 +165,9 @@ class Problem:
     def cases(self) -> Iterator[Cases]:
         """The cases of every layer, batch after batch."""
         for recorder, output, target in self.recorded(self.parameters):
-            uses = recorder.check(output)
+            uses = recorder.check(output, reached=self.reached)
+            if self.reached and not uses:
+                continue
             for use in uses:
                 use.forget_output()
             mass = self.curvature.normalizer(output, target)
@@ -181,20 +183,38 @@ class Problem:
                 sampled=self.estimator == "mc",
             )
 
+    def labels(self) -> torch.Generator:
+        """The source of random labels, from now on one that can be set back."""
+        if self._labels is None:
+            self._labels = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
+        return self._labels
+
+    def mass(self) -> Tensor:
+        """What a mean over all data, and all ranks, divides by."""
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        with jointly(self.world, "the losses' normalizers"), torch.no_grad():
+            for batch in self:
+                total += self.curvature.normalizer(*self.run(self.model, batch))
+        return self.world.sum(total, "the losses' normalizers")
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the objective is a mean over the data, by which the sums over cases are divided."""
+        return self.curvature.is_mean
+
     def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]:
         """The cases, `count` times over, with the same random labels each time. One batch alone is kept in memory."""
         if count == 1:
             yield from self.cases()
             return
-        if self._labels is None:
-            self._labels = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
-        state = self._labels.get_state()
+        labels = self.labels()
+        state = labels.get_state()
         single = isinstance(self._data, Sized) and len(self._data) == 1
         kept = [cases.kept() for cases in self.cases()] if single else None
         for i in range(count):
             if i:
                 between()
-                self._labels.set_state(state)
+                labels.set_state(state)
             yield from kept if kept is not None else self.cases()
 
 

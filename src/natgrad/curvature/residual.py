@@ -27,7 +27,8 @@ from natgrad.curvature.structures import STRUCTURES, KfacStructure
 from natgrad.distributed.gathering import jointly
 from natgrad.distributed.world import World
 from natgrad.linalg import BlockDiagonal, ColumnBlock, ExactBlock, Operator, Space
-from natgrad.report.residual import Condition, LayerResidual, ResidualReport
+from natgrad.report.layer_residual import Condition, LayerResidual
+from natgrad.report.residual import ResidualReport
 
 
 def residual(

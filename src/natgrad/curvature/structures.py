@@ -12,6 +12,7 @@ from natgrad.capture.layer import Layer
 from natgrad.capture.layers import joined
 from natgrad.curvature.bases import accumulate, bases_of, example_squares, squares_in
 from natgrad.curvature.blocks import kfac_blocks, nearest_block
+from natgrad.curvature.combination import of_terms
 from natgrad.curvature.exact import ExactStructure
 from natgrad.curvature.groups import (
     as_vectors,
@@ -46,15 +47,24 @@ class KfacStructure(Structure):
     def __init__(self, centered: bool = True, sharing: str = "expand", max_dim: int = MAX_DIM):
         super().__init__()
         self.centered, self.sharing, self.max_dim = centered, sharing, max_dim
-        self.moments: dict[Layer, Moments] = {}
+        self._of_term: dict[str, dict[Layer, Moments]] = {}
 
     def add(self, cases: Cases) -> None:
         self._add_mass(cases)
-        self.moments = merge([self.moments, layer_moments(cases, self.sharing, self.max_dim)])
+        own = self._of_term.get(cases.term, {})
+        self._of_term[cases.term] = merge([own, layer_moments(cases, self.sharing, self.max_dim)])
 
     def merge_ranks(self, world: World) -> None:
         self._sum_mass(world)
-        self.moments = summed(self.moments, world, "the moments")
+        if world.size == 1:
+            return
+        terms = sorted({term for own in world.gather(list(self._of_term), "the terms") for term in own})
+        self._of_term = {term: summed(self._of_term.get(term, {}), world, "the moments") for term in terms}
+
+    @property
+    def moments(self) -> dict[Layer, Moments]:
+        """Those of the whole objective."""
+        return of_terms([reconciled(own) for own in self._of_term.values()])
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
         return kfac_blocks(self._of_all_data(), is_mean, self.centered)
@@ -76,16 +86,16 @@ class EkfacStructure(KfacStructure):
     passes = 2
 
     def next_pass(self) -> None:
-        self.moments = reconciled(self.moments)
-        self._bases = bases_of(self.moments, self.centered)
+        self._known = reconciled(self.moments)
+        self._bases = bases_of(self._known, self.centered)
         self._values: dict[Layer, Parts] = {}
 
     def add(self, cases: Cases) -> None:
         if not hasattr(self, "_bases"):
             super().add(cases)
             return
-        cases = cases.parted(self.moments)
-        for layer, values in squares_in(self._bases, self.moments, cases).items():
+        cases = cases.parted(self._known)
+        for layer, values in squares_in(self._bases, self._known, cases).items():
             accumulate(self._values, layer, values)
 
     def merge_ranks(self, world: World) -> None:
@@ -99,7 +109,7 @@ class EkfacStructure(KfacStructure):
         scale = self._scale(is_mean)
         own = {}
         for layer, basis in self._bases.items():
-            m = self.moments[layer]
+            m = self._known[layer]
             assert isinstance(m, AffineMoments)
             own[layer] = basis.block(tuple(v * scale for v in self._values[layer]), m)
         return tiled(own) | kfac_blocks(rest, is_mean, self.centered)

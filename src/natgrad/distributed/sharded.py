@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from natgrad.curvature.products import Duals
-from natgrad.distributed.placement import Whole
 from natgrad.distributed.sharding import Shards, offsets_in
+from natgrad.distributed.whole import Whole
 from natgrad.distributed.world import World
 
 Named = Mapping[str, Tensor]

@@ -1,5 +1,10 @@
 """Operators: symmetric matrices known by what they do, one contract for all (`Operator`)."""
 
+from natgrad.linalg import coverage as coverage
+from natgrad.linalg import restriction as restriction
+from natgrad.linalg import submatrix as submatrix
+from natgrad.linalg import subspace as subspace
+from natgrad.linalg import traces as traces
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.centered import Centered, CenteredKronecker, homogeneous_inverse
 from natgrad.linalg.columns import ColumnBlock
@@ -10,12 +15,12 @@ from natgrad.linalg.density import SpectralDensity
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.external import External
+from natgrad.linalg.files import load
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.layout import Layout
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.rows import Rows
 from natgrad.linalg.space import Space
-from natgrad.linalg.state import load
 from natgrad.linalg.stochastic import Estimate
 from natgrad.linalg.top import Eigenpairs
 from natgrad.linalg.vec import unvec, vec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from natgrad.checks.values import ByLayer
 from natgrad.linalg.layout import PLAIN, Layout
-from natgrad.linalg.operator import Operator, check_damping, check_exponent
+from natgrad.linalg.operator import Operator, check_damping, check_exponent, check_operator
 from natgrad.linalg.space import Parts, Space
 
 T = TypeVar("T")
@@ -43,10 +44,17 @@ class Block:
     function: str = ""
 
     def __post_init__(self) -> None:
+        check_operator("a block", "operator", self.operator)
         if not self.shapes:
             first, *rest = self.operator.space.shapes
             first = first[::-1] if self.layout.form == "transposed" else first
             object.__setattr__(self, "shapes", (first, *rest))
+        own, its = self.operator.space.shapes, self.shapes
+        if not len(self.names) == len(own) == len(its) or [prod(s) for s in own] != [prod(s) for s in its]:
+            raise ValueError(
+                f"a block has the names {self.names} and the shapes {its}; expected those of "
+                f"{self.operator.space.describe()}"
+            )
 
     def parts(self, v: Mapping[str, Tensor]) -> Parts:
         """The operator's vector of what is given by the parameters' names; leading axes stay."""
@@ -93,9 +101,13 @@ class BlockDiagonal(Operator):
 
     def __init__(self, layers: Mapping[str, Block], space: Space):
         self.layers, self.space = dict(layers), space
+        shapes = {
+            n: shape for block in self.layers.values() for n, shape in zip(block.names, block.shapes, strict=True)
+        }
+        if not layers or shapes != dict(zip(space.names or (), space.shapes, strict=True)):
+            raise ValueError(f"the layers have the parameters {shapes}; expected those of space, {space.describe()}")
         first = next(iter(self.layers.values())).operator
         self.dtype, self.device = first.dtype, first.device
-        self.damps_parameters = all(block.operator.damps_parameters for block in self.layers.values())
 
     @property
     def blocks(self) -> dict[str, Operator]:

@@ -6,12 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.checks.values import described
 from natgrad.linalg import factor
+from natgrad.linalg.centered_power import CenteredPower, CenteredRows
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
-from natgrad.linalg.eigen import inverse_from_cholesky
+from natgrad.linalg.eigen import inverse_from_cholesky, semidefinite
+from natgrad.linalg.fitting import check_axes, check_tensors
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen, factored_inverses
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator, check_damping, check_exponent, check_operator
 from natgrad.linalg.space import Parts, Space
 
 
@@ -19,8 +22,9 @@ class CenteredKronecker(Operator):
     """`A ⊗ B` for `A = [[C + m mᵀ, m], [mᵀ, 1]]`, held as `Tᵀ blockdiag(C ⊗ B, B) T`.
 
     It acts on the pair `(W, b)`. `T: (W, b) ↦ (W, b + W m)` has determinant 1, so that inverse, determinant
-    and samples all come from `C` and `B` alone. `damping` is added in the centered coordinates `(W, b + W m)`:
-    the damped solve, as a change of the layer's function, then does not depend on a shift of its inputs.
+    and samples all come from `C` and `B` alone. Plain damping takes the eigenbases of `A` and `B`. With
+    `damping_style="centered"` it is added in the centered coordinates `(W, b + W m)`: the damped solve, as a change of
+    the layer's function, then does not depend on a shift of its inputs.
 
     Args:
         covariance: `C = cov(h)`, `(d_in, d_in)`, or its diagonal.
@@ -38,9 +42,11 @@ class CenteredKronecker(Operator):
         (tensor([[1., 1.]]), tensor([1.]))
     """
 
-    damps_parameters = False
+    is_centered = True
 
     def __init__(self, *, covariance: Tensor, mean: Tensor, output: Tensor):
+        check_axes("CenteredKronecker", "mean", mean, (1,))
+        check_axes("CenteredKronecker", "covariance", covariance, (1, 2))
         if mean.ndim != 1 or covariance.shape not in ((len(mean), len(mean)), (len(mean),)):
             raise ValueError(
                 f"covariance has shape {tuple(covariance.shape)} and mean {tuple(mean.shape)}; "
@@ -50,6 +56,7 @@ class CenteredKronecker(Operator):
         weight = Kronecker(covariance, output)
         self._centered = Centered(weight, matrix_of(output), mean)
         self.space, self.dtype, self.device = self._centered.space, weight.dtype, weight.device
+        self._homogeneous: Homogeneous | None = None
 
     def describe(self) -> str:
         return f"C ⊗ B and B, centered, {factor.describe('C', self.C)}, {factor.describe('B', self.B)}"
@@ -58,31 +65,48 @@ class CenteredKronecker(Operator):
         return self._centered._matmul(parts)
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
-        """`T⁻¹ blockdiag(C ⊗ B + λ I, B + λ I)⁻¹ T⁻ᵀ`.
+        """`(A ⊗ B + λ I)⁻¹`; with `damping_style="centered"` `T⁻¹ blockdiag(C ⊗ B + λ I, B + λ I)⁻¹ T⁻ᵀ`.
 
-        `damping_style="factored"` replaces the first block by `(C + π√λ I) ⊗ (B + √λ/π I)`. The bias keeps
+        `damping_style="factored"` replaces the first block of that by `(C + π√λ I) ⊗ (B + √λ/π I)`. The bias keeps
         `B + λ I`: its input factor is 1, so the weight's π is not its own.
         """
         check_damping(damping, damping_style)
-        if damping_style == "exact" or damping == 0:
-            return self._centered.inverse(damping)
+        if damping == 0 or damping_style == "centered":
+            return self._centered.inverse(damping, damping_style="centered")
+        if damping_style == "exact":
+            return self._plain().inverse(damping)
         weight = Kronecker(*factored_inverses(self.C, self.B, damping))
         return CenteredInverse(weight, matrix_of(self.B).inverse(damping), self.m)
 
     def power(self, exponent: float, damping: float = 0.0) -> Operator:
-        """`(A ⊗ B)^exponent`; damped, only the exponent −1 has this structure."""
-        if exponent == -1:
-            return self.inverse(damping)
-        if damping != 0:
-            raise TypeError(
-                f"a centered block damped in its centered coordinates has no power {exponent} of this "
-                "structure; use centered=False, damping=0, or structure='dense'"
-            )
-        return Homogeneous(Kronecker(self.A, self.B)).power(exponent)
+        """`(A ⊗ B + λ I)^exponent`."""
+        check_damping(damping)
+        return self.inverse(damping) if exponent == -1 else self._plain().power(exponent, damping)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """`d_out logdet C + (d_in + 1) logdet B`, each damped in the centered coordinates."""
-        return self._centered.logdet(damping)
+        """`log det (A ⊗ B + λ I)`; undamped `d_out logdet C + (d_in + 1) logdet B`."""
+        check_damping(damping)
+        return self._centered.logdet() if damping == 0 else self._plain().logdet(damping)
+
+    def _plain(self) -> Homogeneous | Centered:
+        """The same matrix in a form to which `λ I` can be added: in the eigenbases of `A` and `B`. The eigenvalues of
+        `A` are found in float64, as a large mean leaves few digits to the covariance.
+
+        Where `C` is a diagonal, and `A` would take too much memory: by the rows of the centered form.
+        """
+        if self.C.ndim == 1:
+            return self._centered
+        if self._homogeneous is None:
+            x = torch.cat([self.m, self.m.new_ones(1)]).double()
+            A = torch.outer(x, x)
+            A[:-1, :-1] += self.C
+            e, U_A = factor.eigen(A, "the factor A")
+            f, U_B = factor.eigen(self.B, "the factor B")
+            e = semidefinite(e.to(self.dtype), "the factor A")
+            values = torch.outer(semidefinite(f, "the factor B"), e)
+            U_A = None if U_A is None else U_A.to(self.dtype)
+            self._homogeneous = Homogeneous(KroneckerEigen(U_A, U_B, values))
+        return self._homogeneous
 
     def trace(self) -> Tensor:
         return self._centered.trace()
@@ -100,7 +124,7 @@ class CenteredKronecker(Operator):
         return self._centered._diagonal()
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
-        return self._centered._inverse_factor(parts, damping)
+        return (self._centered if damping == 0 else self._plain())._inverse_factor(parts, damping)
 
     def _scaled(self, scale: float) -> CenteredKronecker:
         return CenteredKronecker(covariance=self.C, mean=self.m, output=scale * self.B)
@@ -116,11 +140,13 @@ class Centered(Operator):
     """`Tᵀ blockdiag(weight, bias) T` with `T: (W, b) ↦ (W, b + W m)`: centered EKFAC's block, and any other whose
     weight and bias are independent in centered coordinates. It acts on the pair `(W, b)`.
 
-    `damping` is added to both blocks in those coordinates.
+    Plain damping goes by the rows in the weight's output basis, where they are independent of one another; with
+    `damping_style="centered"` it is added to both blocks.
 
     Args:
         weight: on `W`, `(d_out, d_in)`.
-        bias: on the mean pre-activation `b + W m`, `(d_out,)`.
+        bias: on the mean pre-activation `b + W m`, `(d_out,)`. One that is not diagonal in the weight's output basis is
+            damped, but for `damping_style="centered"`, by way of the dense matrix.
         mean: `m = E[h]`, `(d_in,)`.
 
     Example:
@@ -131,11 +157,11 @@ class Centered(Operator):
         (tensor([[8., 1.]]), tensor([5.]))
     """
 
-    damps_parameters = False
+    is_centered = True
 
     def __init__(self, weight: Kronecker | KroneckerEigen, bias: Operator, mean: Float[Tensor, " i"]):
         self.weight, self.bias, self.m = weight, bias, mean
-        self.space = Space((weight.space.shapes[0], bias.space.shapes[0]))
+        self.space = _space_of(weight, bias, mean)
         self.dtype, self.device = weight.dtype, weight.device
 
     def describe(self) -> str:
@@ -151,18 +177,44 @@ class Centered(Operator):
         W, b = parts
         return W, b + W @ self.m
 
-    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CenteredInverse:
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+        """`(M + λ I)⁻¹`; with `damping_style="centered"` (and `"factored"`, as there are no factors to damp)
+        `T⁻¹ blockdiag(weight + λ I, bias + λ I)⁻¹ T⁻ᵀ`."""
         check_damping(damping, damping_style)
-        return CenteredInverse(self.weight.inverse(damping), self.bias.inverse(damping), self.m)
+        if damping == 0 or damping_style != "exact":
+            return CenteredInverse(self.weight.inverse(damping), self.bias.inverse(damping), self.m)
+        return self._damped(damping).inverse()
 
     def power(self, exponent: float, damping: float = 0.0) -> Operator:
-        """The exponent −1 alone: the factors of other powers are not `T`'s."""
-        if exponent == -1:
-            return self.inverse(damping)
-        raise TypeError(f"a centered block has no power {exponent} of its structure; use centered=False or 'dense'")
+        check_exponent(exponent)
+        check_damping(damping)
+        return self.inverse(damping) if exponent == -1 else self._damped(damping).power(exponent)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        return self.weight.logdet(damping) + self.bias.logdet(damping)
+        check_damping(damping)
+        return self._damped(damping).logdet() if damping else self.weight.logdet() + self.bias.logdet()
+
+    def _damped(self, damping: float) -> CenteredPower | Dense:
+        """`M + λ I`, by its rows, or dense."""
+        rows = self._rows()
+        if rows is not None:
+            return CenteredPower(rows, 1.0, damping)
+        eye = torch.eye(self.space.size, dtype=self.dtype, device=self.device)
+        return Dense(self.to_dense() + damping * eye, self.space)
+
+    def _rows(self) -> CenteredRows | None:
+        """The block in the bases of its inputs and outputs; None if the bias's part is not diagonal there."""
+        weight = self.weight.eigen() if isinstance(self.weight, Kronecker) else self.weight
+        U_A, U_B = weight.U_A, weight.U_B
+        Q = factor_of(self.bias)
+        P = Q if U_B is None else U_B.mT @ factor.from_left(Q, U_B)
+        beta = factor.diagonal(P)
+        rounding = 64 * torch.finfo(self.dtype).eps * len(beta) ** 0.5 * P.norm()
+        if P.ndim == 2 and (P - beta.diag()).norm() > rounding:
+            return None
+        # Of a bias without gradient rounding may leave what is below zero.
+        beta = torch.where(beta.abs() <= rounding, beta.clamp_min(0), beta)
+        return CenteredRows(U_A, U_B, weight.values, beta, self.m if U_A is None else self.m @ U_A)
 
     def trace(self) -> Tensor:
         """`tr weight + (1 + ‖m‖²) tr bias`."""
@@ -182,8 +234,9 @@ class Centered(Operator):
         return W + torch.outer(b, self.m.square()), b
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
-        (W,) = self.weight._inverse_factor(parts[:1], damping)
-        (c,) = self.bias._inverse_factor(parts[1:], damping)
+        if damping != 0:
+            return self._damped(damping)._inverse_factor(parts, 0.0)
+        (W,), (c,) = self.weight._inverse_factor(parts[:1], 0.0), self.bias._inverse_factor(parts[1:], 0.0)
         return W, c - W @ self.m
 
     def _scaled(self, factor: float) -> Centered:
@@ -193,11 +246,11 @@ class Centered(Operator):
 class CenteredInverse(Operator):
     """`T⁻¹ blockdiag(weight, bias) T⁻ᵀ`: the update `ΔW = weight(∇_W − ∇_b mᵀ)`, `Δb = bias(∇_b) − ΔW m`."""
 
-    damps_parameters = False
+    is_centered = True
 
     def __init__(self, weight: Kronecker | KroneckerEigen, bias: Operator, mean: Float[Tensor, " i"]):
         self.weight, self.bias, self.m = weight, bias, mean
-        self.space = Space((weight.space.shapes[0], bias.space.shapes[0]))
+        self.space = _space_of(weight, bias, mean)
         self.dtype, self.device = weight.dtype, weight.device
 
     def _matmul(self, parts: Parts) -> Parts:
@@ -239,6 +292,18 @@ class CenteredInverse(Operator):
 
     def _scaled(self, factor: float) -> CenteredInverse:
         return CenteredInverse(self.weight._scaled(factor), self.bias._scaled(factor), self.m)
+
+
+def _space_of(weight: Kronecker | KroneckerEigen, bias: Operator, mean: Tensor) -> Space:
+    """The vectors `(W, b)` of a weight's operator and a bias's. Raises where they do not fit together."""
+    if not isinstance(weight, (Kronecker, KroneckerEigen)):
+        raise TypeError(f"weight is {described(weight)}; expected a Kronecker or a KroneckerEigen")
+    check_operator("a centered block", "bias", bias)
+    d_out, d_in = weight.space.shapes[0]
+    if bias.space.shapes != ((d_out,),):
+        raise ValueError(f"bias acts on {bias.space.describe()}; expected vectors of {d_out}, as the weight has rows")
+    check_tensors("a centered block", {"mean": (mean, (d_in,))})
+    return Space(((d_out, d_in), (d_out,)))
 
 
 def matrix_of(F: Tensor) -> Dense | Diagonal:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from natgrad.linalg.krylov import IterativeInverse
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.later import later
+from natgrad.linalg.operator import Operator, check_damping, check_operator, check_plain
 from natgrad.linalg.space import Parts
 
 
+@later
 class Scaled(Operator):
     """`factor M`, where `M` has no multiple of its own structure. Operations are `M`'s own, with `damping / factor`.
 
@@ -28,6 +32,9 @@ class Scaled(Operator):
     """
 
     def __init__(self, operator: Operator, factor: float):
+        check_operator("Scaled", "operator", operator)
+        if not (isinstance(factor, (int, float)) and math.isfinite(factor)):
+            raise ValueError(f"factor is {factor!r}; expected a finite number")
         self.operator, self.factor = operator, factor
         self.space, self.dtype, self.device = operator.space, operator.dtype, operator.device
 
@@ -78,6 +85,7 @@ class Scaled(Operator):
         return f"{self.factor:g} * {self.operator._label()}"
 
 
+@later
 class Sum(Operator):
     """`M₁ + M₂ + ...`. `damping` is added to the parameters' own coordinates, whatever the terms are.
 
@@ -95,11 +103,18 @@ class Sum(Operator):
         ([2.0, 1.0], 5.0)
     """
 
-    damps_parameters = True
-
     def __init__(self, terms: list[Operator]):
         self.terms: list[Operator] = [t for term in terms for t in (term.terms if isinstance(term, Sum) else [term])]
+        if not self.terms:
+            raise ValueError("terms is empty; expected at least one operator")
         first = self.terms[0]
+        for i, term in enumerate(self.terms):
+            check_operator("Sum", f"terms[{i}]", term)
+            if term.space != first.space:
+                raise ValueError(
+                    f"terms[{i}] acts on {term.space.describe()}; expected the vectors of terms[0], "
+                    f"{first.space.describe()}"
+                )
         self.space, self.dtype, self.device = first.space, first.dtype, first.device
 
     def _matmul(self, parts: Parts) -> Parts:
@@ -107,8 +122,7 @@ class Sum(Operator):
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         check_damping(damping, damping_style)
-        if damping_style == "factored":
-            raise TypeError("a sum has no factors to damp; use damping_style='exact'")
+        check_plain("a sum", damping_style)
         return IterativeInverse(self, damping)
 
     def trace(self) -> Tensor:

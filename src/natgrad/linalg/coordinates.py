@@ -7,21 +7,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.linalg.eigen import positive
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.fitting import check_axes, check_tensors
+from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
+
+WHAT = "a block of scale and shift"
 
 
 class CoordinateBlocks(Operator):
     """`[[E[g_w²], E[g_w g_c]], [E[g_w g_c], E[g_c²]]]` for each coordinate of `(w, c)`, nothing between coordinates.
 
-    Held as `Tᵀ diag(v, s) T` with `T: (w, c) ↦ (w, c + m w)`, `s = E[g_c²]`, `m = E[g_w g_c]/s` and
+    Held as `Tᵀ [[v, r], [r, s]] T` with `T: (w, c) ↦ (w, c + m w)`, `s = E[g_c²]`, `m = E[g_w g_c]/s`, `r = 0` and
     `v = E[g_w²] − m² s`. With `y = w z + c` and one place per example `m` is the mean of `z`, weighted by `g²`, and
-    damping in these coordinates does not depend on a shift of `z`.
+    `damping_style="centered"`, which damps these coordinates, does not depend on a shift of `z`.
+
+    A shift may have no gradient but for rounding, as before another normalization. A quotient of rounding errors is no
+    mean: there `m = 0`, and `r = E[g_w g_c]`, so that the matrix is what it is.
 
     Args:
         scale: `v`, `(d,)`.
         mean: `m`, `(d,)`.
         shift: `s`, `(d,)`.
+        cross: `r`, `(d,)`; None: zeros.
 
     Example:
         >>> import torch
@@ -31,47 +38,65 @@ class CoordinateBlocks(Operator):
         [[5.0, 2.0], [2.0, 1.0]]
     """
 
-    damps_parameters = False
+    is_centered = True
 
-    def __init__(self, scale: Float[Tensor, " d"], mean: Float[Tensor, " d"], shift: Float[Tensor, " d"]):
-        self.v, self.m, self.s = scale, mean, shift
+    def __init__(
+        self,
+        scale: Float[Tensor, " d"],
+        mean: Float[Tensor, " d"],
+        shift: Float[Tensor, " d"],
+        cross: Float[Tensor, " d"] | None = None,
+    ):
+        self.v, self.m, self.s, self.r = _fitting(scale, mean, shift, cross)
         self.space = Space((tuple(scale.shape), tuple(shift.shape)))
         self.dtype, self.device = scale.dtype, scale.device
 
     @classmethod
     def of_products(cls, ww: Tensor, wc: Tensor, cc: Tensor) -> CoordinateBlocks:
         """From `E[g_w²]`, `E[g_w g_c]` and `E[g_c²]`, each `(d,)`."""
-        m = torch.where(cc > 0, wc / cc, 0.0)
+        has_mean = cc > torch.finfo(cc.dtype).eps ** 0.5 * ww
+        m = torch.where(has_mean, wc / cc, 0.0)
         # Not below zero but for rounding, by Cauchy and Schwarz.
-        return cls((ww - m * wc).clamp_min(0), m, cc)
+        return cls((ww - m * wc).clamp_min(0), m, cc, torch.where(has_mean, 0.0, wc))
 
     def describe(self) -> str:
         return "2 x 2 for each coordinate, centered"
 
     def _matmul(self, parts: Parts) -> Parts:
         w, c = self.coordinates(parts)
-        c = self.s * c
-        return self.v * w + self.m * c, c
+        w, c = self.v * w + self.r * c, self.s * c + self.r * w
+        return w + self.m * c, c
 
     def coordinates(self, parts: Parts) -> Parts:
         """`(w, c + m w)`."""
         w, c = parts
         return w, c + self.m * w
 
-    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CoordinateInverse:
-        """`T⁻¹ diag(v + λ, s + λ)⁻¹ T⁻ᵀ`."""
+    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CoordinateBlocks | CoordinateInverse:
+        """`(M + λ I)⁻¹`, coordinate by coordinate; with `damping_style="centered"` (and `"factored"`, as there are no
+        factors to damp) `T⁻¹ [[v + λ, r], [r, s + λ]]⁻¹ T⁻ᵀ`."""
         check_damping(damping, damping_style)
-        return CoordinateInverse(1 / self._damped(self.v, damping), self.m, 1 / self._damped(self.s, damping))
+        if damping and damping_style == "exact":
+            return self.power(-1.0, damping)
+        v, s = (positive(x + damping, WHAT, damping) for x in (self.v, self.s))
+        # What is left of each given the other; where r = 0, all of it.
+        v_alone, s_alone = (positive(x, WHAT, damping) for x in (v - self.r.square() / s, s - self.r.square() / v))
+        return CoordinateInverse(1 / v_alone, self.m, 1 / s_alone, -self.r / (v_alone * s))
 
-    def power(self, exponent: float, damping: float = 0.0) -> Operator:
-        """The exponent −1 alone: the factors of other powers are not `T`'s."""
-        if exponent == -1:
-            return self.inverse(damping)
-        raise self._cannot(f"power {exponent}")
+    def power(self, exponent: float, damping: float = 0.0) -> CoordinateBlocks:
+        """`(M + λ I)^p = ½ (e₁^p + e₂^p) I + ½ (e₁^p − e₂^p) [[cos φ, sin φ], [sin φ, −cos φ]]` for each coordinate,
+        with the eigenvalues `e` of its block and the angle of its first axis, `φ/2`."""
+        check_exponent(exponent)
+        check_damping(damping)
+        block = _Pairs(self, damping)
+        first, second = block.large**exponent, block.small**exponent
+        mean, half = (first + second) / 2, (first - second) / 2
+        return CoordinateBlocks.of_products(mean + half * block.cos, half * block.sin, mean - half * block.cos)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         check_damping(damping)
-        return self._damped(self.v, damping).log().sum() + self._damped(self.s, damping).log().sum()
+        block = _Pairs(self, damping)
+        return block.large.log().sum() + block.small.log().sum()
 
     def trace(self) -> Tensor:
         return (self.v + (1 + self.m.square()) * self.s).sum()
@@ -80,30 +105,64 @@ class CoordinateBlocks(Operator):
         return self.v.sum() + self.s.sum()
 
     def _norm(self) -> Tensor:
-        ww, wc = self.v + self.m.square() * self.s, self.m * self.s
-        return (ww.square() + 2 * wc.square() + self.s.square()).sum().sqrt()
+        ww, wc, cc = self.products()
+        return (ww.square() + 2 * wc.square() + cc.square()).sum().sqrt()
+
+    def products(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`E[g_w²]`, `E[g_w g_c]` and `E[g_c²]`."""
+        return self.v + 2 * self.m * self.r + self.m.square() * self.s, self.m * self.s + self.r, self.s
+
+    def determinants(self) -> Tensor:
+        """Of every coordinate's block: of a difference of products only where there is no mean."""
+        vs = self.v * self.s
+        return torch.where(self.r == 0, vs, (vs - self.r.square()).clamp_min(0))
 
     def _diagonal(self) -> Parts:
-        return self.v + self.m.square() * self.s, self.s
+        ww, _, cc = self.products()
+        return ww, cc
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
-        w = parts[0] * self._damped(self.v, damping).rsqrt()
-        return w, parts[1] * self._damped(self.s, damping).rsqrt() - self.m * w
+        """`L z` with `L Lᵀ = (M + λI)⁻¹`: the shift given the scale."""
+        block = _Pairs(self, damping)
+        w = parts[0] * (block.cc / block.det).sqrt()
+        return w, parts[1] * block.cc.rsqrt() - block.wc / block.cc * w
 
     def _scaled(self, factor: float) -> CoordinateBlocks:
-        return CoordinateBlocks(factor * self.v, self.m, factor * self.s)
+        return CoordinateBlocks(factor * self.v, self.m, factor * self.s, factor * self.r)
 
-    def _damped(self, values: Tensor, damping: float) -> Tensor:
-        return positive(values + damping, "a block of scale and shift", damping)
+
+def _fitting(scale: Tensor, mean: Tensor, shift: Tensor, cross: Tensor | None) -> tuple[Tensor, ...]:
+    check_axes("a block of scale and shift", "scale", scale, (1,))
+    cross = torch.zeros_like(scale) if cross is None else cross
+    given = {"scale": scale, "mean": mean, "shift": shift, "cross": cross}
+    check_tensors("a block of scale and shift", {name: (t, scale.shape) for name, t in given.items()})
+    return scale, mean, shift, cross
+
+
+class _Pairs:
+    """`M + λI` coordinate by coordinate: its entries, determinant, eigenvalues and the angle of its axes."""
+
+    def __init__(self, matrix: CoordinateBlocks, damping: float):
+        check_damping(damping)
+        ww, wc, cc = matrix.products()
+        self.ww, self.wc, self.cc = ww + damping, wc, cc + damping
+        self.det = matrix.determinants() + damping * (ww + cc) + damping**2
+        half, apart = (self.ww + self.cc) / 2, (self.ww - self.cc) / 2
+        radius = torch.hypot(apart, wc)
+        self.large = positive(half + radius, WHAT, damping)
+        self.small = self.det / self.large
+        positive(torch.cat([self.large, self.small]), WHAT, damping)
+        self.cos = torch.where(radius > 0, apart / radius, 1.0)
+        self.sin = torch.where(radius > 0, wc / radius, 0.0)
 
 
 class CoordinateInverse(Operator):
-    """`T⁻¹ diag(v, s) T⁻ᵀ`: `Δw = v (∇_w − m ∇_c)`, `Δc = s ∇_c − m Δw`."""
+    """`T⁻¹ [[v, r], [r, s]] T⁻ᵀ`: `Δw = v (∇_w − m ∇_c) + r ∇_c`, `Δc = s ∇_c + r (∇_w − m ∇_c) − m Δw`."""
 
-    damps_parameters = False
+    is_centered = True
 
-    def __init__(self, scale: Tensor, mean: Tensor, shift: Tensor):
-        self.v, self.m, self.s = scale, mean, shift
+    def __init__(self, scale: Tensor, mean: Tensor, shift: Tensor, cross: Tensor | None = None):
+        self.v, self.m, self.s, self.r = _fitting(scale, mean, shift, cross)
         self.space = Space((tuple(scale.shape), tuple(shift.shape)))
         self.dtype, self.device = scale.dtype, scale.device
 
@@ -113,7 +172,8 @@ class CoordinateInverse(Operator):
     def apart(self, parts: Parts) -> Parts:
         """`Δw` and the change `Δc + m Δw` of the mean output, without the last step."""
         w, c = parts
-        return self.v * (w - self.m * c), self.s * c
+        w = w - self.m * c
+        return self.v * w + self.r * c, self.s * c + self.r * w
 
     def coordinates(self, parts: Parts) -> Parts:
         """`(w, c + m w)`."""
@@ -125,20 +185,22 @@ class CoordinateInverse(Operator):
         return w, c - self.m * w
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CoordinateBlocks:
+        check_damping(damping, damping_style)
         if damping != 0:
             raise self._cannot("damped inverse")
-        return CoordinateBlocks(1 / self.v, self.m, 1 / self.s)
+        v, s = 1 / (self.v - self.r.square() / self.s), 1 / (self.s - self.r.square() / self.v)
+        return CoordinateBlocks(v, self.m, s, -self.r * v / self.s)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
         if damping != 0:
             raise self._cannot("damped logdet")
-        return self.v.log().sum() + self.s.log().sum()
+        return (self.v - self.r.square() / self.s).log().sum() + self.s.log().sum()
 
     def trace(self) -> Tensor:
         return torch.cat(self._diagonal()).sum()
 
     def _diagonal(self) -> Parts:
-        return self.v, self.s + self.m.square() * self.v
+        return self.v, self.s - 2 * self.m * self.r + self.m.square() * self.v
 
     def _scaled(self, factor: float) -> CoordinateInverse:
-        return CoordinateInverse(factor * self.v, self.m, factor * self.s)
+        return CoordinateInverse(factor * self.v, self.m, factor * self.s, factor * self.r)

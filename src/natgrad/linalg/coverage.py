@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.state import nbytes
 from natgrad.report.notebook import table as table_html
@@ -81,6 +82,7 @@ class Coverage:
         return table_html("Coverage", note, HEADINGS, self._lines(), words=(0, 1, 2, 3), last=last)
 
 
+@later
 def operator_html(operator: Operator) -> str:
     """A matrix for notebooks: each block of one with blocks, else a line."""
     note = f"{operator.space.size:,} rows, {str(operator.dtype).removeprefix('torch.')}, on {operator.device}"
@@ -99,6 +101,7 @@ def operator_html(operator: Operator) -> str:
     return table_html(operator._label(), note, headings, rows, words=(0, 1, 3), bars=bars, last=last)
 
 
+@later
 def coverage_of(operator: Operator) -> Coverage:
     """The coverage of a matrix over named parameters."""
     names, shapes = operator.space.names or (), operator.space.shapes

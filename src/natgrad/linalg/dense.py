@@ -7,6 +7,7 @@ from torch import Tensor
 
 from natgrad.checks.values import ByLayer
 from natgrad.linalg.eigen import eigh, inverse_from_cholesky, positive
+from natgrad.linalg.fitting import check_axes, check_tensors
 from natgrad.linalg.operator import Operator, check_damping, check_exponent
 from natgrad.linalg.space import Parts, Space
 
@@ -28,10 +29,14 @@ class Dense(Operator):
     """
 
     def __init__(self, matrix: Tensor, space: Space | None = None):
+        check_axes("Dense", "matrix", matrix, (2,))
         if matrix.ndim != 2 or len(matrix) != matrix.shape[1]:
             raise ValueError(f"matrix has shape {tuple(matrix.shape)}; expected a square one")
         self.matrix = matrix
+        check_tensors("Dense", {"matrix": (matrix, matrix.shape)})
         self.space = space or Space(((len(matrix),),))
+        if self.space.size != len(matrix):
+            raise ValueError(f"matrix has {len(matrix)} rows and space {self.space.size} numbers; expected as many")
         self.dtype, self.device = matrix.dtype, matrix.device
         self._eigh: tuple[Tensor, Tensor] | None = None
 

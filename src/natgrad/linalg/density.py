@@ -12,6 +12,7 @@ from torch import Tensor
 
 from natgrad.checks.values import check_count, check_number
 from natgrad.linalg.eigenvalues import eigenvalues
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.stochastic import probes, quadrature
 
@@ -86,6 +87,7 @@ class SpectralDensity:
         save(figure, path)
 
 
+@later
 def spectral_density(
     operator: Operator, samples: int = 10, steps: int = 100, generator: torch.Generator | None = None
 ) -> SpectralDensity:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from natgrad.checks.values import described
 from natgrad.linalg.eigen import positive
+from natgrad.linalg.fitting import check_tensors
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space
 
@@ -33,6 +34,11 @@ class Diagonal(Operator):
             raise TypeError(f"values is {described(values)}; expected a tuple with a tensor for each part: (values,)")
         self.values = tuple(values)
         self.space = space or Space(tuple(tuple(v.shape) for v in self.values))
+        labels = self.space.labels()
+        if not self.values or len(labels) != len(self.values):
+            raise ValueError(f"values has {len(self.values)} tensors and space {len(labels)} parts; expected as many")
+        fitting = zip(labels, zip(self.values, self.space.shapes, strict=True), strict=True)
+        check_tensors("Diagonal", dict(fitting))
         self.dtype, self.device = self.values[0].dtype, self.values[0].device
 
     def describe(self) -> str:

@@ -15,10 +15,11 @@ from natgrad.linalg.combination import Scaled
 from natgrad.linalg.coordinates import CoordinateBlocks
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
-from natgrad.linalg.eigen import eigh
+from natgrad.linalg.eigen import eigh, positive
 from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
-from natgrad.linalg.operator import Operator
+from natgrad.linalg.later import later
+from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.rows import Rows
 from natgrad.linalg.state import dump
 
@@ -26,6 +27,7 @@ FORMED = 2_000
 """A matrix of no more rows than this is formed where its structure has no eigenvalues of its own."""
 
 
+@later
 def eigenvalues(operator: Operator) -> Float[Tensor, " size"]:
     """All eigenvalues of an operator, in no order.
 
@@ -33,6 +35,27 @@ def eigenvalues(operator: Operator) -> Float[Tensor, " size"]:
         TypeError: if its structure has none, and it is too large to be formed.
     """
     return _of(operator)
+
+
+@later
+def spectral_norm(operator: Operator) -> Tensor:
+    """The largest absolute eigenvalue."""
+    try:
+        return eigenvalues(operator).abs().max()
+    except TypeError:
+        return operator.top_eigenvalues(1, which="magnitude").values[0].abs()
+
+
+@later
+def condition(operator: Operator, damping: float) -> Tensor:
+    """The largest over the smallest eigenvalue of the damped matrix."""
+    check_damping(damping)
+    try:
+        e = eigenvalues(operator)
+    except TypeError:
+        e = torch.cat([operator.top_eigenvalues(1, which=which).values for which in ("largest", "smallest")])
+    e = positive(e + damping, operator._label(), damping)
+    return e.max() / e.min()
 
 
 @singledispatch
@@ -103,7 +126,7 @@ def _(operator: ExactBlock) -> Tensor:
 @_of.register
 def _(operator: CoordinateBlocks) -> Tensor:
     """Of `[[p, q], [q, s]]`: `(p + s)/2 ± √((p − s)²/4 + q²)`."""
-    p, q, s = operator.v + operator.m.square() * operator.s, operator.m * operator.s, operator.s
+    p, q, s = operator.products()
     half, root = (p + s) / 2, torch.hypot((p - s) / 2, q)
     return torch.cat([half - root, half + root])
 

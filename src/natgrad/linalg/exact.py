@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.eigen import eigh, semidefinite
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator, check_damping, check_plain
 from natgrad.linalg.space import Parts, Space, check_order
 
 COLUMNS = 64
@@ -146,8 +146,7 @@ class ExactBlock(Operator):
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         """`(G + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v) / λ`, by the eigenvectors of `SᵀS`."""
         check_damping(damping, damping_style)
-        if damping_style == "factored":
-            raise TypeError("an exact block has no factors to damp; use damping_style='exact', or structure='kfac'")
+        check_plain("an exact block", damping_style, ", or structure='kfac'")
         return self.power(-1.0, damping)
 
     def power(self, exponent: float, damping: float = 0.0) -> Operator:

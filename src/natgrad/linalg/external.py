@@ -11,6 +11,7 @@ from torch import Tensor
 
 from natgrad.checks.values import described
 from natgrad.linalg.krylov import IterativeInverse
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator, check_damping
 from natgrad.linalg.space import Parts, Space
 from natgrad.linalg.stochastic import product
@@ -27,6 +28,7 @@ def _linear_operator() -> Any:
     return LinearOperator
 
 
+@later
 def to_scipy(operator: Operator) -> LinearOperator:
     """A `scipy.sparse.linalg.LinearOperator` on NumPy vectors."""
 

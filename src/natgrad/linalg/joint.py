@@ -9,7 +9,7 @@ from torch import Tensor
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.eigen import positive
 from natgrad.linalg.exact import ExactBlock
-from natgrad.linalg.operator import Operator, check_damping, singular
+from natgrad.linalg.operator import Operator, check_damping, check_plain, singular
 from natgrad.linalg.space import Parts
 
 
@@ -87,8 +87,7 @@ class Joint(Operator):
         None: whichever is smaller.
         """
         check_damping(damping, damping_style)
-        if damping_style == "factored":
-            raise TypeError("an exact matrix has no factors to damp; use damping_style='exact'")
+        check_plain("an exact matrix", damping_style)
         if (form or self.smaller_form()) == "primal":
             return PrimalInverse(self, damping)
         return DualInverse(self, damping)

@@ -10,7 +10,8 @@ from natgrad.checks.values import described
 from natgrad.linalg import factor
 from natgrad.linalg.eigen import positive, semidefinite
 from natgrad.linalg.factor import Factor
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.fitting import check_axes, check_tensors
+from natgrad.linalg.operator import Operator, check_damping, check_operator
 from natgrad.linalg.space import Parts, Space
 
 
@@ -145,6 +146,10 @@ class KroneckerEigen(Operator):
     ):
         # Row by row, as they are in a file: products are then the same to the last bit.
         self.U_A, self.U_B = (None if U is None else U.contiguous() for U in (U_A, U_B))
+        check_axes("KroneckerEigen", "values", values, (2,))
+        bases = {"U_A": (U_A, [values.shape[1]] * 2), "U_B": (U_B, [values.shape[0]] * 2)}
+        own = {name: (U, shape) for name, (U, shape) in bases.items() if U is not None}
+        check_tensors("KroneckerEigen", {"values": (values, values.shape), **own})
         self.values = values.contiguous()
         self.space = Space((tuple(values.shape),))
         self.dtype, self.device = values.dtype, values.device
@@ -216,6 +221,11 @@ class Homogeneous(Operator):
     """
 
     def __init__(self, stacked: Operator):
+        check_operator("Homogeneous", "stacked", stacked)
+        if len(stacked.space.shapes) != 1 or len(stacked.space.shapes[0]) != 2 or not stacked.space.shapes[0][1]:
+            raise ValueError(
+                f"stacked acts on {stacked.space.describe()}; expected matrices (d_out, d_in + 1), the bias last"
+            )
         self.stacked = stacked
         d_out, d_in = stacked.space.shapes[0]
         self.space = Space(((d_out, d_in - 1), (d_out,)))

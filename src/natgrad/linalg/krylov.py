@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from natgrad.checks.values import check_count, check_number
 from natgrad.linalg.diagonal import Diagonal
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator, check_damping, check_operator
 from natgrad.linalg.space import Parts
 
 Product = Callable[[Tensor], Tensor]
@@ -54,6 +55,11 @@ class IterativeInverse(Operator):
     """`(M + damping I)⁻¹` by conjugate gradients, to a relative residual of `tol` (default: `eps^¾`)."""
 
     def __init__(self, matrix: Operator, damping: float, tol: float | None = None, max_iter: int | None = None):
+        check_operator("IterativeInverse", "matrix", matrix)
+        check_damping(damping)
+        check_number("tol", tol, optional=True)
+        if max_iter is not None:
+            check_count("max_iter", max_iter, "products")
         self.matrix, self.damping = matrix, damping
         self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
         self.tol = tol if tol is not None else torch.finfo(self.dtype).eps ** 0.75

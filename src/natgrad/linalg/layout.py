@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from natgrad.checks.values import check_choice, check_count
+
 FORMS = ("plain", "transposed", "deconvolution")
 
 
@@ -30,6 +32,10 @@ class Layout:
 
     form: str = "plain"
     groups: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("form", self.form, FORMS)
+        check_count("groups", self.groups, "groups")
 
     def to_operator(self, t: Tensor, own: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """From a parameter's shape `own` to the operator's `shape`."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, check_number
+from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, check_number, described
+from natgrad.linalg.later import LATER
 from natgrad.linalg.space import Parts, Space, check_order
 from natgrad.linalg.spectral import Spectral
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from natgrad.linalg.coverage import Coverage
     from natgrad.linalg.stochastic import Estimate
 
-DAMPING_STYLES = ("exact", "factored")
+DAMPING_STYLES = ("exact", "centered", "factored")
 DENSE_LIMIT = 20_000
+TRACES = {"hutchinson": "estimate_trace", "hutch++": "hutch_plus_plus", "xtrace": "xtrace"}
 
 
 class Operator(Spectral, ABC):
@@ -29,9 +31,9 @@ class Operator(Spectral, ABC):
 
     A vector `v` comes in one of the forms of the operator's `space`, and the answer has the same form: for a model's
     matrix a `dict` of name to tensor, or one flat tensor of `space.size` numbers in the order of `named_parameters()`;
-    for a matrix of one layer the pair `(W, b)`, or `W` alone. `damping` is Tikhonov's, `M + λ I`, in the coordinates
-    in which the structure damps. What a structure cannot do raises TypeError and names one that can; a damped matrix
-    that is not positive definite raises ValueError where that is needed.
+    for a matrix of one layer the pair `(W, b)`, or `W` alone. `damping` is Tikhonov's: `M + λ I`, for every structure.
+    What a structure cannot do raises TypeError and names one that can; a damped matrix that is not positive definite
+    raises ValueError where that is needed.
 
     Example:
         >>> import torch, natgrad
@@ -51,8 +53,8 @@ class Operator(Spectral, ABC):
     space: Space
     dtype: torch.dtype
     device: torch.device
-    damps_parameters = True
-    """Whether `damping` multiplies the identity, not that of other coordinates."""
+    is_centered = False
+    """Whether `coordinates` are centered ones, `(W, b + W m)`, and not the parameters themselves."""
 
     # What a subclass supplies --------------------------------------------------------------------------
 
@@ -63,10 +65,16 @@ class Operator(Spectral, ABC):
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         """The operator `(M + λ I)⁻¹`. What is factorized is factorized once: keep it, to solve often.
 
+        The styles `"centered"` and `"factored"` damp otherwise. They are what the optimizers use: a centered solve, as
+        a change of a layer's function, does not depend on a shift of the layer's inputs.
+
         Args:
             damping: `λ`, a finite number that is not negative.
-            damping_style: `"exact"`, or `"factored"`: of a Kronecker product `(A + π√λ I) ⊗ (B + √λ/π I)`, with
-                `π² = (tr A / d_in) / (tr B / d_out)`.
+            damping_style: `"exact"`: `M + λ I`. `"centered"`: `M + λ TᵀT`, the identity of the centered coordinates
+                `T (W, b) = (W, b + W m)` in which K-FAC and EKFAC hold a layer with a bias; the same as `"exact"` for a
+                layer that has no such coordinates. `"factored"`: of a Kronecker product
+                `(A + π√λ I) ⊗ (B + √λ/π I)`, with `π² = (tr A / d_in) / (tr B / d_out)`, in centered coordinates
+                where there are any.
 
         Raises:
             ValueError: if the damped matrix is not positive definite.
@@ -114,7 +122,7 @@ class Operator(Spectral, ABC):
         raise self._cannot("sample")
 
     def coordinates(self, parts: Parts) -> Parts:
-        """A vector in the coordinates whose identity `damping` multiplies: its own, where no other are damped."""
+        """A vector in centered coordinates, `(W, b + W m)`; as it is, where the structure has none."""
         return parts
 
     def from_coordinates(self, parts: Parts) -> Parts:
@@ -122,7 +130,7 @@ class Operator(Spectral, ABC):
         return parts
 
     def trace_in_coordinates(self) -> Tensor:
-        """The trace there, `tr(T⁻ᵀ M T⁻¹)`: what a damping is large or small against."""
+        """The trace there, `tr(T⁻ᵀ M T⁻¹)`: what a centered damping is large or small against."""
         return self.trace()
 
     def apart(self, parts: Parts) -> Parts:
@@ -131,9 +139,8 @@ class Operator(Spectral, ABC):
 
     def _scaled(self, factor: float) -> Operator:
         """`factor M`, of the same structure where that is possible."""
-        from natgrad.linalg.combination import Scaled
-
-        return Scaled(self, factor)
+        scaled: Operator = LATER["Scaled"](self, factor)
+        return scaled
 
     def _plus(self, other: Operator) -> Operator | None:
         """`M + other` where the two have one structure, else None."""
@@ -146,9 +153,7 @@ class Operator(Spectral, ABC):
     @property
     def blocks(self) -> dict[str, Operator]:
         """Each layer's own operator, by the layer's name: the principal submatrix of its parameters."""
-        from natgrad.linalg.restriction import Restriction
-
-        return ByLayer({name: Restriction(self, names) for name, names in self.space.groups().items()})
+        return ByLayer({name: LATER["Restriction"](self, names) for name, names in self.space.groups().items()})
 
     # What follows from it ------------------------------------------------------------------------------
 
@@ -165,7 +170,13 @@ class Operator(Spectral, ABC):
         return torch.stack([(a * b).reshape(*lead, -1).sum(-1) for a, b in products]).sum(0)
 
     def solve(self, v: Any, damping: float = 0.0, *, damping_style: str = "exact") -> Any:
-        """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`."""
+        """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`.
+
+        Args:
+            v: a vector in any form, or many along leading axes.
+            damping: `λ`.
+            damping_style: as for `inverse`.
+        """
         self._read(v, f"{self._label()}.solve(v)")
         return self.inverse(damping, damping_style=damping_style) @ v
 
@@ -206,8 +217,6 @@ class Operator(Spectral, ABC):
 
     def __add__(self, other: Any) -> Operator:
         """`M + other`, for another operator on the same vectors."""
-        from natgrad.linalg.combination import Sum
-
         if not isinstance(other, Operator):
             return NotImplemented
         if other.space != self.space:
@@ -215,8 +224,10 @@ class Operator(Spectral, ABC):
                 f"the sum of two matrices needs the same parameters: the first acts on {self.space.describe()}, "
                 f"the second on {other.space.describe()}; give two of one model"
             )
-        own = self._plus(other)
-        return Sum([self, other]) if own is None else own
+        added = self._plus(other)
+        if added is None:
+            added = LATER["Sum"]([self, other])
+        return added
 
     def __sub__(self, other: Any) -> Operator:
         """`M − other`."""
@@ -248,19 +259,14 @@ class Operator(Spectral, ABC):
                 `"xtrace"` (Epperly, Tropp & Webber 2024) are more exact where a few eigenvalues make up most of the
                 trace.
         """
-        from natgrad.linalg.stochastic import estimate_trace
-        from natgrad.linalg.traces import TRACES, hutch_plus_plus, xtrace
-
-        check_choice("method", method, TRACES, meanings=TRACES)
-        if method == "hutchinson":
-            return estimate_trace(self, samples, generator)
-        return (hutch_plus_plus if method == "hutch++" else xtrace)(self, samples, generator)
+        check_choice("method", method, TRACES)
+        estimate: Estimate = LATER[TRACES[method]](self, samples, generator)
+        return estimate
 
     def estimate_diagonal(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:
         """The diagonal from `samples` products with random signs (Bekas et al. 2007), with its standard error."""
-        from natgrad.linalg.stochastic import estimate_diagonal
-
-        return estimate_diagonal(self, samples, generator)
+        estimate: Estimate = LATER["estimate_diagonal"](self, samples, generator)
+        return estimate
 
     def estimate_logdet(
         self, damping: float = 0.0, samples: int = 30, steps: int = 50, generator: torch.Generator | None = None
@@ -270,9 +276,8 @@ class Operator(Spectral, ABC):
         Each of `samples` probes takes `steps` products. The standard error does not hold the error of the
         quadrature, which falls geometrically with `steps` and faster the better the damped matrix is conditioned.
         """
-        from natgrad.linalg.stochastic import estimate_logdet
-
-        return estimate_logdet(self, damping, samples, steps, generator)
+        estimate: Estimate = LATER["estimate_logdet"](self, damping, samples, steps, generator)
+        return estimate
 
     # Saving --------------------------------------------------------------------------------------------
 
@@ -282,15 +287,19 @@ class Operator(Spectral, ABC):
         Raises:
             TypeError: for a matrix that holds a model and data, as implicit ones do.
         """
-        from natgrad.linalg.state import dump
-
-        return dump(self)
+        state: dict[str, Any] = LATER["dump"](self)
+        return state
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the matrix to a safetensors file, which `natgrad.load` reads."""
-        from natgrad.linalg.state import save
+        """Writes the matrix to a safetensors file with a checksum, which `natgrad.load` reads.
 
-        save(self, path)
+        The file is written whole or not at all; a symbolic link stays one.
+
+        Raises:
+            TypeError: for a matrix that holds a model and data.
+            OSError: if the file cannot be written; what was there before is there still.
+        """
+        LATER["save"](self, path)
 
     # What it is --------------------------------------------------------------------------------------
 
@@ -312,9 +321,8 @@ class Operator(Spectral, ABC):
             2.bias     2      linear     C ⊗ B and B, centered, C 6, B 2
             all                                                           236 B
         """
-        from natgrad.linalg.coverage import coverage_of
-
-        return coverage_of(self)
+        coverage: Coverage = LATER["coverage_of"](self)
+        return coverage
 
     def _read(self, v: Any, context: str) -> tuple[Parts, Callable[[Parts], Any]]:
         """The parts of `v`, and the function that restores its form. Raises ValueError if it is not one of these
@@ -347,9 +355,8 @@ class Operator(Spectral, ABC):
         return TypeError(f"{self._label()} has no exact {operation}; use {', '.join(others[:-1])} or {others[-1]}")
 
     def _repr_html_(self) -> str:
-        from natgrad.linalg.coverage import operator_html
-
-        return operator_html(self)
+        html: str = LATER["operator_html"](self)
+        return html
 
     def __repr__(self) -> str:
         return f"{self._label()}(size={self.space.size}, dtype={self.dtype})"
@@ -359,6 +366,24 @@ def check_damping(damping: float, style: str = "exact") -> None:
     """Raises ValueError unless damping is finite and not negative, and its style is known."""
     check_number("damping", damping.item() if isinstance(damping, Tensor) and damping.ndim == 0 else damping)
     check_choice("damping_style", style, DAMPING_STYLES)
+
+
+def check_plain(what: str, style: str, instead: str = "") -> None:
+    """Raises TypeError for a damping style that a matrix does not have: one without factors and centered coordinates.
+
+    >>> check_plain("a sum", "factored")
+    Traceback (most recent call last):
+    TypeError: a sum has no factors to damp; use damping_style='exact'
+    """
+    if style != "exact":
+        lacks = "factors" if style == "factored" else "centered coordinates"
+        raise TypeError(f"{what} has no {lacks} to damp; use damping_style='exact'{instead}")
+
+
+def check_operator(kind: str, name: str, value: Any) -> None:
+    """Raises TypeError unless it is an operator."""
+    if not isinstance(value, Operator):
+        raise TypeError(f"of {kind}, {name} is {described(value)}; expected an Operator")
 
 
 def check_exponent(exponent: float) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import torch
 
 from natgrad.linalg.krylov import IterativeInverse
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.later import later
+from natgrad.linalg.operator import Operator, check_damping, check_operator, check_plain
 from natgrad.linalg.space import Parts, Space
 
 
+@later
 class Restriction(Operator):
     """The rows and columns of `whole` that belong to some of its named parameters."""
 
     def __init__(self, whole: Operator, names: tuple[str, ...]):
+        check_operator("Restriction", "whole", whole)
         space = whole.space
+        unknown = [n for n in names if n not in (space.names or ())]
+        if unknown:
+            raise ValueError(f"names has {unknown[0]!r}; expected names among those of {space.describe()}")
         shapes = dict(zip(space.names or (), space.shapes, strict=True))
         self.whole, self.names = whole, names
         self.space = Space(tuple(shapes[n] for n in names), names)
@@ -32,6 +38,5 @@ class Restriction(Operator):
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         check_damping(damping, damping_style)
-        if damping_style == "factored":
-            raise TypeError("a restriction has no factors to damp; use damping_style='exact'")
+        check_plain("a restriction", damping_style)
         return IterativeInverse(self, damping)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from natgrad.linalg.operator import Operator
+from natgrad.linalg.operator import Operator, check_operator
 from natgrad.linalg.space import Parts, Space
 
 
@@ -29,12 +29,20 @@ class Rows(Operator):
 
     def __init__(self, parts: Sequence[Operator]):
         self.parts = list(parts)
+        if not self.parts:
+            raise ValueError("parts is empty; expected at least one operator")
         first = self.parts[0]
+        for i, op in enumerate(self.parts):
+            check_operator("Rows", f"parts[{i}]", op)
+            if [shape[1:] for shape in op.space.shapes] != [shape[1:] for shape in first.space.shapes]:
+                raise ValueError(
+                    f"parts[{i}] acts on {op.space.describe()}; expected the form of parts[0], {first.space.describe()}"
+                )
         count = [op.space.shapes[0][0] for op in self.parts]
         self._sizes = count
         self.space = Space(tuple((sum(count), *shape[1:]) for shape in first.space.shapes))
         self.dtype, self.device = first.dtype, first.device
-        self.damps_parameters = all(op.damps_parameters for op in self.parts)
+        self.is_centered = any(op.is_centered for op in self.parts)
 
     def describe(self) -> str:
         kinds = dict.fromkeys(op.describe() for op in self.parts)

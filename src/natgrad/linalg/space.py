@@ -37,6 +37,16 @@ class Space:
     shapes: tuple[tuple[int, ...], ...]
     names: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        for shape in self.shapes:
+            if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise ValueError(f"shapes has {shape!r}; expected tuples of whole numbers, one for each part")
+        if self.names is not None:
+            if not all(isinstance(name, str) for name in self.names) or len(set(self.names)) < len(self.names):
+                raise ValueError(f"names is {self.names!r}; expected different texts, or None")
+            if len(self.names) != len(self.shapes):
+                raise ValueError(f"there are {len(self.names)} names and {len(self.shapes)} shapes; expected as many")
+
     @property
     def size(self) -> int:
         """How many numbers a vector has."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from natgrad.linalg.later import LATER
+
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
@@ -28,9 +30,8 @@ class Spectral:
         Raises:
             TypeError: if the structure has none, and it is too large to be formed.
         """
-        from natgrad.linalg.eigenvalues import eigenvalues
-
-        return eigenvalues(self._operator)
+        found: Tensor = LATER["eigenvalues"](self)
+        return found
 
     def top_eigenvalues(
         self,
@@ -58,9 +59,8 @@ class Spectral:
 
         Reference: Stathopoulos & Wu (1994), "Thick restarting of the Davidson method"; Golub & Underwood (1977).
         """
-        from natgrad.linalg.top import top_eigenvalues
-
-        return top_eigenvalues(self._operator, k, which, tol, max_products, generator)
+        found: Eigenpairs = LATER["top_eigenvalues"](self, k, which, tol, max_products, generator)
+        return found
 
     def spectral_density(
         self, samples: int = 10, steps: int = 100, generator: torch.Generator | None = None
@@ -70,9 +70,8 @@ class Spectral:
 
         Reference: Ubaru, Chen & Saad (2017); Ghorbani, Krishnan & Xiao (2019), arXiv:1901.10159.
         """
-        from natgrad.linalg.density import spectral_density
-
-        return spectral_density(self._operator, samples, steps, generator)
+        found: SpectralDensity = LATER["spectral_density"](self, samples, steps, generator)
+        return found
 
     def norm(self, ord: str | int = "fro") -> Tensor:
         """A norm of the matrix, a scalar.
@@ -85,17 +84,12 @@ class Spectral:
             TypeError: if the structure has no exact Frobenius norm.
             RuntimeError: if the largest eigenvalue has not converged.
         """
-        from natgrad.linalg.eigenvalues import eigenvalues
-
-        M = self._operator
         if ord == "fro":
-            return M._norm()
+            return self._operator._norm()
         if ord != 2 or isinstance(ord, bool):
             raise ValueError(f"ord={ord!r} is unknown: expected 'fro' or 2")
-        try:
-            return eigenvalues(M).abs().max()
-        except TypeError:
-            return M.top_eigenvalues(1, which="magnitude").values[0].abs()
+        found: Tensor = LATER["spectral_norm"](self)
+        return found
 
     def condition(self, damping: float = 0.0) -> Tensor:
         """The largest over the smallest eigenvalue of `M + damping I`, a scalar: how hard it is to solve with.
@@ -108,19 +102,8 @@ class Spectral:
         Raises:
             ValueError: if the damped matrix is not positive definite.
         """
-        from natgrad.linalg.eigen import positive
-        from natgrad.linalg.eigenvalues import eigenvalues
-        from natgrad.linalg.operator import check_damping
-
-        check_damping(damping)
-        M = self._operator
-        try:
-            e = eigenvalues(M)
-        except TypeError:
-            ends = [M.top_eigenvalues(1, which=which).values for which in ("largest", "smallest")]
-            e = torch.cat(ends)
-        e = positive(e + damping, M._label(), damping)
-        return e.max() / e.min()
+        found: Tensor = LATER["condition"](self, damping)
+        return found
 
     def project(self, v: Any, keep: float, *, which: str = "smallest") -> Any:
         """The part of `v` along the eigenvectors of the lowest (or the highest) curvature, in the form of `v`.
@@ -139,23 +122,19 @@ class Spectral:
         Reference: Ikram et al. (2026), "CrispEdit: Low-Curvature Projections for Scalable Non-Destructive LLM Editing",
         arXiv:2602.15823.
         """
-        from natgrad.linalg.subspace import project
-
-        return project(self._operator, v, keep, which)
+        return LATER["project"](self, v, keep, which)
 
     def to_scipy(self) -> LinearOperator:
         """The matrix as a `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors, for `eigsh`, `cg`, ...;
         `natgrad.linalg.External` is the way back."""
-        from natgrad.linalg.external import to_scipy
-
-        return to_scipy(self._operator)
+        found: LinearOperator = LATER["to_scipy"](self)
+        return found
 
     def __getitem__(self, names: Any) -> Operator:
         """The principal submatrix of some parameters, by their names, or of modules by theirs: `F["fc1"]`,
         `F[["fc1.weight", "fc2.weight"]]`. It keeps the structure where it takes whole blocks."""
-        from natgrad.linalg.submatrix import submatrix
-
-        return submatrix(self._operator, names)
+        found: Operator = LATER["submatrix"](self, names)
+        return found
 
     def to(self, *args: Any, **kwargs: Any) -> Operator:
         """The same matrix with another dtype or on another device, as `Tensor.to` takes them.
@@ -163,6 +142,5 @@ class Spectral:
         Raises:
             TypeError: for a matrix that holds a model and data, as implicit ones do.
         """
-        from natgrad.linalg.submatrix import converted
-
-        return converted(self._operator, *args, **kwargs)
+        found: Operator = LATER["converted"](self, *args, **kwargs)
+        return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import check_count
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator, check_damping, singular
 
 
@@ -39,11 +40,13 @@ class Estimate:
         return f"Estimate(value={self.value!r}, standard_error={self.standard_error!r})"
 
 
+@later
 def estimate_trace(operator: Operator, samples: int, generator: torch.Generator | None) -> Estimate:
     """`E[zᵀ M z] = tr M` for random signs `z`."""
     return _mean_of(torch.stack([z @ product(operator, z) for z in probes(operator, samples, generator)]))
 
 
+@later
 def estimate_diagonal(operator: Operator, samples: int, generator: torch.Generator | None) -> Estimate:
     """`E[z ∘ M z] = diag M` for random signs `z`."""
     mean = torch.zeros(operator.space.size, dtype=operator.dtype, device=operator.device)
@@ -57,17 +60,13 @@ def estimate_diagonal(operator: Operator, samples: int, generator: torch.Generat
     return Estimate(operator._form(unflatten(mean)), operator._form(unflatten(error)))
 
 
+@later
 def estimate_logdet(
     operator: Operator, damping: float, samples: int, steps: int, generator: torch.Generator | None
 ) -> Estimate:
     """`E[zᵀ log(M + λI) z]`, each term by the Gauss quadrature of `steps` Lanczos steps from `z`."""
     check_damping(damping)
     check_count("steps", steps, "products")
-    if not operator.damps_parameters:
-        raise TypeError(
-            f"{operator._label()} damps other coordinates than the parameters', which products do not see; use its "
-            "logdet, which is exact"
-        )
     values = []
     for z in probes(operator, samples, generator):
         nodes, weights = quadrature(operator, z, min(steps, operator.space.size))

@@ -12,12 +12,14 @@ from natgrad.checks.values import described, did_you_mean
 from natgrad.linalg.block_diagonal import BlockDiagonal
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.restriction import Restriction
 from natgrad.linalg.space import Space
 from natgrad.linalg.state import dump, restore
 
 
+@later
 def submatrix(operator: Operator, names: str | Iterable[str]) -> Operator:
     """The rows and columns of some named parameters, in the matrix's own order."""
     wanted = _parameters(operator, names)
@@ -56,6 +58,7 @@ def _parameters(operator: Operator, names: Any) -> list[str]:
     return [o for o in own if o in chosen]
 
 
+@later
 def converted(operator: Operator, *args: Any, **kwargs: Any) -> Operator:
     """The operator with every floating tensor of its own converted."""
 

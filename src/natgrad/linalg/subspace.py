@@ -19,6 +19,7 @@ from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.eigen import eigh
 from natgrad.linalg.eigenvalues import FORMED, holds_tensors
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.rows import Rows
 from natgrad.linalg.space import Parts
@@ -28,6 +29,7 @@ Multiply = Callable[[Parts, Tensor], Parts]
 """Multiplies the coefficients of a vector in the eigenbasis by the given numbers."""
 
 
+@later
 def project(operator: Operator, v: Any, keep: float, which: str) -> Any:
     """The part of `v` in the span of the `keep` share of the eigenvectors."""
     check_within("keep", keep, "[0, 1]")

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.checks.values import check_choice, check_count, check_generator, check_number
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.stochastic import product
 
@@ -38,6 +39,7 @@ class Eigenpairs(NamedTuple):
     """`‖M v − λ v‖` of each."""
 
 
+@later
 def top_eigenvalues(
     operator: Operator,
     k: int,

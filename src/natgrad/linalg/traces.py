@@ -6,16 +6,12 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import check_count
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.stochastic import Estimate, product
 
-TRACES = {
-    "hutchinson": "the mean of zᵀ M z over random signs",
-    "hutch++": "exact on a sketch of the largest eigenvalues, the mean on the rest",
-    "xtrace": "the same with every vector used for both, by leaving out one at a time",
-}
 
-
+@later
 def hutch_plus_plus(operator: Operator, samples: int, generator: torch.Generator | None) -> Estimate:
     """A third of the products sketch the range, `Q = orth(M S)`, a third give `tr Qᵀ M Q`, and a third go into
     Hutchinson's estimate of what is left, `(I − Q Qᵀ) M (I − Q Qᵀ)` (Meyer, Musco, Musco & Woodruff 2021).
@@ -31,6 +27,7 @@ def hutch_plus_plus(operator: Operator, samples: int, generator: torch.Generator
     return Estimate(inside + outside.mean(), outside.std() / third**0.5)
 
 
+@later
 def xtrace(operator: Operator, samples: int, generator: torch.Generator | None) -> Estimate:
     """With `m` vectors, half the products: each in turn is left out of the sketch and probes what that has missed
     (Epperly, Tropp & Webber 2024, arXiv:2301.07825).

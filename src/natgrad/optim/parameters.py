@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.distributed.placement import Whole
+from natgrad.distributed.whole import Whole
 from natgrad.optim.vectors import Vector, finite
 
 

@@ -1,11 +1,14 @@
 """Figures drawn without a display, in one style."""
 
+import warnings
 from collections.abc import Sequence
 from os import PathLike
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from natgrad.report.words import in_picture
 
 # From the palette of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = ("#767676", "#0072B2", "#D55E00")
@@ -32,11 +35,14 @@ def tidy(axes: Axes) -> None:
 
 def name_bars(axes: Axes, names: Sequence[str]) -> None:
     """One place for each name along the horizontal axis."""
-    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.set_xticks(range(len(names)), [in_picture(name) for name in names], rotation=40, ha="right")
     axes.set_xlim(-0.6, len(names) - 0.4)
     tidy(axes)
     axes.grid(False, axis="x")
 
 
 def save(figure: Figure, path: str | PathLike[str]) -> None:
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    """Writes it to a file. Letters that the font lacks are shown as boxes, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(path, dpi=DOTS_PER_INCH)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
 from natgrad.report.figures import COLOURS, INK, name_bars, new_figure, save
-from natgrad.report.residual import LayerResidual
+from natgrad.report.layer_residual import LayerResidual
 
 Report = Mapping[str, LayerResidual]
 Panel = Callable[[Report, Axes], None]

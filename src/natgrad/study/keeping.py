@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from natgrad.checks.files import write_whole
 from natgrad.cli.errors import UserError
+from natgrad.study.form import is_run
 from natgrad.study.run import Result
 from natgrad.study.spec import Job, OptimizerEntry, Spec, TaskEntry
 from natgrad.study.statistics import final
@@ -26,7 +27,7 @@ def key(job: Job) -> str:
 
 def path_of(out: Path, job: Job) -> Path:
     """Where the run is kept."""
-    words = re.sub(r"[^\w.,=+ -]+", "-", f"{job.task.name} {job.optimizer}")[:80]
+    words = re.sub(r"[^\w.,=+ -]+", "-", f"{job.task.name} {job.optimizer}", flags=re.ASCII)[:80]
     return out / "runs" / f"{words} {hashlib.sha256(key(job).encode()).hexdigest()[:8]} seed {job.seed}.json"
 
 
@@ -34,19 +35,15 @@ def keep(out: Path, job: Job, result: Result) -> None:
     """Writes the run, whole or not at all."""
     path = path_of(out, job)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(result, file, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_whole(path, [json.dumps(result, allow_nan=False).encode()])
 
 
-def kept(out: Path, spec: Spec, replace: bool = False) -> Results:
+def kept(out: Path, spec: Spec, replace: bool = False, remark: Callable[[str], object] = lambda words: None) -> Results:
     """The runs of this study that are there.
 
     Args:
         replace: delete those that the spec has made wrong since.
+        remark: called with a line about each run that is damaged, which is as if it were not there.
 
     Raises:
         UserError: if there are such and they are not to be replaced.
@@ -54,10 +51,13 @@ def kept(out: Path, spec: Spec, replace: bool = False) -> Results:
     results: Results = {}
     for job in jobs(spec):
         path = path_of(out, job)
-        found = _read(path)
-        if found is None:
+        if not path.exists():
             continue
-        differing = _difference(found.get("what", {}), json.loads(json.dumps(job.what())))
+        found = _read(path)
+        if found is None or not is_run(found) or not _is_own(found, job):
+            remark(f"{path} is damaged, or is not that run; {job.label} is run again.")
+            continue
+        differing = _difference(found["what"], json.loads(json.dumps(job.what())))
         if not differing:
             results[key(job)] = found
         elif replace:
@@ -81,10 +81,10 @@ def others(out: Path, spec: Spec) -> list[Result]:
     found = []
     for path in sorted((out / "others").glob("*.json")):
         result = _read(path)
-        if result is None or not wanted <= result.keys():
+        if result is None or not wanted <= result.keys() or not is_run(_completed(result)):
             raise UserError(f"{path} is no run; expected JSON with {', '.join(sorted(wanted))}; take it away.")
         if result["task"] in names:
-            found.append({"status": "finished", "error": "", "rejected": 0, "measured": [], **result})
+            found.append(_completed(result))
     return found
 
 
@@ -121,11 +121,27 @@ def pending(spec: Spec, results: Mapping[str, Result]) -> list[Job]:
 
 
 def _read(path: Path) -> Result | None:
+    """The file's dictionary; None if it cannot be read or holds something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _no_number(words: str) -> float:
+    raise ValueError(f"{words} is no number of JSON; expected a finite one")
+
+
+def _completed(result: Result) -> Result:
+    return {"status": "finished", "error": "", "rejected": 0, "measured": [], **result}
+
+
+def _is_own(result: Result, job: Job) -> bool:
+    """Whether it is the job's, with all that `perform` says of it."""
+    whose = json.dumps([result["task"], result["optimizer"], result["setting"], result["seed"]], sort_keys=True)
+    whole = isinstance(result.get("what"), dict) and isinstance(result.get("machine"), dict)
+    return whole and whose == key(job) and (bool(result["curve"]) or result["status"] != "finished")
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.cli.errors import UserError
-from natgrad.cli.target import call, checked, look_here
+from natgrad.cli.target import call, checked, look_here, words
 from natgrad.study.tasks import SUBSET, Batch, Task, indices
 
 FORM = "expected (model, loss, data) or (model, loss, data, evaluate)"
@@ -41,7 +42,8 @@ def own_task(name: str, target: str, seed: int) -> Task:
                 "a number or numbers by name; return a function there, or leave it out."
             )
     model, loss, data = checked(target, problem, FORM)
-    sample = _sample_of(target, data)
+    with _blamed(target, "reading its data"):
+        sample = _sample_of(target, data)
     share = (lambda x: len(x)) if getattr(loss, "reduction", "mean") == "sum" else (lambda x: 1)
 
     @torch.no_grad()
@@ -51,9 +53,26 @@ def own_task(name: str, target: str, seed: int) -> Task:
 
     figures_of = _named(target, evaluate) if evaluate is not None else lambda m: {"loss": mean_loss(m)}
     model.eval()
-    first = figures_of(model)
+    with _blamed(target, "evaluating its model"):
+        first = figures_of(model)
     model.train()
+    if not first or {"step", "seconds"} & first.keys():
+        came = "no figure" if not first else "a figure called step or seconds, which a run has of its own"
+        raise UserError(f"evaluate of {target} returned {came}; expected a number or numbers by name; mend it.")
     return Task(name, next(iter(first)), SIZE, loss, lambda _: model, _batches_of(data), figures_of, sample)
+
+
+@contextlib.contextmanager
+def _blamed(target: str, what: str) -> Iterator[None]:
+    """While entered, an exception of the user's own code is a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{what}, what {target} returned raised {words(error)}; {FORM} that go together; mend the function."
+        ) from error
 
 
 def digest(target: str) -> str:
@@ -61,10 +80,10 @@ def digest(target: str) -> str:
     look_here()
     try:
         spec = importlib.util.find_spec(target.partition(":")[0])
-        assert spec is not None
-        assert spec.origin is not None
+        if spec is None or spec.origin is None:
+            return ""
         return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
-    except (AssertionError, ImportError, ValueError, OSError):
+    except (ImportError, ValueError, OSError):
         return ""
 
 

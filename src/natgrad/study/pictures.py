@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, MaxNLocator
 
 from natgrad.report.figures import INK, MORE_COLOURS, new_figure, save, tidy
+from natgrad.report.words import in_picture
 from natgrad.study.statistics import Paired, spread
 from natgrad.study.summary import Group, TaskSummary
 
@@ -22,8 +23,8 @@ STYLES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1)))
 
 def draw_curves(task: TaskSummary, path: Path) -> None:
     """The figure against steps and against seconds: medians over the seeds, and from the lowest to the highest."""
-    rows = math.ceil(len(task.groups) / 3)
-    figure = new_figure(8.2, 3.5 + 0.24 * rows)
+    columns = _columns([g.optimizer for g in task.groups])
+    figure = new_figure(8.2, 3.5 + 0.24 * math.ceil(len(task.groups) / columns))
     panels = figure.subplots(1, 2, sharey=True)
     positive, settled = True, []
     for i, g in enumerate(task.groups):
@@ -35,7 +36,7 @@ def draw_curves(task: TaskSummary, path: Path) -> None:
             if not len(s.x):
                 continue
             axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.16, linewidth=0)
-            axes.plot(s.x, s.median, color=colour, linestyle=style, linewidth=1.8, label=g.optimizer)
+            axes.plot(s.x, s.median, color=colour, linestyle=style, linewidth=1.8, label=in_picture(g.optimizer))
             axes.plot(s.x[-1:], s.median[-1:], "o", color=colour, markersize=4)
             positive = positive and bool((s.low > 0).all())
             settled += [*s.low[len(s.x) // 5 :], *s.high[len(s.x) // 5 :]]
@@ -49,13 +50,13 @@ def draw_curves(task: TaskSummary, path: Path) -> None:
         left.set_ylim((0.92 * low, 1.1 * high) if positive else (low - 0.05 * (high - low), high + 0.05 * (high - low)))
     left.set_xlabel("steps")
     right.set_xlabel("training time (s)")
-    left.set_ylabel(task.figure)
+    left.set_ylabel(in_picture(task.figure))
     for axes in panels:
         axes.set_xlim(left=0)
         tidy(axes)
     handles, labels = left.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, frameon=False, ncols=min(3, len(labels)), loc="outside lower center")
+        figure.legend(handles, labels, frameon=False, ncols=min(columns, len(labels)), loc="outside lower center")
     save(figure, path)
 
 
@@ -74,7 +75,7 @@ def draw_pairs(pairs: Sequence[Paired], path: Path) -> None:
             if not math.isnan(p.ratio.low):
                 axes.plot([p.ratio.low, p.ratio.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
             axes.plot([p.ratio.mean], [y], "o", color=colour, markersize=6)
-            labels.append((y, f"{name}: {p.optimizer}"))
+            labels.append((y, f"{in_picture(name, 24)}: {in_picture(p.optimizer, 24)}"))
             y += 1
         y += 0.5
     axes.axvline(1, color=INK, linewidth=1)
@@ -82,7 +83,7 @@ def draw_pairs(pairs: Sequence[Paired], path: Path) -> None:
     plain_log_ticks(axes, of_y=False)
     axes.set_yticks([at for at, _ in labels], [words for _, words in labels])
     axes.set_ylim(y - 0.8, -0.7)
-    axes.set_xlabel(f"last figure over that of “{shown[0].baseline}” (log scale; below 1: better)")
+    axes.set_xlabel(f"last figure over that of “{in_picture(shown[0].baseline)}” (log scale; below 1: better)")
     tidy(axes)
     axes.grid(False, axis="y")
     save(figure, path)
@@ -124,15 +125,28 @@ def has_conditions(task: TaskSummary) -> bool:
     return any(_series(g, layer, k) for g in task.measured for layer in _layers(task) for k in "AC")
 
 
+def _columns(labels: Sequence[str]) -> int:
+    """Of a legend, so that it is no wider than the picture."""
+    return 1 + sum(max(map(len, labels), default=0) <= most for most in (24, 36))
+
+
 def _finish(figure: Any, grid: Any, task: TaskSummary) -> None:
     for axes, g in zip(grid[0], task.measured, strict=True):
-        axes.set_title(g.optimizer, fontsize=10, color=INK)
+        axes.set_title(in_picture(g.optimizer, 30), fontsize=10, color=INK)
     for axes in grid[-1]:
         axes.set_xlabel("steps")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     layers = _layers(task)
-    handles = [Line2D([], [], color=c, linewidth=2, label=n) for n, c in zip(layers, _colours(layers), strict=True)]
-    figure.legend(handles=handles, frameon=False, ncols=min(6, len(layers)), loc="outside lower center", title="layer")
+    handles = [
+        Line2D([], [], color=c, linewidth=2, label=in_picture(n)) for n, c in zip(layers, _colours(layers), strict=True)
+    ]
+    figure.legend(
+        handles=handles,
+        frameon=False,
+        ncols=min(2 * _columns(layers), len(layers)),
+        loc="outside lower center",
+        title="layer",
+    )
 
 
 def _draw_layers(axes: Axes, task: TaskSummary, g: Group, kind: str, style: Any = "solid") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from natgrad.cli.errors import UserError
+from natgrad.report.words import shortened
 from natgrad.study.optimizers import OPTIMIZERS, Kind, check
 from natgrad.study.own_task import digest
 from natgrad.study.reading import Table, near, parse, read_text, shown
@@ -211,7 +213,7 @@ def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEn
         if use not in TASKS and ":" not in use:
             raise table.fail(
                 "use" if use != name else "",
-                f"{use!r}, which is no task",
+                f"{shortened(use)!r}, which is no task",
                 "a task's name, or MODULE:FUNCTION",
                 near(use, TASKS),
             )
@@ -219,7 +221,7 @@ def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEn
         if its_budget is None:
             raise table.fail("", "without a budget", "steps or seconds", "write, say, steps = 200 at the top.")
         targets = table.take("targets", [])
-        if not isinstance(targets, list) or not all(type(t) in (int, float) for t in targets):
+        if not isinstance(targets, list) or not all(type(t) in (int, float) and math.isfinite(t) for t in targets):
             raise table.fail("targets", shown(targets), "a list of numbers", "write, say, targets = [10, 5].")
         entries.append(TaskEntry(name, use, its_budget, table.whole("batch", batch), tuple(map(float, targets))))
         table.finish()
@@ -237,7 +239,9 @@ def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...]) -> Optimiz
         mend = near(use, OPTIMIZERS)
         if use == name:
             mend += ' Under a name of its own it has a key, say, use = "KFAC".'
-        raise table.fail("use" if use != name else "", f"{use!r}, which is no optimizer", "an optimizer's name", mend)
+        raise table.fail(
+            "use" if use != name else "", f"{shortened(use)!r}, which is no optimizer", "an optimizer's name", mend
+        )
     task_names = [t.name for t in tasks]
     on = table.table("on")
     overrides = {task: on.table(task).rest() for task in on.names_left()}
@@ -271,6 +275,8 @@ def _grid(table: Table, use: str) -> tuple[Setting, ...]:
             )
         if value == []:
             raise table.fail(key, "an empty list", "at least one value", "give one, or leave the key out.")
+        if not _is_plain(value):
+            raise table.fail(key, shown(value), "text, true or false, or finite numbers", "mend it.")
         several.append([(key, v) for v in (value if isinstance(value, list) else [value])])
         _check_types(table, kind, key, [v for _, v in several[-1]])
     settings = tuple(dict(chosen) for chosen in itertools.product(*several))
@@ -284,6 +290,13 @@ def _grid(table: Table, use: str) -> tuple[Setting, ...]:
                 f"{table.file}: [{table.where}] with {what} is refused by {use}: {said}; give it another value."
             ) from error
     return settings
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a kept run can hold it: no date, no infinity."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _check_types(table: Table, kind: Kind, key: str, values: list[Any]) -> None:

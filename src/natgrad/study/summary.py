@@ -27,7 +27,7 @@ class Group:
 
     @property
     def finished(self) -> list[Result]:
-        return [r for r in self.results if r["status"] == "finished"]
+        return [r for r in self.results if r["status"] == "finished" and r["curve"]]
 
     @property
     def finals(self) -> dict[int, float]:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from natgrad.checks.values import check_count, check_generator, check_number
 from natgrad.curvature.problem import Forward, Problem
 from natgrad.linalg import Operator
-from natgrad.linalg.state import read, save
+from natgrad.linalg.files import read, save
 from natgrad.losses.elementwise import SquaredError
 from natgrad.uses.covariance import output_covariance
 from natgrad.uses.evidence import Evidence

@@ -222,13 +222,14 @@ def test_kfac_equals_the_exact_block_for_one_case(name):
 
 
 def test_the_damped_step_of_a_norm_ignores_a_shift_of_its_input():
-    """Damping acts on `(w, c + w m)`: what comes out moves the same way whatever was added to `z`."""
+    """Centered damping acts on `(w, c + w m)`: what comes out moves the same way whatever was added to `z`."""
 
     def moved(shift):
         z, w, c = randn(8, 4) + shift, randn(4, seed=1) + 2, randn(4, seed=2)
         model, y = Scale(w, c - w * shift), torch.arange(8) % 4
         gradient = torch.autograd.grad(LOSS(model(z), y), [model.w, model.c])
-        step = natgrad.fisher(model, LOSS, (z, y)).solve({"w": gradient[0], "c": gradient[1]}, damping=0.1)
+        F, g = natgrad.fisher(model, LOSS, (z, y)), {"w": gradient[0], "c": gradient[1]}
+        step = F.solve(g, damping=0.1, damping_style="centered")
         return z * step["w"] + step["c"]
 
     close(moved(7.0), moved(0.0), 1e-9)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
 
 import torch
 from torch import Tensor
 
 from natgrad.capture.layer import Layer
-from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments, merge
-from natgrad.linalg import factor
+from natgrad.curvature.combination import of_terms
+from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments
 from natgrad.optim.preconditioner.running import Statistics
 
 
 def combined(parts: Sequence[tuple[float, Statistics]]) -> Statistics:
     """The statistics of `Σ_t ω_t F_t`, from those of each `F_t` with its weight `ω_t`.
-
-    Of a layer with factors `A_t ⊗ B_t` it is the product with the same partial traces,
-    `(Σ_t ω_t tr B_t A_t) / (Σ_t ω_t tr B_t) ⊗ Σ_t ω_t B_t`.
 
     Raises:
         ValueError: for a negative weight.
@@ -37,18 +34,13 @@ def combined(parts: Sequence[tuple[float, Statistics]]) -> Statistics:
 
 
 def _combined(parts: Sequence[tuple[float, Mapping[Layer, Moments]]]) -> dict[Layer, Moments]:
-    layers = dict.fromkeys(layer for _, moments in parts for layer in moments)
     mass = max((m.mass for _, moments in parts for m in moments.values()), key=float, default=None)
     if mass is None:
         return {}
-    total: dict[Layer, Moments] = {}
-    for layer in layers:
-        own = [(weight, moments[layer]) for weight, moments in parts if layer in moments]
-        weighted = [_weighted(weight, m, mass, len(own)) for weight, m in own]
-        if all(isinstance(m, AffineMoments) for m in weighted):
-            weighted = _with_shares([m for m in weighted if isinstance(m, AffineMoments)])
-        total[layer] = reduce(lambda a, b: merge([{layer: a}, {layer: b}])[layer], weighted)
-    return total
+    of = Counter(layer for _, moments in parts for layer in moments)
+    return of_terms(
+        [{layer: _weighted(weight, m, mass, of[layer]) for layer, m in moments.items()} for weight, moments in parts]
+    )
 
 
 def _weighted(weight: float, m: Moments, mass: Tensor, of: int) -> Moments:
@@ -59,17 +51,3 @@ def _weighted(weight: float, m: Moments, mass: Tensor, of: int) -> Moments:
     if isinstance(m, ScaleMoments):
         return replace(m, products=scale * m.products, mass=mass / of)
     return DiagonalMoments(tuple(scale * v for v in m.values), mass / of)
-
-
-def _with_shares(parts: Sequence[AffineMoments]) -> list[Moments]:
-    """With counts in proportion to the traces of the output factors; their sum stays."""
-    traces = torch.stack([factor.diagonal(m.output).sum() for m in parts])
-    count = torch.stack([m.count for m in parts])
-    total = traces.sum()
-    shares = torch.where(total > 0, traces / total, count / count.sum().clamp_min(1))
-    out: list[Moments] = []
-    for m, share in zip(parts, shares, strict=True):
-        n = share * count.sum()
-        scatter = torch.where(m.count > 0, m.scatter * (n / m.count), m.scatter)
-        out.append(replace(m, count=n, scatter=scatter))
-    return out

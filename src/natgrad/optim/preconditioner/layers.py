@@ -278,7 +278,9 @@ class LayerBlocks(Preconditioner):
             self.running.turn(self.parameters.place.world)
             self.bases_age = 0
         blocks, before = self._own_blocks(), self.inverse or {}
-        style = "relative" if self.options.relative else self.options.damping_style
+        # Exact in centered coordinates: a step does not depend on a shift of a layer's inputs.
+        exact = "centered" if self.options.damping_style == "exact" else self.options.damping_style
+        style = "relative" if self.options.relative else exact
 
         def inverse(name: str, block: Block) -> dict[str, Any]:
             its_damping = damping + (decay.of(block.names[0]) if self.running.reads_gradients else 0.0)
@@ -310,7 +312,7 @@ class LayerBlocks(Preconditioner):
 
     def _in_coordinates(self, d: Vector) -> Vector:
         usable = {names for names in self._usable(d) if len(names) > 1}
-        blocks = [b for b in (self.inverse or {}).values() if b.names in usable and not b.operator.damps_parameters]
+        blocks = [b for b in (self.inverse or {}).values() if b.names in usable and b.operator.is_centered]
         return self.ranks.coordinates(blocks, d, usable)
 
     # Direction -----------------------------------------------------------------------------------------

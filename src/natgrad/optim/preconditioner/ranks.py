@@ -13,9 +13,9 @@ from torch import Tensor
 from natgrad.capture.layer import Layer
 from natgrad.distributed.assignment import assign, cost
 from natgrad.distributed.packing import leaves
-from natgrad.distributed.placement import Whole
 from natgrad.distributed.reduction import Keep
 from natgrad.distributed.sharding import Shards
+from natgrad.distributed.whole import Whole
 from natgrad.linalg import Block, Operator
 from natgrad.linalg.state import dump, restore
 from natgrad.optim.preconditioner.base import Sizes

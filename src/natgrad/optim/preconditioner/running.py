@@ -274,15 +274,22 @@ class RunningInput(Running):
         if isinstance(operator, Homogeneous):
             return Homogeneous(self.inverse(operator.stacked, damping, style))
         if isinstance(operator, CenteredKronecker):
-            weight = Kronecker(_damped_inverse(operator.C, damping, style), operator.B)
+            weight = Kronecker(_damped_inverse(operator.C, damping, style, operator.m), operator.B)
             return CenteredInverse(weight, Diagonal((operator.B,)), operator.m)
         assert isinstance(operator, Kronecker)
         return Kronecker(_damped_inverse(operator.A, damping, style), operator.B)
 
 
-def _damped_inverse(F: Tensor, damping: float, style: str) -> Tensor:
-    epsilon = damping * factor.diagonal(F).mean() if style == "relative" else damping
-    return factor.inverse(factor.add_to_diagonal(F, epsilon), "the input factor", damping)
+def _damped_inverse(F: Tensor, damping: float, style: str, m: Tensor | None = None) -> Tensor:
+    """`(F + εI)⁻¹`; with the style `"relative"` zero where the factor has no scale: one that is zero, or a covariance
+    that is rounding beside the mean `m`, of inputs that do not vary. Their weights do what the bias can do alone."""
+    if style != "relative":
+        return factor.inverse(factor.add_to_diagonal(F, damping), "the input factor", damping)
+    scale = factor.diagonal(F).mean()
+    rounding = 0.0 if m is None else torch.finfo(F.dtype).eps * m.square().mean()
+    varies = scale > rounding
+    epsilon = damping * torch.where(varies, scale, 1.0)
+    return varies * factor.inverse(factor.add_to_diagonal(F, epsilon), "the input factor", damping)
 
 
 class RunningIdentity(Running):

@@ -15,7 +15,8 @@ from natgrad.capture.recorder import Recorder
 from natgrad.capture.use import Use
 from natgrad.checks.values import described
 from natgrad.curvature.problem import buffers_kept
-from natgrad.distributed.placement import Whole, placed_within, refuse_ranks
+from natgrad.distributed.placement import placed_within, refuse_ranks
+from natgrad.distributed.whole import Whole
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Prediction, Term
 from natgrad.optim.tracking.factors import Factors, of_gradients

@@ -1,0 +1,123 @@
+"""Objectives of several terms: losses of several outputs, each with its weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from natgrad.capture.cases import Cases
+from natgrad.checks.values import described, did_you_mean
+from natgrad.curvature.problem import Forward, Problem, check_mass
+
+Losses = nn.Module | Mapping[str, nn.Module]
+
+
+class Terms:
+    """`Σ_t ω_t L_t` of a model on data: for every term a problem of its own, with the term's output and target.
+
+    Args:
+        model: the module that returns a mapping of outputs.
+        losses: the terms' losses, by name.
+        data: `(input, targets)` pairs, `targets` a mapping of the same names; or batches for `forward`.
+        forward: `forward(model, batch)` returns `(outputs, targets)`, two mappings of the same names.
+        weights: the terms' `ω_t`; 1 for those that are not given.
+        options: of `Problem`.
+
+    Raises:
+        ValueError: for no term, or a weight of no term, or one that is negative or not finite.
+        TypeError: for losses that are not supported.
+    """
+
+    is_mean = False  # the weights have it in them
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Mapping[str, nn.Module],
+        data: Any,
+        forward: Forward | None,
+        weights: Mapping[str, float] | None,
+        **options: Any,
+    ):
+        if not losses:
+            raise ValueError("loss is an empty dictionary; expected a loss for every term of the objective, by name")
+        self.weights = _checked(weights or {}, losses)
+        data = list(data) if isinstance(data, Iterator) else data  # it is read once for each term
+        self.problems = {
+            name: Problem(model, loss, data, forward=_of_term(name, tuple(losses), forward), reached=True, **options)
+            for name, loss in losses.items()
+        }
+        first = next(iter(self.problems.values()))
+        self.world, self.parameters, self.estimator, self.device = (
+            first.world,
+            first.parameters,
+            first.estimator,
+            first.device,
+        )
+
+    def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]:
+        """The cases of all terms, `count` times over, with the same random labels each time. They are in units of the
+        objective; the normalizers of means take a pass over the data before."""
+        factors = {}
+        for name, problem in self.problems.items():
+            mass = problem.mass() if problem.is_mean else None
+            if mass is not None:
+                check_mass(mass, True)
+            factors[name] = self.weights[name] if mass is None else self.weights[name] / float(mass)
+        states = {}
+        if count > 1:
+            states = {name: problem.labels().get_state() for name, problem in self.problems.items()}
+        for i in range(count):
+            if i:
+                between()
+            for name, state in states.items():
+                self.problems[name].labels().set_state(state)
+            for name, problem in self.problems.items():
+                for cases in problem.cases():
+                    yield cases.scaled(factors[name], name)
+
+
+def _checked(weights: Mapping[str, float], losses: Mapping[str, nn.Module]) -> dict[str, float]:
+    for name, weight in weights.items():
+        if name not in losses:
+            known = ", ".join(map(repr, losses))
+            raise ValueError(
+                f"weights has {name!r}, which is no term; expected one of {known}{did_you_mean(name, losses)}"
+            )
+        if isinstance(weight, Tensor) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"the weight of {name!r} is {described(weight)}; expected a finite number, 0 or more")
+    return {name: float(weights.get(name, 1.0)) for name in losses}
+
+
+def _of_term(name: str, names: tuple[str, ...], forward: Forward | None) -> Forward:
+    """The forward that gives one term's output and target."""
+
+    def of_term(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        if forward is not None:
+            result = forward(model, batch)
+            what = "forward returned"
+        else:
+            what = "a batch is"
+            result = (model(batch[0]), batch[1]) if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise ValueError(f"{what} {described(result)}; expected a pair (outputs, targets) of two dictionaries")
+        return _entry(result[0], name, names, "outputs"), _entry(result[1], name, names, "targets")
+
+    return of_term
+
+
+def _entry(values: Any, name: str, names: tuple[str, ...], what: str) -> Any:
+    known = ", ".join(map(repr, names))
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"the {what} are {described(values)}; with several losses expected a dictionary with an entry for each of "
+            f"{known}. Pass forward=lambda model, batch: (outputs, targets) to make them"
+        )
+    if name not in values:
+        raise ValueError(
+            f"the {what} have no {name!r}, only {', '.join(map(repr, values))}; expected an entry for each of {known}"
+        )
+    return values[name]
