@@ -240,3 +240,16 @@ def test_an_indefinite_matrix_is_said():
     H = -1 * natgrad.hessian(model, loss, train, "dense")
     with pytest.raises(ValueError, match="singular or indefinite"):
         natgrad.influence(model, loss, train, query, factors=H, damping=1e-3)
+
+
+def test_factors_that_do_not_fit_are_said():
+    model, loss, train, query = problem()
+    F = natgrad.fisher(model, loss, train)
+    with pytest.raises(ValueError, match=r"factors are torch.float32 on cpu.*factors.to\('cpu', torch.float64\)"):
+        natgrad.influence(model, loss, train, query, factors=F.to(torch.float32))
+    with pytest.raises(TypeError, match="factors is a dict; expected a matrix"):
+        natgrad.influence(model, loss, train, query, factors={})
+    for structure in ("dense", "implicit"):
+        H = natgrad.hessian(model, loss, train, structure)
+        with pytest.raises((ValueError, RuntimeError), match=r"indefinite|not positive definite"):
+            natgrad.influence(model, loss, train, query, factors=H, damping=1e-6)

@@ -328,7 +328,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
         LaplacePosterior.load(path, net(4, 6, 3), loss)
     with pytest.raises(ValueError, match="is of a model under CrossEntropyLoss and loss is MSELoss"):
         LaplacePosterior.load(path, model, nn.MSELoss())
-    with pytest.raises(ValueError, match="holds more than a matrix"):
+    with pytest.raises(ValueError, match=r"holds a dict and no matrix.*LaplacePosterior.load"):
         natgrad.load(path)
     natgrad.fisher(model, loss, data).save(path)
     with pytest.raises(ValueError, match="holds no Laplace posterior"):
@@ -365,3 +365,18 @@ def test_an_evidence_without_a_maximum_is_said():
     P = natgrad.laplace(dead, loss, data, "kfac")
     with pytest.raises(ValueError, match="do not depend on the weights of '0'"):
         P.fit_prior("layer")
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+def test_a_prior_that_is_none_is_refused(value):
+    model, loss, data = problem()
+    with pytest.raises(ValueError, match="is not usable: expected a number > 0, as a prior of precision zero"):
+        natgrad.laplace(model, loss, data, prior_precision=value)
+    P = natgrad.laplace(model, loss, data, prior_precision=2.0)
+    with pytest.raises(ValueError, match="expected a number > 0"):
+        P.prior_precision = {"0": 1.0, "2": value}
+    assert (
+        P.log_marginal_likelihood() == natgrad.laplace(model, loss, data, prior_precision=2.0).log_marginal_likelihood()
+    )  # as it was
+    with pytest.raises(ValueError, match="temperature=.* is not usable"):
+        natgrad.laplace(model, loss, data, temperature=value)

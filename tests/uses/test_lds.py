@@ -111,3 +111,7 @@ def test_what_does_not_fit_is_said(tmp_path):
         natgrad.lds(randn(6, 40), lambda indices, seed: torch.full((6,), torch.nan))
     with pytest.raises(ValueError, match="expected a Tensor of shape"):
         natgrad.lds(randn(40), retrain)
+    with pytest.raises(ValueError, match="is in no folder, as there is no"):
+        natgrad.lds(randn(6, 40), retrain, path=tmp_path / "nowhere" / "results.jsonl")
+    with pytest.raises(ValueError, match="is a folder; expected the name of a file"):
+        natgrad.lds(randn(6, 40), retrain, path=tmp_path)

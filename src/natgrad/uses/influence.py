@@ -149,6 +149,11 @@ def _checked(factors: Any, problem: Problem) -> Operator | None:
             f"factors are of another model or of other parameters: {other!r} has shape {theirs.get(other)} there and "
             f"{own.get(other)} here; give the matrix of this model, and the same params="
         )
+    if factors.dtype != problem.dtype or factors.device != problem.device:
+        raise ValueError(
+            f"factors are {factors.dtype} on {factors.device}, and the gradients {problem.dtype} on {problem.device}; "
+            f"expected the same: factors.to({str(problem.device)!r}, {problem.dtype})"
+        )
     return factors
 
 

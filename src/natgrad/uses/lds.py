@@ -142,6 +142,9 @@ class Results:
         self.losses: dict[int, list[float]] = {}
         if self.path is None:
             return
+        if self.path.is_dir() or not self.path.parent.is_dir():
+            what = "is a folder" if self.path.is_dir() else f"is in no folder, as there is no {self.path.parent}"
+            raise ValueError(f"path={str(self.path)!r} {what}; expected the name of a file in a folder that is there")
         if not self.path.exists():
             self.path.write_text(json.dumps({"natgrad lds": of}) + "\n", encoding="utf-8")
             return
