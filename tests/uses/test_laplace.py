@@ -378,5 +378,5 @@ def test_a_prior_that_is_none_is_refused(value):
     assert (
         P.log_marginal_likelihood() == natgrad.laplace(model, loss, data, prior_precision=2.0).log_marginal_likelihood()
     )  # as it was
-    with pytest.raises(ValueError, match="temperature=.* is not usable"):
+    with pytest.raises(ValueError, match=r"temperature=.* is not usable"):
         natgrad.laplace(model, loss, data, temperature=value)
