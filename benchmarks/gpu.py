@@ -26,16 +26,24 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
+from natgrad.optim.objective import Objective
+from natgrad.optim.parameters import Parameters
+from natgrad.optim.preconditioner.layers import LayerBlocks
+from natgrad.optim.recipe import Recipe
+from natgrad.optim.rules.length import StepRule
+from natgrad.optim.tracking.tracker import Tracker
 
 Step = Callable[[], Tensor]
 FIXED = {"lr": 1e-3, "momentum": 0.9, "damping": 1e-2, "statistics_every": 10, "inverses_every": 100}
 ONE_SIDED = {"structure": "input", "orthogonalize": True, "lr": 1e-3, "momentum": 0.95}
 STEADY = {"statistics_every": 10, "inverses_every": 20}  # what the defaults grow to over the first 200 steps
 PHASES = {
-    natgrad.optim.kfac.KFAC: ("_observe", "_take_in", "_refresh", "_direction", "_damped_gram"),
-    natgrad.optim.adaptive.Adaptive: ("_minimum", "_gradient", "_finite", "_snapshot", "step"),
-    natgrad.optim.batch.Objective: ("products", "evaluate"),
-    natgrad.optim.follow.Following: ("loss",),
+    LayerBlocks: ("observe", "take_in", "refresh", "apply", "damped_gram"),
+    StepRule: ("_minimum",),
+    Recipe: ("_stage", "run"),
+    Parameters: ("finite", "snapshot"),
+    Objective: ("products", "evaluate"),
+    Tracker: ("loss",),
 }
 
 

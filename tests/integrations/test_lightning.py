@@ -9,8 +9,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from loops import OPTIONS, kfac, loader, network, plain_loop, same, weights
+from tiny_models import MODELS, made, rows_of
 from torch import nn
 
+import natgrad
 from natgrad.integrations.lightning import LogDiagnostics
 
 
@@ -169,3 +171,54 @@ class TestLogDiagnostics:
                 return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
         fit(Plain({}), epochs=1, logger=CSVLogger(tmp_path), callbacks=[LogDiagnostics()], log_every_n_steps=1)
+
+
+class Language(pl.LightningModule):
+    """A model of Hugging Face, which computes its own loss."""
+
+    def __init__(self, loss, target=None):
+        super().__init__()
+        self.net = made(MODELS["subclass of GPT-2"][0])
+        self.loss, self.target, self.losses = loss, target, []
+
+    def configure_optimizers(self):
+        return natgrad.KFAC(self.net, self.loss, max_kl=0.1)
+
+    def training_step(self, batch, batch_idx):
+        out = self.net(**batch)
+        loss = out.loss
+        if self.target is not None:
+            loss = self.optimizers().loss(out.logits.transpose(1, 2), self.target(batch["labels"]))
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+def fit_language(model):
+    rows = rows_of(MODELS["subclass of GPT-2"][1])
+    own = pl.Trainer(
+        max_epochs=4, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False, logger=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        own.fit(model, torch.utils.data.DataLoader(rows, len(rows)))
+
+
+def next_of(labels):
+    return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+
+
+class TestAModelsOwnLoss:
+    def test_it_trains(self):
+        model = Language("model")
+        fit_language(model)
+        assert model.losses[-1] < model.losses[0]
+
+    def test_so_does_the_same_loss_by_hand(self):
+        model = Language(nn.CrossEntropyLoss(), next_of)
+        fit_language(model)
+        assert model.losses[-1] < model.losses[0]
+
+    def test_labels_that_are_read_otherwise_are_refused(self):
+        with pytest.raises(ValueError, match=r"opt\.loss\(output, target\) is \d.*each label at the position before"):
+            fit_language(Language(nn.CrossEntropyLoss(), lambda labels: labels))

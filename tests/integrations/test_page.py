@@ -43,4 +43,4 @@ def test_it_trains(heading, code, tmp_path, monkeypatch):
 
 
 def test_every_block_is_run():
-    assert len(BLOCKS) == PAGE.read_text(encoding="utf-8").count("```python") == 4
+    assert len(BLOCKS) == PAGE.read_text(encoding="utf-8").count("```python") == 5

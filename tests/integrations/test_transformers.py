@@ -214,7 +214,9 @@ def test_a_schedule_of_an_adapted_step_size_is_refused(tmp_path):
 def test_what_it_cannot_do_it_says(tmp_path):
     model = gpt2()
     opt = kfac(model, ADAPTIVE)
-    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1 is not the optimizer's loss; give that one"):
+    with pytest.raises(
+        ValueError, match=r"label_smoothing_factor=0\.1 is not the optimizer's loss, which has 0.0; give that one"
+    ):
         trainer(model, opt, tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(TypeError, match=r"optimizers has a NoneType for its optimizer; expected \(natgrad\.KFAC"):
         Trainer(model, optimizers=(None, None))

@@ -1,7 +1,5 @@
 """Losses of torch beside the five of old, and losses of the user's own."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -187,77 +185,34 @@ class TestConvex:
         close(one, other, 1e-9)
 
     @staticmethod
-    def focal(f, y):
-        logp = f.log_softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
-        return -((1 - logp.exp()) ** 2) * logp
+    def focal():
+        def fn(f, y):
+            return (1 - f.softmax(1)[range(len(f)), y]) ** 2 * nn.functional.cross_entropy(f, y, reduction="none")
 
-    def test_of_an_indefinite_hessian_it_is_the_positive_part_and_says_so(self):
-        output, loss = 4 * F, Convex(self.focal)
-        D = output_curvature(loss)
-        H = torch.autograd.functional.hessian(lambda f: self.focal(f, INDEX).sum(), output).view(N * C, N * C)
-        e, U = torch.linalg.eigh(H)
-        assert e[0] < -1e-3
-        close(dense(D, output, INDEX), (U * e.clamp_min(0)) @ U.mT, 1e-8)
-        assert "its positive part" in D.notes[0]
+        return Convex(fn)
 
-    def test_KFAC_trains_with_it(self):
-        torch.manual_seed(0)
-        model, x, y = net(4, 8, C), randn(60, 4), torch.arange(60) % C
-        opt = natgrad.KFAC(model, Convex(self.focal))
-        losses = []
-        for _ in range(40):
-            loss = opt.loss(model(x), y)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            losses.append(loss.item())
-        assert losses[-1] < 0.5 * losses[0]
+    @pytest.mark.parametrize("structure", ["dense", "block", "kfac", "ekfac", "diagonal"])
+    def test_of_a_matrix(self, structure):
+        data = 3 * randn(N, 4), torch.arange(N) % C
+        coverage = natgrad.gauss_newton(net(4, C), self.focal(), data, structure).coverage()
+        assert "its positive part is in the matrix" in coverage.notes[0]
+        assert str(coverage).splitlines()[-1].startswith("note: the loss's Hessian")
+        assert not natgrad.gauss_newton(net(4, C), nn.CrossEntropyLoss(), data, structure).coverage().notes
 
-    def test_targets_may_be_anything(self):
-        loss = Convex(lambda f, y: y["scale"] * (f - y["at"]).square().sum(1))
-        model, x = net(4, C), randn(N, 4)
-        target = {"scale": 2.0, "at": P}
-        G = natgrad.gauss_newton(model, loss, [(x, target)], "dense", forward=lambda m, b: (m(b[0]), b[1]))
-        H = natgrad.gauss_newton(model, nn.MSELoss(reduction="sum"), (x, P), "dense")
-        close(G.to_dense(), 2 * H.to_dense() / N, 1e-10)
+    def test_of_products(self):
+        G = natgrad.gauss_newton(net(4, C), self.focal(), (3 * randn(N, 4), torch.arange(N) % C), "implicit")
+        G @ randn(G.space.size)
+        assert "positive part" in G.coverage().notes[0]
 
-    @pytest.mark.parametrize(
-        ("fn", "error", "said"),
-        [
-            (lambda f, y: (f - y).square().sum(), ValueError, r"fn returned shape \(\) .*expected one number for each"),
-            (lambda f, y: 0.0, TypeError, "fn returned a float; expected a Tensor"),
-            (lambda f, y: (f - f.mean(0)).square().sum(1), ValueError, "depends on the outputs of others"),
-            (lambda f, y: (f - y).detach().square().sum(1), ValueError, "does not depend on the output"),
-        ],
-        ids=["a scalar", "a number", "a batch mean", "detached"],
-    )
-    def test_what_it_refuses(self, fn, error, said):
-        with pytest.raises(error, match=said):
-            natgrad.fisher(net(4, C), Convex(fn), (randn(N, 4), P))
+    def test_of_a_term(self):
+        data = 3 * randn(N, 4), {"a": torch.arange(N) % C}
+        forward = lambda m, b: ({"a": m(b[0])}, b[1])  # noqa: E731
+        notes = natgrad.gauss_newton(net(4, C), {"a": self.focal()}, data, forward=forward).coverage().notes
+        assert notes[0].startswith("'a': the loss's Hessian")
 
-
-@pytest.mark.parametrize("loss", [nn.TripletMarginLoss(), nn.CTCLoss(), nn.MultiMarginLoss()], ids=str)
-def test_others_are_refused_with_the_cure(loss):
-    with pytest.raises(TypeError, match=r"natgrad\.losses\.Convex\(fn\) for a loss of one's own"):
-        natgrad.fisher(net(4, C), loss, (randn(N, 4), INDEX))
-
-
-@pytest.mark.parametrize(
-    ("loss", "output", "target", "said"),
-    [
-        (nn.NLLLoss(), F, INDEX, "entries above zero; expected log-probabilities"),
-        (nn.KLDivLoss(), F, P, "entries above zero; expected log-probabilities"),
-        (nn.BCELoss(), F, HALF, r"outside of \[0, 1\]"),
-        (nn.SoftMarginLoss(), F, HALF, "other than 1 and −1"),
-    ],
-    ids=["NLL", "KLDiv", "BCE", "SoftMargin"],
-)
-def test_outputs_and_targets_that_do_not_fit(loss, output, target, said):
-    with pytest.raises(ValueError, match=said):
-        output_curvature(loss).check(output, target)
-
-
-def test_the_information_of_the_absolute_error_is_the_limit_of_the_smooth_one():
-    limit = output_curvature(nn.SmoothL1Loss(beta=1e-9)).product(F, P, torch.ones_like(F))
-    close(limit, output_curvature(nn.L1Loss()).product(F, P, torch.ones_like(F)), 1e-6)
-    assert math.isclose(float(limit[0, 0]), 1.0, rel_tol=1e-6)
+    def test_of_an_optimizer(self):
+        model = net(4, C)
+        opt = natgrad.KFAC(model, self.focal())
+        opt.loss(model(3 * randn(N, 4)), torch.arange(N) % C).backward()
+        opt.step()
+        assert "positive part" in opt.diagnostics["notes"][0]

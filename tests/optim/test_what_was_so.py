@@ -235,3 +235,46 @@ class TestFrozen:
         opt.step()
         assert not [w for w in recwarn if "were frozen" in str(w.message)]
         assert model[0].weight.dtype == f64
+
+
+ZEROED = {
+    "opt": lambda model, opt: opt.zero_grad(),
+    "model": lambda model, opt: model.zero_grad(),
+    "in place": lambda model, opt: model.zero_grad(set_to_none=False),
+    "by hand": lambda model, opt: [p.grad.mul_(0) for p in model.parameters()],
+}
+
+
+class TestZeroedBeforeBackward:
+    """A batch whose step was skipped is gone with its gradients, however and whenever these are zeroed."""
+
+    @pytest.mark.parametrize("way", ZEROED)
+    @pytest.mark.parametrize(
+        "options", [{}, {"lr": 0.05, "momentum": 0.9}, {"lr": 0.05, "momentum": 0.9, "damping": 0.1}]
+    )
+    def test_between_loss_and_backward(self, options, way):
+        models = [model_of(nn.Identity()) for _ in range(2)]
+        for skips, model in zip((False, True), models, strict=True):
+            opt = natgrad.KFAC(model, CE, estimator="exact", adapt_every=1, **options)
+            if skips:
+                opt.loss(model(X[:30]), Y[:30]).backward()
+            loss = opt.loss(model(X), Y)
+            ZEROED[way](model, opt) if skips else opt.zero_grad()
+            loss.backward()
+            opt.step()
+        for p, q in zip(*(m.parameters() for m in models), strict=True):
+            close(p.detach(), q.detach(), 1e-9)
+
+    @pytest.mark.parametrize("way", ZEROED)
+    def test_a_loss_may_come_again(self, way):
+        models = [model_of(nn.Identity()) for _ in range(2)]
+        for twice, model in zip((False, True), models, strict=True):
+            opt = natgrad.KFAC(model, CE, estimator="exact", lr=0.1, momentum=0.0, damping=0.1)
+            loss = opt.loss(model(X), Y)
+            if twice:
+                (3 * loss).backward(retain_graph=True)
+                ZEROED[way](model, opt)
+            loss.backward()
+            opt.step()
+        for p, q in zip(*(m.parameters() for m in models), strict=True):
+            close(p.detach(), q.detach(), 1e-9)

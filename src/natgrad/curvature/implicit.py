@@ -110,6 +110,7 @@ class ImplicitGaussNewton(Implicit):
         by_reverse = self._jacobian.by_reverse(key, model, call, v, partial(tangent, model, call))
         for n, p in gauss_newton_product(model, call, v, curve, by_reverse).items():
             total[n] += p
+        self.notes = self.problem.notes
         return held["mass"]
 
     def _curved(self, output: Tensor, target: Any, Jd: Tensor) -> Tensor:
@@ -139,7 +140,8 @@ class ImplicitSampled(ImplicitGaussNewton):
         return total
 
     def _check_same(self, norm: float) -> None:
-        """Raises ValueError if a batch gives another output than in the first pass: whose labels are not those."""
+        """Raises ValueError if a batch gives another output than in the first pass: its labels would be of other
+        examples."""
         if self._at == len(self._norms):
             self._norms.append(norm)
         if not math.isclose(norm, self._norms[self._at], rel_tol=1e-4):

@@ -283,8 +283,11 @@ def _matrix(problem: Problem | Terms, structure: Chosen, centered: bool, sharing
         return _sum(problem, _implicit) if isinstance(problem, Terms) else _implicit(problem)
     with torch.autocast(problem.device.type, enabled=False):  # the model's own precision is the problem's affair
         if structure != "dense":
-            return of_layers(problem, structure, centered, sharing, max_dim)
-        return _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
+            matrix: Operator = of_layers(problem, structure, centered, sharing, max_dim)
+        else:
+            matrix = _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
+    matrix.notes = problem.notes
+    return matrix
 
 
 def _implicit(problem: Problem) -> Operator:

@@ -27,8 +27,8 @@ class Problem:
     """A model, a loss and data: batch after batch as `(output, target)`, or as the cases of every layer.
 
     Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`. With `reached` the cases are
-    of those layers alone that the output depends on, and there may be none. Of a model in `DistributedDataParallel`
-    they are this rank's batches, of which there may be none.
+    of those layers alone that the output depends on, and there may be none. Of a model in
+    `DistributedDataParallel` they are this rank's batches, of which there may be none.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Problem:
             raise ValueError(f"a batch is empty: the output has shape {tuple(output.shape)}; leave empty batches out")
         return output, target
 
-    def columns(self, output: Tensor, target: Tensor) -> Iterator[Tensor]:
+    def columns(self, output: Tensor, target: Any) -> Iterator[Tensor]:
         """The columns of `S` on one batch, by the chosen estimator."""
         return self.curvature.columns(output, target, self.estimator, self.samples, self._labels)
 
@@ -142,7 +142,7 @@ class Problem:
         if self._labels is not None:
             self._labels.set_state(self._held)
 
-    def signed_columns(self, output: Tensor, target: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def signed_columns(self, output: Tensor, target: Any) -> Iterator[tuple[int, Tensor]]:
         """The columns with their signs: all positive, but where `D` is indefinite."""
         if self.estimator == "exact":
             return self.curvature.signed_columns(output.detach(), target)
@@ -201,6 +201,11 @@ class Problem:
     def is_mean(self) -> bool:
         """Whether the objective is a mean over the data, by which the sums over cases are divided."""
         return self.curvature.is_mean
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What users should know of the matrix, of what has been seen of the data."""
+        return self.curvature.notes
 
     def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]:
         """The cases, `count` times over, with the same random labels each time. One batch alone is kept in memory."""

@@ -58,6 +58,11 @@ class Terms:
             first.device,
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What users should know of the matrix, of what has been seen of the data."""
+        return tuple(f"{name!r}: {note}" for name, its in self.problems.items() for note in its.notes)
+
     def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]:
         """The cases of all terms, `count` times over, with the same random labels each time. They are in units of the
         objective; the normalizers of means take a pass over the data before."""

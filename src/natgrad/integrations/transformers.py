@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from natgrad.checks.values import check_choice
 from natgrad.integrations.diagnostics import scalars
+from natgrad.integrations.meant import BY_NAME, LABELS, Meaning, Meanings, Read
 from natgrad.losses import OutputCurvature
+from natgrad.losses.own import Candidate
+from natgrad.losses.reading import NEXT, SAME, Given
 from natgrad.optim.optimizer import CurvatureOptimizer
-
-Read = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-"""What the loss takes, output and target, from what the model returned and the labels."""
 
 
 class Trainer(transformers.Trainer):
@@ -25,22 +25,27 @@ class Trainer(transformers.Trainer):
         opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
         Trainer(model, args, train_dataset=data, optimizers=(opt, None))
 
-    The loss is the optimizer's, on the model's `logits` and the batch's `labels`, of which -100 is left out; models for
-    causal language modelling are asked for the next token. Microbatches and ranks count by their labels, as in
-    `transformers`. What a step did is logged with the loss.
+    The loss is the optimizer's, on the model's `logits` and the batch's `labels`, of which -100 is left out. How the
+    two belong together, at the same position or at the next, the model's own loss tells: on the first batch of each
+    kind it is compared with the optimizer's, by value and by gradient, and what does not agree is an error. With
+    `natgrad.KFAC(model, "model")` the model's own loss is trained as it is. Microbatches and ranks count by their
+    labels, as in `transformers`. What a step did is logged with the loss.
 
     Where `lr` is None, as is the default, the arguments must say `lr_scheduler_type="constant"`, and the learning rate
     that is logged is the step size that was taken. `max_grad_norm`, 1 by default, clips as always: the step becomes
     shorter by as much as the gradient. Set it to 0, with KFAC's `max_kl` in its place, for the full step.
 
     Args:
-        read: `read(returned, labels)` gives the loss's input and target, for a model or a loss that needs another way.
+        read: None; or, where the optimizer's loss is not the model's own, `"same"` (each label belongs to the logits of
+            its own position), `"next"` (to those of the position before), or a function: `read(returned, labels)` gives
+            the loss's input and target. Nothing is compared then.
         model, args, optimizers: and all else, as for `transformers.Trainer`.
 
     Raises:
         TypeError: if `optimizers` has no optimizer of natgrad that follows a loss.
-        ValueError: if the arguments ask for label smoothing, which belongs in the optimizer's loss, or for
-            `DataParallel`; by `train`, if they have a scheduler of a step size that is adapted.
+        ValueError: if the arguments ask for label smoothing that the optimizer's loss has not, or for `DataParallel`;
+            by `train` and `evaluate`, if the optimizer's loss is another than the model's own, or than
+            `compute_loss_func`; by `train`, if the arguments have a scheduler of a step size that is adapted.
 
     Example:
         >>> import tempfile, torch, natgrad, transformers
@@ -60,7 +65,7 @@ class Trainer(transformers.Trainer):
         args: transformers.TrainingArguments | None = None,
         *,
         optimizers: tuple[Any, Any] = (None, None),
-        read: Read | None = None,
+        read: Read | str | None = None,
         **kwargs: Any,
     ):
         opt = optimizers[0]
@@ -69,22 +74,39 @@ class Trainer(transformers.Trainer):
                 f"optimizers has a {type(opt).__name__} for its optimizer; expected "
                 "(natgrad.KFAC(model, nn.CrossEntropyLoss()), None), or a natgrad.NaturalGradient"
             )
-        self.following = opt
-        self._read = read or self._next_or_same
+        if read is not None and not callable(read):
+            check_choice("read", read, tuple(BY_NAME))
+        self.following, self._read = opt, read
         super().__init__(model, args, optimizers=optimizers, **kwargs)
-        if self.args.label_smoothing_factor:
+        self._check_arguments()
+        if self._trains_own:
+            return
+        # Whether it counts the labels of all microbatches, and leaves it to `compute_loss` to divide by them.
+        self.model_accepts_loss_kwargs = not callable(read)
+        self._loss_that_is_meant, self.compute_loss_func = self.compute_loss_func, None
+        if self.args.label_names is None and "labels" in self.label_names:
+            self.label_names = ["labels"]  # those of further heads are not asked for
+
+    def _check_arguments(self) -> None:
+        """Raises ValueError for what the optimizer's loss does not have, and for `DataParallel`."""
+        smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
+        if self._trains_own and (smoothing or self.compute_loss_func is not None or self._read is not None):
+            what = f"label_smoothing_factor={smoothing}" if smoothing else "read" if self._read else "compute_loss_func"
             raise ValueError(
-                f"label_smoothing_factor={self.args.label_smoothing_factor} is not the optimizer's loss; give that "
-                "one: natgrad.KFAC(model, nn.CrossEntropyLoss(label_smoothing=...))"
+                f'{what} makes another loss than the model\'s own, which the optimizer was made for by "model"; give '
+                "it the loss itself: natgrad.KFAC(model, nn.CrossEntropyLoss(label_smoothing=...))"
+            )
+        its = None if self._trains_own else getattr(self._curvature.module, "label_smoothing", 0.0)
+        if smoothing and its != smoothing:
+            raise ValueError(
+                f"label_smoothing_factor={smoothing} is not the optimizer's loss, which has {its}; give that one: "
+                f"natgrad.KFAC(model, nn.CrossEntropyLoss(label_smoothing={smoothing}))"
             )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu={self.args.n_gpu} in one process is DataParallel, whose copies of the model are not followed; "
                 "run one process for each, by torchrun"
             )
-        # Whether it counts the labels of all microbatches, and leaves it to `compute_loss` to divide by them.
-        self.model_accepts_loss_kwargs = read is None
-        self._loss_shifts_labels = self._is_causal()  # and the first of a row is none of them
 
     def compute_loss(
         self,
@@ -94,24 +116,69 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """`opt.loss` in training, the loss itself in evaluation; with a share of all microbatches' labels."""
-        if "labels" not in inputs:
-            raise ValueError(f"the batch has {', '.join(inputs)} and no labels; let the collator make them")
         if isinstance(model, DistributedDataParallel):
             self.following.tracker.see_ranks(model)  # before its first forward, whose output it copies
-        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-        output, target = self._read(outputs, inputs["labels"])
+        if self._trains_own:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        meaning, curvature = self._meaning(inputs), self._curvature
+        outputs = model(**meaning.arguments(inputs))
+        output, target = self._pair(meaning, outputs, inputs)
         trains = model.training and torch.is_grad_enabled()
-        curvature = self._curvature
-        loss = self.following.loss(output, target) if trains else curvature.loss(output, target)
+        if trains:
+            (term,) = self.following.tracker.terms.values()
+            loss = self.following.tracker.loss(
+                term, output, target, lambda again: self._pair(meaning, again, inputs)[0]
+            )
+        else:
+            loss = curvature.loss(output, target)
         if num_items_in_batch is not None and (trains or not curvature.is_mean):
             loss = loss * self._share(output, target, float(num_items_in_batch))
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _trains_own(self) -> bool:
+        """Whether the model's own loss is trained as it is."""
+        return self.following.tracker.own is not None
 
     @property
     def _curvature(self) -> OutputCurvature:
         """That of the optimizer's loss."""
         (term,) = self.following.tracker.terms.values()
         return term.curvature
+
+    @cached_property
+    def _meanings(self) -> Meanings:
+        read = SAME if callable(self._read) else BY_NAME.get(self._read or "")
+        sharded = self.following.parameters.place.shards is not None
+        return Meanings(self._curvature, read, self._loss_that_is_meant, sharded)
+
+    def _meaning(self, inputs: Given) -> Meaning:
+        """How a batch is read."""
+        if "labels" not in inputs and (callable(self._read) or not all(n in inputs for n in LABELS[1:])):
+            raise ValueError(f"the batch has {', '.join(inputs)} and no labels; let the collator make them")
+        with self.following.tracker.watch.suspended(), self.compute_loss_context_manager():
+            return self._meanings.of(self.accelerator.unwrap_model(self.model), inputs)
+
+    def _pair(self, meaning: Meaning, outputs: Any, inputs: Given) -> tuple[Tensor, Tensor]:
+        """The loss's input and target."""
+        if callable(self._read):
+            return self._read(outputs, inputs["labels"])
+        return Candidate(meaning.reading, self._curvature).read(outputs, inputs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the mean over all microbatches and ranks divides by; None where only logits would tell."""
+        if self._trains_own or callable(self._read):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        masses = []
+        for inputs in map(self._prepare_inputs, batch_samples):
+            masses.append(self._meanings.mass(self._meaning(inputs).reading, inputs))
+        known = [m for m in masses if m is not None]
+        if not known or len(known) < len(masses):
+            return None
+        items = torch.stack([m.to(device, torch.float64) for m in known]).sum()
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        return items
 
     def _share(self, output: Tensor, target: Tensor, items: float) -> Any:
         """The factor by which microbatches and ranks add up to the mean over their labels."""
@@ -122,18 +189,9 @@ class Trainer(transformers.Trainer):
             return 1 / self.current_gradient_accumulation_steps
         return curvature.normalizer(output.detach(), target) / items
 
-    def _next_or_same(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        if labels.is_floating_point():
-            return logits.reshape(labels.shape), labels
-        if self._is_causal():
-            labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-        return logits.movedim(-1, 1), labels
-
     def _is_causal(self) -> bool:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of adapters
-        return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        """Whether labels are read at the position before, as far as batches have told."""
+        return any(meaning.reading.words.startswith(NEXT.words) for meaning in self._meanings.known)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """That of the arguments, for a step size that is a number; else one that reports the step size taken.

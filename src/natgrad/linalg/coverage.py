@@ -32,6 +32,7 @@ class Coverage:
 
     Args:
         rows: with `parameter`, `shape`, `layer`, `use`, `structure`, and `bytes` of the layer's block.
+        notes: what else is to be known of the matrix, a sentence each: lines below the table.
 
     Example:
         >>> import torch, natgrad
@@ -40,8 +41,8 @@ class Coverage:
         ['weight', 'bias']
     """
 
-    def __init__(self, rows: list[CoverageRow]):
-        self.rows = rows
+    def __init__(self, rows: list[CoverageRow], notes: tuple[str, ...] = ()):
+        self.rows, self.notes = rows, notes
 
     def __iter__(self) -> Iterator[CoverageRow]:
         return iter(self.rows)
@@ -57,9 +58,8 @@ class Coverage:
         """A line for each parameter; a block's memory stands with its first parameter. The last line has the sum."""
         lines = [HEADINGS, *self._lines(), ("all", "", "", "", _size(self._total()))]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        rows = ["  ".join(word.ljust(n) for word, n in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([*rows, *(f"note: {note}" for note in self.notes)])
 
     def _lines(self) -> list[tuple[str, ...]]:
         lines: list[tuple[str, ...]] = []
@@ -78,6 +78,7 @@ class Coverage:
 
     def _repr_html_(self) -> str:
         note = f"{len(self.rows):,} parameters in {len({row.layer for row in self.rows}):,} blocks"
+        note = "; ".join([note, *self.notes])
         last = ("all", "", "", "", _size(self._total()))
         return table_html("Coverage", note, HEADINGS, self._lines(), words=(0, 1, 2, 3), last=last)
 
@@ -114,7 +115,7 @@ def coverage_of(operator: Operator) -> Coverage:
             CoverageRow(n, shape, "all", "any", operator.describe(), whole)
             for n, shape in zip(names, shapes, strict=True)
         ]
-    return Coverage(rows)
+    return Coverage(rows, operator.notes)
 
 
 def _row(name: str, shape: tuple[int, ...], layer: str, block: Block) -> CoverageRow:

@@ -55,6 +55,8 @@ class Operator(Spectral, ABC):
     device: torch.device
     is_centered = False
     """Whether `coordinates` are centered ones, `(W, b + W m)`, and not the parameters themselves."""
+    notes: tuple[str, ...] = ()
+    """What `coverage()` says beside its table."""
 
     # What a subclass supplies --------------------------------------------------------------------------
 

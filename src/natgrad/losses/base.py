@@ -92,7 +92,7 @@ class OutputCurvature(ABC):
             )
         return output
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+    def loss(self, output: Tensor, target: Any) -> Tensor:
         """The loss itself."""
         value: Tensor = self.module(output, target)
         return value
@@ -132,7 +132,7 @@ class OutputCurvature(ABC):
             ValueError: if `D` is indefinite.
         """
 
-    def signed_columns(self, output: Tensor, target: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def signed_columns(self, output: Tensor, target: Any) -> Iterator[tuple[int, Tensor]]:
         """Columns with signs, `Σ_k ± s_k s_kᵀ = D`: also where `D` is indefinite."""
         for s in self.exact_columns(output, target):
             yield 1, s
@@ -141,7 +141,7 @@ class OutputCurvature(ABC):
     def sampled_column(self, output: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:
         """One random column `s` with `E[s sᵀ] = D`: the loss's gradient at a label drawn from the model."""
 
-    def ignored(self, output: Tensor, target: Tensor) -> Tensor | None:
+    def ignored(self, output: Tensor, target: Any) -> Tensor | None:
         """Which targets take no part in the loss, of the target's shape; None if all do."""
         return None
 
@@ -165,14 +165,14 @@ class OutputCurvature(ABC):
             "nn.MSELoss() or natgrad.losses.Likelihood(fn), without weights of classes"
         )
 
-    def case_weight(self, output: Tensor, target: Tensor) -> Tensor:
+    def case_weight(self, output: Tensor, target: Any) -> Tensor:
         """The weight of each case, broadcastable to the output."""
         return output.new_ones(())
 
     def columns(
         self,
         output: Tensor,
-        target: Tensor,
+        target: Any,
         estimator: str = "exact",
         samples: int = 1,
         generator: torch.Generator | None = None,

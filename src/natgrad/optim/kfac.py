@@ -37,7 +37,9 @@ class KFAC(CurvatureOptimizer):
     Args:
         model: the module to train. Every trainable parameter must belong to a layer of some kind (`docs/layers.md`).
         loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss` or
-            `natgrad.losses.Likelihood`.
+            `natgrad.losses.Likelihood`. Or `"model"`: the loss that the model computes of its labels itself and
+            returns as `loss`, beside `logits`, as Hugging Face's do. It takes the place of `opt.loss`:
+            `model(**batch).loss.backward()`, then `opt.step()`. Its value and its gradient tell which loss it is.
         params: which parameters to train: None for all that are trainable, names, a predicate on names, tensors, or a
             list of groups, `{"params": ..., "lr": ..., "momentum": ..., "weight_decay": ...}`.
         lr: the step size `α`; None: from the quadratic model, at every step.

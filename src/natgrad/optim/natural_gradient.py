@@ -32,7 +32,7 @@ class NaturalGradient(CurvatureOptimizer):
     Args:
         model: the module to train. Unless the solver is `"cg"`, every trainable parameter must belong to an affine
             map, and axis 0 of every layer's input must be the example.
-        loss: an instance of one of torch's losses that `natgrad.fisher` takes.
+        loss: an instance of one of torch's losses that `natgrad.fisher` takes, or `"model"`, as for `KFAC`.
         params: which parameters to train, as for `KFAC`.
         lr: the step size `α`; None: from the quadratic model, where it is 1 up to rounding with the exact estimator
             and no momentum.

@@ -66,6 +66,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         check_flag("decoupled_weight_decay", defaults["decoupled_weight_decay"])
         check_choice("estimator", estimator, ESTIMATORS)
         check_function("output", output, "from what the model returns to what the loss takes")
+        if not terms and output is not None:
+            raise ValueError(
+                'output= is not for the loss "model", whose input is the model\'s own affair; leave it out'
+            )
         place = placed(model)
         if not self._many_ranks:
             refuse_ranks(name, place)
@@ -136,6 +140,11 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         if silent and not (parts or gradients):
             return True
         early = "loss.backward()" if parts else "any loss that opt.loss gave" if gradients else "any loss"
+        if self.tracker.own is not None:
+            raise RuntimeError(
+                "step() came before the backward of a loss that the model has computed itself: expected loss = "
+                "model(**batch).loss; loss.backward(); opt.step(), in training mode, with the labels in the batch"
+            )
         raise RuntimeError(
             f"step() came before {early}: expected loss = opt.loss(model(x), y); loss.backward(); opt.step()"
         )

@@ -102,6 +102,8 @@ class Recipe:
         figures, now = self.journal.figures, self.journal.steps
         objective = self._objective(parts, gradients)
         waiting = self.preconditioner.take_in(objective, gradients, figures, now)
+        if notes := self.tracker.notes():
+            figures["notes"] = notes
         moving = [n for n in self.preconditioner.moves(gradients) if n not in waiting]
         stage = self._stage(objective, gradients, moving)
         self.preconditioner.see_gradient(stage.gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,8 @@ class Batch(Observed):
 
     `way` leads from what the model returns to the loss's input; None where no forward can be run again. `statistics`
     is what the preconditioner has taken of it, `weight` the factor that the loss's gradient was multiplied by, so that
-    ranks count by their cases, `versions` those of the parameters at the forward.
+    ranks count by their cases, `versions` those of the parameters at the forward, `scalar` the loss that the model has
+    computed itself.
     """
 
     term: Term
@@ -58,6 +60,12 @@ class Batch(Observed):
     uses: list[Use] = field(default_factory=list)
     weight: float = 1.0
     sharing: Sharing | None = None
+    scalar: weakref.ref[Tensor] | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the model's own loss is gone, and no backward came from it."""
+        return self.scalar is not None and self.scalar() is None and not self.seen
 
     @property
     def is_empty(self) -> bool:

@@ -40,6 +40,11 @@ class Losses:
         return Losses(self._tracker, self._named(name))
 
     def _one(self, what: str) -> Term:
+        if self._term is None and self._tracker.own:
+            raise TypeError(
+                f'{what} is not for an optimizer of the loss "model", which is the model\'s own: expected loss = '
+                "model(**batch).loss; loss.backward(); opt.step(), with the labels in the batch"
+            )
         if self._term is None:
             names = ", ".join(map(repr, self._tracker.terms))
             raise TypeError(
@@ -49,6 +54,8 @@ class Losses:
 
     def _named(self, name: str) -> Term:
         terms = self._tracker.terms
+        if self._tracker.own:
+            self._one("opt.loss")
         if name not in terms:
             if list(terms) == [""]:
                 raise KeyError(f"{name!r}: this optimizer has one loss, without a name; call it without one")

@@ -102,12 +102,19 @@ class Factors:
     Args:
         parameters: by name.
         sharded: gradients do not arrive at these tensors themselves, so that every run of autograd counts.
+        starts: a method that is told of each scalar that autograd runs back from, and whether it is the run's first.
 
     `witnessed`: gradients stay here as autograd leaves them, so that what is done to them afterwards can be seen; not
     where ranks bring them together.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], sharded: bool = False):
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        sharded: bool = False,
+        starts: Callable[[Observed, bool], None] | None = None,
+    ):
+        self._starts = None if starts is None else weakref.WeakMethod(starts)
         self._handles: list[weakref.finalize[..., Factors]] = []
         self._running: dict[int, Pass] = {}
         self._smallest: Tensor | None = None
@@ -134,16 +141,22 @@ class Factors:
             remove()
         self._handles.clear()
 
-    def observe(self, scalar: Tensor, of: Observed) -> None:
-        """Notes from now on what autograd brings to a scalar."""
+    def observe(self, scalar: Tensor, of: Observed, times: float = 1.0) -> None:
+        """Notes from now on what autograd brings to a scalar, which is so many times what is observed."""
         me = weakref.ref(self)
 
         def hook(gradient: Tensor) -> None:
             factors = me()
             if factors is not None:
-                of.passes.append((factors._run(), gradient.detach()))
+                factors._tell(of)
+                of.passes.append((factors._run(), times * gradient.detach().reshape(())))
 
         scalar.register_hook(hook)
+
+    def _tell(self, of: Observed) -> None:
+        starts = None if self._starts is None else self._starts()
+        if starts is not None:
+            starts(of, torch._C._current_graph_task_id() not in self._running)
 
     def _run(self) -> Pass:
         """The run of autograd that goes on now."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from natgrad.losses.reading import loss_of
+
 Way = Callable[[Any], Tensor]
 Path = tuple[Any, ...]
 
@@ -18,17 +20,19 @@ Path = tuple[Any, ...]
 class Returned:
     """What a forward returned: a tensor, or tensors in nested tuples, lists, dictionaries and dataclasses.
 
-    It does not keep the tensors alive; but their graph, until it is told to `let_go`.
+    It does not keep the tensors alive; but their graph, until it is told to `let_go`, and `loss`, a model's own loss.
     """
 
     def __init__(self, value: Any):
         found = list(_tensors(value))
         self._tensors = [Held(path, t) for path, t in found]
+        self.loss = loss_of(value)
         self._nodes = {t.grad_fn for _, t in found if t.grad_fn is not None}
 
     def let_go(self) -> bool:
         """Keeps nothing alive from now on. Returns whether any of the tensors is still in use."""
         self._nodes.clear()
+        self.loss = None
         return any(held.in_use for held in self._tensors)
 
     def is_all_of(self, value: Any) -> bool:
@@ -48,6 +52,12 @@ class Returned:
             if view is not None:
                 return lambda value, path=held.path, view=view: view(_at(value, path))  # type: ignore[misc]
         return None
+
+    @property
+    def logits(self) -> Tensor | None:
+        """The tensor that is called so, if it is still in use."""
+        named = (held.ref() for held in self._tensors if [key for _, key in held.path] == ["logits"])
+        return next(named, None)
 
     def nodes(self) -> set[Node]:
         """The nodes of the autograd graph that the tensors come from."""

@@ -19,8 +19,10 @@ from natgrad.distributed.placement import placed_within, refuse_ranks
 from natgrad.distributed.whole import Whole
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Prediction, Term
-from natgrad.optim.tracking.factors import Factors, of_gradients
+from natgrad.optim.tracking.factors import Factors, Observed, of_gradients
 from natgrad.optim.tracking.forward import Forward, full_precision
+from natgrad.optim.tracking.meant import Meant
+from natgrad.optim.tracking.own import Found, OwnLoss
 from natgrad.optim.tracking.returned import Way
 from natgrad.optim.tracking.unchanged import Unchanged
 from natgrad.optim.tracking.watch import Watch
@@ -61,7 +63,8 @@ class Tracker:
         optimizer: its name, for messages.
         model: as the user gave it, in a wrapper or not.
         parameters: those that are trained.
-        terms: the objective's terms by name; under the empty name, where there is one alone.
+        terms: the objective's terms by name; under the empty name, where there is one alone. Without any, the loss is
+            the model's own.
         output: how the loss's input is made of what the model returns.
         generator: of the random labels, if the user gave one.
         many_ranks: whether the optimizer brings together what several ranks see.
@@ -81,15 +84,20 @@ class Tracker:
         self.optimizer, self.parameters, self.terms = optimizer, parameters, dict(terms)
         self.place: Whole = parameters.place
         self.pending: list[Batch | Penalty] = []
+        self._zeroed = weakref.WeakSet[Batch | Penalty]()  # whose gradients were zeroed in this step
         self.joined = False  # once there is a torch.distributed.algorithms.Join
         self.first_mass: float | None = None  # of the first batch, on all ranks
         self._output, self._many_ranks = output, many_ranks
         self._around = _weakly(model)
+        self._meant = Meant(optimizer)
         self._unchanged = Unchanged(self.place.model, generator)
         wrapper = None if model is self.place.model else model
         self.watch = Watch(self.place.model, parameters, wrapper=wrapper, within=self.see_ranks)
         self.watch.see_more(self.place.follow)
-        self.factors = Factors(parameters, sharded=self.place.shards is not None)
+        self.own = None if terms else OwnLoss(self.place.model, optimizer)
+        if self.own is not None:
+            self.watch.tell(self._see_own)
+        self.factors = Factors(parameters, sharded=self.place.shards is not None, starts=self._starts)
         self.factors.witnessed &= self.place.world.size == 1
 
     observer: Observer
@@ -119,17 +127,37 @@ class Tracker:
 
     # Between forward and step --------------------------------------------------------------------------
 
-    def loss(self, term: Term, output: Any, target: Tensor) -> Tensor:
-        """The loss of one batch, noted."""
+    def loss(self, term: Term, output: Any, target: Tensor, way: Way | None = None) -> Tensor:
+        """The loss of one batch, noted. `way`: how the output was made of all that the model returned."""
         self._forget_gone()
         forward = self._forward_of(output)
-        if self.observer.due() and self.place.shards is None:  # shards stand aside during a forward
-            self._unchanged.check(self.place.model, self.parameters)
-        output, way = self._read(output, forward)
+        self._check_unchanged()
+        compares = way is None and len(self.terms) == 1
+        if way is None:
+            output, way = self._read(output, forward)
         with torch.autocast(output.device.type, enabled=False):
+            if compares and output.numel() > 0:
+                self._meant.check(self.place.model, forward, output, target, term)
             if output.numel() == 0:
                 return self._no_loss(term, forward, output, way, target)
             return self._loss(term, forward, output, way, target)
+
+    def _check_unchanged(self) -> None:
+        if self.observer.due() and self.place.shards is None:  # shards stand aside during a forward
+            self._unchanged.check(self.place.model, self.parameters)
+
+    def _see_own(self, forward: Forward, returned: Any) -> None:
+        """Notes the loss that the model has computed itself."""
+        assert self.own is not None
+        found = self.own.find(forward.args, forward.kwargs, returned)
+        if found is None:
+            return
+        self._forget_gone()
+        self.pending[:] = [b for b in self.pending if not (isinstance(b, Batch) and b.lost)]
+        self._check_unchanged()
+        self.terms[found.term.name] = found.term
+        with torch.autocast(found.output.device.type, enabled=False):
+            self._loss(found.term, forward, found.output, found.way, found.target, found)
 
     def predict(self, term: Term, output: Any) -> None:
         """The curvature of the distribution that outputs of a batch stand for, noted."""
@@ -213,7 +241,9 @@ class Tracker:
             )
         return full_precision(output), returned.way_to(output)
 
-    def _loss(self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
+    def _loss(
+        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor, own: Found | None = None
+    ) -> Tensor:
         term.curvature.check(output, target)
         if torch.is_grad_enabled() and not output.requires_grad:
             raise ValueError(
@@ -222,10 +252,10 @@ class Tracker:
         self._check_way(way)
         recorder, recorded = self._recorded(forward, output, way)
         uses = None if recorder is None else self.observer.check(recorder, recorded)
-        loss = term.curvature.loss(output, target)
+        loss = term.curvature.loss(output, target) if own is None else own.value
         mass = term.curvature.normalizer(output.detach(), target)
         batch = self._batch(term, forward, output, way, target, mass, loss)
-        if self.place.world.size > 1 and term.curvature.is_mean:
+        if self.place.world.size > 1 and term.curvature.is_mean and own is None:
             batch.weight = self._weight(float(mass))
             loss = loss.detach() + batch.weight * (loss - loss.detach())
         if uses is not None:
@@ -236,7 +266,10 @@ class Tracker:
                     batch.fault = LOSS_NOT_FINITE
             if self.observer.runs_again() and recorded is output:
                 batch.uses = uses
-        return self._noted(batch, loss)
+        if own is None:
+            return self._noted(batch, loss)
+        batch.scalar = weakref.ref(own.scalar)
+        return self._noted(batch, own.scalar, own.factor)
 
     def _check_way(self, way: Way | None) -> None:
         if self.observer.may_run_again() and way is None:
@@ -270,10 +303,10 @@ class Tracker:
         batch.target_version = target._version
         return batch
 
-    def _noted(self, observed: Batch | Penalty, scalar: Tensor) -> Tensor:
+    def _noted(self, observed: Batch | Penalty, scalar: Tensor, times: float = 1.0) -> Tensor:
         self.factors.settle()
         if scalar.requires_grad:
-            self.factors.observe(scalar, observed)
+            self.factors.observe(scalar, observed, times)
         self.pending.append(observed)
         if isinstance(observed, Batch) and self.observer.due() and self._brings_together():
             self.observer.share(self._batches())
@@ -321,12 +354,30 @@ class Tracker:
         if all(p.grad is None for p in self.parameters.values()) or self.factors.zeroed:
             self.forget_arrived()
 
+    def notes(self) -> list[str]:
+        """What users should know of the terms' curvature, of what has been seen so far."""
+        return [f"{name!r}: {note}" if name else note for name, t in self.terms.items() for note in t.curvature.notes]
+
     def forget_arrived(self) -> None:
         """Forgets batches whose gradients are in those of the parameters, which are zeroed."""
-        self.pending[:] = [b for b in self.pending if not (b.arrived or self._is_used(b))]
+        gone = [b for b in self.pending if b.arrived or self._is_used(b)]
+        self.pending[:] = [b for b in self.pending if b not in gone]
+        self._zeroed.update(gone)
         for b in self.pending:
             b.outdated = b.seen
         self.factors.forget()
+
+    def _starts(self, of: Observed, first: bool) -> None:
+        """Autograd runs back from a loss. Gradients may have been zeroed since the loss was computed; and a loss whose
+        gradient was zeroed may come again."""
+        if first:
+            self._forget_gone()
+        if of in self._zeroed:
+            assert isinstance(of, (Batch, Penalty))
+            self._zeroed.discard(of)
+            of.passes.clear()
+            of.outdated = False
+            self.pending.append(of)
 
     def _is_used(self, part: Batch | Penalty) -> bool:
         """Whether gradients have arrived since a prediction was noted."""
@@ -344,6 +395,7 @@ class Tracker:
         """Forgets what the step was made of."""
         self.watch.buffers.end_step(accepted=accepted)
         self.pending.clear()
+        self._zeroed.clear()
         self.factors.forget()
         self.watch.end_step()
 

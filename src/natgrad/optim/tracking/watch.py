@@ -49,6 +49,7 @@ class Watch:
         self._outermost: FrameType | None = None
         self._suspended = False
         self._within = None if within is None else weakref.WeakMethod(within)
+        self._told: weakref.WeakMethod[Callable[[Forward, Any], None]] | None = None
         me = weakref.ref(self)
 
         def before(module: nn.Module, args: Any, kwargs: Any, compiled: bool) -> None:
@@ -87,6 +88,10 @@ class Watch:
                 watch._recorder.know({n: t for n, t in tensors.items() if n in watch._parameters})
 
         self._handles += [weakref.finalize(self, handle.remove) for handle in follow(seen)]
+
+    def tell(self, of: Callable[[Forward, Any], None]) -> None:
+        """Calls a method after every forward, with what it returned."""
+        self._told = weakref.WeakMethod(of)
 
     def detach(self) -> None:
         """Takes the hooks off the model."""
@@ -172,6 +177,8 @@ class Watch:
         if recorder is not None:
             recorder.let_go()
         self.forwards.append(forward)
+        if self._told is not None and (told := self._told()) is not None:
+            told(forward, output)
 
 
 def _calling_frame() -> FrameType | None:

@@ -1,0 +1,64 @@
+"""Whether the loss that is trained is the one that the model has computed too."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.checks.warning import warn
+from natgrad.losses.own import Own, candidates, plain
+from natgrad.optim.tracking.batch import Term
+from natgrad.optim.tracking.forward import Forward
+from natgrad.optim.tracking.own import arguments, kind_of_batch
+
+
+class Meant:
+    """Compares `opt.loss` with the loss that a model has computed of labels that it was given, on the first batch of
+    each kind: a model that is given labels may read them with the logits of the position before."""
+
+    def __init__(self, optimizer: str):
+        self._optimizer = optimizer
+        self._seen: set[Any] = set()
+
+    def check(self, model: nn.Module, forward: Forward, output: Tensor, target: Tensor, term: Term) -> None:
+        """Raises ValueError if the two differ in how they read the labels; warns if they differ otherwise."""
+        assert forward.returned is not None
+        loss, logits = forward.returned.loss, forward.returned.logits
+        given = arguments(model, forward.args, forward.kwargs)
+        key = kind_of_batch(given)
+        if loss is None or not loss.requires_grad or "labels" not in given or key in self._seen:
+            return
+        if not torch.is_grad_enabled() or not math.isfinite(float(loss.detach())):
+            return
+        term.curvature.check(output, target)
+        returned = {"logits": output.movedim(1, -1) if logits is None and output.ndim > 1 else logits}
+        if returned["logits"] is None:
+            return
+        own = Own(loss, returned, given)
+        values = []
+        for curvature in plain(term.curvature):
+            value = curvature.loss(output, target)
+            values.append(value if curvature.is_mean else value / curvature.normalizer(output.detach(), target))
+            if own.agrees(values[-1]):
+                self._seen.add(key)
+                return
+        compared = (own.compare(c) for c in candidates(returned, given, plain(term.curvature)))
+        other = next((c for c in compared if c.rule is not None), None)
+        text = (
+            f"opt.loss(output, target) is {float(values[0].detach()):.6g}, and the model's own loss of the labels that "
+            f"it was given is {own.value:.6g}"
+        )
+        if other is not None:
+            raise ValueError(
+                f"{text} ({other.candidate}): one reads the labels otherwise. Expected that target, or "
+                f'{self._optimizer}(model, "model") with loss = model(**batch).loss, which trains the model\'s own; '
+                "leave the labels out of the forward if opt.loss's is meant"
+            )
+        self._seen.add(key)
+        warn(
+            f"{text}: another loss; opt.loss's is the one that is trained. Leave the labels out of the forward if that "
+            f'is meant; {self._optimizer}(model, "model") with loss = model(**batch).loss trains the model\'s own'
+        )
