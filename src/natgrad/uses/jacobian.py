@@ -141,7 +141,7 @@ class Jacobian:
 
     @property
     def T(self) -> Transposed:
-        """`Jᵀ`."""
+        """The transpose `Jᵀ`, with products by reverse mode."""
         return Transposed(self)
 
     def __matmul__(self, v: Any) -> Tensor:
