@@ -229,10 +229,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"{option}=.?{value}"):
             self.fisher(**{option: value})
 
-    def test_an_estimator_that_implicit_lacks(self):
-        with pytest.raises(ValueError, match="use 'exact', or another structure, such as 'dense' or 'kfac'"):
-            self.fisher(structure="implicit", estimator="mc")
-
     def test_a_loss_class(self):
         with pytest.raises(TypeError, match="CrossEntropyLoss"):
             self.fisher(loss=nn.CrossEntropyLoss)
