@@ -13,10 +13,11 @@ import natgrad
 from natgrad import integrations, linalg, losses, pde
 from natgrad.linalg.coverage import Coverage
 from natgrad.report.residual import Condition, LayerResidual, ResidualReport
+from natgrad.uses.predictive import Prediction
 
 griffe = pytest.importorskip("griffe")
 ROOT = Path(__file__).parents[2]
-HANDED_OUT = [ResidualReport, LayerResidual, Condition, Coverage]
+HANDED_OUT = [ResidualReport, LayerResidual, Condition, Coverage, Prediction]
 """What users hold without having typed its name."""
 
 

@@ -138,6 +138,17 @@ MISTAKES = {
         ["optimizers.Adam.tasks", "'curves'"],
     ),
     "no budget": ('tasks = ["curves"]\noptimizers = ["Adam"]', ["tasks.curves", "without a budget", "steps"]),
+    "a misspelt budget": ("step = 60\n" + GOOD.replace("steps = 20\n", ""), ["no key 'step'", "did you mean 'steps'?"]),
+    "a misspelt budget in seconds": (
+        "second = 60\n" + GOOD.replace("steps = 20\n", ""),
+        ["no key 'second'", "did you mean 'seconds'?"],
+    ),
+    "a misspelt budget of a task": (
+        GOOD.replace("steps = 20\n", "").replace('tasks = ["curves"]', "") + "[tasks.curves]\nStep = 3",
+        ["no key 'Step' in [tasks.curves]", "did you mean 'steps'?"],
+    ),
+    "misspelt tasks": (GOOD.replace("tasks", "task"), ["no key 'task'", "did you mean 'tasks'?"]),
+    "misspelt optimizers": (GOOD.replace("optimizers", "optimisers"), ["no key 'optimisers'", "'optimizers'?"]),
     "two budgets": ("seconds = 3\n" + GOOD, ["steps", "beside seconds"]),
     "steps of the wrong type": (GOOD.replace("20", "2.5"), ["steps is 2.5", "whole number"]),
     "no steps": (GOOD.replace("20", "0"), ["steps is 0", "at least 1"]),

@@ -20,6 +20,7 @@ from natgrad.study.summary import (
     interval_words,
     median,
     number,
+    ratio_words,
     to_dict,
 )
 
@@ -80,7 +81,7 @@ def pair_rows(summary: Summary) -> list[tuple[str, ...]]:
         for p in task.pairs:
             pairs = f"{p.pairs}" if not p.lost else f"{p.pairs} of {p.pairs + p.lost}"
             better = f"{p.better} of {p.pairs + p.lost}"
-            rows.append((p.task, p.optimizer, pairs, better, *interval_words(p.ratio), *interval_words(p.difference)))
+            rows.append((p.task, p.optimizer, pairs, better, *ratio_words(p.ratio), *interval_words(p.difference)))
     return rows
 
 

@@ -114,6 +114,18 @@ class ExactBlock(Operator):
         """The block of other cases, with the same scale."""
         return ExactBlock.of(pieces, bias=self.bias, scale=self.scale)
 
+    def part(self, examples: slice) -> ExactBlock:
+        """The block of some of the examples, with the same scale."""
+        start, stop, _ = examples.indices(sum(len(p.h) for p in self.pieces))
+        kept = []
+        for h, g in self.pieces:
+            first, last = max(start, 0), min(stop, len(h))
+            if first < last:
+                kept.append(Piece(h[first:last], g[first:last]))
+            start, stop = start - len(h), stop - len(h)
+        h, g = self.pieces[0]
+        return self.with_pieces(kept or [Piece(h[:0], g[:0])])
+
     # Spectrum ------------------------------------------------------------------------------------------
 
     @property
@@ -193,7 +205,7 @@ class ExactBlock(Operator):
     def trace(self) -> Tensor:
         return self.scale * torch.stack([p.norms(self.bias).sum() for p in self.pieces]).sum()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return torch.linalg.matrix_norm(self._form_dense() if self._is_small() else self.gram())
 
     def _diagonal(self) -> Parts:
@@ -328,7 +340,7 @@ class ExactPower(Operator):
         e = self.block.spectrum()
         return ((e + self.damping) ** self.exponent).sum() + (self.space.size - len(e)) * self._rest
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         e = (self.block.spectrum() + self.damping) ** self.exponent
         return (e.square().sum() + (self.space.size - len(e)) * self._rest**2).sqrt()
 

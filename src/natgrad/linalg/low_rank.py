@@ -69,7 +69,7 @@ class LowRank(Operator):
     def trace(self) -> Tensor:
         return self.values.sum() + self._others * self.rest
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return (self.values.square().sum() + self._others * self.rest**2).sqrt()
 
     def _diagonal(self) -> Parts:

@@ -15,6 +15,7 @@ from torch import Tensor
 from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, check_number, described
 from natgrad.linalg.later import LATER
 from natgrad.linalg.space import Parts, Space, check_order
+from natgrad.linalg.spectral import Spectral
 
 if TYPE_CHECKING:
     from natgrad.linalg.coverage import Coverage
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
 DAMPING_STYLES = ("exact", "centered", "factored")
 DENSE_LIMIT = 20_000
+TRACES = {"hutchinson": "estimate_trace", "hutch++": "hutch_plus_plus", "xtrace": "xtrace"}
 
 
-class Operator(ABC):
+class Operator(Spectral, ABC):
     """A symmetric matrix `M` known by what it does to a vector: the contract of every matrix of this library.
 
     A vector `v` comes in one of the forms of the operator's `space`, and the answer has the same form: for a model's
@@ -111,8 +113,7 @@ class Operator(ABC):
         """The sum of the diagonal."""
         raise self._cannot("trace")
 
-    def norm(self) -> Tensor:
-        """The Frobenius norm."""
+    def _norm(self) -> Tensor:
         raise self._cannot("norm")
 
     def _diagonal(self) -> Parts:
@@ -275,9 +276,20 @@ class Operator(ABC):
 
     # Estimates by products alone -----------------------------------------------------------------------
 
-    def estimate_trace(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:
-        """The trace from `samples` products with random signs (Hutchinson 1990), with its standard error."""
-        estimate: Estimate = LATER["estimate_trace"](self, samples, generator)
+    def estimate_trace(
+        self, samples: int = 100, generator: torch.Generator | None = None, method: str = "hutchinson"
+    ) -> Estimate:
+        """The trace from `samples` products, with its standard error.
+
+        Args:
+            samples: how many products.
+            generator: the source of the random vectors.
+            method: `"hutchinson"` takes random signs (1990); `"hutch++"` (Meyer, Musco, Musco & Woodruff 2021) and
+                `"xtrace"` (Epperly, Tropp & Webber 2024) are more exact where a few eigenvalues make up most of the
+                trace.
+        """
+        check_choice("method", method, TRACES)
+        estimate: Estimate = LATER[TRACES[method]](self, samples, generator)
         return estimate
 
     def estimate_diagonal(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:

@@ -1,4 +1,4 @@
-"""What a task of a study is."""
+"""What a task is: a model, its batches, its loss, and what counts in the end."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The tasks by name: a model, its batches, its loss, and what counts in the end."""
+"""The tasks by name."""
 
 from __future__ import annotations
 
+import functools
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from natgrad.study.pinns import SETTINGS
 from natgrad.study.pinns import pinn as published_pinn
 from natgrad.study.poisson import PoissonResidual, collocation_points, relative_error
 from natgrad.study.task import Batch, Task
+from natgrad.study.text import text_task
 
 WEIGHT_COST = 1e-5
 SUBSET = 2000
@@ -177,6 +178,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "perceptron": lambda: classifier("perceptron", lambda: make_perceptron((784, 100, 50, 10)), (784,)),
     "language": language_model,
     "pinn": pinn,
-    **{name: partial(published_pinn, name) for name in SETTINGS},
+    **{name: functools.partial(published_pinn, name) for name in SETTINGS},
+    **{f"text-{width}": functools.partial(text_task, width) for width in (64, 128, 256, 512)},
 }
 NEED_MNIST = ("mnist", "classifier", "perceptron")
