@@ -1,4 +1,4 @@
-"""The natural gradient in 60 lines of plain PyTorch, with the same steps as `natgrad.NaturalGradient` on a full batch.
+"""The natural gradient in 65 lines of plain PyTorch, with the same steps as `natgrad.NaturalGradient` on a full batch.
 
 `J` is the Jacobian of an example's outputs in all parameters, `D` the Hessian of its loss in the outputs, and
 `F = E[Jᵀ D J]` the exact Fisher matrix. docs/recipe.md explains the step: `opt.step(x, y)`, always on the same batch.
@@ -10,8 +10,9 @@ from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 
 class SimpleNaturalGradient:
-    def __init__(self, model, loss):
-        self.model, self.loss, self.damping = model, loss, None
+    def __init__(self, model, loss, momentum=0.8):
+        self.model, self.loss, self.momentum = model, loss, momentum
+        self.damping, self.delta = None, 0.0
 
     def output(self, theta, x):
         parts = theta.split([p.numel() for p in self.model.parameters()])
@@ -26,35 +27,39 @@ class SimpleNaturalGradient:
         D = vmap(hessian(self.loss))(f, y)
         loss, gradient = self.loss(f, y).item(), torch.einsum("nip,ni->p", J, grad(self.loss)(f, y))
         F = torch.einsum("nip,nij,njq->pq", J, D, J) / len(x)
-        typical = F.trace().item() / len(F)
+        typical = F.trace().item() / min(len(F), f.numel())  # the mean of the eigenvalues that are not zero
 
-        def propose(damping):
-            """`δ = −(F + λI)⁻¹ ∇` minimizes `½ δᵀ(F + λI)δ + ∇ᵀδ`. Also the decrease that this model promises."""
-            delta = -torch.linalg.solve(F + damping * torch.eye(len(F)).to(F), gradient)
-            promised = -(gradient @ delta).item() / 2
-            share = 1 - (1 - loss / promised) ** 0.5 if promised > loss else 1  # no step gains more than the loss
-            return share * delta, min(promised, loss)
+        def propose(damping, momentum):
+            """`δ = −(F + λI)⁻¹ (∇ − λ μ δ₋)`, with its acceleration. Also the decrease that `∇ᵀδ + ½ δᵀFδ` promises."""
+            M = F + damping * torch.eye(len(F)).to(F)
+            delta = -torch.linalg.solve(M, gradient - damping * momentum * self.delta)
+            slope, half = -(gradient @ delta).item(), (delta @ F @ delta).item() / 2
+            root = max(0.0, slope**2 - 4 * half * loss) ** 0.5
+            share = 2 * loss / (slope + root) if slope - half > loss else 1.0  # no step gains more than the loss
+            delta = share * delta
+            bend = 200 * (self.output(theta + 0.1 * delta, x) - f - 0.1 * J @ delta)  # d²f along the step
+            a = -torch.linalg.solve(M, torch.einsum("nip,nij,nj->p", J, D, bend)) / (2 * len(x))
+            return delta + a * min(1.0, (0.375 * delta.norm() / a.norm()).item()), share * slope - share**2 * half
 
         def after(delta):
             return self.loss(self.output(theta + delta, x), y).item()
 
         if self.damping is None:  # take the one whose step lowers the first loss most; stop where two are no better
             grid = [typical * 10.0**k for k in range(3, -7, -1)]
-            losses = [after(propose(damping)[0]) for damping in grid]
+            losses = [after(propose(damping, 0)[0]) for damping in grid]
             stop = next((i for i in range(1, 9) if min(losses[i : i + 2]) >= min(losses[:i])), 10)
             self.damping = grid[losses.index(min(losses[:stop]))]
-        for tries in range(1, 9):  # with more damping each time
-            delta, promised = propose(self.damping)
-            shares = (s for s in (1, 1 / 4, 1 / 16, 1 / 64) if after(s * delta) <= (1.001 * loss if s == 1 else loss))
-            share = next(shares, 0)
-            ratio = (loss - after(share * delta)) / promised
-            if share < 1:
-                self.damping = min(self.damping * 4.0 ** (1 if share else tries), max(self.damping, 1000 * typical))
-            elif ratio > 3 / 4 or (ratio > 1 / 4 and self.damping > 10 * typical):
-                self.damping = min(self.damping, max(self.damping / 5, torch.finfo(F.dtype).eps * F.trace().item()))
-            elif ratio < 1 / 4:
-                self.damping = min(self.damping * 5, max(self.damping, 10 * typical))
-            if share > 0:
-                nn.utils.vector_to_parameters(theta + share * delta, self.model.parameters())
+        for tries in range(1, 13):  # with more damping each time, and without momentum in the end
+            delta, promised = propose(self.damping, self.momentum if tries <= 3 else 0)
+            ratio, most = (loss - after(delta)) / promised, max(self.damping, 1e5 * typical)
+            if after(delta) <= 1.001 * loss:
+                if ratio > 1 / 2:
+                    least = torch.finfo(F.dtype).eps * len(F) * typical
+                    self.damping = min(self.damping, max(0.3 * self.damping, least))
+                elif ratio <= 0:
+                    self.damping = min(self.damping / 0.3, most)
+                nn.utils.vector_to_parameters(theta + delta, self.model.parameters())
+                self.delta = delta
                 break
+            self.damping = min(self.damping * 2.0**tries, most)
         return loss

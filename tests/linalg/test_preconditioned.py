@@ -177,7 +177,7 @@ ERRORS = {
     "tol": ({"tol": 2.0}, ValueError, "tol=2.0"),
     "too few": ({"tol": 1e-14, "max_iter": 1}, RuntimeError, "in 1 products"),
     "max_iter": ({"max_iter": 0}, ValueError, "max_iter=0"),
-    "style": ({"tol": 0.1, "damping_style": "factored"}, TypeError, "leave it out"),
+    "style": ({"tol": 0.1, "damping_style": "factored"}, TypeError, "use damping_style='exact'"),
     "start": ({"x0": torch.ones(3, dtype=f64)}, ValueError, "x0"),
 }
 

@@ -205,7 +205,7 @@ class Operator(Spectral, ABC):
         options = {"preconditioner": preconditioner, "tol": tol, "max_iter": max_iter}
         if x0 is None and not any(option is not None for option in options.values()):
             return self.inverse(damping, damping_style=damping_style) @ v
-        check_plain("conjugate gradients", damping_style)
+        check_plain("a solution by conjugate gradients", damping_style)
         start = None if x0 is None else self._read(x0, f"{self._label()}.solve(x0=)")[0]
         return join(LATER["iterative_solve"](self, parts, damping, x0=start, **options))
 
