@@ -1,13 +1,12 @@
-"""Laplace posteriors beside laplace-torch: the same trained classifier, its posterior and its predictive covariance.
+"""Laplace posteriors beside laplace-torch: the same trained classifier, its posterior and what it predicts.
 
     pip install -c constraints.txt laplace-torch scikit-learn
     python -m benchmarks.laplace_torch
     python -m benchmarks.laplace_torch --hidden 100 --skip full
 
-The model is a multilayer perceptron on scikit-learn's digits, float64, trained with weight decay. Compared are the
-covariances J P⁻¹ Jᵀ of the outputs at the test digits. laplace-torch holds weights and biases of a layer in blocks of
-their own; natgrad's K-FAC couples them, and is asked for the two apart where the two libraries are to agree.
-Times are taken in turns in one run.
+The model is a multilayer perceptron on scikit-learn's digits, float64, trained with weight decay. laplace-torch holds
+weights and biases of a layer in blocks of their own; natgrad's K-FAC couples them, and is asked for the two apart where
+the two libraries are to agree. Times are taken in turns in one run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 import natgrad
@@ -31,8 +29,10 @@ from benchmarks.machine import machine
 
 Vector = dict[str, Tensor]
 Data = tuple[Tensor, Tensor]
-LOSS = nn.CrossEntropyLoss()
+LOSSES = {"classification": nn.CrossEntropyLoss(), "regression": nn.MSELoss()}
 STRUCTURES = {"kron": "kfac", "diag": "diagonal", "full": "dense"}
+SIGMA = 0.6
+"""The noise that the regression is given."""
 
 
 def digits(train: int, test: int) -> tuple[Data, Tensor]:
@@ -53,7 +53,7 @@ def trained(hidden: int, data: Data, prior: float, iterations: int = 200) -> nn.
     def closure() -> Tensor:
         opt.zero_grad()
         decay = prior / 2 * torch.stack([p.square().sum() for p in model.parameters()]).sum()
-        loss = LOSS(model(x), y) + decay / len(x)
+        loss = nn.functional.cross_entropy(model(x), y) + decay / len(x)
         loss.backward()
         return loss
 
@@ -61,41 +61,26 @@ def trained(hidden: int, data: Data, prior: float, iterations: int = 200) -> nn.
     return model.eval()
 
 
-def jacobian(model: nn.Module, x: Tensor) -> Vector:
-    """Of every example's outputs: `(n, outputs, *shape)` for each parameter."""
-    weights = {n: p.detach() for n, p in model.named_parameters()}
-    return vmap(jacrev(lambda w, x: functional_call(model, w, x)), (None, 0))(weights, x)
+def posterior(
+    model: nn.Module, data: Data, structure: str, prior: float, subset: str = "all", task: str = "classification"
+) -> natgrad.LaplacePosterior:
+    """The same matrix as laplace-torch's."""
+    noise = SIGMA if task == "regression" else None
+    return natgrad.laplace(
+        model, LOSSES[task], data, STRUCTURES[structure], subset, prior_precision=prior, sigma_noise=noise,
+        bias="apart" if structure == "kron" else "coupled",
+    )  # fmt: skip
 
 
-def precision(model: nn.Module, data: Data, structure: str, **keywords: Any) -> natgrad.linalg.Operator:
-    """Of the likelihood: the sum over the data."""
-    return len(data[1]) * natgrad.gauss_newton(model, LOSS, data, structure, **keywords)
-
-
-def covariance(P: natgrad.linalg.Operator, J: Vector, prior: float) -> Tensor:
-    """`J (P + prior I)⁻¹ Jᵀ`, `(n, outputs, outputs)`, over the parameters that `P` has."""
-    own = {n: J[n] for n in P.space.names or ()}
-    solved = P.solve(own, prior)
-    return torch.stack([own[n].flatten(2) @ solved[n].flatten(2).mT for n in own]).sum(0)
-
-
-def apart(model: nn.Module, data: Data) -> list[natgrad.linalg.Operator]:
-    """K-FAC of the weights and K-FAC of the biases, nothing between them: as laplace-torch holds them."""
-    names = [n for n, _ in model.named_parameters()]
-    weights = [n for n in names if n.endswith("weight")]
-    return [precision(model, data, "kfac", params=own) for own in (weights, [n for n in names if n not in weights])]
-
-
-def peer(model: nn.Module, data: Data, structure: str, prior: float) -> Any:
+def peer(
+    model: nn.Module, data: Data, structure: str, prior: float, subset: str = "all", task: str = "classification"
+) -> Any:
     from laplace import Laplace
 
-    la = Laplace(model, "classification", "all", structure, prior_precision=prior)
+    noise = SIGMA if task == "regression" else 1.0
+    la = Laplace(model, task, subset, structure, prior_precision=prior, sigma_noise=noise)
     la.fit(DataLoader(TensorDataset(*data), batch_size=len(data[1])))
     return la
-
-
-def peer_covariance(la: Any, x: Tensor) -> Tensor:
-    return la._glm_predictive_distribution(x)[1].detach()
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -103,55 +88,54 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def agreement(model: nn.Module, data: Data, x: Tensor, prior: float, skip: list[str]) -> dict[str, tuple[float, float]]:
-    """By structure: how far the predictive covariances are apart, and the posteriors' log-determinants."""
-    J = jacobian(model, x)
-    out = {}
-    for theirs, ours in STRUCTURES.items():
-        if theirs in skip:
-            continue
-        la = peer(model, data, theirs, prior)
-        parts = apart(model, data) if theirs == "kron" else [precision(model, data, ours)]
-        found = torch.stack([covariance(P, J, prior) for P in parts]).sum(0)
-        logdet = torch.stack([P.logdet(prior) for P in parts]).sum()
-        theirs_logdet = la.log_det_posterior_precision.detach()
-        out[theirs] = difference(found, peer_covariance(la, x)), float((logdet / theirs_logdet - 1).abs())
+def agreement(
+    model: nn.Module, data: Data, x: Tensor, prior: float, structure: str, subset: str, task: str
+) -> dict[str, float]:
+    """The largest relative difference of everything that both compute."""
+    P, la = (make(model, data, structure, prior, subset, task) for make in (posterior, peer))
+    covariance = la._glm_predictive_distribution(x)[1].detach()
+    out = {
+        "marginal likelihood": difference(P.log_marginal_likelihood(), la.log_marginal_likelihood().detach()),
+        "covariance": difference(P.functional_variance(x), covariance),
+    }
+    if task == "regression":
+        mean, _ = la(x, pred_type="glm")
+        prediction = P.predict(x)
+        out["mean"] = difference(prediction.mean, mean.detach())
+        variance = covariance.diagonal(dim1=1, dim2=2) + SIGMA**2
+        return out | {"variance": difference(prediction.variance, variance)}
+    for link in ("probit", "bridge", "bridge_norm"):
+        out[link] = difference(P.predict(x, link=link), la(x, pred_type="glm", link_approx=link).detach())
     return out
 
 
 def nearness(model: nn.Module, data: Data, x: Tensor, prior: float) -> dict[str, float]:
-    """How far each covariance is from that of the whole Gauss-Newton matrix: `‖· − Σ‖ / ‖Σ‖` over all test points."""
-    J = jacobian(model, x)
-    whole = covariance(precision(model, data, "dense"), J, prior)
+    """How far each covariance is from that of the whole Fisher matrix: `‖· − Σ‖ / ‖Σ‖` over all test points."""
+    ways: dict[str, dict[str, Any]] = {
+        "laplace-torch's: K-FAC, weight and bias apart": {"structure": "kfac", "bias": "apart"},
+        "K-FAC": {"structure": "kfac"},
+        "EKFAC": {"structure": "ekfac"},
+        "EKFAC, centered": {"structure": "ekfac", "centered": True},
+        "block": {"structure": "block"},
+        "diagonal": {"structure": "diagonal"},
+    }
+    loss = LOSSES["classification"]
+    whole = natgrad.laplace(model, loss, data, "dense", prior_precision=prior).functional_variance(x)
     found = {
-        "laplace-torch, kron": peer_covariance(peer(model, data, "kron", prior), x),
-        "natgrad, kfac": covariance(precision(model, data, "kfac"), J, prior),
-        "natgrad, ekfac, not centered": covariance(precision(model, data, "ekfac", centered=False), J, prior),
-        "natgrad, ekfac, centered": covariance(precision(model, data, "ekfac"), J, prior),
-        "natgrad, block": covariance(precision(model, data, "block"), J, prior),
-        "natgrad, diagonal": covariance(precision(model, data, "diagonal"), J, prior),
+        name: natgrad.laplace(model, loss, data, prior_precision=prior, **how).functional_variance(x)
+        for name, how in ways.items()
     }
     return {name: float((c - whole).norm() / whole.norm()) for name, c in found.items()}
 
 
 def sampled(model: nn.Module, data: Data, x: Tensor, prior: float, draws: int) -> tuple[float, float]:
-    """The largest difference of the mean class probabilities under `draws` weights of each side, in standard errors,
+    """The largest difference of the mean class probabilities under `draws` networks of each side, in standard errors,
     and its root mean square."""
-    la = peer(model, data, "kron", prior)
-    space = natgrad.linalg.Space(tuple(p.shape for p in model.parameters()))
-    weights = {n: p.detach() for n, p in model.named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-    moves = apart(model, data)
-    own = {n: weights[n] + d for P in moves for n, d in P.sample(draws, prior, generator).items()}
-    flat = la.sample(draws, generator=torch.Generator().manual_seed(1))
-    theirs = dict(zip(weights, space.unflatten(flat), strict=True))
-    probabilities = [
-        vmap(lambda w: functional_call(model, w, x).softmax(-1))({n: p.detach() for n, p in side.items()})
-        for side in (own, theirs)
-    ]
-    means = [p.mean(0) for p in probabilities]
-    error = torch.stack([p.var(0) / draws for p in probabilities]).sum(0).sqrt()
-    z = (means[0] - means[1]) / error
+    la, P = (make(model, data, "kron", prior) for make in (peer, posterior))
+    own = P.sample(x, draws, linearized=False, generator=torch.Generator().manual_seed(0))
+    theirs = la.predictive_samples(x, "nn", draws, generator=torch.Generator().manual_seed(1)).detach()
+    error = (own.var(0) / draws + theirs.var(0) / draws).sqrt()
+    z = (own.mean(0) - theirs.mean(0)) / error
     return float(z.abs().max()), float(z.square().mean().sqrt())
 
 
@@ -168,6 +152,25 @@ def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
     return times
 
 
+def timed(
+    model: nn.Module, data: Data, x: Tensor, prior: float, structure: str
+) -> dict[str, dict[str, Callable[[], object]]]:
+    """What is timed: the fit, the prior, the prediction, of both."""
+    la, P = peer(model, data, structure, prior), posterior(model, data, structure, prior)
+    kind = "diag" if structure == "diag" else "scalar"
+    return {
+        "fit": {
+            "theirs": lambda: peer(model, data, structure, prior),
+            "ours": lambda: posterior(model, data, structure, prior),
+        },
+        "prior (natgrad: with the fit)": {
+            "theirs": lambda: la.optimize_prior_precision("glm", prior_structure=kind),
+            "ours": lambda: posterior(model, data, structure, prior).fit_prior("entry" if kind == "diag" else "one"),
+        },
+        "predict": {"theirs": lambda: la(x, pred_type="glm"), "ours": lambda: P.predict(x)},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=20)
@@ -181,16 +184,21 @@ def main() -> None:
     warnings.simplefilter("ignore")
     data, x = digits(options.train, options.test)
     model = trained(options.hidden, data, options.prior)
-    console = Console()
+    console = Console(width=120)
     console.print(f"64-{options.hidden}-10, {options.train} digits, {options.test} to predict; {machine()}")
 
-    table = Table("laplace-torch", "natgrad", "covariance", "log-determinant", title="largest relative difference")
-    for structure, (covariances, logdets) in agreement(model, data, x, options.prior, options.skip).items():
-        table.add_row(structure, STRUCTURES[structure], f"{covariances:.1e}", f"{logdets:.1e}")
+    table = Table("laplace-torch", "weights", "task", "largest relative differences", title="the same figures")
+    structures = [s for s in STRUCTURES if s not in options.skip]
+    for structure in structures:
+        for subset in ("all", "last_layer"):
+            for task in LOSSES:
+                target = data[1] if task == "classification" else nn.functional.one_hot(data[1], 10).double()
+                found = agreement(model, (data[0], target), x, options.prior, structure, subset, task)
+                table.add_row(structure, subset, task, ", ".join(f"{n} {v:.0e}" for n, v in found.items()))
     console.print(table)
     largest, rms = sampled(model, data, x, options.prior, options.draws)
     console.print(
-        f"mean class probabilities of {options.draws} draws on each side: they differ by at most {largest:.1f} "
+        f"mean class probabilities of {options.draws} networks on each side: they differ by at most {largest:.1f} "
         f"standard errors, {rms:.2f} in root mean square"
     )
     if "full" not in options.skip:
@@ -199,27 +207,14 @@ def main() -> None:
             table.add_row(name, f"{value:.3f}")
         console.print(table)
 
-    table = Table(
-        "", "laplace-torch, ms", "natgrad, ms", "ratio", title=f"medians of {options.rounds} rounds, in turns"
-    )
-    for theirs, ours in STRUCTURES.items():
-        if theirs in options.skip:
-            continue
-        la, P = peer(model, data, theirs, options.prior), precision(model, data, ours)
-        for what, sides in {
-            "fit": (
-                lambda s=theirs: peer(model, data, s, options.prior),
-                lambda s=ours: precision(model, data, s).inverse(options.prior),
-            ),
-            "predict": (
-                lambda la=la: peer_covariance(la, x),
-                lambda P=P: covariance(P, jacobian(model, x), options.prior),
-            ),
-        }.items():
-            times = in_turns(dict(zip(("theirs", "ours"), sides, strict=True)), options.rounds)
+    title = f"medians of {options.rounds} rounds, in turns"
+    table = Table("", "laplace-torch, ms", "natgrad, ms", "ratio", title=title)
+    for structure in structures:
+        for what, sides in timed(model, data, x, options.prior, structure).items():
+            times = in_turns(sides, options.rounds)
             ratio = statistics.median(a / b for a, b in zip(times["theirs"], times["ours"], strict=True))
             medians = [f"{1e3 * statistics.median(t):.1f}" for t in times.values()]
-            table.add_row(f"{theirs}: {what}", *medians, f"{ratio:.2f}")
+            table.add_row(f"{structure}: {what}", *medians, f"{ratio:.2f}")
     console.print(table)
 
 

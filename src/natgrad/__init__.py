@@ -1,25 +1,47 @@
 """Fisher and Gauss-Newton matrices of PyTorch models, and the optimizers that follow from them."""
 
-from natgrad import linalg, losses
+from natgrad import linalg, losses, pde
 from natgrad.curvature.matrices import fisher, gauss_newton, hessian
 from natgrad.curvature.residual import residual
 from natgrad.linalg import load
 from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, NewtonMuon, load_checkpoint
+from natgrad.uses.ewc import EWC, ewc
+from natgrad.uses.influence import influence
+from natgrad.uses.jacobian import Jacobian, jacobian, ntk
+from natgrad.uses.laplace import laplace
+from natgrad.uses.lds import LDS, lds
+from natgrad.uses.merge import merge
+from natgrad.uses.posterior import LaplacePosterior
+from natgrad.uses.prune import Pruned, prune
 
 __version__ = "0.1.0"
 __all__ = [
+    "EWC",
     "KFAC",
+    "LDS",
     "PRONG",
     "GrowingBatches",
+    "Jacobian",
+    "LaplacePosterior",
     "NaturalGradient",
     "NewtonMuon",
+    "Pruned",
+    "ewc",
     "fisher",
     "gauss_newton",
     "hessian",
+    "influence",
+    "jacobian",
+    "laplace",
+    "lds",
     "linalg",
     "load",
     "load_checkpoint",
     "losses",
+    "merge",
+    "ntk",
+    "pde",
+    "prune",
     "residual",
 ]
 

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import work
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
+import work
 from natgrad.optim.muon import whitening
 
 OPTIONS = {"lr": 0.05, "refresh_every": 3, "momentum": 0.9}

@@ -1,8 +1,9 @@
 """NewtonMuon on several ranks is NewtonMuon on one process that sees all of every batch."""
 
-import muon
 import pytest
 import torch
+
+import muon
 
 
 @pytest.fixture(scope="module")

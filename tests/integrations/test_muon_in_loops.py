@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from loops import loader, network, same, weights
 from torch.utils.data import SequentialSampler
 
 import natgrad
+from loops import loader, network, same, weights
 
 OPTIONS = {"lr": 0.05, "refresh_every": 3}
 

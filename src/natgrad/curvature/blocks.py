@@ -15,10 +15,13 @@ from natgrad.curvature.moments import AffineMoments, Moments, ScaleMoments, reco
 from natgrad.linalg import (
     Block,
     BlockDiagonal,
+    Centered,
     CenteredKronecker,
+    ColumnBlock,
     CoordinateBlocks,
     Dense,
     Diagonal,
+    ExactBlock,
     Homogeneous,
     Kronecker,
     Operator,
@@ -26,6 +29,7 @@ from natgrad.linalg import (
     factor,
 )
 from natgrad.linalg.centered import matrix_of
+from natgrad.linalg.nearest import nearest_of_cases, nearest_of_columns
 
 ELSE = "use structure='block', 'diagonal', 'dense' or 'implicit', or leave it out with params="
 
@@ -111,6 +115,27 @@ def kfac_block(layer: Layer, moments: Moments, is_mean: bool, centered: bool) ->
     if centered:
         return CenteredKronecker(covariance=moments.C, mean=moments.mean, output=B)
     return Homogeneous(Kronecker(homogeneous(moments), B))
+
+
+def nearest_block(layer: Layer, exact: ExactBlock, m: AffineMoments, centered: bool) -> Operator:
+    """The Kronecker product that is nearest to a layer's exact block, of a layer with a weight."""
+    scale, apart = exact.scale, bool(centered and layer.bias)
+    start = m.C if apart else homogeneous(m) if layer.bias else m.A
+    if isinstance(exact, ColumnBlock):
+        W, *b = exact.space.unflatten(exact.S.flatten(0, 1))
+        if layer.bias:  # S (h - m) or S [h; 1], of which b is the sum of the gradients
+            W = W - b[0].unsqueeze(2) * m.mean if apart else torch.cat([W, b[0].unsqueeze(2)], 2)
+        A, B = nearest_of_columns(W, start)
+    else:
+        h, g = exact.h, exact.g
+        if layer.bias:
+            h = h - m.mean if apart else torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1)
+        A, B = nearest_of_cases(h, g, start)
+        b = [g.sum(2).flatten(0, 1)]
+    weight = Kronecker(A, scale * B)
+    if apart:
+        return Centered(weight, matrix_of(scale * (b[0].mT @ b[0])), m.mean)
+    return Homogeneous(weight) if layer.bias else weight
 
 
 def pooled(moments: Mapping[Layer, Moments], is_mean: bool) -> Kronecker:

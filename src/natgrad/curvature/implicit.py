@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping
 from functools import partial
@@ -102,7 +103,7 @@ class ImplicitGaussNewton(Implicit):
         def curve(output: Tensor, Jd: Tensor) -> Tensor:
             check_output(output)
             held["mass"] = curvature.normalizer(output, held["target"])
-            return curvature.product(output, held["target"], Jd)
+            return self._curved(output, held["target"], Jd)
 
         model = self.problem.model
         key = shapes(batch), tuple(module.training for module in model.modules())
@@ -111,6 +112,45 @@ class ImplicitGaussNewton(Implicit):
             total[n] += p
         self.notes = self.problem.notes
         return held["mass"]
+
+    def _curved(self, output: Tensor, target: Any, Jd: Tensor) -> Tensor:
+        """`D J d`."""
+        return self.problem.curvature.product(output, target, Jd)
+
+
+class ImplicitSampled(ImplicitGaussNewton):
+    """`E[Jᵀ S Sᵀ J]` for the columns `S` of random labels or of the given targets: the same at every product."""
+
+    def __init__(self, problem: Problem):
+        super().__init__(problem)
+        problem.hold_labels()
+        self._norms: list[float] = []
+        self._at = 0
+
+    def _matmul(self, parts: Parts) -> Parts:
+        self.problem.same_labels()
+        self._at = 0
+        return super()._matmul(parts)
+
+    def _curved(self, output: Tensor, target: Any, Jd: Tensor) -> Tensor:
+        self._check_same(float(output.double().norm()))
+        total = torch.zeros_like(output)
+        for s in self.problem.columns(output, target):
+            total += s * (s * Jd).flatten(1).sum(1).view(-1, *[1] * (s.ndim - 1))
+        return total
+
+    def _check_same(self, norm: float) -> None:
+        """Raises ValueError if a batch gives another output than in the first pass: its labels would be of other
+        examples."""
+        if self._at == len(self._norms):
+            self._norms.append(norm)
+        if not math.isclose(norm, self._norms[self._at], rel_tol=1e-4):
+            raise ValueError(
+                f"the outputs of batch {self._at} are others than in the first pass over the data, and the labels with "
+                "them; give the data in a fixed order, put the model in evaluation mode, and make the matrix again "
+                "after a training step"
+            )
+        self._at += 1
 
 
 class ImplicitHessian(Implicit):

@@ -19,14 +19,17 @@ from natgrad.capture.reading import AT_ONCE, backward_passes
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_flag, check_max_dim
 from natgrad.curvature.blocks import assemble
-from natgrad.curvature.implicit import ImplicitGaussNewton, ImplicitHessian
+from natgrad.curvature.implicit import ImplicitGaussNewton, ImplicitHessian, ImplicitSampled
+from natgrad.curvature.mixed import MixedStructure
 from natgrad.curvature.moments import MAX_DIM, SHARING
 from natgrad.curvature.problem import Forward, Problem, check_mass
+from natgrad.curvature.structure import Structure
 from natgrad.curvature.structures import STRUCTURES
 from natgrad.curvature.terms import Losses, Terms
 from natgrad.distributed.gathering import jointly
 from natgrad.linalg import BlockDiagonal, Dense, Operator, Space
 
+Chosen = str | Mapping[str, str]
 ALL_STRUCTURES = ("implicit", "dense", *STRUCTURES)
 
 
@@ -34,7 +37,7 @@ def fisher(
     model: nn.Module,
     loss: Losses,
     data: Any,
-    structure: str = "kfac",
+    structure: str | Mapping[str, str] = "kfac",
     *,
     estimator: str = "exact",
     samples: int = 1,
@@ -66,8 +69,9 @@ def fisher(
             of batches; two tensors in a list are a pair without `forward`, as a `DataLoader` collates one, and two
             batches with it.
         structure: `"kfac"` (a Kronecker product for each layer), `"ekfac"` (its eigenbases with corrected
-            eigenvalues), `"diagonal"`, `"block"` (the exact block of each layer, held as its cases), `"dense"` (the
-            full matrix), or `"implicit"` (products only).
+            eigenvalues), `"kfoc"` (the Kronecker product nearest to the exact block), `"diagonal"`, `"block"` (the
+            exact block of each layer, held as its cases), `"dense"` (the full matrix), or `"implicit"` (products only).
+            A dict gives each layer its own, by names of layers or patterns: `{"head": "block", "*": "kfac"}`.
         estimator: `"exact"` (every column of a factor of `D`), `"mc"` (`samples` random labels for each
             case), or `"empirical"` (the gradients at the given targets).
         samples: how many labels are drawn for each case, for `"mc"`.
@@ -127,7 +131,7 @@ def gauss_newton(
     model: nn.Module,
     loss: Losses,
     data: Any,
-    structure: str = "kfac",
+    structure: str | Mapping[str, str] = "kfac",
     *,
     centered: bool = True,
     sharing: str = "expand",
@@ -267,31 +271,36 @@ def _check_structure(structure: Any) -> None:
         raise TypeError(
             "structure is a Tensor; expected its name, and data as one pair: (model, loss, (input, target), structure)"
         )
-    check_choice("structure", structure, ALL_STRUCTURES)
+    if not isinstance(structure, Mapping):
+        check_choice("structure", structure, ALL_STRUCTURES)
 
 
-def _matrix(problem: Problem | Terms, structure: str, centered: bool, sharing: str, max_dim: int) -> Operator:
+def _matrix(problem: Problem | Terms, structure: Chosen, centered: bool, sharing: str, max_dim: int) -> Operator:
     check_flag("centered", centered)
     check_choice("sharing", sharing, SHARING)
     check_max_dim(max_dim)
     if structure == "implicit":
-        if problem.estimator != "exact":
-            raise ValueError(
-                f"structure='implicit' has no estimator={problem.estimator!r}; use 'exact', or another structure, "
-                "such as 'dense' or 'kfac'"
-            )
-        return _sum(problem, ImplicitGaussNewton) if isinstance(problem, Terms) else ImplicitGaussNewton(problem)
+        return _sum(problem, _implicit) if isinstance(problem, Terms) else _implicit(problem)
     with torch.autocast(problem.device.type, enabled=False):  # the model's own precision is the problem's affair
         if structure != "dense":
-            matrix: Operator = _of_layers(problem, structure, centered, sharing, max_dim)
+            matrix: Operator = of_layers(problem, structure, centered, sharing, max_dim)
         else:
             matrix = _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
     matrix.notes = problem.notes
     return matrix
 
 
-def _of_layers(problem: Problem | Terms, structure: str, centered: bool, sharing: str, max_dim: int) -> BlockDiagonal:
-    parts = STRUCTURES[structure](centered, sharing, max_dim)
+def _implicit(problem: Problem) -> Operator:
+    return ImplicitGaussNewton(problem) if problem.estimator == "exact" else ImplicitSampled(problem)
+
+
+def of_layers(problem: Problem | Terms, structure: Chosen, centered: bool, sharing: str, max_dim: int) -> BlockDiagonal:
+    """The matrix of a structure that goes by layers."""
+
+    def make(name: str) -> Structure:
+        return STRUCTURES[name](centered, sharing, max_dim)
+
+    parts = make(structure) if isinstance(structure, str) else MixedStructure(structure, make, STRUCTURES)
     with jointly(problem.world, "the cases") as agree:
 
         def next_pass() -> None:

@@ -130,6 +130,18 @@ class Problem:
         """The columns of `S` on one batch, by the chosen estimator."""
         return self.curvature.columns(output, target, self.estimator, self.samples, self._labels)
 
+    def hold_labels(self) -> None:
+        """From here on `same_labels` has each pass draw the same random labels."""
+        source, own = self.labels(), torch.Generator(self.device)
+        own.set_state(source.get_state())
+        torch.rand((), generator=source, device=self.device)  # another matrix draws others
+        self._labels, self._held = own, own.get_state()
+
+    def same_labels(self) -> None:
+        """Goes back to the first of the labels that are held."""
+        if self._labels is not None:
+            self._labels.set_state(self._held)
+
     def signed_columns(self, output: Tensor, target: Any) -> Iterator[tuple[int, Tensor]]:
         """The columns with their signs: all positive, but where `D` is indefinite."""
         if self.estimator == "exact":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.capture.layers import joined
 from natgrad.curvature.bases import accumulate, bases_of, example_squares, squares_in
-from natgrad.curvature.blocks import kfac_blocks
+from natgrad.curvature.blocks import kfac_blocks, nearest_block
 from natgrad.curvature.combination import of_terms
 from natgrad.curvature.exact import ExactStructure
 from natgrad.curvature.groups import (
@@ -37,7 +37,7 @@ from natgrad.curvature.moments import (
 from natgrad.curvature.structure import Structure
 from natgrad.distributed.reduction import summed
 from natgrad.distributed.world import World
-from natgrad.linalg import Diagonal, Operator
+from natgrad.linalg import Diagonal, ExactBlock, Operator
 from natgrad.linalg.space import Parts
 
 
@@ -146,10 +146,55 @@ class DiagonalStructure(Structure):
         return blocks
 
 
+class KfocStructure(KfacStructure):
+    """The Kronecker product nearest to each layer's exact block, in Frobenius norm (Koroko et al. 2022; Schnaus et al.
+    2021), found on the cases, which are held.
+
+    Centered, it is the nearest to the weight's block in centered coordinates, beside the bias's exact one. Scales,
+    embeddings, factors that are diagonals, and weights of which several layers use a part or a transpose, keep K-FAC's
+    blocks.
+    """
+
+    def __init__(self, centered: bool = True, sharing: str = "expand", max_dim: int = MAX_DIM):
+        super().__init__(centered, sharing, max_dim)
+        self._exact = _MatricesAlone()
+
+    def add(self, cases: Cases) -> None:
+        cases.kept()
+        super().add(cases)
+        self._exact.add(cases)
+
+    def merge_ranks(self, world: World) -> None:
+        super().merge_ranks(world)
+        self._exact.merge_ranks(world)
+
+    def build(self, is_mean: bool) -> dict[Layer, Operator]:
+        blocks, moments = super().build(is_mean), self._of_all_data()
+        for layer, exact in self._exact.build(is_mean).items():
+            m = moments.get(layer)
+            if layer in blocks and isinstance(m, AffineMoments) and layer.weight and not m.diagonals:
+                assert isinstance(exact, ExactBlock)
+                blocks[layer] = nearest_block(layer, exact, m, self.centered)
+        return blocks
+
+
+class _MatricesAlone(ExactStructure):
+    """The exact blocks of those layers that a Kronecker product is to be near to."""
+
+    def _add_columns(
+        self, cases: Cases, layers: Sequence[Layer], columns: Sequence[Mapping[Layer, list[Tensor]]]
+    ) -> None:
+        (first, *others) = layers
+        plain = first.weight and not others and not first.scale and not first.rows
+        if plain and not any(h.diagonal for h in cases.h[first]):
+            super()._add_columns(cases, layers, columns)
+
+
 STRUCTURES: dict[str, Callable[[bool, str, int], Structure]] = {
     "block": lambda centered, sharing, max_dim: ExactStructure(),
     "kfac": KfacStructure,
     "ekfac": EkfacStructure,
+    "kfoc": KfocStructure,
     "diagonal": lambda centered, sharing, max_dim: DiagonalStructure(),
 }
 

@@ -157,7 +157,7 @@ class BlockDiagonal(Operator):
     def trace(self) -> Tensor:
         return torch.stack([op.trace() for op in self.operators]).sum()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return torch.stack([op.norm() for op in self.operators]).norm()
 
     def _diagonal(self) -> Parts:

@@ -111,7 +111,7 @@ class CenteredKronecker(Operator):
     def trace(self) -> Tensor:
         return self._centered.trace()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return self._centered.norm()
 
     def coordinates(self, parts: Parts) -> Parts:
@@ -223,7 +223,7 @@ class Centered(Operator):
     def trace_in_coordinates(self) -> Tensor:
         return self.weight.trace() + self.bias.trace()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         """`‖·‖² = ‖weight‖² + 2 ⟨weight, m mᵀ ⊗ bias⟩ + (1 + ‖m‖²)² ‖bias‖²`."""
         inner = self.weight.inner(self.m, factor_of(self.bias))
         scale = 1 + self.m @ self.m

@@ -263,7 +263,7 @@ class CenteredPower(Operator):
             return found
         raise self._cannot(what)
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         """`‖M^p‖² = tr M^2p`."""
         if self.exponent == -1:
             return self._resolvent.norm()

@@ -59,7 +59,7 @@ class Scaled(Operator):
     def trace(self) -> Tensor:
         return self.factor * self.operator.trace()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return abs(self.factor) * self.operator.norm()
 
     def _diagonal(self) -> Parts:

@@ -104,7 +104,7 @@ class CoordinateBlocks(Operator):
     def trace_in_coordinates(self) -> Tensor:
         return self.v.sum() + self.s.sum()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         ww, wc, cc = self.products()
         return (ww.square() + 2 * wc.square() + cc.square()).sum().sqrt()
 

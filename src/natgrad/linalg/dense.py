@@ -62,7 +62,7 @@ class Dense(Operator):
     def trace(self) -> Tensor:
         return self.matrix.trace()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return torch.linalg.matrix_norm(self.matrix)
 
     def _diagonal(self) -> Parts:

@@ -60,7 +60,7 @@ class Diagonal(Operator):
     def trace(self) -> Tensor:
         return torch.stack([v.sum() for v in self.values]).sum()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return torch.stack([v.norm() for v in self.values]).norm()
 
     def _diagonal(self) -> Parts:

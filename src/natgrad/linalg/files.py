@@ -29,14 +29,15 @@ CHUNK = 1 << 20
 
 
 @later
-def save(operator: Operator, path: str | PathLike[str]) -> None:
-    """Writes an operator to a safetensors file: its tensors, and in the metadata what they are and a checksum.
+def save(value: Any, path: str | PathLike[str]) -> None:
+    """Writes an operator, or a dictionary that holds some, to a safetensors file: the tensors, and in the metadata what
+    they are and a checksum.
 
     Raises:
         TypeError: for a matrix that holds a model and data.
         OSError: if the file cannot be written; what was there before is there still.
     """
-    state, tensors = dump(operator), dict[str, Tensor]()
+    state, tensors = dump(value), dict[str, Tensor]()
     structure = json.dumps(_described(state, tensors, {}))
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file: {Path(path) / 'matrix.safetensors'}")
@@ -65,13 +66,26 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: s
         >>> natgrad.load(path).trace().item()
         6.0
     """
+    operator = read(path, device=device)
+    if not isinstance(operator, Operator):
+        raise ValueError(
+            f"{path} holds {described(operator)} and no matrix; expected a file that a matrix's save() wrote. A "
+            "Laplace posterior is loaded by natgrad.LaplacePosterior.load"
+        )
+    if model is not None:
+        _check_model(operator.space, model, str(path))
+    return operator
+
+
+def read(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> Any:
+    """What `save` wrote to `path`."""
     if not Path(path).is_file():
         kind = IsADirectoryError if Path(path).is_dir() else FileNotFoundError
         raise kind(f"{path} is no file; expected a safetensors file that save() wrote")
     device = torch.empty(0, device=device).device  # torch's own error for one that is not there
     structure, tensors = _read(Path(path), device)
     try:
-        operator = restore(_built(structure, tensors))
+        return restore(_built(structure, tensors))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever an argument that is none does to a constructor
@@ -80,11 +94,6 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: s
             f"{path} is damaged, or of another version of natgrad: its matrix cannot be put together "
             f"({type(error).__name__}: {said}); save the matrix again"
         ) from error
-    if not isinstance(operator, Operator):
-        raise ValueError(f"{path} holds {described(operator)} and no matrix; expected a file that save() wrote")
-    if model is not None:
-        _check_model(operator.space, model, str(path))
-    return operator
 
 
 def sealed(tensors: dict[str, Tensor], structure: str) -> list[bytes | memoryview]:

@@ -85,7 +85,7 @@ class Kronecker(Operator):
         """`tr A · tr B`."""
         return factor.diagonal(self.A).sum() * factor.diagonal(self.B).sum()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         """`‖A‖ ‖B‖` (Frobenius)."""
         return self.A.norm() * self.B.norm()
 
@@ -175,7 +175,7 @@ class KroneckerEigen(Operator):
     def trace(self) -> Tensor:
         return self.values.sum()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return self.values.norm()
 
     def _diagonal(self) -> Parts:
@@ -249,7 +249,7 @@ class Homogeneous(Operator):
     def trace(self) -> Tensor:
         return self.stacked.trace()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return self.stacked.norm()
 
     def _diagonal(self) -> Parts:

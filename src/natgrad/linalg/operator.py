@@ -15,6 +15,7 @@ from torch import Tensor
 from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, check_number, described
 from natgrad.linalg.later import LATER
 from natgrad.linalg.space import Parts, Space, check_order
+from natgrad.linalg.spectral import Spectral
 
 if TYPE_CHECKING:
     from natgrad.linalg.coverage import Coverage
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
 DAMPING_STYLES = ("exact", "centered", "factored")
 DENSE_LIMIT = 20_000
+TRACES = {"hutchinson": "estimate_trace", "hutch++": "hutch_plus_plus", "xtrace": "xtrace"}
 
 
-class Operator(ABC):
+class Operator(Spectral, ABC):
     """A symmetric matrix `M` known by what it does to a vector: the contract of every matrix of this library.
 
     A vector `v` comes in one of the forms of the operator's `space`, and the answer has the same form: for a model's
@@ -111,8 +113,7 @@ class Operator(ABC):
         """The sum of the diagonal."""
         raise self._cannot("trace")
 
-    def norm(self) -> Tensor:
-        """The Frobenius norm."""
+    def _norm(self) -> Tensor:
         raise self._cannot("norm")
 
     def _diagonal(self) -> Parts:
@@ -170,16 +171,43 @@ class Operator(ABC):
         products = zip(parts, self._matmul(parts), strict=True)
         return torch.stack([(a * b).reshape(*lead, -1).sum(-1) for a, b in products]).sum(0)
 
-    def solve(self, v: Any, damping: float = 0.0, *, damping_style: str = "exact") -> Any:
+    def solve(
+        self,
+        v: Any,
+        damping: float = 0.0,
+        *,
+        damping_style: str = "exact",
+        preconditioner: Operator | None = None,
+        x0: Any = None,
+        tol: float | None = None,
+        max_iter: int | None = None,
+    ) -> Any:
         """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`.
+
+        With any of the last four arguments the solution is by conjugate gradients, which take products alone. Without
+        them it is what the structure has: for implicit matrices conjugate gradients, too, else an exact inverse.
 
         Args:
             v: a vector in any form, or many along leading axes.
             damping: `λ`.
             damping_style: as for `inverse`.
+            preconditioner: a cheaper matrix `K` of the same parameters, such as K-FAC's, a `Diagonal` or what
+                `natgrad.linalg.nystrom` gives. The closer it is to this matrix, the fewer products there are.
+            x0: where the iterations start, in the form of `v`. None: zero.
+            tol: the relative residual `‖(M + λI) x − v‖ / ‖v‖` at which to stop. None: `eps^¾`.
+            max_iter: the most products. None: ten times the size.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite, or the preconditioner is of other parameters.
+            RuntimeError: if conjugate gradients do not come to `tol`.
         """
-        self._read(v, f"{self._label()}.solve(v)")
-        return self.inverse(damping, damping_style=damping_style) @ v
+        parts, join = self._read(v, f"{self._label()}.solve(v)")
+        options = {"preconditioner": preconditioner, "tol": tol, "max_iter": max_iter}
+        if x0 is None and not any(option is not None for option in options.values()):
+            return self.inverse(damping, damping_style=damping_style) @ v
+        check_plain("conjugate gradients", damping_style)
+        start = None if x0 is None else self._read(x0, f"{self._label()}.solve(x0=)")[0]
+        return join(LATER["iterative_solve"](self, parts, damping, x0=start, **options))
 
     def diagonal(self) -> Any:
         """The diagonal, as a vector: a tensor, a tuple or a dict, as the operator's vectors are."""
@@ -248,9 +276,20 @@ class Operator(ABC):
 
     # Estimates by products alone -----------------------------------------------------------------------
 
-    def estimate_trace(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:
-        """The trace from `samples` products with random signs (Hutchinson 1990), with its standard error."""
-        estimate: Estimate = LATER["estimate_trace"](self, samples, generator)
+    def estimate_trace(
+        self, samples: int = 100, generator: torch.Generator | None = None, method: str = "hutchinson"
+    ) -> Estimate:
+        """The trace from `samples` products, with its standard error.
+
+        Args:
+            samples: how many products.
+            generator: the source of the random vectors.
+            method: `"hutchinson"` takes random signs (1990); `"hutch++"` (Meyer, Musco, Musco & Woodruff 2021) and
+                `"xtrace"` (Epperly, Tropp & Webber 2024) are more exact where a few eigenvalues make up most of the
+                trace.
+        """
+        check_choice("method", method, TRACES)
+        estimate: Estimate = LATER[TRACES[method]](self, samples, generator)
         return estimate
 
     def estimate_diagonal(self, samples: int = 100, generator: torch.Generator | None = None) -> Estimate:

@@ -66,7 +66,7 @@ class Rows(Operator):
     def trace_in_coordinates(self) -> Tensor:
         return torch.stack([op.trace_in_coordinates() for op in self.parts]).sum()
 
-    def norm(self) -> Tensor:
+    def _norm(self) -> Tensor:
         return torch.stack([op.norm() for op in self.parts]).norm()
 
     def _diagonal(self) -> Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ class Estimate:
 @later
 def estimate_trace(operator: Operator, samples: int, generator: torch.Generator | None) -> Estimate:
     """`E[zᵀ M z] = tr M` for random signs `z`."""
-    return _mean_of(torch.stack([z @ _product(operator, z) for z in _probes(operator, samples, generator)]))
+    return _mean_of(torch.stack([z @ product(operator, z) for z in probes(operator, samples, generator)]))
 
 
 @later
@@ -50,8 +51,8 @@ def estimate_diagonal(operator: Operator, samples: int, generator: torch.Generat
     """`E[z ∘ M z] = diag M` for random signs `z`."""
     mean = torch.zeros(operator.space.size, dtype=operator.dtype, device=operator.device)
     scatter = torch.zeros_like(mean)
-    for i, z in enumerate(_probes(operator, samples, generator), 1):
-        difference = z * _product(operator, z) - mean
+    for i, z in enumerate(probes(operator, samples, generator), 1):
+        difference = z * product(operator, z) - mean
         mean += difference / i
         scatter += difference.square() * ((i - 1) / i)
     error = (scatter / (samples - 1) / samples).sqrt()
@@ -67,19 +68,19 @@ def estimate_logdet(
     check_damping(damping)
     check_count("steps", steps, "products")
     values = []
-    for z in _probes(operator, samples, generator):
-        nodes, weights = _quadrature(operator, z, min(steps, operator.space.size))
+    for z in probes(operator, samples, generator):
+        nodes, weights = quadrature(operator, z, min(steps, operator.space.size))
         if not (nodes + damping > 0).all():
             raise singular(operator._label(), damping, float(nodes.min()))
         values.append(z.square().sum() * (weights * (nodes + damping).log()).sum())
     return _mean_of(torch.stack(values))
 
 
-def _quadrature(operator: Operator, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def quadrature(operator: Operator, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights of the spectral measure of `z`, by Lanczos with full reorthogonalization."""
     basis, diagonal, below = [z / z.norm()], [], []
     for _ in range(steps):
-        w = _product(operator, basis[-1])
+        w = product(operator, basis[-1])
         diagonal.append(basis[-1] @ w)
         V = torch.stack(basis)
         for _ in range(2):  # once leaves rounding that grows
@@ -96,7 +97,8 @@ def _quadrature(operator: Operator, z: Tensor, steps: int) -> tuple[Tensor, Tens
     return nodes, vectors[0].square()
 
 
-def _probes(operator: Operator, samples: int, generator: torch.Generator | None) -> Any:
+def probes(operator: Operator, samples: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """Vectors of random signs."""
     check_count("samples", samples, least=2)  # of which the standard error is
     size, generator = (operator.space.size,), operator._source(generator)
     for _ in range(samples):
@@ -104,7 +106,8 @@ def _probes(operator: Operator, samples: int, generator: torch.Generator | None)
         yield (2 * signs - 1).to(operator.dtype)
 
 
-def _product(operator: Operator, z: Tensor) -> Tensor:
+def product(operator: Operator, z: Tensor) -> Tensor:
+    """With a flat vector, or with one for every row."""
     return operator.space.flatten(operator._matmul(operator.space.unflatten(z)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -63,3 +63,5 @@ class LayerResidual:
     """Condition numbers of `A` and of the inputs' covariance `C`."""
     cases: int
     """How many cases all this is over."""
+    others: dict[str, float] = field(default_factory=dict)
+    """`‖G − M‖ / ‖G‖` of other structures' blocks `M`, those asked for by `compare=`."""

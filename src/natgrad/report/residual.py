@@ -56,21 +56,30 @@ class ResidualReport(Mapping[str, LayerResidual]):
 
     def _repr_html_(self) -> str:
         note = f"{len(self)} layers, shaded by ‖R‖/‖G‖"
-        return table("R = G − A ⊗ B", note, COLUMNS, self.rows(), bars=(1, [r.relative for r in self.values()]))
+        return table("R = G − A ⊗ B", note, self.columns(), self.rows(), bars=(1, [r.relative for r in self.values()]))
+
+    def columns(self) -> tuple[str, ...]:
+        """The heads of the table's columns; other structures' errors are the last ones."""
+        return (*COLUMNS, *self._others())
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table's rows under `COLUMNS`, as words; a dash for what does not exist."""
+        """The table's rows, as words; a dash for what does not exist."""
+        others = self._others()
         return [
             (
                 name,
                 *map(_number, (r.relative, r.norm, r.bound, r.hsic_unbiased, r.cka, r.p_value, *r.condition)),
+                *(_number(r.others.get(other)) for other in others),
             )
             for name, r in self.items()
         ]
 
+    def _others(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(other for r in self.values() for other in r.others))
+
     def table(self) -> str:
         """A line for each layer: `relative`, `norm`, `bound`, `hsic_unbiased`, `cka`, `p_value`, `condition`."""
-        lines = [COLUMNS, *self.rows()]
+        lines = [self.columns(), *self.rows()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(word.rjust(width) if i else word.ljust(width) for i, (word, width) in enumerate(row))

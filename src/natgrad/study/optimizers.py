@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import natgrad
 from natgrad.cli.errors import UserError
 from natgrad.optim import averaging
 from natgrad.study.peers import NorMuon, SOAPMuon
-from natgrad.study.task import Task
+from natgrad.study.task import Batch, Task
 
 Setting = Mapping[str, Any]
 COMMON = ("batch", "weight_decay", "average", "length")
@@ -28,7 +28,7 @@ none), a decay with which the iterates are averaged for the evaluation, and whic
 class Stepper:
     """`step((x, y))` updates the model; within `averaged()` it is as it is to be evaluated."""
 
-    step: Callable[[tuple[Tensor, Tensor]], None]
+    step: Callable[[Batch], None]
     averaged: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     optimizers: list[Any] = field(default_factory=list)
     rejected: int = 0
@@ -97,9 +97,9 @@ def _plain(opts: list[Any], model: nn.Module, task: Task, average: float | None)
     parameters = dict(model.named_parameters())
     states: dict[str, dict[str, Any]] = {n: {} for n in parameters}
 
-    def step(batch: tuple[Tensor, Tensor]) -> None:
+    def step(batch: Batch) -> None:
         x, y = batch
-        loss = task.loss(model(x), y) / task.share(x)
+        loss = task.objective(task.loss, model, x, y) / task.share(x)
         for opt in opts:
             opt.zero_grad()
         loss.backward()
@@ -115,9 +115,9 @@ def _plain(opts: list[Any], model: nn.Module, task: Task, average: float | None)
 def _following(opt: Any, model: nn.Module, task: Task, average: float | None) -> Stepper:
     """A step by one of this library's that read the loss."""
 
-    def step(batch: tuple[Tensor, Tensor]) -> None:
+    def step(batch: Batch) -> None:
         x, y = batch
-        loss = opt.loss(model(x), y) / task.share(x)
+        loss = task.objective(opt.loss, model, x, y) / task.share(x)
         opt.zero_grad()
         loss.backward()
         with warnings.catch_warnings():

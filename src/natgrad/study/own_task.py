@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.cli.errors import UserError
-from natgrad.cli.target import call, checked, look_here, words
+from natgrad.cli.target import call, checked, parsed, words
 from natgrad.study.task import Batch, Task
 from natgrad.study.tasks import SUBSET, indices
 
@@ -78,13 +78,12 @@ def _blamed(target: str, what: str) -> Iterator[None]:
 
 def digest(target: str) -> str:
     """Of the text of the file that the function is in, to notice when it changes; empty where there is none."""
-    look_here()
     try:
-        spec = importlib.util.find_spec(target.partition(":")[0])
+        spec = importlib.util.find_spec(parsed(target).module)
         if spec is None or spec.origin is None:
             return ""
         return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
-    except (ImportError, ValueError, OSError):
+    except (UserError, ImportError, ValueError, OSError):
         return ""
 
 

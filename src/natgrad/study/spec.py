@@ -16,9 +16,9 @@ from natgrad.study.optimizers import OPTIMIZERS, Kind, check
 from natgrad.study.own_task import digest
 from natgrad.study.reading import Table, near, parse, read_text, shown
 from natgrad.study.tasks import TASKS
-from natgrad.study.training import CONSTANT, Budget, Schedule
+from natgrad.study.training import CLOCKS, CONSTANT, Budget, Schedule
 
-SHIPPED = ("centering", "residual", "peers", "language")
+SHIPPED = ("centering", "residual", "peers", "language", "pinns", "pinns-long")
 Setting = dict[str, Any]
 
 
@@ -66,6 +66,7 @@ class Job:
     evaluations: int
     threads: int
     measure: Measure
+    clock: str = "wall"
     schedule: Schedule = CONSTANT
 
     @property
@@ -89,6 +90,7 @@ class Job:
             "evaluations": self.evaluations,
             "threads": self.threads,
             "measure": measured,
+            **({} if self.clock == "wall" else {"clock": self.clock}),
             **({"schedule": vars(self.schedule)} if self.schedule != CONSTANT else {}),
             **own,
         }
@@ -108,20 +110,12 @@ class Spec:
     evaluations: int
     threads: int
     measure: Measure
+    clock: str = "wall"
     schedule: Schedule = CONSTANT
 
     def job(self, task: TaskEntry, optimizer: OptimizerEntry, setting: Setting, seed: int) -> Job:
-        return Job(
-            task,
-            optimizer.name,
-            optimizer.use,
-            setting,
-            seed,
-            self.evaluations,
-            self.threads,
-            self.measure,
-            self.schedule,
-        )
+        how = self.evaluations, self.threads, self.measure, self.clock, self.schedule
+        return Job(task, optimizer.name, optimizer.use, setting, seed, *how)
 
     @property
     def in_seconds(self) -> bool:
@@ -172,6 +166,9 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     budget = _budget(top)
     evaluations = top.whole("evaluations", 40, 2)
     threads = top.whole("threads", 1)
+    clock = top.text("clock", "wall")
+    if clock not in CLOCKS:
+        raise top.fail("clock", shown(clock), " or ".join(map(repr, CLOCKS)), near(clock, CLOCKS))
     batch = top.whole("batch", None)
     measure = _measure(top.table("measure"))
     schedule = _schedule(top.table("schedule"))
@@ -185,7 +182,7 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     for task in tasks:
         if not any(o.settings.get(task.name) for o in optimizers):
             raise top.fail(f"tasks.{task.name}", "a task that no optimizer runs on", "at least one", "leave it out.")
-    return Spec(name, title, text, tasks, optimizers, seeds, baseline, evaluations, threads, measure, schedule)
+    return Spec(name, title, text, tasks, optimizers, seeds, baseline, evaluations, threads, measure, clock, schedule)
 
 
 def _seeds(top: Table) -> tuple[int, ...]:
@@ -243,6 +240,8 @@ def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEn
             )
         its_budget = _budget(table) or budget
         if its_budget is None:
+            for place in (table, top):
+                place.check_spelling("steps", "seconds")
             raise table.fail("", "without a budget", "steps or seconds", "write, say, steps = 200 at the top.")
         targets = table.take("targets", [])
         if not isinstance(targets, list) or not all(type(t) in (int, float) and math.isfinite(t) for t in targets):

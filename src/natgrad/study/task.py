@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Any]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def _mean(loss: Loss, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return loss(model(x), y)
 
 
 @dataclass(frozen=True)
 class Task:
-    """`loss(model(x), y) / share(x)` is what is differentiated. Less of `figure` is better; it is the first of what
-    `evaluate` returns."""
+    """`objective(loss, model, x, y) / share(x)` is what is differentiated. Less of `figure` is better; it is the first
+    of what `evaluate` returns."""
 
     name: str
     figure: str
@@ -32,7 +38,9 @@ class Task:
     """Of an autoencoder."""
     widths: tuple[int, ...] = ()
     """Of an autoencoder, from the image to the code."""
+    objective: Callable[[Loss, nn.Module, Any, Any], Tensor] = _mean
+    """From the loss, or what stands for it, the model and a batch: `loss(model(x), y)` where there is one forward."""
 
-    def share(self, x: Tensor) -> int:
+    def share(self, x: Any) -> int:
         """What the objective divides the loss by: the examples, where the loss is a sum."""
         return len(x) if getattr(self.loss, "reduction", "mean") == "sum" else 1

@@ -12,6 +12,8 @@ from torch import Generator, Tensor, nn
 
 from natgrad.study.images import draw_curves, load_mnist
 from natgrad.study.networks import Transformer, make_autoencoder, make_convolutional, make_perceptron
+from natgrad.study.pinns import SETTINGS
+from natgrad.study.pinns import pinn as published_pinn
 from natgrad.study.poisson import PoissonResidual, collocation_points, relative_error
 from natgrad.study.task import Batch, Task
 from natgrad.study.text import text_task
@@ -176,6 +178,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "perceptron": lambda: classifier("perceptron", lambda: make_perceptron((784, 100, 50, 10)), (784,)),
     "language": language_model,
     "pinn": pinn,
+    **{name: functools.partial(published_pinn, name) for name in SETTINGS},
     **{f"text-{width}": functools.partial(text_task, width) for width in (64, 128, 256, 512)},
 }
 NEED_MNIST = ("mnist", "classifier", "perceptron")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 B = TypeVar("B")
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""What seconds are: those that pass, or those that the process has a processor, summed over its threads."""
 
 
 @dataclass(frozen=True)

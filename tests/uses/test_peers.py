@@ -19,17 +19,6 @@ def problem():
     return model, (randn(30, 5), torch.randint(influence.CLASSES, (30,))), randn(4, 5, seed=1)
 
 
-def test_a_covariance_is_that_of_the_dense_matrix(problem):
-    model, data, x = problem
-    J = torch.cat([j.flatten(2) for j in laplace_torch.jacobian(model, x).values()], 2)
-    P = laplace_torch.precision(model, data, "dense").to_dense()
-    expected = J @ torch.linalg.inv(P + PRIOR * torch.eye(len(P), dtype=f64)) @ J.mT
-    found = laplace_torch.covariance(
-        laplace_torch.precision(model, data, "dense"), laplace_torch.jacobian(model, x), PRIOR
-    )
-    close(found, expected, 1e-10)
-
-
 def test_scores_are_those_of_the_dense_matrix(problem):
     model, data, x = problem
     queries = x, torch.arange(4)
@@ -41,13 +30,16 @@ def test_scores_are_those_of_the_dense_matrix(problem):
     close(influence.scores(model, data, queries, "dense", "exact", 0.1), expected, 1e-10)
 
 
-def test_the_posterior_is_that_of_laplace_torch(problem):
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_the_posterior_is_that_of_laplace_torch(problem, structure, subset, task):
     pytest.importorskip("laplace")
-    model, data, x = problem
-    found = laplace_torch.agreement(model, data, x, PRIOR, skip=[])
-    for structure in ("kron", "diag"):
-        assert max(found[structure]) < 1e-12
-    assert max(found["full"]) < 1e-5  # laplace-torch's is a product with an identity in float32
+    model, (x, y), others = problem
+    data = x, y if task == "classification" else randn(len(y), influence.CLASSES, seed=2)
+    found = laplace_torch.agreement(model, data, others, PRIOR, structure, subset, task)
+    assert len(found) >= 4
+    assert max(found.values()) < (1e-5 if structure == "full" else 1e-10), found  # full: an identity in float32
 
 
 def test_draws_predict_what_those_of_laplace_torch_do(problem):

@@ -1,0 +1,146 @@
+"""What every operator can say of its eigenvalues."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from natgrad.linalg.later import LATER
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+    from natgrad.linalg.density import SpectralDensity
+    from natgrad.linalg.operator import Operator
+    from natgrad.linalg.top import Eigenpairs
+
+
+class Spectral:
+    """The part of `Operator` that is about eigenvalues."""
+
+    @property
+    def _operator(self) -> Operator:
+        return cast("Operator", self)
+
+    def eigenvalues(self) -> Tensor:
+        """All eigenvalues, `(size,)`, in no order, from the structure itself: of K-FAC products of the factors'.
+
+        Raises:
+            TypeError: if the structure has none, and it is too large to be formed.
+        """
+        found: Tensor = LATER["eigenvalues"](self)
+        return found
+
+    def top_eigenvalues(
+        self,
+        k: int = 10,
+        *,
+        which: str = "largest",
+        tol: float | None = None,
+        max_products: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Eigenpairs:
+        """The `k` largest eigenvalues with their vectors, by products alone: a restarted block Krylov method.
+
+        Args:
+            k: how many.
+            which: `"largest"`, `"smallest"`, or largest in `"magnitude"`.
+            tol: the largest residual `‖M v − λ v‖`, relative to the largest eigenvalue. None: about `eps^¾`.
+            max_products: at most so many products. None: `50 k + 10 size`.
+            generator: the source of the first vectors.
+
+        Returns:
+            `(values, vectors, residuals)`; the vectors lie along a leading axis of `k`.
+
+        Raises:
+            RuntimeError: if some have not converged.
+
+        Reference: Stathopoulos & Wu (1994), "Thick restarting of the Davidson method"; Golub & Underwood (1977).
+        """
+        found: Eigenpairs = LATER["top_eigenvalues"](self, k, which, tol, max_products, generator)
+        return found
+
+    def spectral_density(
+        self, samples: int = 10, steps: int = 100, generator: torch.Generator | None = None
+    ) -> SpectralDensity:
+        """How the eigenvalues are spread: all of them where `eigenvalues()` has them, else an estimate by stochastic
+        Lanczos quadrature, with `steps` products for each of `samples` random vectors.
+
+        Reference: Ubaru, Chen & Saad (2017); Ghorbani, Krishnan & Xiao (2019), arXiv:1901.10159.
+        """
+        found: SpectralDensity = LATER["spectral_density"](self, samples, steps, generator)
+        return found
+
+    def norm(self, ord: str | int = "fro") -> Tensor:
+        """A norm of the matrix, a scalar.
+
+        Args:
+            ord: `"fro"`, Frobenius; or `2`, the largest absolute eigenvalue, from the structure where that has
+                eigenvalues, else by products as in `top_eigenvalues`.
+
+        Raises:
+            TypeError: if the structure has no exact Frobenius norm.
+            RuntimeError: if the largest eigenvalue has not converged.
+        """
+        if ord == "fro":
+            return self._operator._norm()
+        if ord != 2 or isinstance(ord, bool):
+            raise ValueError(f"ord={ord!r} is unknown: expected 'fro' or 2")
+        found: Tensor = LATER["spectral_norm"](self)
+        return found
+
+    def condition(self, damping: float = 0.0) -> Tensor:
+        """The largest over the smallest eigenvalue of `M + damping I`, a scalar: how hard it is to solve with.
+
+        It is exact where `eigenvalues()` has them, else from the largest and the smallest by products.
+
+        Args:
+            damping: `λ`.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite.
+        """
+        found: Tensor = LATER["condition"](self, damping)
+        return found
+
+    def project(self, v: Any, keep: float, *, which: str = "smallest") -> Any:
+        """The part of `v` along the eigenvectors of the lowest (or the highest) curvature, in the form of `v`.
+
+        A step that is projected on directions of low curvature changes the outputs on the matrix's own data little: an
+        edit that leaves the rest of the model's abilities in place.
+
+        Args:
+            v: a vector in any form, or many along leading axes.
+            keep: the share of the directions to keep, of all layers together, from 0 to 1.
+            which: `"smallest"` or `"largest"` eigenvalues.
+
+        Raises:
+            TypeError: if the structure has no eigenbasis, and is too large to be formed.
+
+        Reference: Ikram et al. (2026), "CrispEdit: Low-Curvature Projections for Scalable Non-Destructive LLM Editing",
+        arXiv:2602.15823.
+        """
+        return LATER["project"](self, v, keep, which)
+
+    def to_scipy(self) -> LinearOperator:
+        """The matrix as a `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors, for `eigsh`, `cg`, ...;
+        `natgrad.linalg.External` is the way back."""
+        found: LinearOperator = LATER["to_scipy"](self)
+        return found
+
+    def __getitem__(self, names: Any) -> Operator:
+        """The principal submatrix of some parameters, by their names, or of modules by theirs: `F["fc1"]`,
+        `F[["fc1.weight", "fc2.weight"]]`. It keeps the structure where it takes whole blocks."""
+        found: Operator = LATER["submatrix"](self, names)
+        return found
+
+    def to(self, *args: Any, **kwargs: Any) -> Operator:
+        """The same matrix with another dtype or on another device, as `Tensor.to` takes them.
+
+        Raises:
+            TypeError: for a matrix that holds a model and data, as implicit ones do.
+        """
+        found: Operator = LATER["converted"](self, *args, **kwargs)
+        return found

@@ -1,0 +1,130 @@
+"""Projections on the directions of the lowest or the highest curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import singledispatch
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.checks.values import check_choice, check_within
+from natgrad.linalg import factor
+from natgrad.linalg.block_diagonal import BlockDiagonal
+from natgrad.linalg.centered import CenteredKronecker
+from natgrad.linalg.dense import Dense
+from natgrad.linalg.diagonal import Diagonal
+from natgrad.linalg.eigen import eigh
+from natgrad.linalg.eigenvalues import FORMED, holds_tensors
+from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
+from natgrad.linalg.later import later
+from natgrad.linalg.operator import Operator
+from natgrad.linalg.rows import Rows
+from natgrad.linalg.space import Parts
+
+SIDES = {"smallest": "the directions of the lowest curvature", "largest": "those of the highest"}
+Multiply = Callable[[Parts, Tensor], Parts]
+"""Multiplies the coefficients of a vector in the eigenbasis by the given numbers."""
+
+
+@later
+def project(operator: Operator, v: Any, keep: float, which: str) -> Any:
+    """The part of `v` in the span of the `keep` share of the eigenvectors."""
+    check_within("keep", keep, "[0, 1]")
+    check_choice("which", which, SIDES, meanings=SIDES)
+    parts, join = operator._read(v, f"{operator._label()}.project(v)")
+    e, multiply = _eigenbasis(operator)
+    count = round(keep * len(e))
+    kept = e.argsort(descending=which == "largest", stable=True)[:count]
+    return join(multiply(parts, torch.zeros_like(e).index_fill(0, kept, 1.0)))
+
+
+@singledispatch
+def _eigenbasis(operator: Operator) -> tuple[Float[Tensor, " size"], Multiply]:
+    """The eigenvalues, and what multiplies coefficients in the order of these."""
+    if operator.space.size > FORMED or not holds_tensors(operator):
+        raise TypeError(
+            f"{operator._label()} has no eigenbasis by its structure, and its {operator.space.size} rows are too many "
+            "to form it; use structure='kfac', 'diagonal' or 'dense', or 'ekfac' with centered=False"
+        )
+    return _eigenbasis(Dense(operator._dense(), operator.space))
+
+
+@_eigenbasis.register
+def _(operator: Dense) -> tuple[Tensor, Multiply]:
+    e, U = eigh(operator.matrix, "the matrix")
+    space = operator.space
+    return e, lambda parts, c: space.unflatten(((space.flatten(parts) @ U) * c) @ U.mT)
+
+
+@_eigenbasis.register
+def _(operator: Diagonal) -> tuple[Tensor, Multiply]:
+    space = operator.space
+    return space.flatten(operator.values), lambda parts, c: space.unflatten(space.flatten(parts) * c)
+
+
+@_eigenbasis.register
+def _(operator: KroneckerEigen) -> tuple[Tensor, Multiply]:
+    U_B, U_A, shape = operator.U_B, operator.U_A, operator.values.shape
+
+    def multiply(parts: Parts, c: Tensor) -> Parts:
+        inside = factor.rotate(parts[0], U_B, U_A) * c.view(shape)
+        return (factor.rotate(inside, U_B, U_A, back=True),)
+
+    return operator.values.flatten(), multiply
+
+
+@_eigenbasis.register
+def _(operator: Kronecker) -> tuple[Tensor, Multiply]:
+    return _eigenbasis(operator.eigen())
+
+
+@_eigenbasis.register
+def _(operator: Homogeneous) -> tuple[Tensor, Multiply]:
+    e, multiply = _eigenbasis(operator.stacked)
+
+    def apart(parts: Parts, c: Tensor) -> Parts:
+        W, b = parts
+        (V,) = multiply((torch.cat([W, b.unsqueeze(-1)], -1),), c)
+        return V[..., :-1], V[..., -1]
+
+    return e, apart
+
+
+@_eigenbasis.register
+def _(operator: CenteredKronecker) -> tuple[Tensor, Multiply]:
+    """That of `A ⊗ B`, which is the same matrix."""
+    return _eigenbasis(Homogeneous(Kronecker(operator.A, operator.B)))
+
+
+@_eigenbasis.register
+def _(operator: Rows) -> tuple[Tensor, Multiply]:
+    found = [_eigenbasis(part) for part in operator.parts]
+    sizes = [len(e) for e, _ in found]
+    heights = [part.space.shapes[0][0] for part in operator.parts]
+
+    def multiply(parts: Parts, c: Tensor) -> Parts:
+        axes = [p.ndim - len(s) for p, s in zip(parts, operator.space.shapes, strict=True)]
+        pieces = zip(*(p.split(heights, axis) for p, axis in zip(parts, axes, strict=True)), strict=True)
+        out = [its(tuple(piece), own) for (_, its), piece, own in zip(found, pieces, c.split(sizes), strict=True)]
+        return tuple(torch.cat(its, axis) for its, axis in zip(zip(*out, strict=True), axes, strict=True))
+
+    return torch.cat([e for e, _ in found]), multiply
+
+
+@_eigenbasis.register
+def _(operator: BlockDiagonal) -> tuple[Tensor, Multiply]:
+    found = {name: _eigenbasis(block.operator) for name, block in operator.layers.items()}
+    sizes = [len(e) for e, _ in found.values()]
+
+    def multiply(parts: Parts, c: Tensor) -> Parts:
+        v = dict(zip(operator.space.names or (), parts, strict=True))
+        out: dict[str, Tensor] = {}
+        for (name, (_, its)), own in zip(found.items(), c.split(sizes), strict=True):
+            block = operator.layers[name]
+            out |= block.named(its(block.parts(v), own))
+        return tuple(out[n] for n in operator.space.names or ())
+
+    return torch.cat([e for e, _ in found.values()]), multiply

@@ -1,0 +1,1 @@
+"""What curvature is for: uncertainty, influence, pruning, merging, and more, on top of the matrices."""

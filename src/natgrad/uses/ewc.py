@@ -1,0 +1,77 @@
+"""Elastic weight consolidation: a penalty for leaving weights that earlier data need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.checks.values import check_number
+from natgrad.linalg import Operator
+from natgrad.linalg.eigenvalues import holds_tensors
+from natgrad.uses.weights import flat, parameters_of
+
+
+def ewc(model: nn.Module, F: Operator, strength: float = 1.0) -> EWC:
+    """The penalty `½ strength (θ − θ*)ᵀ F (θ − θ*)`, `θ*` the model's weights now: add it to the loss of new data.
+
+    Args:
+        model: the model, trained on the earlier data.
+        F: its Fisher information there: `natgrad.fisher(model, loss, earlier)`, of any structure.
+        strength: with matrices of mean losses and the same number of examples in both sets, 1 weighs both alike.
+
+    Returns:
+        An object to be called without arguments, or with another model of the same parameters.
+
+    Raises:
+        TypeError, ValueError: if `F` is no matrix of this model, or an implicit one, which would move with the model's
+            weights; or if the strength is no number `>= 0`.
+
+    Example:
+        >>> import torch, natgrad
+        >>> model, loss = torch.nn.Linear(2, 1), torch.nn.MSELoss()
+        >>> earlier = torch.randn(20, 2), torch.randn(20, 1)
+        >>> penalty = natgrad.ewc(model, natgrad.fisher(model, loss, earlier), strength=10.0)
+        >>> x, y = torch.randn(20, 2), torch.randn(20, 1)
+        >>> (loss(model(x), y) + penalty()).backward()
+
+    Reference: Kirkpatrick et al. (2017), arXiv:1612.00796; Ritter, Botev & Barber (2018), arXiv:1805.07810, for K-FAC.
+    """
+    return EWC(model, F, strength)
+
+
+class EWC:
+    """A quadratic penalty about a model's weights: what `natgrad.ewc` returns.
+
+    Args:
+        model: as for `natgrad.ewc`.
+        F: as for `natgrad.ewc`.
+        strength: as for `natgrad.ewc`.
+
+    Example:
+        >>> import torch, natgrad
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> F = natgrad.fisher(model, torch.nn.MSELoss(), (torch.ones(4, 1), torch.zeros(4, 1)))  # it is 2
+        >>> penalty = natgrad.ewc(model, F, strength=3.0)
+        >>> _ = torch.nn.init.constant_(model.weight, model.weight.item() + 2.0)
+        >>> round(penalty().item(), 3)
+        12.0
+    """
+
+    def __init__(self, model: nn.Module, F: Operator, strength: float = 1.0):
+        check_number("strength", strength)
+        self.anchor = flat(F, parameters_of(model, F)).clone()
+        if not holds_tensors(F):
+            raise TypeError(
+                "F is computed anew at the model's weights of the moment, and would move with them; use "
+                "structure='kfac', 'ekfac', 'block', 'diagonal' or 'dense'"
+            )
+        self.model, self.F, self.strength = model, F, strength
+
+    def __call__(self, model: nn.Module | None = None) -> Tensor:
+        """The penalty, a scalar with the gradient `strength F (θ − θ*)`. It has no second derivative."""
+        parameters = parameters_of(model or self.model, self.F)
+        d = self.F.space.flatten(tuple(parameters.values())) - self.anchor
+        with torch.no_grad():
+            Fd = self.F @ d.detach()
+        # F d is held constant, so that the gradient is F d, and not half of it.
+        return self.strength * (d @ Fd - 0.5 * (d.detach() @ Fd))

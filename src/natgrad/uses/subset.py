@@ -1,0 +1,72 @@
+"""Which weights a posterior is over, and whether the others are still what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf, isclose
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from natgrad.capture.layers.scale import Scale
+from natgrad.checks.parameters import Selection
+from natgrad.checks.warning import warn
+from natgrad.curvature.problem import Forward, Problem
+
+
+def chosen(model: nn.Module, loss: nn.Module, data: Any, subset: Selection, forward: Forward | None) -> Selection:
+    """The parameters that a subset means: `"all"`, the `"last_layer"`, names of parameters or modules, a predicate."""
+    if subset is None or subset == "all":
+        return None
+    if isinstance(subset, str) and subset == "last_layer":
+        return last_layer(Problem(model, loss, data, forward=forward))
+    if callable(subset):
+        return subset
+    wanted = [subset] if isinstance(subset, str) else subset
+    if not isinstance(wanted, Iterable):
+        return wanted  # whose error is that of params
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    return [n for w in wanted for n in ([t for t in trainable if t.startswith(f"{w}.")] or [w])]
+
+
+def last_layer(problem: Problem) -> list[str]:
+    """The weight and bias of the affine map that a forward uses last."""
+    for recorder, _, _ in problem.recorded(problem.parameters):
+        for use in reversed(recorder.uses):
+            if use.weight and not isinstance(use.kind, Scale):
+                return [n for n in (use.weight, use.bias) if n]
+        break
+    raise ValueError("the forward uses no weight of a linear layer, so there is no last layer; use subset= with names")
+
+
+def warn_in_training(model: nn.Module) -> None:
+    """Warns of layers whose output is random, or depends on the rest of the batch, in training mode."""
+    for name, m in model.named_modules():
+        if m.training and ((isinstance(m, _DropoutNd) and m.p > 0) or isinstance(m, _BatchNorm)):
+            warn(
+                f"{name!r} ({type(m).__name__}) is in training mode, so the model is not one function of its input; "
+                "call model.eval() first"
+            )
+            return
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The norm of every tensor of a model that a posterior is not over."""
+
+    sizes: dict[str, float]
+
+    @classmethod
+    def of(cls, model: nn.Module, without: Iterable[str]) -> Fingerprint:
+        without = set(without)
+        own = [*model.named_parameters(), *model.named_buffers()]
+        return cls({n: float(t.detach().double().norm()) for n, t in own if n not in without and t.is_floating_point()})
+
+    def changes(self, model: nn.Module) -> list[str]:
+        """Those that are other ones now, or not there."""
+        own = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in self.sizes}
+        found = {n: float(t.detach().double().norm()) for n, t in own.items()}
+        return [n for n, size in self.sizes.items() if not isclose(found.get(n, inf), size, rel_tol=1e-12)]

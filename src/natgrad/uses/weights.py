@@ -1,0 +1,42 @@
+"""The parameters of a model that a matrix is of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from natgrad.checks.values import described
+from natgrad.linalg import Operator
+
+
+def parameters_of(model: nn.Module, F: Any, name: str = "F") -> dict[str, nn.Parameter]:
+    """The model's parameters in the order of the matrix's vectors.
+
+    Raises:
+        TypeError: if it is no matrix of named parameters.
+        ValueError: if it is of another model, or in another dtype or on another device.
+    """
+    if not isinstance(F, Operator):
+        raise TypeError(f"{name} is {described(F)}; expected a matrix, such as natgrad.fisher(model, loss, data)")
+    if F.space.names is None:
+        raise TypeError(f"{name} has no parameter names; expected the matrix of a whole model, as natgrad.fisher's")
+    own = dict(model.named_parameters())
+    for n, shape in zip(F.space.names, F.space.shapes, strict=True):
+        if n not in own or tuple(own[n].shape) != shape:
+            has = f"shape {tuple(own[n].shape)}" if n in own else "no parameter of that name"
+            raise ValueError(
+                f"{name} is of another model: {n!r} has shape {shape} there, and this model has {has}; give the matrix "
+                "of this model"
+            )
+        if own[n].dtype != F.dtype or own[n].device != F.device:
+            raise ValueError(
+                f"{name} is {F.dtype} on {F.device}, and {n!r} is {own[n].dtype} on {own[n].device}; expected the "
+                f"same: F.to({str(own[n].device)!r}, {own[n].dtype})"
+            )
+    return {n: own[n] for n in F.space.names}
+
+
+def flat(F: Operator, parameters: dict[str, nn.Parameter]) -> Tensor:
+    """Their values as one vector."""
+    return F.space.flatten(tuple(p.detach() for p in parameters.values()))
