@@ -1,13 +1,18 @@
-# `make demo` runs the main job, `make test` passes the tests; each makes its own environment in .venv first.
+# `make demo` runs the main job, `make test` passes the tests, `make test-all` also the long ones; each makes its own
+# environment in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-minimal lint check docs peers dist clean
+.PHONY: demo test test-all test-minimal lint check docs peers dist clean
 
 demo: .venv/.installed
 	$(BIN)/natgrad demo
 
 test: .venv/.installed
 	$(BIN)/pytest -n auto
+
+# Those, and the longer ones of the same kinds.
+test-all: .venv/.installed
+	$(BIN)/pytest -n auto -m "not slow"
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.study.optimizers import OPTIMIZERS
-from natgrad.study.tasks import TASKS, Batch, Task
+from natgrad.study.task import Batch, Task
+from natgrad.study.tasks import TASKS
 
 BLOCK = 40  # a multiple of the intervals between statistics, inverses and adaptations
 WARM_UP = 5  # blocks, after which the intervals have grown to what they stay at

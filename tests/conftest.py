@@ -2,6 +2,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from pairwise import mark_the_rest
+
 settings.register_profile("natgrad", deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("natgrad")
 
@@ -10,6 +12,11 @@ settings.load_profile("natgrad")
 def one_thread():
     """Test processes with more threads than cores keep one another waiting."""
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    mark_the_rest(items, pytest.mark.long)
 
 
 def pytest_runtest_setup(item):

@@ -1,10 +1,10 @@
 """Fisher and Gauss-Newton matrices of PyTorch models, and the optimizers that follow from them."""
 
-from natgrad import linalg, losses
+from natgrad import linalg, losses, pde
 from natgrad.curvature.matrices import fisher, gauss_newton, hessian
 from natgrad.curvature.residual import residual
 from natgrad.linalg import load
-from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, load_checkpoint
+from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, NewtonMuon, load_checkpoint
 from natgrad.uses.ewc import EWC, ewc
 from natgrad.uses.influence import influence
 from natgrad.uses.jacobian import Jacobian, jacobian, ntk
@@ -24,6 +24,7 @@ __all__ = [
     "Jacobian",
     "LaplacePosterior",
     "NaturalGradient",
+    "NewtonMuon",
     "Pruned",
     "ewc",
     "fisher",
@@ -39,6 +40,7 @@ __all__ = [
     "losses",
     "merge",
     "ntk",
+    "pde",
     "prune",
     "residual",
 ]

@@ -8,6 +8,7 @@ import pytest
 
 import natgrad
 from natgrad.cli import main
+from natgrad.cli.patience import wait_asleep
 
 
 def run_command(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -57,6 +58,32 @@ def test_what_it_does_not_know_gives_one_line_with_what_is_near(
     assert (code, output) == (2, "")
     assert errors.count("\n") == 1
     assert words in errors
+
+
+def test_timed_commands_start_with_threads_that_sleep_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spinning threads would count as processor time, on a busy machine many times that of the work."""
+    started = []
+    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append((path, arguments)))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    wait_asleep(["study", "demo"])
+    wait_asleep([])
+    assert not started
+    wait_asleep(["demo", "--seconds", "3"])
+    assert started == [(sys.executable, [sys.executable, "-m", "natgrad", "demo", "--seconds", "3"])]
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    wait_asleep(["demo"])
+    assert len(started) == 1
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there the process is not started anew")
+def test_a_demo_that_is_started_anew_passes_on_what_it_is_told() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-m", "natgrad", "demo", "--seconds", "-1"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "--seconds was -1" in ran.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")

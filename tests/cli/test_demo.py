@@ -5,16 +5,20 @@ import os
 import re
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from natgrad.cli import main
+from natgrad.cli import main, training
 from natgrad.cli.conditioning import layer_conditioning
 from natgrad.cli.interrupt import Interruption
-from natgrad.cli.training import Run, train
+from natgrad.cli.plots import error_figure
+from natgrad.cli.progress import too_few_steps
+from natgrad.cli.training import Point, Run, train
 from natgrad.study.images import draw_curves
 from natgrad.study.measure import RELATIVE_FLOOR
 from natgrad.study.networks import INCOMING, make_autoencoder
@@ -98,6 +102,64 @@ def test_training_leaves_the_first_weights_alone_and_lowers_the_error() -> None:
     assert run.curve[0].step == 0
     assert run.curve[-1].step == run.final.step == run.step
     assert run.final.squared_error < run.curve[0].squared_error
+
+
+def test_time_is_the_processors_and_the_first_step_stands_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other programs take does not count: a step that waits is free, one that computes is not."""
+    images, initial = draw_curves(100, 0), make_autoencoder((784, 30, 5), seed=0)
+
+    def stepper(run: Run, model: nn.Module) -> Callable[[torch.Tensor], None]:
+        def step(batch: torch.Tensor) -> None:
+            run.batch_loss = 0.0
+            time.sleep(0.03)
+            until = time.process_time() + (0.2 if run.step == 0 else 0.01)
+            while time.process_time() < until:
+                pass
+
+        return step
+
+    monkeypatch.setattr(training, "make_step", stepper)
+    torch.set_num_threads(1)
+    run = Run("K-FAC", "kfac", 50)
+    train(run, initial, images, 0.1, seed=0)
+    assert run.final is not None
+    # About eleven steps of 10 ms, where the wall would leave room for two, and the first step would take it all.
+    assert 6 <= run.final.step <= 11
+    assert 0.1 <= run.final.seconds < 0.2
+    assert run.first_step == pytest.approx(0.2, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "words"),
+    [
+        ((4000, 577), 40.0, ""),
+        ((4000, 100), 40.0, ""),
+        ((500, 12), 8.0, "K-FAC took 12: too few steps to compare, use --seconds 60"),
+        ((50, 12), 8.0, "Adam took 50, K-FAC took 12: too few steps to compare, use --seconds 60"),
+        ((500, 99), 75.0, "K-FAC took 99: too few steps to compare, use --seconds 150"),
+    ],
+)
+def test_few_steps_are_no_comparison(steps: tuple[int, int], seconds: float, words: str) -> None:
+    runs = [Run("Adam", "adam", 250), Run("K-FAC", "kfac", 1000), Run("not run", "kfac", 1000)]
+    for run, count in zip(runs, steps, strict=False):
+        run.final = Point(count, seconds, 1.0, 1.0)
+    assert too_few_steps(runs, seconds) == words
+
+
+def test_both_panels_are_of_one_size_and_the_legend_covers_neither() -> None:
+    runs = [Run(name, "kfac", 1) for name in ("Adam", "K-FAC", "K-FAC, centered")]
+    for i, run in enumerate(runs):
+        run.curve = [Point(step, 0.1 * step, 1.0, 30 / (1 + step + i)) for step in range(50)]
+    figure = error_figure(runs)
+    figure.canvas.draw()
+    first, second = (axes.get_window_extent() for axes in figure.axes)
+    assert first.width == pytest.approx(second.width)
+    assert first.height == pytest.approx(second.height)
+    assert first.width > 0.85 * figure.bbox.width
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert not any(axes.get_window_extent().overlaps(box) or axes.get_legend() for axes in figure.axes)
+    assert [text.get_text() for text in legend.get_texts()] == ["Adam", "K-FAC", "K-FAC, centered"]
 
 
 def test_training_stops_when_told_to_and_when_the_loss_is_not_finite() -> None:
@@ -194,7 +256,7 @@ def check_written(out: Path) -> dict[str, list[dict[str, object]]]:
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert {"task", "seed", "machine", "runs", "condition_numbers"} <= results.keys()
     for run in results["runs"]:
-        assert {"optimizer", "settings", "curve"} <= run.keys()
+        assert {"optimizer", "settings", "curve", "calibration_seconds"} <= run.keys()
         assert all(point.keys() == {"step", "seconds", "loss", "squared_error"} for point in run["curve"])
     return results
 
@@ -234,4 +296,8 @@ def test_a_short_demo_writes_everything(tmp_path: Path, capfd: pytest.CaptureFix
     assert [run["optimizer"] for run in results["runs"]] == ["Adam", "K-FAC", "K-FAC, centered"]
     output = capfd.readouterr().out
     assert "ratio to Adam" in output
+    assert "Calibration of the damping" in output
+    assert "too few steps to compare, use --seconds 60" in " ".join(output.split())
+    assert "too few steps to compare, use --seconds 60" in (out / "report.html").read_text(encoding="utf-8")
+    assert all(run["calibration_seconds"] > 0 for run in results["runs"])
     assert str(out / "report.html") in output

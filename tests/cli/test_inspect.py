@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from natgrad.cli import main
+from natgrad.cli.device import moved, on_device
 
 PROBLEM = """
 import torch
@@ -42,7 +44,7 @@ def function_as_loss():
     return problem()[0], nn.functional.mse_loss, ()
 
 def unknown_loss():
-    return problem()[0], nn.L1Loss(), (torch.randn(4, 4), torch.randn(4, 3))
+    return problem()[0], nn.CTCLoss(), (torch.randn(4, 4), torch.randn(4, 3))
 
 def other_width():
     return problem()[0], nn.CrossEntropyLoss(), (torch.randn(5, 7), torch.zeros(5, dtype=torch.long))
@@ -58,6 +60,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "given.py").write_text(PROBLEM)
+    for name in ("my-problem.py", "json.py"):
+        (tmp_path / name).write_text(PROBLEM)
     (tmp_path / "broken.py").write_text("1 / 0")
     (tmp_path / "needy.py").write_text("import no_such_package_at_all")
     before = set(sys.modules)
@@ -95,6 +99,48 @@ def test_it_writes_a_report(folder: Path, capfd: pytest.CaptureFixture[str]) -> 
         assert share in printed
         assert f"<td>{share}</td>" in page
     assert str(out / "report.html") in printed
+
+
+def test_the_function_may_be_named_by_its_file(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "inner").mkdir()
+    (folder / "inner" / "in_folder.py").write_text(PROBLEM)
+    named = ("given:problem", "given.py:problem", "inner/in_folder.py:problem", f"{folder}/given.py:problem")
+    layers = []
+    for i, target in enumerate(named):
+        assert run_command(target, "--out", str(folder / str(i)), "--permutations", "0") == 0
+        layers.append(results(folder / str(i))["layers"])
+    assert all(found == layers[0] for found in layers)
+    sys.modules.pop("in_folder")
+
+
+def test_it_says_in_words_what_is_good_and_bad_and_what_to_do(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command("given:problem", "--out", str(folder / "out"), "--permutations", "0") == 0
+    printed = capfd.readouterr().out
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    said = results(folder / "out")["advice"]
+    assert {a["kind"] for a in said} <= {"good", "fair", "bad", "do"}
+    assert any(a["kind"] == "do" for a in said)
+    for a in said:
+        assert a["text"] in printed
+    assert "What to do:" in printed
+    assert "What to do:</strong>" in page
+
+
+def test_device(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The tensors of pairs, of batches of any form and of mappings go to the device; here there is one only."""
+    for target in ("given:problem", "given:of_batches"):
+        assert run_command(target, "--out", str(folder / target[6:]), "--permutations", "0", "--device", "cpu") == 0
+    x = torch.ones(2)
+    batch = {"x": x, "more": [x, (x, "word")], "n": 3}
+    found = moved(batch, torch.device("meta"))
+    assert (found["x"].device.type, found["more"][0].device.type, found["more"][1][0].device.type) == ("meta",) * 3
+    assert (found["more"][1][1], found["n"]) == ("word", 3)
+    lazy = on_device([(x, x), (x, x), (x, x)], torch.device("meta"))
+    assert len(lazy) == 3
+    assert all(t.device.type == "meta" for _ in range(2) for pair in lazy for t in pair)
+    once = on_device(iter([(x, x)]), torch.device("meta"))
+    assert len(list(once)) == len(list(once)) == 1
+    assert on_device((x, x), torch.device("meta"))[0].device.type == "meta"
 
 
 def test_batches_may_be_of_another_form(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +186,11 @@ def test_the_seed_fixes_everything(folder: Path) -> None:
         (["given:problem", "--estimator", "best"], ["--estimator", "'best'", "exact, mc, empirical"]),
         (["given:problem", "--permutations", "-1"], ["--permutations", "-1"]),
         (["given:problem", "--seed", "-1"], ["--seed", "-1"]),
+        (["given:problem", "--device", "gpu"], ["--device", "'gpu'", "cpu", "leave it out"]),
+        (["given:problem", "--device", "meta"], ["--device", "'meta'", "cannot be used"]),
+        (["nowhere.py:problem"], ["no file 'nowhere.py'", "FILE.py:FUNCTION"]),
+        (["my-problem.py:problem"], ["'my-problem' is not a Python name", "rename"]),
+        (["json.py:problem"], ["another module 'json'", "rename"]),
         (["given:problem", "--bogus"], ["--bogus", "natgrad inspect --help"]),
         ([], ["MODULE:FUNCTION", "natgrad inspect --help"]),
     ],
@@ -156,7 +207,7 @@ def test_a_mistake_gives_one_line_and_status_2(
 
 
 @pytest.mark.parametrize(
-    ("function", "words"), [("unknown_loss", ["L1Loss", "CrossEntropyLoss"]), ("other_width", ["5x7", "4x6"])]
+    ("function", "words"), [("unknown_loss", ["CTCLoss", "CrossEntropyLoss"]), ("other_width", ["5x7", "4x6"])]
 )
 def test_what_cannot_be_inspected_gives_one_line(
     function: str, words: list[str], folder: Path, capfd: pytest.CaptureFixture[str]

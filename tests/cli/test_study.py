@@ -106,7 +106,8 @@ def test_a_tiny_study_and_the_same_command_again(folder: Path, capfd: pytest.Cap
     assert all([m["step"] for m in r["measured"]] == [0, 4] for r in tiny["runs"])
     (pair,) = tiny["pairs"]
     assert (pair["optimizer"], pair["baseline"], pair["pairs"]) == ("KFAC", "SGD", 2)
-    assert pair["ratio"]["low"] < pair["ratio"]["mean"] < pair["ratio"]["high"]
+    assert pair["ratio"]["mean"] > 0
+    assert pair["ratio"]["low"] is pair["ratio"]["high"] is None, "two seeds have no interval"
     assert "A tiny study" in (output := capfd.readouterr().out)
     assert "report.html" in output
     page = (out / "report.html").read_text()
@@ -155,6 +156,7 @@ def children(pid: int) -> list[int]:
 SLOW = SPEC.replace("problem", "slow").replace("seeds = 2", "seeds = 3").partition("[measure]")[0]
 
 
+@pytest.mark.long
 def test_after_a_kill_the_study_goes_on(folder: Path) -> None:
     process = start(folder, SLOW)
     wait_for_runs(folder, 2, process)

@@ -1,4 +1,5 @@
 import pytest
+
 from ranks import Ranks
 
 

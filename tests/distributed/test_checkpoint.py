@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import work
-from test_parity import EXACT, RECIPES
 
 import natgrad
+import work
 from natgrad.curvature.bases import turned
 from natgrad.linalg.eigen import eigh, inverse_from_cholesky
+from test_parity import EXACT, RECIPES
 
 SLOW = pytest.mark.slow
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+
 import work
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ def kills(count, seed):
 @pytest.mark.parametrize(
     ("options", "kill_at"),
     [
-        pytest.param(options, kill_at, marks=[SLOW] if i else [])
+        pytest.param(options, kill_at, marks=[SLOW if i else pytest.mark.long])
         for options, seed in (((), 0), (("--shard",), 1))
         for i, kill_at in enumerate(kills(10, seed))
     ],

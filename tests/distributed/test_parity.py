@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 import work
 
 EXACT = {"estimator": "exact", "matmul_precision": "highest", "statistics_share": 1.0}
@@ -60,6 +61,7 @@ def ways():
             yield pytest.param(n, sharded, recipe, marks=[pytest.mark.slow] if seldom else [])
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("n", "sharded", "recipe"), ways())
 def test_weights_are_those_of_one_process(ranks, alone, n, sharded, recipe):
     options = EXACT | RECIPES[recipe]
@@ -72,6 +74,7 @@ def test_weights_are_those_of_one_process_where_there_are_copies_of_shards(ranks
     compare(ranks(4, work.trained_in, options, 30, {"sharded": "hsdp"}), alone(options, 30))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "how",
@@ -86,7 +89,7 @@ def test_weights_are_those_of_one_process_where_there_are_copies_of_shards(ranks
     ],
     ids=str,
 )
-@pytest.mark.parametrize("recipe", ["all adaptive", "EKFAC", "given step size"])
+@pytest.mark.parametrize("recipe", ["all adaptive", "EKFAC", pytest.param("given step size", marks=pytest.mark.long)])
 def test_ranks_count_by_their_cases(ranks, alone, n, how, recipe):
     options = EXACT | RECIPES[recipe]
     compare(ranks(n, work.trained_in, options, 20, how), alone(options, 20, how))

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-import work
 
+import work
 from natgrad.cli import main
 from natgrad.distributed.plan import Machine, Prediction, Settings, best, predict
 from natgrad.distributed.sizes import MODELS, Size, sizes_of

@@ -3,10 +3,10 @@
 import itertools
 
 import torch
-import work
 from hypothesis import given
 from hypothesis import strategies as st
 
+import work
 from natgrad.distributed.assignment import assign
 from natgrad.distributed.packing import Form, empty, filled, form_of, from_triangle, leaves, packed, triangle, unpacked
 from oracles import close

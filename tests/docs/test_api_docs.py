@@ -10,7 +10,7 @@ from types import FunctionType
 import pytest
 
 import natgrad
-from natgrad import integrations, linalg, losses
+from natgrad import integrations, linalg, losses, pde
 from natgrad.linalg.coverage import Coverage
 from natgrad.report.residual import Condition, LayerResidual, ResidualReport
 from natgrad.uses.predictive import Prediction
@@ -24,7 +24,7 @@ HANDED_OUT = [ResidualReport, LayerResidual, Condition, Coverage, Prediction]
 def public():
     """Public objects by the first of their names."""
     found = {}
-    for module in (natgrad, linalg, losses, integrations):
+    for module in (natgrad, linalg, losses, pde, integrations):
         for name in module.__all__:
             thing = getattr(module, name)
             if not inspect.ismodule(thing) and not any(thing is other for other in found.values()):

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/primers").glob("*.md")),
+]
 PEERS = {"coming-from.md": ("curvlinops", "nngeometry")}
 """What a page's examples compare with: `make peers` installs them."""
 names = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -41,5 +45,11 @@ def test_links_lead_somewhere(page):
 
 def test_every_page_is_linked():
     linked = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    for page in (ROOT / "docs").glob("*.md"):
-        assert page.name in linked, page.name
+    for page in PAGES:
+        assert page.parent == ROOT or page.name in linked, page.name
+
+
+def test_every_primer_has_an_example():
+    primers = [page for page in PAGES if page.parent.name == "primers"]
+    assert len(primers) == 6
+    assert all(examples(page).examples for page in primers)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples" / "gallery").glob("*.py"))
 MOST_LINES = 60
+SHOWN_CODE = runpy.run_path(str(ROOT / "docs" / "shown_code.py"))
 
 
 @pytest.fixture(scope="module")
@@ -103,5 +105,21 @@ def test_a_script_is_short_says_its_goal_and_is_on_the_page(script):
     assert lines[0].startswith('"""')
     page = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
     assert f"](../examples/gallery/{script.name})" in page
+    own = dict(SHOWN_CODE["shown"](page))[f"examples/gallery/{script.name}"]
+    assert own == script.read_text(encoding="utf-8"), "python docs/shown_code.py puts the script's code on the page"
     assert f"](images/gallery/{script.stem}.png)" in page
     assert (ROOT / "docs" / "images" / "gallery" / f"{script.stem}.png").exists()
+
+
+def test_code_on_a_page_is_renewed():
+    old = "See [it](../examples/gallery/train.py)\n\n```python\nx = 1\n\ny = 2\n```\n\nand on\n"
+    code = (ROOT / "examples" / "gallery" / "train.py").read_text(encoding="utf-8")
+    assert SHOWN_CODE["renewed"](old) == old.replace("x = 1\n\ny = 2\n", code)
+    assert SHOWN_CODE["renewed"]("no script\n\n```python\nx\n```\n") == "no script\n\n```python\nx\n```\n"
+
+
+@pytest.mark.parametrize("page", SHOWN_CODE["pages"](), ids=lambda p: p.name)
+def test_no_page_needs_the_site_to_show_its_code(page):
+    text = page.read_text(encoding="utf-8")
+    assert "--8<--" not in text
+    assert SHOWN_CODE["renewed"](text) == text, "python docs/shown_code.py puts scripts' code on pages"

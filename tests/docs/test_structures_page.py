@@ -1,5 +1,6 @@
 """docs/structures.md: its table of operations is what the structures do."""
 
+import functools
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def test_the_structures_are_those_of_the_library():
 
 
 @cache
+@functools.cache
 def matrix(structure):
     data = randn(20, 4), torch.arange(20) % 3
     return natgrad.fisher(net(4, 5, 3), nn.CrossEntropyLoss(), data, structure)

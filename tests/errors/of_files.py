@@ -5,13 +5,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from of_data_and_losses import net
-from of_vectors import matrix
 from safetensors.torch import save_file
 from torch import nn
 
 import natgrad
 from natgrad.linalg.files import sealed
+from of_data_and_losses import net
+from of_vectors import matrix
 
 FOLDER = Path(mkdtemp())
 

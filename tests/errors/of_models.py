@@ -1,13 +1,13 @@
 """What users get wrong about models and their parameters."""
 
 import torch
-from of_data_and_losses import LABELS, X, fisher, net
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import natgrad
 from natgrad.checks.parameters import check_parameters
 from natgrad.checks.values import check_generator
+from of_data_and_losses import LABELS, X, fisher, net
 
 CE = nn.CrossEntropyLoss()
 

@@ -3,10 +3,10 @@
 import tempfile
 
 import torch
-from of_data_and_losses import LABELS, X, net
 from torch import nn
 
 import natgrad
+from of_data_and_losses import LABELS, X, net
 
 CE = nn.CrossEntropyLoss()
 

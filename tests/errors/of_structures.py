@@ -3,14 +3,14 @@
 import tempfile
 
 import torch
-from of_data_and_losses import LABELS, X, fisher, net
-from of_models import CE
-from of_optimizers import kfac, natural, step
-from of_vectors import EYE, flat, matrix
 from torch import nn
 
 import natgrad
 from natgrad import linalg
+from of_data_and_losses import LABELS, X, fisher, net
+from of_models import CE
+from of_optimizers import kfac, natural, step
+from of_vectors import EYE, flat, matrix
 
 BLOCK = linalg.ExactBlock(torch.ones(2, 1, 3), torch.ones(2, 1, 1, 4), bias=True)
 

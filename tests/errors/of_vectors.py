@@ -3,9 +3,9 @@
 import functools
 
 import torch
-from of_data_and_losses import X, fisher, net
 
 from natgrad import linalg
+from of_data_and_losses import X, fisher, net
 
 
 @functools.cache

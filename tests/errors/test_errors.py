@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from causes import Said, causes
 
 CAUSES = causes()

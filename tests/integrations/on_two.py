@@ -5,11 +5,11 @@ import traceback
 
 import torch
 import torch.distributed as dist
-from loops import BATCH, OPTIONS, data, loader, network, weights
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import natgrad
+from loops import BATCH, OPTIONS, data, loader, network, weights
 
 EXACT = {"estimator": "exact", "statistics_share": 1.0, "matmul_precision": "highest"}
 

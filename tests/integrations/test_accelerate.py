@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+
 from loops import OPTIONS, kfac, loader, network, plain_loop, same, weights
 
 

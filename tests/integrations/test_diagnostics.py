@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from loops import data, kfac, network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import natgrad
+from loops import data, kfac, network
 from natgrad.integrations import DiagnosticsWriter, scalars, texts
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from loops import OPTIONS, kfac, loader, network, plain_loop, same, weights
-from tiny_models import MODELS, made, rows_of
 from torch import nn
 
 import natgrad
+from loops import OPTIONS, kfac, loader, network, plain_loop, same, weights
 from natgrad.integrations.lightning import LogDiagnostics
+from tiny_models import MODELS, made, rows_of
 
 
 class Classifier(pl.LightningModule):

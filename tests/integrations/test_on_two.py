@@ -1,10 +1,11 @@
 """On two processes the weights are those of one that sees the whole batch."""
 
-import on_two
 import pytest
-import test_transformers as hugging_face
 import torch
 import torch.multiprocessing as mp
+
+import on_two
+import test_transformers as hugging_face
 from loops import OPTIONS, plain_loop, same, weights
 
 

@@ -8,12 +8,12 @@ import warnings
 import pytest
 import torch
 import transformers
-from loops import same, weights
-from tiny_models import BERT, CE, GPT2, LENGTH, MODELS, OTHER_LOSSES, N, V, language, made, rows_of, tokens
 from torch import nn
 
 import natgrad
+from loops import same, weights
 from natgrad.integrations.transformers import Trainer
+from tiny_models import BERT, CE, GPT2, LENGTH, MODELS, OTHER_LOSSES, N, V, language, made, rows_of, tokens
 
 SPARE = {"lr": 0.05, "momentum": 0.9, "damping": 0.1}
 

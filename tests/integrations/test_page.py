@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from loops import data
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import natgrad
+from loops import data
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 SECTIONS = PAGE.read_text(encoding="utf-8").split("\n## ")[1:]

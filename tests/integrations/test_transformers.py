@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from loops import same, weights
 from torch import nn
 from torch.utils.data import SequentialSampler
 
 import natgrad
+from loops import same, weights
 from natgrad.integrations.transformers import Trainer
 
 TOKENS, LENGTH, EXAMPLES = 8, 6, 16

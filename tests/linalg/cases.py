@@ -18,6 +18,7 @@ from natgrad.linalg import (
     Kronecker,
     KroneckerEigen,
     Layout,
+    LowRank,
     Operator,
     Rows,
     Space,
@@ -215,6 +216,15 @@ def scaled(d_out, d_in, seed):
     return Case(2.5 * case.op, 2.5 * case.dense, case.metric)
 
 
+def low_rank(d_out, d_in, seed):
+    """Half of the eigenvalues its own, the others all alike."""
+    size = d_out * d_in + d_out
+    U = torch.linalg.qr(randn(size, size, seed=seed))[0][:, : (size + 1) // 2]
+    e = positive(U.shape[1], seed + 1)
+    dense = (U * e) @ U.mT + 0.7 * (eye(size) - U @ U.mT)
+    return Case(LowRank(U, e, 0.7, Space(((d_out, d_in), (d_out,)))), dense, eye(size))
+
+
 CASES = [
     kronecker,
     centered,
@@ -235,6 +245,7 @@ CASES = [
     columns,
     kernel,
     scaled,
+    low_rank,
 ]
 # Damped in centered coordinates they are other matrices.
 CENTERED = [centered, wide_output, wide, corrected_centered, wide_corrected, centered_by_hand, coordinates, rows]

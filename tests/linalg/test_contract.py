@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import CASES, CENTERED, UNFACTORED, centered, corrected_centered, wide, wide_corrected
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import natgrad
+from cases import CASES, CENTERED, UNFACTORED, centered, corrected_centered, wide, wide_corrected
 from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Kronecker, Space
 from oracles import close, f64, randn, spd
 

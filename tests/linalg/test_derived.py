@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from cases import block_diagonal, centered, coordinates, corrected_centered, exact, eye, kronecker, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import natgrad
+from cases import block_diagonal, centered, coordinates, corrected_centered, exact, eye, kronecker, wide
 from natgrad.linalg import ColumnBlock, Dense, Diagonal, ExactBlock, Operator
 from oracles import close, f64, randn, spd
 

@@ -3,10 +3,10 @@
 import pytest
 import scipy.sparse.linalg
 import torch
-from cases import CASES
 from torch import nn
 
 import natgrad
+from cases import CASES
 from natgrad.linalg import Dense, External, Space
 from natgrad.linalg.eigenvalues import eigenvalues
 from oracles import close, f64, net, randn

@@ -66,6 +66,7 @@ def spoil_factor(model, opt, monkeypatch):
     step(model, opt)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("spoil", [spoil_inputs, spoil_gradients, spoil_statistics, spoil_factor])
 @pytest.mark.parametrize("when", [0, 1, 4, 5])
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "input", "diagonal", "identity"])
@@ -242,7 +243,7 @@ torch.save(model.state_dict(), path.with_suffix(".end"))
 """
 
 
-@pytest.mark.parametrize("last", [6, 13])
+@pytest.mark.parametrize("last", [6, pytest.param(13, marks=pytest.mark.long)])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(last, tmp_path):
     script = tmp_path / "training.py"
     script.write_text(textwrap.dedent(TRAINING))

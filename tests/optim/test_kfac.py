@@ -462,7 +462,7 @@ class TestRejection:
 
 
 class TestAfterConvergence:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)], ids=str)
     def test_hardly_anything_is_rejected_and_the_damping_stays_finite_and_usable(self, dtype, recwarn):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, C)).to(dtype)

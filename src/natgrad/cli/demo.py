@@ -10,7 +10,7 @@ from natgrad.cli.conditioning import layer_conditioning
 from natgrad.cli.demo_report import Outcome, write_all
 from natgrad.cli.errors import UserError
 from natgrad.cli.interrupt import Interruption
-from natgrad.cli.progress import TrainingDisplay, summary_table
+from natgrad.cli.progress import TrainingDisplay, calibration, summary_table, too_few_steps
 from natgrad.cli.report import check_seed, check_writable, writing
 from natgrad.cli.training import demo_runs, train
 from natgrad.report.words import visible
@@ -21,7 +21,7 @@ TASKS = ("curves", "mnist")
 
 
 def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
-    """Train one autoencoder with each optimizer for some seconds, and write the report to `out`."""
+    """Train one autoencoder with each optimizer for some seconds of processor time, and write the report to `out`."""
     if not (0 < seconds < math.inf):
         raise UserError(f"--seconds was {seconds:g}; expected a number above 0; give, say, --seconds 40.")
     check_seed(seed)
@@ -37,7 +37,7 @@ def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
         runs = demo_runs()
         console.print(
             f"{task.name}: {len(task.images):,} images, an autoencoder {'-'.join(map(str, task.widths))} "
-            f"and back, {seconds:g} s for each optimizer. Ctrl-C stops and writes what there is.",
+            f"and back, {seconds:g} s of processor time for each optimizer. Ctrl-C stops and writes what there is.",
             highlight=False,
             soft_wrap=True,
         )
@@ -69,6 +69,10 @@ def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
         with writing(out):
             report = write_all(outcome, out)
     console.print(summary_table(runs))
+    if said := calibration(runs):
+        console.print(said, soft_wrap=True, highlight=False)
+    if few := too_few_steps(runs, seconds):
+        console.print(few, soft_wrap=True, highlight=False)
     if outcome.interrupted:
         console.print("Stopped early: the report has what there was.")
     console.print(f"Report: {visible(str(report))}", soft_wrap=True, markup=False, highlight=False)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from natgrad.cli.conditioning import LayerConditioning
 from natgrad.cli.plots import plot_conditioning, plot_error, plot_reconstructions
-from natgrad.cli.progress import SUMMARY_HEADINGS, summary_rows
+from natgrad.cli.progress import SUMMARY_HEADINGS, calibration, summary_rows, too_few_steps
 from natgrad.cli.report import finite, write_json, write_page
 from natgrad.cli.training import Point, Run
 from natgrad.study.measure import RELATIVE_FLOOR
-from natgrad.study.tasks import SUBSET, Task
+from natgrad.study.task import Task
+from natgrad.study.tasks import SUBSET
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def write_all(outcome: Outcome, out: Path) -> Path:
         done=[run for run in outcome.runs if run.final is not None],
         headings=SUMMARY_HEADINGS,
         rows=summary_rows(outcome.runs),
+        calibration=calibration(outcome.runs),
+        too_few=too_few_steps(outcome.runs, outcome.seconds),
         sizes=[*outcome.task.widths, *reversed(outcome.task.widths[:-1])],
         subset=min(SUBSET, len(images)),
         floor=RELATIVE_FLOOR,
@@ -58,6 +61,8 @@ def write_results(outcome: Outcome, path: Path) -> None:
         "task": outcome.task.name,
         "seed": outcome.seed,
         "seconds": outcome.seconds,
+        "clock": "processor time of all threads over their number, without the first step",
+        "too_few_steps": bool(too_few_steps(outcome.runs, outcome.seconds)),
         "interrupted": outcome.interrupted,
         "images": len(outcome.task.images),
         "curve_images": min(SUBSET, len(outcome.task.images)),
@@ -68,6 +73,7 @@ def write_results(outcome: Outcome, path: Path) -> None:
                 "settings": {"batch": run.batch, **run.settings},
                 "curve": [_point(point) for point in run.curve],
                 "final": _point(run.final),
+                "calibration_seconds": run.first_step,
                 "rejected_steps": run.rejected,
                 "diverged": run.diverged,
             }

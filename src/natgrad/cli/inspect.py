@@ -15,18 +15,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from natgrad import residual
 from natgrad.checks.values import did_you_mean
+from natgrad.cli.device import check_device, on_device
 from natgrad.cli.errors import UserError
 from natgrad.cli.report import check_seed, check_writable, write_json, write_page, writing
 from natgrad.cli.target import load_problem, words
 from natgrad.curvature.problem import Forward
 from natgrad.losses.base import ESTIMATORS
+from natgrad.report.advice import LABELS, Advice, advice
 from natgrad.report.residual import COLUMNS, ResidualReport
 from natgrad.report.residual_figures import PANELS, draw
 from natgrad.report.words import visible
 
 
-def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: Path) -> None:
+def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: Path, device: str | None) -> None:
     """Measure what K-FAC leaves out on the model, loss and data of `MODULE:FUNCTION`, and write the report to `out`.
+
+    `device` is where the model, the loss and each batch are moved to; None leaves them where they are.
 
     Under torchrun the function is called on every rank, and gives its part of the data; rank 0 writes.
     """
@@ -38,8 +42,11 @@ def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: 
     if permutations < 0:
         raise UserError(f"--permutations was {permutations}; expected 0 or more; leave it out for 200.")
     check_seed(seed)
+    place = None if device is None else check_device(device)
     torch.manual_seed(seed)
     model, loss, data, forward = load_problem(target)
+    if place is not None:
+        model, loss, data = model.to(place), loss.to(place), on_device(data, place)
     with _ranks(model) as (model, rank):
         if rank == 0:
             check_writable(out)
@@ -48,11 +55,12 @@ def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: 
         return
     console = Console()
     console.print(visible(report.table(), lines=True), markup=False, highlight=False, soft_wrap=True)
-    for remark in remarks(report, model):
-        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+    remarks = [*advice(report), *of_mode(model)]
+    for remark in remarks:
+        console.print(visible(str(remark)), markup=False, highlight=False, soft_wrap=True)
     settings = {"target": target, "estimator": estimator, "seed": seed, "permutations": permutations}
     with writing(out):
-        page = write_all(report, settings, out)
+        page = write_all(report, remarks, settings, out)
     console.print(f"Report: {visible(str(page))}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -73,17 +81,19 @@ def _ranks(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
             dist.destroy_process_group()
 
 
-def remarks(report: ResidualReport, model: nn.Module) -> Iterator[str]:
-    """What a reader of the table may stumble over."""
-    if any(r.relative > 1 for r in report.values()):
-        yield "Where ‖R‖/‖G‖ is above 1, G is nearer to zero than to A ⊗ B."
+def of_mode(model: nn.Module) -> list[Advice]:
+    """What to do about a model that is inspected as it trains."""
     if any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in model.modules()):
-        yield "The model is in training mode, and dropout was drawn: return model.eval() for a trained one."
+        return [
+            Advice("do", "the model is in training mode, and dropout was drawn: return model.eval() for a trained one.")
+        ]
+    return []
 
 
-def write_all(report: ResidualReport, settings: dict[str, Any], out: Path) -> Path:
+def write_all(report: ResidualReport, remarks: list[Advice], settings: dict[str, Any], out: Path) -> Path:
     """Write results.json, the pictures and report.html to `out`; return the report's path."""
-    write_json({**settings, "layers": report.to_dict()}, out / "results.json")
+    said = [a._asdict() for a in remarks]
+    write_json({**settings, "advice": said, "layers": report.to_dict()}, out / "results.json")
     pictures = {name: out / f"{name}.png" for name in PANELS}
     for name, picture in pictures.items():
         draw(report, [PANELS[name]], picture)
@@ -93,6 +103,8 @@ def write_all(report: ResidualReport, settings: dict[str, Any], out: Path) -> Pa
         pictures,
         page,
         **settings,
+        remarks=remarks,
+        labels=LABELS,
         headings=COLUMNS,
         rows=report.rows(),
         cases=sorted({layer.cases for layer in report.values()}),

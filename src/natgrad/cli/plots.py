@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
 from natgrad.cli.conditioning import LayerConditioning
 from natgrad.cli.training import Run
-from natgrad.report.figures import COLOURS, name_bars, new_figure, save, tidy
+from natgrad.report.figures import COLOURS, PAGE, name_bars, new_figure, save, tidy
 from natgrad.study.images import SIDE
 
 # Of the lines, beside their colours.
@@ -20,9 +21,14 @@ STYLES = ((0, (5, 1.5)), (0, (1.5, 1)), "solid")
 
 
 def plot_error(runs: Sequence[Run], path: Path) -> None:
-    """Plot the squared error against the training time and against the steps."""
-    figure = new_figure(7.6, 3.7)
-    by_time, by_step = figure.subplots(1, 2, sharey=True)
+    """Plot the squared error against the processor time and against the steps."""
+    save(error_figure(runs), path)
+
+
+def error_figure(runs: Sequence[Run]) -> Figure:
+    """Two panels of one size, one below the other, and the legend above them."""
+    figure = new_figure(PAGE, 7.4)
+    by_time, by_step = figure.subplots(2, 1, sharey=True)
     for run, colour, style in zip(runs, COLOURS, STYLES, strict=False):
         if not run.curve:
             continue
@@ -39,15 +45,17 @@ def plot_error(runs: Sequence[Run], path: Path) -> None:
     if settled:
         by_time.set_ylim(bottom=0.92 * min(settled), top=1.1 * max(settled))
     by_time.set_xlim(left=0)
-    by_time.set_xlabel("training time (s)")
-    by_time.set_ylabel("squared error per image\n(sum over pixels)")
+    by_time.set_xlabel("processor time (s)")
     by_step.set_xscale("log")
     by_step.set_xlabel("steps (log scale)")
     for axes in (by_time, by_step):
         tidy(axes)
-    by_time.legend(frameon=False)
+        axes.set_ylabel("squared error per image\n(sum over pixels)")
+    handles, labels = by_time.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, frameon=False, ncols=3, loc="outside upper center")
     _plain_log_ticks(by_time)
-    save(figure, path)
+    return figure
 
 
 def plot_reconstructions(
@@ -78,7 +86,7 @@ def plot_reconstructions(
 
 def plot_conditioning(layers: Sequence[LayerConditioning], path: Path) -> None:
     """Compare, layer by layer, the condition numbers of the second moment and of the covariance."""
-    figure = new_figure(7.6, 4.1)
+    figure = new_figure(PAGE, 4.6)
     axes = figure.subplots()
     places = np.arange(len(layers))
     width = 0.38

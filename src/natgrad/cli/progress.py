@@ -69,7 +69,7 @@ class TrainingDisplay:
 
 
 def summary_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """Build the closing table's rows: optimizer, steps, ms/step, loss, squared error, ratio to Adam."""
+    """Build the closing table's rows under `SUMMARY_HEADINGS`."""
     reference = next((run.final.squared_error for run in runs if run.kind == "adam" and run.final), None)
     rows: list[tuple[str, ...]] = []
     for run in runs:
@@ -77,7 +77,7 @@ def summary_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         if final is None:
             rows.append((run.optimizer, "not run", "", "", "", ""))
             continue
-        per_step = f"{1000 * final.seconds / final.step:.1f}" if final.step else "–"
+        per_step = f"{1000 * final.seconds / (final.step - 1):.1f}" if final.step > 1 else "–"
         ratio = f"{final.squared_error / reference:.3f}" if reference else "–"
         name = f"{run.optimizer} (diverged)" if run.diverged else run.optimizer
         rows.append((name, f"{final.step:,}", per_step, f"{final.loss:.2f}", f"{final.squared_error:.3f}", ratio))
@@ -85,6 +85,22 @@ def summary_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 
 SUMMARY_HEADINGS = ("optimizer", "steps", "ms/step", "loss", "squared error", "ratio to Adam")
+FEW_STEPS = 100
+
+
+def calibration(runs: Sequence[Run]) -> str:
+    """A sentence on what the first steps took, of which the budgets know nothing."""
+    took = ", ".join(f"{run.optimizer} {run.first_step:.2g} s" for run in runs if run.final and run.final.step)
+    return f"Calibration of the damping (the first step, not counted above): {took}." if took else ""
+
+
+def too_few_steps(runs: Sequence[Run], seconds: float) -> str:
+    """A sentence if an optimizer took so few steps that the comparison means nothing; else empty."""
+    few = [f"{run.optimizer} took {run.final.step}" for run in runs if run.final and run.final.step < FEW_STEPS]
+    if not few or any(run.diverged for run in runs):
+        return ""
+    more = 60 if seconds < 60 else 2 * math.ceil(seconds)
+    return f"{', '.join(few)}: too few steps to compare, use --seconds {more}"
 
 
 def summary_table(runs: Sequence[Run]) -> Table:

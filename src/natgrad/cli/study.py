@@ -14,6 +14,8 @@ from natgrad.cli.report import check_writable, cores, writing
 from natgrad.cli.study_display import StudyDisplay
 from natgrad.cli.study_report import write_report
 from natgrad.report.words import visible
+from natgrad.study.beside import HEADINGS as BESIDE_HEADINGS
+from natgrad.study.beside import beside_rows, has_published
 from natgrad.study.images import check_mnist
 from natgrad.study.keeping import jobs, keep, kept, others, pending
 from natgrad.study.own_task import own_task
@@ -66,6 +68,12 @@ def run(given: str, out: Path | None, processes: int | None, replace: bool) -> N
         for row in task.rows:
             table.add_row(*(Text(visible(cell)) for cell in row))
         console.print(table)
+    for task in summary.tasks:
+        if has_published(task):
+            table = Table(*BESIDE_HEADINGS, title=f"{task.entry.name}, beside published runs", title_justify="left")
+            for row in beside_rows(task):
+                table.add_row(*row)
+            console.print(table)
     for trouble in summary.troubles:
         console.print(visible(trouble), markup=False, highlight=False, soft_wrap=True)
     if summary.interrupted:

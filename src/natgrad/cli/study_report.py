@@ -7,7 +7,10 @@ from pathlib import Path
 
 from natgrad.cli.report import write_json, write_page
 from natgrad.report.words import file_names
+from natgrad.study.beside import HEADINGS as BESIDE_HEADINGS
+from natgrad.study.beside import beside_rows, draw_beside, has_published
 from natgrad.study.pictures import draw_conditions, draw_curves, draw_pairs, draw_residuals, has_conditions
+from natgrad.study.published import source
 from natgrad.study.spec import brief
 from natgrad.study.summary import (
     HEADINGS,
@@ -17,6 +20,7 @@ from natgrad.study.summary import (
     interval_words,
     median,
     number,
+    ratio_words,
     to_dict,
 )
 
@@ -39,6 +43,8 @@ def write_report(summary: Summary, out: Path) -> Path:
         pair_rows=pair_rows(summary),
         reached={t.entry.name: reached_rows(t.reached) for t in summary.tasks},
         settings=setting_rows(summary),
+        beside={t.entry.name: [BESIDE_HEADINGS, *beside_rows(t)] for t in summary.tasks if has_published(t)},
+        source=source(),
     )
     return page
 
@@ -52,6 +58,9 @@ def draw(summary: Summary, out: Path) -> dict[str, Path]:
         if any(g.finished for g in task.groups):
             pictures[f"curves {name}"] = out / f"curves-{slug}.png"
             draw_curves(task, pictures[f"curves {name}"])
+        if has_published(task):
+            pictures[f"beside {name}"] = out / f"beside-{slug}.png"
+            draw_beside(task, pictures[f"beside {name}"])
         if task.measured:
             pictures[f"residuals {name}"] = out / f"residuals-{slug}.png"
             draw_residuals(task, pictures[f"residuals {name}"])
@@ -72,7 +81,7 @@ def pair_rows(summary: Summary) -> list[tuple[str, ...]]:
         for p in task.pairs:
             pairs = f"{p.pairs}" if not p.lost else f"{p.pairs} of {p.pairs + p.lost}"
             better = f"{p.better} of {p.pairs + p.lost}"
-            rows.append((p.task, p.optimizer, pairs, better, *interval_words(p.ratio), *interval_words(p.difference)))
+            rows.append((p.task, p.optimizer, pairs, better, *ratio_words(p.ratio), *interval_words(p.difference)))
     return rows
 
 

@@ -1,9 +1,10 @@
-"""What a user names by `MODULE:FUNCTION`: a model, a loss and data of their own."""
+"""What a user names by `MODULE:FUNCTION` or `FILE.py:FUNCTION`: a model, a loss and data of their own."""
 
 import importlib
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -37,13 +38,8 @@ def call(target: str) -> Any:
     Raises:
         UserError: if there is no such module or function, or it raises.
     """
-    module_name, _, function_name = target.partition(":")
-    if not (module_name and function_name) or ":" in function_name:
-        raise UserError(
-            f"{target!r} names no function; expected MODULE:FUNCTION, say training:problem for the function problem() "
-            "in training.py; give such a name."
-        )
-    function = getattr(_load_module(module_name), function_name, None)
+    module_name, function_name, file = parsed(target)
+    function = getattr(_load_module(module_name, file), function_name, None)
     if not callable(function):
         what = "is not a function" if function is not None else "does not exist"
         raise UserError(
@@ -59,16 +55,65 @@ def call(target: str) -> Any:
         ) from error
 
 
-def look_here() -> str:
-    """Let modules be found in the current directory first; return it."""
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
+class Target(NamedTuple):
+    """The names of a module and of its function, and the module's file if the user gave that."""
+
+    module: str
+    function: str
+    file: Path | None = None
+
+
+def parsed(target: str) -> Target:
+    """What the user means. `folder/training.py:problem` is the function `problem` of the module `training`, which from
+    now on is found in that folder.
+
+    Raises:
+        UserError: if it is neither `MODULE:FUNCTION` nor `FILE.py:FUNCTION`, or there is no such file.
+    """
+    module_name, _, function_name = target.rpartition(":")
+    path = Path(module_name)
+    is_file = path.suffix == ".py"
+    if not (module_name and function_name) or (":" in module_name and not is_file):
+        raise UserError(
+            f"{target!r} names no function; expected MODULE:FUNCTION, say training:problem for the function problem() "
+            "in training.py; give such a name."
+        )
+    if not is_file:
+        look_in(Path.cwd())
+        return Target(module_name, function_name)
+    if not path.is_file():
+        raise UserError(
+            f"there is no file {module_name!r} in {os.getcwd()}; expected FILE.py:FUNCTION; change to its folder, or "
+            "give the path to the file."
+        )
+    if not path.stem.isidentifier():
+        raise UserError(
+            f"{module_name!r} cannot be imported, as {path.stem!r} is not a Python name; expected a file whose name "
+            "has letters, digits and underscores only; rename it."
+        )
+    look_in(path.resolve().parent)
+    return Target(path.stem, function_name, path.resolve())
+
+
+def look_in(folder: Path) -> None:
+    """Let modules be found in this folder first."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
-    return here
 
 
-def _load_module(name: str) -> Any:
-    here = look_here()
+def _load_module(name: str, file: Path | None) -> Any:
+    module = _import(name)
+    found = getattr(module, "__file__", None)
+    if file is not None and (found is None or Path(found).resolve() != file):
+        raise UserError(
+            f"{str(file)!r} cannot be imported, as Python has another module {name!r} ({found or 'built in'}); "
+            "expected a name of its own; rename the file."
+        )
+    return module
+
+
+def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -78,8 +123,8 @@ def _load_module(name: str) -> Any:
                 "imported; install what it needs."
             ) from error
         raise UserError(
-            f"there is no module {name!r} in {here} or on sys.path; expected one, without the ending .py; change to "
-            "its folder, or set PYTHONPATH."
+            f"there is no module {name!r} in {os.getcwd()} or on sys.path; expected the name of one, or the path of "
+            "its file with the ending .py; change to its folder, or set PYTHONPATH."
         ) from error
     except (Exception, SystemExit) as error:
         raise UserError(

@@ -21,7 +21,7 @@ from natgrad.distributed.assignment import cost
 from natgrad.distributed.world import World
 from natgrad.linalg import Centered, Homogeneous, KroneckerEigen, Operator, factor
 from natgrad.linalg.centered import matrix_of
-from natgrad.linalg.exact import squares
+from natgrad.linalg.pieces import squares
 from natgrad.linalg.space import Parts
 
 Turn = Callable[[Tensor, factor.Basis, str], factor.Basis]

@@ -23,6 +23,7 @@ from natgrad.curvature.groups import (
 from natgrad.curvature.structure import Structure
 from natgrad.distributed.world import World
 from natgrad.linalg import ColumnBlock, ExactBlock, Operator, Space
+from natgrad.linalg.pieces import Piece
 from natgrad.linalg.space import Parts
 
 
@@ -92,13 +93,13 @@ class ExactStructure(Structure):
         for layers in components([*self._h, *self._columns]):
             if len(layers) > 1:  # used together with others in some batches only
                 columns, shapes = self._brought_together(layers)
-                blocks[united(layers)] = ColumnBlock(_stacked(columns), shapes, scale=scale)
+                blocks[united(layers)] = ColumnBlock.of_batches(columns, shapes, scale=scale)
             elif layers[0] in self._h:
-                h, g = _stacked(self._h[layers[0]]), _stacked(self._g[layers[0]])
-                blocks[layers[0]] = ExactBlock(h, g, bias=bool(layers[0].bias), scale=scale)
+                pieces = [Piece(*its) for its in zip(self._h[layers[0]], self._g[layers[0]], strict=True)]
+                blocks[layers[0]] = ExactBlock.of(pieces, bias=bool(layers[0].bias), scale=scale)
             else:
                 columns = self._columns[layers[0]]
-                blocks[layers[0]] = ColumnBlock(_stacked(columns), self._shapes[layers[0]], scale=scale)
+                blocks[layers[0]] = ColumnBlock.of_batches(columns, self._shapes[layers[0]], scale=scale)
         order = {n: i for i, n in enumerate(self._order)}
         return dict(sorted(blocks.items(), key=lambda item: min(order[n] for n in item[0].names)))
 
@@ -131,15 +132,3 @@ def of_all_ranks(every: Sequence[Mapping[Layer, list[Tensor]]]) -> dict[Layer, l
     """The batches of all ranks, in the order of the ranks."""
     layers = dict.fromkeys(layer for its in every for layer in its)
     return {layer: [t for its in every for t in its.get(layer, [])] for layer in layers}
-
-
-def _stacked(parts: list[Tensor]) -> Tensor:
-    """The batches' cases one after the other; fewer positions or columns than others have are filled with zeros,
-    which add nothing."""
-    sizes = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
-    padded = []
-    for p in parts:
-        filled = p.new_zeros(len(p), *sizes)
-        filled[tuple(slice(n) for n in p.shape)] = p
-        padded.append(p if p.shape == filled.shape else filled)
-    return torch.cat(padded)

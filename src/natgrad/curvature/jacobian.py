@@ -107,12 +107,20 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
     v = {n: _size(owned[n]) * _random(owned[n], generator) for n in names}
     fault: Exception | None = None
     with same_numbers(first.device) as again:
-        try:
-            _, Jv = forward(v)
-        except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
-            fault, Jv = error, first.detach()
-        again()
-        with torch.enable_grad():
+        Jv = first.detach()
+        for _ in range(2):  # an error that comes once has another cause
+            try:
+                _, Jv = forward(v)
+                fault = None
+                break
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+                fault = error
+            finally:
+                again()
+        eps = [torch.finfo(owned[n].dtype).eps for n in names if owned[n].is_floating_point()]
+        with torch.enable_grad(), _precision_noted(eps):
             output = call(model)
         if not output.requires_grad:
             return fault is not None
@@ -121,12 +129,12 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
         gradients = torch.autograd.grad(output, [owned[n] for n in names], u, allow_unused=True)
         terms = [(g.double() * v[n].double()).flatten() for n, g in zip(names, gradients, strict=True) if g is not None]
         del output, gradients
-        if fault is None and _agree(u, Jv, terms):
+        if fault is None and _agree(u, Jv, terms, max(eps)):
             return False
         again()
         try:
             output, leaves = graph(model, call, v)
-            if _agree(u, through_graph(output, leaves, v), terms):
+            if _agree(u, through_graph(output, leaves, v), terms, max(eps)):
                 return True
             why = "its backward is no linear function of the gradient that it is given"
         except (RuntimeError, TypeError) as error:
@@ -138,14 +146,26 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
     ) from fault
 
 
-def _agree(u: Tensor, Jv: Tensor, terms: list[Tensor]) -> bool:
-    """Whether `⟨u, J v⟩` is `⟨Jᵀ u, v⟩`, the sum of the terms, up to rounding."""
+@contextlib.contextmanager
+def _precision_noted(eps: list[float]) -> Iterator[None]:
+    """Within, the precision of all that is kept for a backward is taken note of: autocast may have lowered it."""
+
+    def pack(t: Tensor) -> Tensor:
+        if t.is_floating_point():
+            eps.append(torch.finfo(t.dtype).eps)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield
+
+
+def _agree(u: Tensor, Jv: Tensor, terms: list[Tensor], eps: float) -> bool:
+    """Whether `⟨u, J v⟩` is `⟨Jᵀ u, v⟩`, the sum of the terms, up to rounding by `eps`."""
     if not (Jv.shape == u.shape and torch.isfinite(Jv).all()):
         return False
     forward, reverse = (u.double() * Jv.double()).flatten(), torch.cat(terms) if terms else u.new_zeros(1).double()
-    tolerance = min(max(torch.finfo(Jv.dtype).eps ** 0.5, 1e-8), 0.1)
-    if Jv.dtype == torch.float32:
-        tolerance = 1e-3
+    eps = max(eps, torch.finfo(Jv.dtype).eps)
+    tolerance = 1e-3 if eps == torch.finfo(torch.float32).eps else min(max(eps**0.5, 1e-8), 0.1)
     return bool((forward.sum() - reverse.sum()).abs() <= tolerance * (forward.norm() + reverse.norm()))
 
 

@@ -72,8 +72,10 @@ class Reduction:
 
 def completed(moments: Mapping[Layer, Moments], world: World) -> dict[Layer, Moments]:
     """With zeros for what other ranks have moments of and this one has not."""
-    every = world.gather(_layouts(moments), "the layers of ranks that have data")
-    return _zeros(next(filter(None, every), []), world.device) | dict(moments)
+    if world.size == 1:
+        return dict(moments)
+    every = chain.from_iterable(world.gather(_layouts(moments), "the layers of ranks that have data"))
+    return _zeros({layer: (layer, *form) for layer, *form in every}.values(), world.device) | dict(moments)
 
 
 def summed(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[Layer, Moments]:

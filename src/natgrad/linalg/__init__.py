@@ -17,7 +17,9 @@ from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.external import External
 from natgrad.linalg.files import load
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
+from natgrad.linalg.krylov import IterativeInverse
 from natgrad.linalg.layout import Layout
+from natgrad.linalg.low_rank import LowRank, nystrom
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.rows import Rows
 from natgrad.linalg.space import Space
@@ -39,9 +41,11 @@ __all__ = [
     "ExactBlock",
     "External",
     "Homogeneous",
+    "IterativeInverse",
     "Kronecker",
     "KroneckerEigen",
     "Layout",
+    "LowRank",
     "Operator",
     "Rows",
     "Scaled",
@@ -50,6 +54,7 @@ __all__ = [
     "Sum",
     "homogeneous_inverse",
     "load",
+    "nystrom",
     "unvec",
     "vec",
 ]

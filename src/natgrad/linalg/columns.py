@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.exact import CrossBlock, ExactBlock
 from natgrad.linalg.operator import Operator
+from natgrad.linalg.pieces import Piece, stacked
 from natgrad.linalg.space import Parts, Space
 
 
@@ -30,13 +34,31 @@ class ColumnBlock(ExactBlock):
     def __init__(
         self, columns: Float[Tensor, "n k p"], shapes: tuple[tuple[int, ...], ...], *, scale: float | Tensor = 1.0
     ):
-        super().__init__(columns.new_empty(len(columns), 1, 0), columns.unsqueeze(2), bias=True, scale=scale)
+        self._hold([written(columns)], True, scale)
         self.shapes, self.space = shapes, Space(shapes)
+
+    @classmethod
+    def of_batches(
+        cls,
+        columns: Sequence[Float[Tensor, "_n _k p"]],
+        shapes: tuple[tuple[int, ...], ...],
+        *,
+        scale: float | Tensor = 1.0,
+    ) -> ColumnBlock:
+        """The block of several batches, each with its own number of columns."""
+        return cls._of([written(S) for S in columns], shapes, scale)
+
+    @classmethod
+    def _of(cls, pieces: Sequence[Piece], shapes: tuple[tuple[int, ...], ...], scale: float | Tensor) -> ColumnBlock:
+        block = cls.__new__(cls)
+        block._hold(pieces, True, scale)
+        block.shapes, block.space = shapes, Space(shapes)
+        return block
 
     @property
     def S(self) -> Float[Tensor, "n k p"]:
-        """The columns as they were given, without the scale."""
-        return self.g[:, :, 0]
+        """The columns as they were given, without the scale; those of several batches filled up with zeros."""
+        return stacked([p.g[:, :, 0] for p in self.pieces])
 
     def _split(self, parts: Parts) -> tuple[Tensor | None, Tensor | None]:
         return None, self.space.flatten(parts)
@@ -44,14 +66,17 @@ class ColumnBlock(ExactBlock):
     def _join(self, W: Tensor, b: Tensor) -> Parts:
         return self.space.unflatten(b)
 
-    def part(self, examples: slice) -> ColumnBlock:
-        return ColumnBlock(self.S[examples], self.shapes, scale=self.scale)
+    def with_pieces(self, pieces: Sequence[Piece]) -> ColumnBlock:
+        return self._of(pieces, self.shapes, self.scale)
+
+    def columns(self) -> Float[Tensor, "size nk"]:
+        return self.scale**0.5 * torch.cat([p.g.flatten(0, 2) for p in self.pieces]).mT
 
     def _diagonal(self) -> Parts:
-        return self.space.unflatten(self.scale * self.S.square().sum((0, 1)))
+        return self.space.unflatten(self.scale * torch.stack([p.g.square().sum((0, 1, 2)) for p in self.pieces]).sum(0))
 
     def _scaled(self, factor: float) -> Operator:
-        return super()._scaled(factor) if factor <= 0 else ColumnBlock(self.S, self.shapes, scale=factor * self.scale)
+        return super()._scaled(factor) if factor <= 0 else self._of(self.pieces, self.shapes, factor * self.scale)
 
     @property
     def WW(self) -> ExactBlock:
@@ -72,3 +97,8 @@ class ColumnBlock(ExactBlock):
     @property
     def bW(self) -> CrossBlock:
         raise self._cannot("block between weight and bias by itself")
+
+
+def written(columns: Float[Tensor, "n k p"]) -> Piece:
+    """Columns that are written out, as the cases of a lone bias of as many numbers."""
+    return Piece(columns.new_empty(len(columns), 1, 0), columns.unsqueeze(2))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.eigen import eigh, semidefinite
+from natgrad.linalg.gram import MEMORY, add_gram, add_square, mirrored
 from natgrad.linalg.operator import Operator, check_damping, check_plain
+from natgrad.linalg.pieces import Piece, chunks, squares, stacked, summed
 from natgrad.linalg.space import Parts, Space, check_order
 
 COLUMNS = 64
@@ -51,13 +55,34 @@ class ExactBlock(Operator):
             raise ValueError(
                 f"h has shape {tuple(h.shape)} and g {tuple(g.shape)}; expected (n, t, d_in) and (n, k, t, d_out)"
             )
-        self.h, self.g, self.bias, self.scale = h, g, bias, float(scale)
+        self._hold([Piece(h, g)], bias, scale)
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], *, bias: bool, scale: float | Tensor = 1.0) -> ExactBlock:
+        """The block of several batches, each with its own number of positions and of columns."""
+        block = cls.__new__(cls)
+        block._hold(pieces, bias, scale)
+        return block
+
+    def _hold(self, pieces: Sequence[Piece], bias: bool, scale: float | Tensor) -> None:
+        self.pieces, self.bias, self.scale = tuple(pieces), bias, float(scale)
+        h, g = self.pieces[0]
         self.dtype, self.device = g.dtype, g.device
-        d_in, d_out = h.shape[-1], g.shape[-1]
-        weight = ((d_out, d_in),) if d_in else ()
+        self.d_in, d_out = h.shape[-1], g.shape[-1]
+        weight = ((d_out, self.d_in),) if self.d_in else ()
         self.space = Space((*weight, (d_out,)) if bias else weight)
         self._spectrum: tuple[Tensor, Tensor] | None = None
         self._formed: Dense | None = None
+
+    @property
+    def h(self) -> Float[Tensor, "n t i"]:
+        """The inputs of all batches, filled up with zeros to one number of positions."""
+        return stacked([p.h for p in self.pieces])
+
+    @property
+    def g(self) -> Float[Tensor, "n k t o"]:
+        """The gradients of all batches, filled up likewise."""
+        return stacked([p.g for p in self.pieces])
 
     def describe(self) -> str:
         return f"exact, {self.rank_bound} columns"
@@ -67,58 +92,71 @@ class ExactBlock(Operator):
     def _matmul(self, parts: Parts) -> Parts:
         return tuple(self.scale * p for p in self._outer(self._inner(parts)))
 
-    def _inner(self, parts: Parts) -> Float[Tensor, "*batch n k"]:
+    def _inner(self, parts: Parts) -> Float[Tensor, "*batch nk"]:
         """`Sᵀ v`, without the scale."""
         W, b = self._split(parts)
-        a = torch.zeros((), dtype=self.dtype, device=self.device) if W is None else self.h @ W.mT[..., None, :, :]
-        if b is not None:
-            a = a + b[..., None, None, :]
-        return torch.einsum("...nto,nkto->...nk", a.expand(*a.shape[:-3], *self.g[:, 0].shape), self.g)
+        inner = [p.inner(W, b) for p in self.pieces]
+        return inner[0] if len(inner) == 1 else torch.cat(inner, -1)
 
-    def _outer(self, c: Float[Tensor, "*batch n k"]) -> Parts:
+    def _outer(self, c: Float[Tensor, "*batch nk"]) -> Parts:
         """`S c`, without the scale."""
-        e = torch.einsum("...nk,nkto->...nto", c, self.g)
-        W = torch.einsum("...nto,nti->...oi", e, self.h)
-        return self._join(W, e.sum((-3, -2)))
+        own = c.split([p.columns for p in self.pieces], -1)
+        return summed(self._join(*p.outer(part)) for p, part in zip(self.pieces, own, strict=True))
 
     def _split(self, parts: Parts) -> tuple[Tensor | None, Tensor | None]:
-        W = parts[0] if self.h.shape[-1] else None
+        W = parts[0] if self.d_in else None
         return W, parts[-1] if self.bias else None
 
     def _join(self, W: Tensor, b: Tensor) -> Parts:
-        return (*([W] if self.h.shape[-1] else []), *([b] if self.bias else []))
+        return (*([W] if self.d_in else []), *([b] if self.bias else []))
+
+    def with_pieces(self, pieces: Sequence[Piece]) -> ExactBlock:
+        """The block of other cases, with the same scale."""
+        return ExactBlock.of(pieces, bias=self.bias, scale=self.scale)
 
     def part(self, examples: slice) -> ExactBlock:
         """The block of some of the examples, with the same scale."""
-        return ExactBlock(self.h[examples], self.g[examples], bias=self.bias, scale=self.scale)
+        start, stop, _ = examples.indices(sum(len(p.h) for p in self.pieces))
+        kept = []
+        for h, g in self.pieces:
+            first, last = max(start, 0), min(stop, len(h))
+            if first < last:
+                kept.append(Piece(h[first:last], g[first:last]))
+            start, stop = start - len(h), stop - len(h)
+        h, g = self.pieces[0]
+        return self.with_pieces(kept or [Piece(h[:0], g[:0])])
 
     # Spectrum ------------------------------------------------------------------------------------------
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of columns of each batch."""
+        return tuple(p.columns for p in self.pieces)
+
+    @property
     def rank_bound(self) -> int:
         """The number of columns `s_ik`: the rank is at most this."""
-        return self.g.shape[0] * self.g.shape[1]
+        return sum(self.counts)
 
-    def gram(self) -> Float[Tensor, "nk nk"]:
-        """`SᵀS`: `(x_i·x_j)(g_ik·g_jq)` times the scale, summed over the positions of both."""
-        n, k, t, o = self.g.shape
-        if t == 1:
-            inputs = self.h[:, 0] @ self.h[:, 0].mT + float(self.bias)
-            flat = self.g.reshape(n * k, o)
-            gram = (flat @ flat.mT).view(n, k, n, k) * inputs[:, None, :, None]
-            return self.scale * gram.view(n * k, n * k)
-        rows = []
-        for h, g in zip(self.h, self.g, strict=True):  # one example at a time: t² numbers a pair
-            inputs = torch.einsum("ti,nsi->tns", h, self.h) + float(self.bias)
-            rows.append(torch.einsum("tns,kto,nqso->knq", inputs, g, self.g).reshape(k, n * k))
-        return self.scale * torch.cat(rows)
+    def gram(self, memory: int = MEMORY) -> Float[Tensor, "nk nk"]:
+        """`SᵀS`: `(x_i·x_j)(g_ik·g_jq)` times the scale, summed over the positions of both.
+
+        Args:
+            memory: how many bytes are taken for what is written out at a time.
+        """
+        gram = torch.zeros(self.rank_bound, self.rank_bound, dtype=self.dtype, device=self.device)
+        self.add_gram(gram, memory)
+        return mirrored(gram)
+
+    def add_gram(self, gram: Float[Tensor, "nk nk"], memory: int = MEMORY) -> None:
+        """Adds `SᵀS` to the lower triangle of `gram`."""
+        add_gram(gram, self.pieces, self.bias, self.scale, memory)
 
     def columns(self) -> Float[Tensor, "size nk"]:
         """`S`, in torch order."""
-        g = self.g.flatten(0, 1)
-        h = self.h.repeat_interleave(self.g.shape[1], 0)
-        parts = self._join(torch.einsum("nto,nti->noi", g, h), g.sum(1))
-        return self.scale**0.5 * self.space.flatten(parts).mT
+        every = slice(None)
+        rows = [torch.cat([p.written(every, False), p.g.sum(2).flatten(0, 1)][: 1 + self.bias], 1) for p in self.pieces]
+        return self.scale**0.5 * torch.cat(rows).mT
 
     def spectrum(self) -> Float[Tensor, " r"]:
         """The eigenvalues, ascending; the `size − n k` further ones are zero where there are fewer columns."""
@@ -165,30 +203,27 @@ class ExactBlock(Operator):
         return (e + damping).log().sum() + (self.space.size - len(e)) * e.new_tensor(damping).log()
 
     def trace(self) -> Tensor:
-        return self.scale * self._norms().sum()
-
-    def _norms(self) -> Float[Tensor, "n k"]:
-        """`‖s_ik‖²`, without the scale."""
-        inputs = torch.einsum("nti,nsi->nts", self.h, self.h) + float(self.bias)
-        return torch.einsum("nts,nkto,nkso->nk", inputs, self.g, self.g)
+        return self.scale * torch.stack([p.norms(self.bias).sum() for p in self.pieces]).sum()
 
     def _norm(self) -> Tensor:
         return torch.linalg.matrix_norm(self._form_dense() if self._is_small() else self.gram())
 
     def _diagonal(self) -> Parts:
-        return tuple(self.scale * p for p in squares(self.h, self.g, bias=self.bias))
+        return tuple(self.scale * p for p in summed(squares(*p, bias=self.bias) for p in self.pieces))
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self.power(-0.5, damping)._matmul(parts)
 
     def _form_dense(self) -> Tensor:
-        S = self.columns()
-        return S @ S.mT
+        F = torch.zeros(self.space.size, self.space.size, dtype=self.dtype, device=self.device)
+        for some in chunks(self.pieces, max(1, MEMORY // (self.space.size * F.element_size()))):
+            add_square(F, self.with_pieces(some).columns())
+        return mirrored(F)
 
     def _scaled(self, factor: float) -> Operator:
         if factor <= 0:
             return super()._scaled(factor)
-        return ExactBlock(self.h, self.g, bias=self.bias, scale=factor * self.scale)
+        return ExactBlock.of(self.pieces, bias=self.bias, scale=factor * self.scale)
 
     def rank_deficient(self) -> ValueError:
         """The error of an undamped inverse where there are fewer columns than rows; it is returned, not raised."""
@@ -207,12 +242,12 @@ class ExactBlock(Operator):
             ValueError: as `Wb`, `bW` do too, if the block is a lone bias's.
         """
         self._check_weight("WW")
-        return ExactBlock(self.h, self.g, bias=False, scale=self.scale)
+        return ExactBlock.of(self.pieces, bias=False, scale=self.scale)
 
     @property
     def bb(self) -> Dense:
         """`B = E[Σ g gᵀ]`: the block of the bias with itself, on `b`."""
-        g = self.g.sum(2).flatten(0, 1)
+        g = torch.cat([p.g.sum(2).flatten(0, 1) for p in self.pieces])
         return Dense(self.scale * g.mT @ g)
 
     @property
@@ -228,7 +263,7 @@ class ExactBlock(Operator):
         return CrossBlock(self, to_weight=False)
 
     def _check_weight(self, part: str) -> None:
-        if not self.h.shape[-1]:
+        if not self.d_in:
             raise ValueError(
                 f"this block is of a bias alone and has no {part}; expected a layer with a weight, or use bb"
             )
@@ -238,7 +273,7 @@ class CrossBlock:
     """The block between weight and bias: `Wb @ b` is of `W`'s shape, `bW @ W` of `b`'s."""
 
     def __init__(self, block: ExactBlock, to_weight: bool):
-        self._both = ExactBlock(block.h, block.g, bias=True, scale=block.scale)
+        self._both = ExactBlock.of(block.pieces, bias=True, scale=block.scale)
         self.to_weight = to_weight
 
     def __matmul__(self, v: Tensor) -> Tensor:
@@ -282,8 +317,7 @@ class ExactPower(Operator):
 
     def _matmul(self, parts: Parts) -> Parts:
         c = self.block._inner(parts)
-        inner = (c.flatten(-2) @ self._Q) * self._coefficients @ self._Q.mT
-        change = self.block._outer(inner.view_as(c))
+        change = self.block._outer((c @ self._Q) * self._coefficients @ self._Q.mT)
         return tuple(self._rest * p + self.block.scale * q for p, q in zip(parts, change, strict=True))
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
@@ -312,29 +346,11 @@ class ExactPower(Operator):
 
     def _diagonal(self) -> Parts:
         """`λ^p + Σ_j c_j (S q_j)²`, with some of the columns `S q_j` at a time."""
-        n, k = self.block.g.shape[:2]
         total = [torch.full(s, self._rest, dtype=self.dtype, device=self.device) for s in self.space.shapes]
         for Q, c in zip(self._Q.mT.split(COLUMNS), self._coefficients.split(COLUMNS), strict=True):
-            for part, Sq in zip(total, self.block._outer(Q.reshape(-1, n, k)), strict=True):
+            for part, Sq in zip(total, self.block._outer(Q), strict=True):
                 part += self.block.scale * torch.tensordot(c, Sq.square(), 1)
         return tuple(total)
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
         return self.power(-0.5, damping)._matmul(parts)
-
-
-def squares(h: Float[Tensor, "n t i"], g: Float[Tensor, "n k t o"], *, bias: bool, budget: int = 1 << 25) -> Parts:
-    """`Σ_ik (Σ_t g_ikt x_it)²` of every entry of `(W, b)`: the diagonal of the block, without the scale.
-
-    With several positions at most about `budget` numbers are held at a time.
-    """
-    _, k, t, o = g.shape
-    W = h.new_zeros(o, h.shape[-1])
-    if t == 1:
-        W = torch.einsum("nko,ni->oi", g[:, :, 0].square(), h[:, 0].square())
-    else:
-        step = max(1, budget // max(1, k * o * h.shape[-1]))
-        for part, its_g in zip(h.split(step), g.split(step), strict=True):
-            W += torch.einsum("nkto,nti->nkoi", its_g, part).square().sum((0, 1))
-    b = g.sum(2).square().sum((0, 1))
-    return (*([W] if h.shape[-1] else []), *([b] if bias else []))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +11,9 @@ from torch import Tensor
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.eigen import positive
 from natgrad.linalg.exact import ExactBlock
+from natgrad.linalg.gram import MEMORY, add_square, costs, mirrored
 from natgrad.linalg.operator import Operator, check_damping, check_plain, singular
+from natgrad.linalg.pieces import Piece, chunks
 from natgrad.linalg.space import Parts
 
 
@@ -21,6 +25,7 @@ class Joint(Operator):
 
     Args:
         layers: the layers' exact blocks (`ExactBlock`), with the same examples and columns in all of them.
+        memory: how many bytes are taken for columns of `S` that are written out at a time.
 
     Raises:
         ValueError: if the layers differ in their examples or columns.
@@ -37,13 +42,13 @@ class Joint(Operator):
         [[4.0, 6.0], [6.0, 9.0]]
     """
 
-    def __init__(self, layers: BlockDiagonal):
-        self.layers, self.space = layers, layers.space
+    def __init__(self, layers: BlockDiagonal, memory: int = MEMORY):
+        self.layers, self.space, self.memory = layers, layers.space, memory
         self.dtype, self.device = layers.dtype, layers.device
         self._blocks: list[tuple[Block, ExactBlock]] = []
         for name, block in layers.layers.items():
             op = block.operator
-            if not isinstance(op, ExactBlock) or op.g.shape[:2] != self._first(op).g.shape[:2]:
+            if not isinstance(op, ExactBlock) or op.counts != self._first(op).counts:
                 raise ValueError(f"layer {name!r} is {op}; expected exact blocks of the same examples and columns")
             self._blocks.append((block, op))
         self._gram: Tensor | None = None
@@ -60,12 +65,12 @@ class Joint(Operator):
     def _matmul(self, parts: Parts) -> Parts:
         return self.outer(self.inner(parts))
 
-    def inner(self, parts: Parts) -> Float[Tensor, "*batch n k"]:
+    def inner(self, parts: Parts) -> Float[Tensor, "*batch nk"]:
         """`Sᵀ v`."""
         v = self._named(parts)
         return torch.stack([op.scale**0.5 * op._inner(block.parts(v)) for block, op in self._blocks]).sum(0)
 
-    def outer(self, c: Float[Tensor, "*batch n k"]) -> Parts:
+    def outer(self, c: Float[Tensor, "*batch nk"]) -> Parts:
         """`S c`."""
         out: dict[str, Tensor] = {}
         for block, op in self._blocks:
@@ -75,28 +80,33 @@ class Joint(Operator):
     def gram(self) -> Float[Tensor, "nk nk"]:
         """`SᵀS`."""
         if self._gram is None:
-            first, *rest = (_gram(op) for _, op in self._blocks)
-            for gram in rest:
-                first += gram
-            self._gram = first
+            gram = torch.zeros(self.rank_bound, self.rank_bound, dtype=self.dtype, device=self.device)
+            for _, op in self._blocks:
+                op.add_gram(gram, self.memory)
+            self._gram = mirrored(gram)
         return self._gram
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact", form: str | None = None) -> Operator:
         """`(F + λI)⁻¹`, from the Cholesky factor of `SᵀS + λI` (`form="dual"`) or of `F + λI` (`"primal"`).
 
-        None: whichever is smaller.
+        None: whichever takes fewer multiplications.
         """
         check_damping(damping, damping_style)
         check_plain("an exact matrix", damping_style)
-        if (form or self.smaller_form()) == "primal":
+        if (form or self.cheaper_form()) == "primal":
             return PrimalInverse(self, damping)
         return DualInverse(self, damping)
 
-    def smaller_form(self) -> str:
-        return "primal" if self.space.size <= self.rank_bound else "dual"
+    def cheaper_form(self) -> str:
+        """`"dual"` or `"primal"`: what forms and factorizes its matrix in fewer multiplications."""
+        size, columns = self.space.size, self.rank_bound
+        dual = sum(min(costs(op.pieces, op.bias)) for _, op in self._blocks) + columns**3 / 6
+        return "primal" if columns * size**2 / 2 + size**3 / 6 <= dual else "dual"
 
     def trace(self) -> Tensor:
-        return self.layers.trace()
+        """`tr F`, from the matrix that is formed or from the layers' own."""
+        formed = self._formed if self._gram is None else self._gram
+        return self.layers.trace() if formed is None else formed.diagonal().sum()
 
     def _diagonal(self) -> Parts:
         return self.layers._diagonal()
@@ -104,25 +114,24 @@ class Joint(Operator):
     def _dense(self) -> Tensor:
         return self.formed().clone()
 
-    def formed(self, budget: int = 1 << 25) -> Float[Tensor, "size size"]:
-        """`F` itself, with about `budget` numbers of `S` at a time."""
+    def formed(self) -> Float[Tensor, "size size"]:
+        """`F` itself, from the columns of some examples at a time."""
         if self._formed is None:
             F = torch.zeros(self.space.size, self.space.size, dtype=self.dtype, device=self.device)
-            n, k = self._blocks[0][1].g.shape[:2]
-            step = max(1, budget // (self.space.size * max(1, k)))
-            for start in range(0, n, step):
-                S = self._rows(slice(start, start + step))
-                F.addmm_(S.mT, S)
-            self._formed = F
+            columns = max(1, self.memory // (2 * self.space.size * F.element_size()))
+            every = [list(chunks(op.pieces, columns)) for _, op in self._blocks]
+            for some in zip(*every, strict=True):
+                add_square(F, self._columns(some))
+            self._formed = mirrored(F)
         return self._formed
 
-    def _rows(self, examples: slice) -> Float[Tensor, "columns size"]:
-        """The columns `s_ik` of some examples, as rows."""
+    def _columns(self, some: Sequence[Sequence[Piece]]) -> Float[Tensor, "size columns"]:
+        """The columns `s_ik` of some cases of every layer."""
         out: dict[str, Tensor] = {}
-        for block, op in self._blocks:
-            some = op.part(examples)
-            out |= block.named(op.space.unflatten(some.columns().mT))
-        return self.space.flatten(self.layers._ordered(out))
+        for (block, op), pieces in zip(self._blocks, some, strict=True):
+            its = op.with_pieces(pieces)
+            out |= block.named(its.space.unflatten(its.columns().mT))
+        return self.space.flatten(self.layers._ordered(out)).mT
 
     def _named(self, parts: Parts) -> dict[str, Tensor]:
         assert self.space.names is not None
@@ -145,6 +154,10 @@ class DualInverse(Operator):
         within = self.matrix.outer(solved.reshape(c.shape))
         return tuple((p - q) / self.damping for p, q in zip(parts, within, strict=True))
 
+    def solve_columns(self, c: Float[Tensor, " nk"]) -> Parts:
+        """`(F + λI)⁻¹ S c = S (SᵀS + λI)⁻¹ c`, which loses no digits to `λ`."""
+        return self.matrix.outer(torch.cholesky_solve(c.unsqueeze(1), self._L).squeeze(1))
+
 
 class PrimalInverse(Operator):
     """`(F + λI)⁻¹` by the Cholesky factor of `F + λI` itself."""
@@ -159,14 +172,9 @@ class PrimalInverse(Operator):
         solved = torch.cholesky_solve(v.reshape(-1, self.space.size).mT, self._L).mT
         return self.space.unflatten(solved.reshape(v.shape))
 
-
-def _gram(op: ExactBlock) -> Float[Tensor, "nk nk"]:
-    """`SᵀS` of one layer: from `S` itself where that takes fewer products than all pairs of positions do."""
-    t, i, o = op.h.shape[1], op.h.shape[2], op.g.shape[3]
-    if t == 1 or i * o > t * t * (i + o):
-        return op.gram()
-    S = op.columns()
-    return S.mT @ S
+    def solve_columns(self, c: Float[Tensor, " nk"]) -> Parts:
+        """`(F + λI)⁻¹ S c`."""
+        return self._matmul(self.matrix.outer(c))
 
 
 def _damped_cholesky(M: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d d"]:

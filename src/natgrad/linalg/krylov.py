@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from natgrad.checks.values import check_count, check_number
+from natgrad.checks.values import check_count, check_within, described
 from natgrad.linalg.diagonal import Diagonal
+from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator, check_damping, check_operator
 from natgrad.linalg.space import Parts
 
@@ -24,18 +25,37 @@ class Solution(NamedTuple):
     products: int
 
 
-def conjugate_gradient(product: Product, b: Tensor, *, tol: float, max_iter: int) -> Solution:
+def conjugate_gradient(
+    product: Product,
+    b: Tensor,
+    *,
+    tol: float,
+    max_iter: int,
+    precondition: Product | None = None,
+    x0: Tensor | None = None,
+) -> Solution:
     """`x` with `‖M x − b‖ ≤ tol ‖b‖`, or what `max_iter` products give (Hestenes & Stiefel 1952).
 
-    From zero, so that `bᵀ x > 0` wherever it stops.
+    From zero, unless there is an `x0`, so that `bᵀ x > 0` wherever it stops. `precondition` is the product with some
+    `P ≈ M⁻¹`: the steps are then those of `P^½ M P^½`, whose eigenvalues are the closer together the better `P` is.
 
     Raises:
-        RuntimeError: if `M` is not positive definite.
+        RuntimeError: if `M` or `P` is not positive definite.
     """
-    x, r = torch.zeros_like(b), b.clone()
-    p, rr, bb = r.clone(), r @ r, b @ b
-    residual, count = float(bb > 0), 0
+    bb = b @ b
+    if x0 is None or not bb > 0:
+        x, r, count = torch.zeros_like(b), b.clone(), 0
+    else:
+        x, r, count = x0.clone(), b - product(x0), 1
+    residual = float((r @ r / bb).sqrt()) if bb > 0 else 0.0
+    z = r if precondition is None else precondition(r)
+    p, rz = z.clone(), r @ z
     while residual > tol and count < max_iter:
+        if not rz > 0:
+            raise RuntimeError(
+                f"the preconditioner gives rᵀ P r = {float(rz):.3g} for some r: it is not positive definite; pass "
+                "another one, or a larger damping"
+            )
         Mp = product(p)
         curvature = p @ Mp
         if not curvature > 0:
@@ -43,50 +63,103 @@ def conjugate_gradient(product: Product, b: Tensor, *, tol: float, max_iter: int
                 f"conjugate gradients met a direction of curvature {float(curvature):.3g}: the matrix is not "
                 "positive definite; pass a larger damping"
             )
-        step = rr / curvature
+        step = rz / curvature
         x, r = x + step * p, r - step * Mp
-        rr, previous = r @ r, rr
-        p = r + (rr / previous) * p
-        residual, count = float((rr / bb).sqrt()), count + 1
+        z = r if precondition is None else precondition(r)
+        rz, previous = r @ z, rz
+        p = z + (rz / previous) * p
+        residual, count = float((r @ r / bb).sqrt()), count + 1
     return Solution(x, residual, count)
 
 
 class IterativeInverse(Operator):
-    """`(M + damping I)⁻¹` by conjugate gradients, to a relative residual of `tol` (default: `eps^¾`)."""
+    """`(M + damping I)⁻¹` by conjugate gradients.
 
-    def __init__(self, matrix: Operator, damping: float, tol: float | None = None, max_iter: int | None = None):
+    `solutions` says of the last product, for each vector, its residual and how many products with `M` it took.
+
+    Args:
+        matrix: `M`.
+        damping: `λ`.
+        tol: the relative residual `‖(M + λI) x − b‖ / ‖b‖` at which a solution is good enough. None: `eps^¾`.
+        max_iter: the most products with `M` for one vector. None: ten times the size.
+        preconditioner: `P ≈ (M + λI)⁻¹`, positive definite: a cheaper matrix's inverse, such as `K.inverse(λ)`.
+
+    Raises:
+        ValueError: if the preconditioner is of other vectors, or a number is out of range.
+        RuntimeError: by a product, if `max_iter` products do not lead to `tol`, or a matrix is not positive definite.
+
+    Example:
+        >>> import torch
+        >>> from natgrad.linalg import Dense, Diagonal, IterativeInverse
+        >>> M = Dense(torch.tensor([[1000.0, 1.0], [1.0, 2.0]], dtype=torch.float64))
+        >>> jacobi = Diagonal((M.diagonal(),))
+        >>> inverse = IterativeInverse(M, 0.0, preconditioner=jacobi.inverse())
+        >>> (M @ (inverse @ torch.ones(2, dtype=torch.float64))).tolist()
+        [1.0, 1.0]
+        >>> inverse.solutions[0].products
+        2
+    """
+
+    def __init__(
+        self,
+        matrix: Operator,
+        damping: float,
+        tol: float | None = None,
+        max_iter: int | None = None,
+        preconditioner: Operator | None = None,
+    ):
         check_operator("IterativeInverse", "matrix", matrix)
         check_damping(damping)
-        check_number("tol", tol, optional=True)
+        check_within("tol", tol, "(0, 1)", optional=True)
         if max_iter is not None:
             check_count("max_iter", max_iter, "products")
-        self.matrix, self.damping = matrix, damping
+        if preconditioner is not None:
+            check_preconditioner(matrix, preconditioner)
+        self.matrix, self.damping, self.preconditioner = matrix, damping, preconditioner
         self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
         self.tol = tol if tol is not None else torch.finfo(self.dtype).eps ** 0.75
         self.max_iter = max_iter or 10 * self.space.size
+        self.solutions: list[Solution] = []
 
     def _matmul(self, parts: Parts) -> Parts:
+        return self.solve_from(parts, None)
+
+    def solve_from(self, parts: Parts, x0: Parts | None) -> Parts:
+        """The solution for a vector, or for several along leading axes; `x0` is where the iterations start."""
         b = self.space.flatten(parts)
         if not torch.isfinite(b).all():
             raise ValueError(
                 f"{int((~torch.isfinite(b)).sum())} entries of v are not finite, and conjugate gradients cannot solve "
                 "for them; look for NaN or inf in what v was computed from"
             )
-
-        def product(v: Tensor) -> Tensor:
-            return self.space.flatten(self.matrix._matmul(self.space.unflatten(v))) + self.damping * v
-
-        rows = []
-        for row in b.reshape(-1, self.space.size):
-            solution = conjugate_gradient(product, row, tol=self.tol, max_iter=self.max_iter)
+        starts = None if x0 is None else self.space.flatten(x0).expand_as(b).reshape(-1, self.space.size)
+        self.solutions = []
+        for i, row in enumerate(b.reshape(-1, self.space.size)):
+            solution = conjugate_gradient(
+                self._product,
+                row,
+                tol=self.tol,
+                max_iter=self.max_iter,
+                precondition=None if self.preconditioner is None else self._precondition,
+                x0=None if starts is None else starts[i],
+            )
             if not solution.residual <= self.tol:
                 raise RuntimeError(
                     f"conjugate gradients reached a relative residual of {solution.residual:.2g} in "
-                    f"{solution.products} products, expected {self.tol:g}; pass a larger damping, or use "
-                    "structure='dense' or 'kfac'"
+                    f"{solution.products} products, expected {self.tol:g}; pass a larger damping, a preconditioner or "
+                    "a larger tol, or use structure='dense' or 'kfac'"
                 )
-            rows.append(solution.x)
-        return self.space.unflatten(torch.stack(rows).reshape(b.shape))
+            self.solutions.append(solution)
+        if not self.solutions:
+            return parts
+        return self.space.unflatten(torch.stack([s.x for s in self.solutions]).reshape(b.shape))
+
+    def _product(self, v: Tensor) -> Tensor:
+        return self.space.flatten(self.matrix._matmul(self.space.unflatten(v))) + self.damping * v
+
+    def _precondition(self, v: Tensor) -> Tensor:
+        assert self.preconditioner is not None
+        return self.space.flatten(self.preconditioner._matmul(self.space.unflatten(v)))
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         """The damped matrix itself."""
@@ -97,3 +170,40 @@ class IterativeInverse(Operator):
             return self.matrix
         values = tuple(torch.full(s, self.damping, dtype=self.dtype, device=self.device) for s in self.space.shapes)
         return self.matrix + Diagonal(values, self.space)
+
+
+def check_preconditioner(matrix: Operator, preconditioner: Any) -> None:
+    """Raises TypeError or ValueError unless it is a matrix of the same vectors."""
+    if not isinstance(preconditioner, Operator):
+        raise TypeError(
+            f"preconditioner is {described(preconditioner)}; expected a matrix of this library, such as "
+            'natgrad.fisher(model, loss, data, structure="kfac")'
+        )
+    if preconditioner.space != matrix.space:
+        raise ValueError(
+            f"the preconditioner acts on {preconditioner.space.describe()} and the matrix on "
+            f"{matrix.space.describe()}; expected the same parameters: make both of one model"
+        )
+    if (preconditioner.dtype, preconditioner.device) != (matrix.dtype, matrix.device):
+        raise ValueError(
+            f"the preconditioner is {preconditioner.dtype} on {preconditioner.device} and the matrix {matrix.dtype} on "
+            f"{matrix.device}; expected the same: make both with the same dtype="
+        )
+
+
+@later
+def iterative_solve(
+    matrix: Operator,
+    parts: Parts,
+    damping: float,
+    *,
+    preconditioner: Any,
+    x0: Parts | None,
+    tol: float | None,
+    max_iter: int | None,
+) -> Parts:
+    """`(M + λI)⁻¹ v` by conjugate gradients, with `(K + λI)⁻¹` of the preconditioner `K`."""
+    if preconditioner is not None:
+        check_preconditioner(matrix, preconditioner)
+        preconditioner = preconditioner.inverse(damping)
+    return IterativeInverse(matrix, damping, tol, max_iter, preconditioner).solve_from(parts, x0)

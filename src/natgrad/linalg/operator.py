@@ -171,16 +171,43 @@ class Operator(Spectral, ABC):
         products = zip(parts, self._matmul(parts), strict=True)
         return torch.stack([(a * b).reshape(*lead, -1).sum(-1) for a, b in products]).sum(0)
 
-    def solve(self, v: Any, damping: float = 0.0, *, damping_style: str = "exact") -> Any:
+    def solve(
+        self,
+        v: Any,
+        damping: float = 0.0,
+        *,
+        damping_style: str = "exact",
+        preconditioner: Operator | None = None,
+        x0: Any = None,
+        tol: float | None = None,
+        max_iter: int | None = None,
+    ) -> Any:
         """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`.
+
+        With any of the last four arguments the solution is by conjugate gradients, which take products alone. Without
+        them it is what the structure has: for implicit matrices conjugate gradients, too, else an exact inverse.
 
         Args:
             v: a vector in any form, or many along leading axes.
             damping: `λ`.
             damping_style: as for `inverse`.
+            preconditioner: a cheaper matrix `K` of the same parameters, such as K-FAC's, a `Diagonal` or what
+                `natgrad.linalg.nystrom` gives. The closer it is to this matrix, the fewer products there are.
+            x0: where the iterations start, in the form of `v`. None: zero.
+            tol: the relative residual `‖(M + λI) x − v‖ / ‖v‖` at which to stop. None: `eps^¾`.
+            max_iter: the most products. None: ten times the size.
+
+        Raises:
+            ValueError: if the damped matrix is not positive definite, or the preconditioner is of other parameters.
+            RuntimeError: if conjugate gradients do not come to `tol`.
         """
-        self._read(v, f"{self._label()}.solve(v)")
-        return self.inverse(damping, damping_style=damping_style) @ v
+        parts, join = self._read(v, f"{self._label()}.solve(v)")
+        options = {"preconditioner": preconditioner, "tol": tol, "max_iter": max_iter}
+        if x0 is None and not any(option is not None for option in options.values()):
+            return self.inverse(damping, damping_style=damping_style) @ v
+        check_plain("conjugate gradients", damping_style)
+        start = None if x0 is None else self._read(x0, f"{self._label()}.solve(x0=)")[0]
+        return join(LATER["iterative_solve"](self, parts, damping, x0=start, **options))
 
     def diagonal(self) -> Any:
         """The diagonal, as a vector: a tensor, a tuple or a dict, as the operator's vectors are."""

@@ -52,6 +52,19 @@ def _multiplies_in_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the processor has instructions that multiply bfloat16 matrices, so that they are faster than float32.
+
+    A CPU without them may take a hundred times as long. The processor is asked, not timed: the same one always gives
+    the same answer, so that a run resumes bit for bit.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
 def matmul(first: Tensor, *others: Tensor) -> Tensor:
     """The product of matrices, from left to right, in the precision of the context."""
     if not _casts(first, others[0]):

@@ -19,6 +19,7 @@ from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.krylov import IterativeInverse
 from natgrad.linalg.later import later
 from natgrad.linalg.layout import Layout
+from natgrad.linalg.low_rank import LowRank
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.restriction import Restriction
 from natgrad.linalg.rows import Rows
@@ -42,7 +43,14 @@ _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     CoordinateBlocks: {"scale": "v", "mean": "m", "shift": "s", "cross": "r"},
     CoordinateInverse: {"scale": "v", "mean": "m", "shift": "s", "cross": "r"},
     Rows: {"parts": "parts"},
-    IterativeInverse: {"matrix": "matrix", "damping": "damping", "tol": "tol", "max_iter": "max_iter"},
+    IterativeInverse: {
+        "matrix": "matrix",
+        "damping": "damping",
+        "tol": "tol",
+        "max_iter": "max_iter",
+        "preconditioner": "preconditioner",
+    },
+    LowRank: {"U": "U", "values": "values", "rest": "rest", "space": "space"},
     Restriction: {"whole": "whole", "names": "names"},
     Scaled: {"operator": "operator", "factor": "factor"},
     Sum: {"terms": "terms"},

@@ -4,6 +4,7 @@ from natgrad.optim.checkpoint import load_checkpoint
 from natgrad.optim.growing import GrowingBatches
 from natgrad.optim.kfac import KFAC
 from natgrad.optim.natural_gradient import NaturalGradient
+from natgrad.optim.newton_muon import NewtonMuon
 from natgrad.optim.prong import PRONG
 
-__all__ = ["KFAC", "PRONG", "GrowingBatches", "NaturalGradient", "load_checkpoint"]
+__all__ = ["KFAC", "PRONG", "GrowingBatches", "NaturalGradient", "NewtonMuon", "load_checkpoint"]

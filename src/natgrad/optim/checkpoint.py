@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from natgrad.checks.values import described
+from natgrad.optim.newton_muon import NewtonMuon
 from natgrad.optim.optimizer import CurvatureOptimizer
 from natgrad.optim.saved import by_index
 
@@ -16,7 +17,7 @@ Path = tuple[Any, ...]
 BY_LAYER = ("moments", "squares", "bases", "inverse")
 
 
-def load_checkpoint(opt: CurvatureOptimizer, path: str | PathLike[str], key: str = "optimizer") -> None:
+def load_checkpoint(opt: CurvatureOptimizer | NewtonMuon, path: str | PathLike[str], key: str = "optimizer") -> None:
     """Resumes from `torch.distributed.checkpoint.save({key: opt.state_dict(), ...}, checkpoint_id=path)`, which may
     have been on another number of ranks, with the parameters sharded or whole.
 
@@ -46,9 +47,10 @@ def load_checkpoint(opt: CurvatureOptimizer, path: str | PathLike[str], key: str
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load as load_values
 
-    if not isinstance(opt, CurvatureOptimizer):
+    if not isinstance(opt, (CurvatureOptimizer, NewtonMuon)):
         raise TypeError(
-            f"opt is {described(opt)}; expected a KFAC or NaturalGradient optimizer; others load as in torch"
+            f"opt is {described(opt)}; expected a KFAC, NaturalGradient or NewtonMuon optimizer; others load as in "
+            "torch"
         )
     reader = FileSystemReader(path)
     try:
@@ -77,7 +79,7 @@ def load_checkpoint(opt: CurvatureOptimizer, path: str | PathLike[str], key: str
         what = metadata.state_dict_metadata[fqn]
         if "moments" in p:
             sizes.setdefault(p[-2], []).extend([what.size] if isinstance(what, TensorStorageMetadata) else [])
-    here, changed = opt.recipe.preconditioner.adopt(sizes)
+    here, changed = opt.adopt(sizes) if isinstance(opt, NewtonMuon) else opt.recipe.preconditioner.adopt(sizes)
     load({fqn: p for fqn, p in paths.items() if (layer := _layer_of(p)) is None or here(layer)})
     state = _nested(found)
     # A checkpoint leaves empty dictionaries out.
@@ -90,7 +92,7 @@ def _layer_of(path: Path) -> str | None:
     return next((str(path[i + 1]) for i, k in enumerate(path[:-1]) if k in BY_LAYER), None)
 
 
-def _room(opt: CurvatureOptimizer, what: Any, path: Path) -> Any:
+def _room(opt: CurvatureOptimizer | NewtonMuon, what: Any, path: Path) -> Any:
     """A tensor to read one into; nothing, for what is not a tensor."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 

@@ -56,7 +56,8 @@ class KFAC(CurvatureOptimizer):
             preconditioning.
         orthogonalize: of `structure="input"`, replace every `ΔW` by the nearest orthogonal matrix, times
             `0.2 √max(d_out, d_in)`, which makes it as long as AdamW's; all that has no input factor, biases and
-            embeddings, takes Adam's step. A group may have its own `"orthogonalize"`.
+            embeddings, takes Adam's step. A group may have its own `"orthogonalize"`. `natgrad.NewtonMuon` takes
+            such steps without a loss, and finds out by itself which parameters are for them.
         centered: hold weight and bias apart, with the covariance of the inputs.
         bias_update: `"exact"`, or `"simple"`: `Δb = B⁻¹ ∇_b`, whatever the weights do.
         damping_style: `"factored"` (two Cholesky factorizations a layer) or `"exact"` (two eigenbases, twice the

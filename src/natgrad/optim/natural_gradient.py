@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from natgrad.checks.values import check_choice, check_count, check_within
+from natgrad.checks.values import check_choice, check_count, check_flag, check_number, check_within
 from natgrad.optim.optimizer import CurvatureOptimizer
 from natgrad.optim.parameter_groups import Groups, check_one_decay
 from natgrad.optim.preconditioner.exact import SOLVERS, ExactMatrix
-from natgrad.optim.rules.damping import DampingControl, LevenbergMarquardt
+from natgrad.optim.rules.damping import DampingControl, Eager
+from natgrad.optim.rules.projected import Projected
 from natgrad.optim.terms import Loss
 from natgrad.optim.tracking.returned import Way
 
 TOLERATED_RISE = 1e-3
 """A step after which the loss is higher by more than this share is taken back."""
-TRIES = 8
+TRIES = 12
 """How often a step is tried, with more damping each time."""
 
 
@@ -34,16 +35,20 @@ class NaturalGradient(CurvatureOptimizer):
             map, and axis 0 of every layer's input must be the example.
         loss: an instance of one of torch's losses that `natgrad.fisher` takes, or `"model"`, as for `KFAC`.
         params: which parameters to train, as for `KFAC`.
-        lr: the step size `α`; None: from the quadratic model, where it is 1 up to rounding with the exact estimator
-            and no momentum.
-        momentum: `μ`, for a step `−α Δ + μ δ` with `δ` the step before. The quadratic model, which None asks, sees
-            no use in it with the exact estimator: its minimum is `−Δ`.
+        lr: the step size `α`; None: 1 with the exact estimator, else that of the quadratic model.
+        momentum: `μ`, from 0 to below 1. The direction is `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)` with `Δ₋` the direction
+            before: what the last step knew of directions that this batch says nothing about is kept (SPRING). None:
+            the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
         damping: `λ`, in units of the loss's mean whatever the reduction; None: calibrated on the first batch,
             then Levenberg-Marquardt at every step.
         weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it; the same in all groups, unless
             decoupled.
         decoupled_weight_decay: multiply by `1 − α η` at each step instead.
         max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step, which is shortened to keep it.
+        max_norm: a bound on the length `‖δ‖` of a step, which is shortened to keep it.
+        accelerate: add the acceleration `a = −½ (F + λI)⁻¹ Jᵀ D f''` to a step `δ`, where `f''` is the second
+            derivative of the outputs along it. It costs one forward and one solve. Only where `lr` is None and the
+            matrix is held as columns: not with `solver="cg"`.
         average: keep averages of the parameters, whose weights fall by this factor a step (and faster at first), for
             evaluation within `with opt.averaged():`; None: none.
         estimator: `"exact"`, `"mc"` (one label for each case, drawn from the model) or `"empirical"`.
@@ -75,7 +80,9 @@ class NaturalGradient(CurvatureOptimizer):
         True
 
     Reference: Amari (1998), "Natural Gradient Works Efficiently in Learning"; for the dual form Ren & Goldfarb
-    (2019), arXiv:1906.02353; for physics-informed networks Müller & Zeinhofer (2023), arXiv:2302.13163.
+    (2019), arXiv:1906.02353; for physics-informed networks Müller & Zeinhofer (2023), arXiv:2302.13163; for the
+    momentum Goldshlager, Abrahamsen & Lin (2024), arXiv:2401.10190; for the acceleration Transtrum & Sethna (2012),
+    arXiv:1201.5885.
     """
 
     _key = "natural_gradient"
@@ -88,18 +95,20 @@ class NaturalGradient(CurvatureOptimizer):
         *,
         params: Groups = None,
         lr: float | None = None,
-        momentum: float | None = 0.0,
+        momentum: float | None = 0.8,
         damping: float | None = None,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         max_kl: float | None = None,
+        max_norm: float | None = None,
+        accelerate: bool = True,
         average: float | None = None,
         estimator: str = "exact",
         solver: str | None = None,
         max_size: int = 5000,
         tolerance: float | None = None,
         max_iterations: int = 250,
-        damping_decay: float = 0.2,
+        damping_decay: float = 0.3,
         output: Way | None = None,
         generator: torch.Generator | None = None,
     ):
@@ -112,6 +121,8 @@ class NaturalGradient(CurvatureOptimizer):
             check_count(name, count)
         check_within("tolerance", tolerance, "(0, 1)", optional=True)
         check_within("damping_decay", damping_decay, "(0, 1]")
+        check_number("max_norm", max_norm, optional=True, positive=True)
+        check_flag("accelerate", accelerate)
         super().__init__(
             model,
             loss,
@@ -142,8 +153,9 @@ class NaturalGradient(CurvatureOptimizer):
             max_iterations=max_iterations,
         )
         # Below eps · tr F the damping is lost in rounding.
-        rule = LevenbergMarquardt(damping_decay, eps * matrix.size())
-        self._assemble(matrix, DampingControl(damping, rule), TOLERATED_RISE, TRIES)
+        rule = Eager(damping_decay, eps * min(matrix.size(), max_size))
+        projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
+        self._assemble(matrix, DampingControl(damping, rule), TOLERATED_RISE, TRIES, projected)
 
     def _check_groups(self) -> None:
         super()._check_groups()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -143,21 +144,35 @@ class Objective:
 
     def evaluate(self) -> float:
         """The objective at the parameters as they are now; buffers and random generators stay as they were."""
-        buffers = {n: b.clone() for n, b in self._model.named_buffers()}
         total = 0.0
+        with self._as_it_was():
+            for weight, batch in zip(self._per_loss(self._weights), self.batches, strict=True):
+                if not isinstance(batch, Prediction):
+                    total += weight * batch.value(self._model)
+            for weight, penalty in zip(self._penalty_weights, self.penalties, strict=True):
+                total += weight * penalty.value(self._model)
+        self._place.settle()
+        return self._world.numbers([total], "the loss after a step")[0]
+
+    def outputs(self) -> list[Tensor]:
+        """What every batch's loss takes at the parameters as they are now; buffers and random generators stay as they
+        were."""
+        with self._as_it_was():
+            outputs = [batch.run(self._model) for batch in self.batches]
+        self._place.settle()
+        return outputs
+
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Within, the model runs without gradients; its buffers are put back."""
+        buffers = {n: b.clone() for n, b in self._model.named_buffers()}
         try:
             with torch.no_grad():
-                for weight, batch in zip(self._per_loss(self._weights), self.batches, strict=True):
-                    if not isinstance(batch, Prediction):
-                        total += weight * batch.value(self._model)
-                for weight, penalty in zip(self._penalty_weights, self.penalties, strict=True):
-                    total += weight * penalty.value(self._model)
+                yield
         finally:
             with torch.no_grad():
                 for n, b in self._model.named_buffers():
                     b.copy_(buffers[n])
-        self._place.settle()
-        return self._world.numbers([total], "the loss after a step")[0]
 
     def products(self, directions: list[Vector]) -> Tensor:
         """The matrix of `d_iᵀ F d_j`, in float64, by forward mode on the batches."""

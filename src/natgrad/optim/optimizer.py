@@ -22,6 +22,7 @@ from natgrad.optim.parameters import Parameters
 from natgrad.optim.preconditioner.base import Preconditioner
 from natgrad.optim.recipe import Recipe
 from natgrad.optim.rules.damping import DampingControl
+from natgrad.optim.rules.projected import Projected
 from natgrad.optim.terms import Loss, terms_of
 from natgrad.optim.tracking.batch import Batch, Penalty
 from natgrad.optim.tracking.calls import Losses, Predictions
@@ -87,7 +88,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         self.loss, self.predict = Losses(self.tracker), Predictions(self.tracker)
         self._adapts_lr = self._has_free_lr()  # whatever a scheduler writes into the groups
 
-    def _assemble(self, preconditioner: Preconditioner, damping: DampingControl, tolerated: float, tries: int) -> None:
+    def _assemble(
+        self,
+        preconditioner: Preconditioner,
+        damping: DampingControl,
+        tolerated: float,
+        tries: int,
+        projected: Projected | None = None,
+    ) -> None:
         """Puts the parts together that differ from optimizer to optimizer."""
         self.recipe = Recipe(
             self.parameters,
@@ -102,6 +110,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             max_kl=self.max_kl,
             average=self.average,
             precision=self.matmul_precision,
+            projected=projected,
         )
 
     # The step ------------------------------------------------------------------------------------------

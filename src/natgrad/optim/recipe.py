@@ -22,6 +22,7 @@ from natgrad.optim.parameters import Parameters
 from natgrad.optim.preconditioner.base import Preconditioner
 from natgrad.optim.rules.damping import DampingControl, calibrate
 from natgrad.optim.rules.length import Adaptive, Fixed, StepRule
+from natgrad.optim.rules.projected import Projected
 from natgrad.optim.rules.stage import Rejection, Stage
 from natgrad.optim.tracking.batch import Batch, Penalty, Term
 from natgrad.optim.tracking.scaler import scale_taken_out
@@ -47,6 +48,7 @@ class Recipe:
         max_kl: a bound on the predicted KL divergence of a step.
         average: by how much the weight of an iterate in the averages falls each step; None: there are no averages.
         precision: of the products of the quadratic model.
+        projected: the step rule where momentum is given, if it is another one.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Recipe:
         max_kl: float | None,
         average: float | None,
         precision: str | None,
+        projected: Projected | None = None,
     ):
         self.parameters, self.tracker, self.preconditioner = parameters, tracker, preconditioner
         self.jacobian = Jacobian()
@@ -71,6 +74,7 @@ class Recipe:
         self.tries, self.adapt_every, self.average, self.precision = tries, adapt_every, average, precision
         self.fixed = Fixed(parameters, preconditioner, max_kl)
         self.adaptive = Adaptive(parameters, preconditioner, max_kl)
+        self.projected = projected
         self.trials = Trials(parameters, tolerated)
         tracker.observer = weakref.proxy(self)
         tracker.arm()
@@ -122,6 +126,7 @@ class Recipe:
             except Rejection:
                 if tries == self.tries or not self.damping.adaptive:
                     raise
+                stage.rejected = tries
                 self.damping.raise_(tries, self.preconditioner.scale())
 
     def _look_at_loss(self, stage: Stage) -> None:
@@ -158,7 +163,7 @@ class Recipe:
         doubtful = self.damping.adaptive and stage.objective.measurable and -change > 0.5 * abs(stage.loss)
         if not (measures or doubtful):
             return self.trials.take(step)
-        found = self.trials.measure(step, stage, shorten=not self.rule.fixed)
+        found = self.trials.measure(step, stage, shorten=self.rule.shortens)
         if isinstance(found, Risen):
             raise Rejection(f"the loss would have risen from {stage.loss:.4g} to {found.loss_after:.4g}")
         figures["loss_after"] = found.loss_after
@@ -300,6 +305,8 @@ class Recipe:
     @property
     def rule(self) -> StepRule:
         """The step rule: whether step size and momentum are given or adapted."""
+        if self.projected is not None and all(group["momentum"] is not None for group in self.parameters.groups):
+            return self.projected
         given = (group[name] is not None for group in self.parameters.groups for name in ("lr", "momentum"))
         return self.fixed if all(given) else self.adaptive
 

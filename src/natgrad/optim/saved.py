@@ -13,6 +13,7 @@ from torch import Tensor
 from natgrad.checks.values import described
 
 if TYPE_CHECKING:
+    from natgrad.optim.newton_muon import NewtonMuon
     from natgrad.optim.optimizer import CurvatureOptimizer
 
 TORCH_CHECKPOINT = "torch.distributed.checkpoint.state_dict"
@@ -40,13 +41,7 @@ def state_of(state_dict: Any, key: str, optimizer: str) -> dict[str, Any]:
 
 
 def state_dict(opt: CurvatureOptimizer, whole: dict[str, Any]) -> dict[str, Any]:
-    """Torch's own state dictionary with the rest: beside it under the optimizer's key, or, for
-    `torch.distributed.checkpoint.state_dict`, which would drop that, in the first group."""
-    place, params = opt.parameters.place, by_index(opt)
-    state = {
-        i: {k: place.stored(params[i], v) if isinstance(v, Tensor) else v for k, v in its.items()}
-        for i, its in whole["state"].items()
-    }
+    """Torch's own state dictionary with the rest."""
     own = {
         **opt.journal.state(),
         "damping": opt.recipe.damping.value,
@@ -55,6 +50,17 @@ def state_dict(opt: CurvatureOptimizer, whole: dict[str, Any]) -> dict[str, Any]
         **opt.labels.state(),
         **named(opt.parameters),
         **opt.recipe.preconditioner.state(),
+    }
+    return joined(opt, whole, own)
+
+
+def joined(opt: CurvatureOptimizer | NewtonMuon, whole: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Torch's own state dictionary, `whole`, with the rest: beside it under the optimizer's key, or, for
+    `torch.distributed.checkpoint.state_dict`, which would drop that, in the first group."""
+    place, params = opt.parameters.place, by_index(opt)
+    state = {
+        i: {k: place.stored(params[i], v) if isinstance(v, Tensor) else v for k, v in its.items()}
+        for i, its in whole["state"].items()
     }
     if not _asked_by_torch():
         return whole | {"state": state, opt._key: own}
@@ -87,7 +93,7 @@ def load_state_dict(
 ) -> None:
     """Checks all, then takes it up; `load` is that of torch's optimizers."""
     own = state_of(state_dict, opt._key, type(opt).__name__)
-    whole = _torchs_own(state_dict, opt._key)
+    whole = torchs_own(state_dict, opt._key)
     _check(opt, own, whole)
     place = opt.parameters.place
     state = {
@@ -108,7 +114,8 @@ def load_state_dict(
     opt.tracker.arm()
 
 
-def _torchs_own(state_dict: Mapping[str, Any], key: str) -> dict[str, Any]:
+def torchs_own(state_dict: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A state dictionary without what an optimizer saved of its own."""
     whole = {k: v for k, v in state_dict.items() if k != key}
     groups = [{k: v for k, v in group.items() if k != key} for group in whole["param_groups"]]
     return whole | {"param_groups": groups}

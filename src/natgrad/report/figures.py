@@ -15,6 +15,8 @@ COLOURS = ("#767676", "#0072B2", "#D55E00")
 MORE_COLOURS = (*COLOURS[1:], "#009E73", "#CC79A7", "#E69F00", "#56B4E9", COLOURS[0])
 INK = "#333333"
 DOTS_PER_INCH = 160
+PAGE = 9.6
+"""Inches: the width of a picture that fills the page of a report."""
 
 
 def new_figure(width: float, height: float) -> Figure:

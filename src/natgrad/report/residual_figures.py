@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
-from natgrad.report.figures import COLOURS, INK, name_bars, new_figure, save
+from natgrad.report.figures import COLOURS, INK, PAGE, name_bars, new_figure, save
 from natgrad.report.layer_residual import LayerResidual
 
 Report = Mapping[str, LayerResidual]
@@ -19,7 +19,7 @@ Panel = Callable[[Report, Axes], None]
 
 def draw(report: Report, panels: Collection[Panel], path: str | PathLike[str]) -> None:
     """Draws the panels one below the other."""
-    figure = new_figure(max(7.6, 1.5 + 0.45 * len(report)), 3.4 * len(panels))
+    figure = new_figure(max(PAGE, 1.5 + 0.45 * len(report)), 3.4 * len(panels))
     for panel, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
         panel(report, axes)
     save(figure, path)

@@ -15,7 +15,8 @@ from natgrad.curvature.moments import AffineMoments
 from natgrad.curvature.problem import Problem
 from natgrad.curvature.structures import KfacStructure
 from natgrad.study.spec import Measure
-from natgrad.study.tasks import SUBSET, Task
+from natgrad.study.task import Task
+from natgrad.study.tasks import SUBSET
 
 FEW_OUTPUTS = 16
 """With up to so many outputs an example, all columns of the output curvature are taken; else sampled labels."""

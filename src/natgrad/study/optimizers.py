@@ -10,24 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import natgrad
 from natgrad.cli.errors import UserError
 from natgrad.optim import averaging
-from natgrad.study.tasks import Task
+from natgrad.study.peers import NorMuon, SOAPMuon
+from natgrad.study.task import Batch, Task
 
 Setting = Mapping[str, Any]
-COMMON = ("batch", "weight_decay", "average")
+COMMON = ("batch", "weight_decay", "average", "length")
 """Options that every optimizer takes: the size of a batch, the objective's weight decay (the task's own where there is
-none), and a decay with which the iterates are averaged for the evaluation."""
+none), a decay with which the iterates are averaged for the evaluation, and which share of the task's budget it has."""
 
 
 @dataclass
 class Stepper:
     """`step((x, y))` updates the model; within `averaged()` it is as it is to be evaluated."""
 
-    step: Callable[[tuple[Tensor, Tensor]], None]
+    step: Callable[[Batch], None]
     averaged: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     optimizers: list[Any] = field(default_factory=list)
     rejected: int = 0
@@ -53,7 +54,8 @@ class Kind:
         """The options' names."""
         own = inspect.signature(self.load()).parameters.values()
         names = [p.name for p in own if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        kept = [n for n in names if n not in ("params", "model", "loss", "generator", "output", *COMMON)]
+        own_ways = ("params", "model", "loss", "generator", "output", "rest_lr", "steps")
+        kept = [n for n in names if n not in (*own_ways, *COMMON)]
         return [*COMMON, *kept, *(["rest"] if self.rest else [])]
 
     def types(self, option: str) -> tuple[type, ...]:
@@ -61,14 +63,15 @@ class Kind:
         known = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": ()}
         parameter = inspect.signature(self.load()).parameters.get(option)
         words = str(parameter.annotation).replace("<class '", "").replace("'>", "") if parameter else "Any"
-        words = {"average": "float", "weight_decay": "float", "rest": "float"}.get(option, words)
+        words = {"average": "float", "weight_decay": "float", "rest": "float", "length": "float"}.get(option, words)
         parts = [part.strip() for part in words.split("|")]
         return tuple(t for part in parts for t in known[part]) if all(part in known for part in parts) else ()
 
     def make(self, model: nn.Module, task: Task, setting: Setting) -> Stepper:
         """From a model, a task and options to what takes a step."""
         own = {**self.defaults, **setting}
-        own.pop("batch", None)
+        for name in ("batch", "length"):
+            own.pop(name, None)
         if self.decays:
             own.setdefault("weight_decay", task.weight_decay)
         own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
@@ -80,6 +83,7 @@ class Kind:
             return _following(self.load()(model, task.loss, **own), model, task, own.get("average"))
         average = own.pop("average", None)
         if self.whole_model:
+            own |= {} if rest is None else {"rest_lr": rest}
             return _plain([self.load()(model, **own)], model, task, average)
         if rest is None:
             return _plain([self.load()(model.parameters(), **own)], model, task, average)
@@ -93,9 +97,9 @@ def _plain(opts: list[Any], model: nn.Module, task: Task, average: float | None)
     parameters = dict(model.named_parameters())
     states: dict[str, dict[str, Any]] = {n: {} for n in parameters}
 
-    def step(batch: tuple[Tensor, Tensor]) -> None:
+    def step(batch: Batch) -> None:
         x, y = batch
-        loss = task.loss(model(x), y) / task.share(x)
+        loss = task.objective(task.loss, model, x, y) / task.share(x)
         for opt in opts:
             opt.zero_grad()
         loss.backward()
@@ -111,9 +115,9 @@ def _plain(opts: list[Any], model: nn.Module, task: Task, average: float | None)
 def _following(opt: Any, model: nn.Module, task: Task, average: float | None) -> Stepper:
     """A step by one of this library's that read the loss."""
 
-    def step(batch: tuple[Tensor, Tensor]) -> None:
+    def step(batch: Batch) -> None:
         x, y = batch
-        loss = opt.loss(model(x), y) / task.share(x)
+        loss = task.objective(opt.loss, model, x, y) / task.share(x)
         opt.zero_grad()
         loss.backward()
         with warnings.catch_warnings():
@@ -126,9 +130,10 @@ def _following(opt: Any, model: nn.Module, task: Task, average: float | None) ->
 
 
 def matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Hidden weights, which Muon is for, and all else: biases, scales, embeddings, kernels."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    hidden = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    """Hidden weights, which Muon is for, and all else: biases, scales, embeddings, kernels, an output layer `head`."""
+    apart = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    apart |= {id(p) for n, p in model.named_parameters() if n.startswith("head.")}
+    hidden = [p for p in model.parameters() if p.ndim == 2 and id(p) not in apart]
     own = {id(p) for p in hidden}
     return hidden, [p for p in model.parameters() if id(p) not in own]
 
@@ -157,6 +162,9 @@ OPTIMIZERS: dict[str, Kind] = {
     "Muon": Kind(
         lambda: torch.optim.Muon, rest=True, defaults={"rest": 2e-3, "lr": 0.02, "weight_decay": 0.0}, decays=False
     ),
+    "NorMuon": Kind(lambda: NorMuon, rest=True, defaults={"rest": 2e-3, "weight_decay": 0.0}, decays=False),
+    "SOAPMuon": Kind(lambda: SOAPMuon, rest=True, defaults={"rest": 2e-3, "weight_decay": 0.0}, decays=False),
+    "NewtonMuon": Kind(lambda: natgrad.NewtonMuon, whole_model=True, rest=True, decays=False),
     "SOAP": Kind(_peer("SOAP")),
     "Shampoo": Kind(
         _peer("ScalableShampoo"),

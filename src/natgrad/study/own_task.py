@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.cli.errors import UserError
-from natgrad.cli.target import call, checked, look_here, words
-from natgrad.study.tasks import SUBSET, Batch, Task, indices
+from natgrad.cli.target import call, checked, parsed, words
+from natgrad.study.task import Batch, Task
+from natgrad.study.tasks import SUBSET, indices
 
 FORM = "expected (model, loss, data) or (model, loss, data, evaluate)"
 SIZE = 250
@@ -77,13 +78,12 @@ def _blamed(target: str, what: str) -> Iterator[None]:
 
 def digest(target: str) -> str:
     """Of the text of the file that the function is in, to notice when it changes; empty where there is none."""
-    look_here()
     try:
-        spec = importlib.util.find_spec(target.partition(":")[0])
+        spec = importlib.util.find_spec(parsed(target).module)
         if spec is None or spec.origin is None:
             return ""
         return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
-    except (ImportError, ValueError, OSError):
+    except (UserError, ImportError, ValueError, OSError):
         return ""
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, MaxNLocator
 
-from natgrad.report.figures import INK, MORE_COLOURS, new_figure, save, tidy
+from natgrad.report.figures import INK, MORE_COLOURS, PAGE, new_figure, save, tidy
 from natgrad.report.words import in_picture
 from natgrad.study.statistics import Paired, spread
 from natgrad.study.summary import Group, TaskSummary
@@ -24,7 +24,7 @@ STYLES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1)))
 def draw_curves(task: TaskSummary, path: Path) -> None:
     """The figure against steps and against seconds: medians over the seeds, and from the lowest to the highest."""
     columns = _columns([g.optimizer for g in task.groups])
-    figure = new_figure(8.2, 3.5 + 0.24 * math.ceil(len(task.groups) / columns))
+    figure = new_figure(PAGE, 3.9 + 0.24 * math.ceil(len(task.groups) / columns))
     panels = figure.subplots(1, 2, sharey=True)
     positive, settled = True, []
     for i, g in enumerate(task.groups):
@@ -64,7 +64,7 @@ def draw_pairs(pairs: Sequence[Paired], path: Path) -> None:
     """The ratios of last figures to the baseline's, with their confidence intervals, task by task."""
     shown = [p for p in pairs if p.ratio is not None]
     names = list(dict.fromkeys(p.task for p in shown))
-    figure = new_figure(8.2, 1.2 + 0.34 * (len(shown) + len(names)))
+    figure = new_figure(PAGE, 1.2 + 0.34 * (len(shown) + len(names)))
     axes = figure.subplots()
     labels: list[tuple[float, str]] = []
     y = 0.0
@@ -72,7 +72,7 @@ def draw_pairs(pairs: Sequence[Paired], path: Path) -> None:
         for p in (p for p in shown if p.task == name):
             assert p.ratio is not None
             colour = MORE_COLOURS[i % len(MORE_COLOURS)]
-            if not math.isnan(p.ratio.low):
+            if p.ratio.tells:
                 axes.plot([p.ratio.low, p.ratio.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
             axes.plot([p.ratio.mean], [y], "o", color=colour, markersize=6)
             labels.append((y, f"{in_picture(name, 24)}: {in_picture(p.optimizer, 24)}"))
@@ -95,7 +95,7 @@ RESIDUALS = {"relative": "‖R‖ / ‖G‖", "cka": "CKA", "p_value": "p-value"
 def draw_residuals(task: TaskSummary, path: Path) -> None:
     """Relative residual, CKA and p-value of each layer over training, medians over the seeds, by optimizer."""
     kinds = [k for k in RESIDUALS if any(_series(g, layer, k) for g in task.measured for layer in _layers(task))]
-    figure = new_figure(max(5.0, 1.2 + 3.1 * len(task.measured)), 0.9 + 2.1 * len(kinds))
+    figure = new_figure(max(PAGE, 1.2 + 3.1 * len(task.measured)), 0.9 + 2.1 * len(kinds))
     grid = figure.subplots(len(kinds), len(task.measured), sharex=True, sharey="row", squeeze=False)
     for line, kind in zip(grid, kinds, strict=True):
         for axes, g in zip(line, task.measured, strict=True):
@@ -108,7 +108,7 @@ def draw_residuals(task: TaskSummary, path: Path) -> None:
 
 def draw_conditions(task: TaskSummary, path: Path) -> None:
     """Condition numbers of `A` (dashed) and of `C` over training, by optimizer."""
-    figure = new_figure(max(5.0, 1.2 + 3.1 * len(task.measured)), 3.9)
+    figure = new_figure(max(PAGE, 1.2 + 3.1 * len(task.measured)), 3.9)
     grid = figure.subplots(1, len(task.measured), sharey=True, squeeze=False)
     for axes, g in zip(grid[0], task.measured, strict=True):
         _draw_layers(axes, task, g, "A", (0, (4, 1.5)))

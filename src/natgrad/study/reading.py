@@ -111,6 +111,8 @@ class Table:
     def names(self, key: str, expected: str, mend: str) -> dict[str, Table]:
         """A list of names, or a table of tables; either way tables by name."""
         value = self.take(key, [])
+        if value == []:
+            self.check_spelling(key)
         if isinstance(value, list) and all(isinstance(v, str) and v for v in value):
             if len(set(value)) < len(value):
                 twice = next(v for v in value if value.count(v) > 1)
@@ -132,8 +134,17 @@ class Table:
     def finish(self) -> None:
         """Raises UserError for a key that nobody took."""
         for key in self._values:
-            place = f" in [{self.where}]" if self.where else ""
-            raise UserError(f"{self.file}: there is no key {key!r}{place}; {near(key, dict.fromkeys(self._known))}")
+            raise self._unknown(key, self._known)
+
+    def check_spelling(self, *wanted: str) -> None:
+        """Raises UserError if none of these keys is there, but one that reads like one of them."""
+        for key in self._values:
+            if difflib.get_close_matches(key.lower(), wanted, n=1):
+                raise self._unknown(key, wanted)
+
+    def _unknown(self, key: str, known: Iterable[str]) -> UserError:
+        place = f" in [{self.where}]" if self.where else ""
+        return UserError(f"{self.file}: there is no key {key!r}{place}; {near(key, dict.fromkeys(known))}")
 
 
 def shown(value: Any) -> str:

@@ -16,8 +16,9 @@ from natgrad.study.measure import measure
 from natgrad.study.optimizers import OPTIMIZERS
 from natgrad.study.own_task import own_task
 from natgrad.study.spec import Job
-from natgrad.study.tasks import TASKS, Task
-from natgrad.study.training import Moment, moments
+from natgrad.study.task import Task
+from natgrad.study.tasks import TASKS
+from natgrad.study.training import CLOCKS, CONSTANT, Moment, moments
 
 Result = dict[str, Any]
 """What is kept of a run, ready for JSON: `status` is finished, diverged or raised; `curve` has a dict of step, seconds
@@ -77,8 +78,11 @@ def _train(job: Job, task: Task, result: Result, on_moment: Callable[[Moment, fl
     torch.manual_seed(job.seed)
     stepper = OPTIMIZERS[job.use].make(model, task, job.setting)
     size = job.setting.get("batch") or job.task.batch or task.batch
+    budget = job.task.budget.scaled(job.setting.get("length", 1.0))
+    rates = [(group, group["lr"]) for opt in stepper.optimizers for group in opt.param_groups]
     wanted, due, figure = job.measure, 0.0, math.nan
-    for moment in moments(stepper.step, task.batches(job.seed, size), job.task.budget, job.evaluations):
+    every = moments(stepper.step, task.batches(job.seed, size), budget, job.evaluations, clock=CLOCKS[job.clock])
+    for moment in every:
         measured = wanted.residual and (moment.last or moment.share >= due - 1e-9)
         if moment.due or measured:
             with stepper.averaged():
@@ -98,3 +102,6 @@ def _train(job: Job, task: Task, result: Result, on_moment: Callable[[Moment, fl
         if not math.isfinite(figure):
             result["status"] = "diverged"
             return
+        if job.schedule != CONSTANT:
+            for group, rate in rates:
+                group["lr"] = rate * job.schedule.factor(budget, moment.step, moment.share)

@@ -16,9 +16,9 @@ from natgrad.study.optimizers import OPTIMIZERS, Kind, check
 from natgrad.study.own_task import digest
 from natgrad.study.reading import Table, near, parse, read_text, shown
 from natgrad.study.tasks import TASKS
-from natgrad.study.training import Budget
+from natgrad.study.training import CLOCKS, CONSTANT, Budget, Schedule
 
-SHIPPED = ("centering", "residual", "peers")
+SHIPPED = ("centering", "residual", "peers", "language", "pinns", "pinns-long")
 Setting = dict[str, Any]
 
 
@@ -66,6 +66,8 @@ class Job:
     evaluations: int
     threads: int
     measure: Measure
+    clock: str = "wall"
+    schedule: Schedule = CONSTANT
 
     @property
     def label(self) -> str:
@@ -88,6 +90,8 @@ class Job:
             "evaluations": self.evaluations,
             "threads": self.threads,
             "measure": measured,
+            **({} if self.clock == "wall" else {"clock": self.clock}),
+            **({"schedule": vars(self.schedule)} if self.schedule != CONSTANT else {}),
             **own,
         }
 
@@ -106,9 +110,12 @@ class Spec:
     evaluations: int
     threads: int
     measure: Measure
+    clock: str = "wall"
+    schedule: Schedule = CONSTANT
 
     def job(self, task: TaskEntry, optimizer: OptimizerEntry, setting: Setting, seed: int) -> Job:
-        return Job(task, optimizer.name, optimizer.use, setting, seed, self.evaluations, self.threads, self.measure)
+        how = self.evaluations, self.threads, self.measure, self.clock, self.schedule
+        return Job(task, optimizer.name, optimizer.use, setting, seed, *how)
 
     @property
     def in_seconds(self) -> bool:
@@ -159,8 +166,12 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     budget = _budget(top)
     evaluations = top.whole("evaluations", 40, 2)
     threads = top.whole("threads", 1)
+    clock = top.text("clock", "wall")
+    if clock not in CLOCKS:
+        raise top.fail("clock", shown(clock), " or ".join(map(repr, CLOCKS)), near(clock, CLOCKS))
     batch = top.whole("batch", None)
     measure = _measure(top.table("measure"))
+    schedule = _schedule(top.table("schedule"))
     tasks = _tasks(top, budget, batch)
     optimizers = _optimizers(top, tasks)
     names = [o.name for o in optimizers]
@@ -171,7 +182,7 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     for task in tasks:
         if not any(o.settings.get(task.name) for o in optimizers):
             raise top.fail(f"tasks.{task.name}", "a task that no optimizer runs on", "at least one", "leave it out.")
-    return Spec(name, title, text, tasks, optimizers, seeds, baseline, evaluations, threads, measure)
+    return Spec(name, title, text, tasks, optimizers, seeds, baseline, evaluations, threads, measure, clock, schedule)
 
 
 def _seeds(top: Table) -> tuple[int, ...]:
@@ -206,6 +217,16 @@ def _measure(table: Table) -> Measure:
     return found
 
 
+def _schedule(table: Table) -> Schedule:
+    shares = {}
+    for key in ("warmup", "cooldown"):
+        shares[key] = float(table.number(key, 0.0))
+        if shares[key] > 1:
+            raise table.fail(key, f"{shares[key]:g}", "a share of the budget, at most 1", f"write, say, {key} = 0.1.")
+    table.finish()
+    return Schedule(**shares)
+
+
 def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEntry, ...]:
     entries = []
     for name, table in top.names("tasks", f"tasks: {', '.join(TASKS)}", 'write, say, tasks = ["curves"].').items():
@@ -219,6 +240,8 @@ def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEn
             )
         its_budget = _budget(table) or budget
         if its_budget is None:
+            for place in (table, top):
+                place.check_spelling("steps", "seconds")
             raise table.fail("", "without a budget", "steps or seconds", "write, say, steps = 200 at the top.")
         targets = table.take("targets", [])
         if not isinstance(targets, list) or not all(type(t) in (int, float) and math.isfinite(t) for t in targets):
@@ -306,5 +329,9 @@ def _check_types(table: Table, kind: Kind, key: str, values: list[Any]) -> None:
         if types and type(value) not in types:
             expected = " or ".join(words[t] for t in dict.fromkeys(types) if not (t is int and float in types))
             raise table.fail(key, shown(value), f"{expected}, or a list of such to try", "mend it.")
+        if key == "length" and not 0 < value <= 1:
+            raise table.fail(
+                key, shown(value), "a share of the budget, above 0 and at most 1", "write, say, length = 0.8."
+            )
         if key == "batch" and value < 1:
             raise table.fail(key, shown(value), "a whole number of at least 1", "write, say, batch = 250.")

@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 Result = Mapping[str, Any]
 LEVEL = 0.95
+FEWEST = 3
+"""Values that an interval takes: that of two is 12.7 standard errors wide on each side, which says nothing."""
+WIDEST = 1e4
+"""An interval of a ratio whose ends are farther apart than this tells nothing."""
 
 
 def final(result: Result) -> float:
@@ -25,11 +29,16 @@ def final(result: Result) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and between what it is with 95% confidence; `low` and `high` are NaN for a single value."""
+    """A mean, and its 95% confidence interval from `low` to `high`, which are NaN for fewer than 3 values."""
 
     mean: float
     low: float
     high: float
+
+    @property
+    def tells(self) -> bool:
+        """Whether an interval of ratios is there and narrow enough to tell something."""
+        return 0 < self.high <= WIDEST * self.low
 
 
 def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -39,7 +48,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     Interval(mean=2.0, low=-0.484..., high=4.484...)
     """
     n, mean = len(values), statistics.fmean(values)
-    if n < 2:
+    if n < FEWEST:
         return Interval(mean, math.nan, math.nan)
     half = student_quantile((1 + level) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)

@@ -188,6 +188,13 @@ def interval_words(interval: Interval | None) -> tuple[str, str]:
     return f"{interval.mean:.3g}", ends
 
 
+def ratio_words(interval: Interval | None) -> tuple[str, str]:
+    """The same of ratios, whose interval may be too wide to tell anything."""
+    mean, ends = interval_words(interval)
+    wide = interval is not None and not math.isnan(interval.low) and not interval.tells
+    return mean, "too wide to tell" if wide else ends
+
+
 def to_dict(summary: Summary) -> dict[str, Any]:
     """All of it, with every run, ready for JSON."""
     return {

@@ -1,10 +1,10 @@
-"""The tasks: a model, its batches, its loss, and what counts in the end."""
+"""The tasks by name."""
 
 from __future__ import annotations
 
+import functools
 import pydoc_data.topics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,40 +12,15 @@ from torch import Generator, Tensor, nn
 
 from natgrad.study.images import draw_curves, load_mnist
 from natgrad.study.networks import Transformer, make_autoencoder, make_convolutional, make_perceptron
+from natgrad.study.pinns import SETTINGS
+from natgrad.study.pinns import pinn as published_pinn
 from natgrad.study.poisson import PoissonResidual, collocation_points, relative_error
+from natgrad.study.task import Batch, Task
+from natgrad.study.text import text_task
 
-Batch = tuple[Tensor, Tensor]
 WEIGHT_COST = 1e-5
 SUBSET = 2000
 """Examples that a figure of the training data is over."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """`loss(model(x), y) / share(x)` is what is differentiated. Less of `figure` is better; it is the first of what
-    `evaluate` returns."""
-
-    name: str
-    figure: str
-    batch: int
-    """The size of a batch, where an optimizer has none of its own."""
-    loss: nn.Module
-    make_model: Callable[[int], nn.Module]
-    """From a seed."""
-    batches: Callable[[int, int], Iterator[Batch]]
-    """From a seed and a size, for ever."""
-    evaluate: Callable[[nn.Module], dict[str, float]]
-    sample: Callable[[int], Batch]
-    """The same examples of the training data each time, at most so many."""
-    weight_decay: float = 0.0
-    images: Tensor | None = None
-    """Of an autoencoder."""
-    widths: tuple[int, ...] = ()
-    """Of an autoencoder, from the image to the code."""
-
-    def share(self, x: Tensor) -> int:
-        """What the objective divides the loss by: the examples, where the loss is a sum."""
-        return len(x) if getattr(self.loss, "reduction", "mean") == "sum" else 1
 
 
 def autoencoder(name: str, data_seed: int = 0) -> Task:
@@ -203,5 +178,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "perceptron": lambda: classifier("perceptron", lambda: make_perceptron((784, 100, 50, 10)), (784,)),
     "language": language_model,
     "pinn": pinn,
+    **{name: functools.partial(published_pinn, name) for name in SETTINGS},
+    **{f"text-{width}": functools.partial(text_task, width) for width in (64, 128, 256, 512)},
 }
 NEED_MNIST = ("mnist", "classifier", "perceptron")

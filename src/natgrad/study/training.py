@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 B = TypeVar("B")
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""What seconds are: those that pass, or those that the process has a processor, summed over its threads."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,31 @@ class Budget:
         assert self.seconds is not None
         return seconds / self.seconds
 
+    def scaled(self, share: float) -> Budget:
+        """A share of it, a step at least."""
+        steps = None if self.steps is None else max(1, round(share * self.steps))
+        return Budget(steps, None if self.seconds is None else share * self.seconds)
+
     def to_dict(self) -> dict[str, Any]:
         return {"steps": self.steps} if self.steps is not None else {"seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rates over a run: they rise linearly from zero over the share `warmup` of the budget, stay, and fall
+    linearly to zero over the share `cooldown` at its end."""
+
+    warmup: float = 0.0
+    cooldown: float = 0.0
+
+    def factor(self, budget: Budget, step: int, share: float) -> float:
+        """What the rates are multiplied by in the step that comes after `step` others and a share of the budget."""
+        ahead = (step + 1) / budget.steps if budget.steps is not None else max(share, 0.01 * self.warmup)
+        rising = min(1.0, ahead / self.warmup) if self.warmup else 1.0
+        return rising * (min(1.0, (1 - share) / self.cooldown) if self.cooldown else 1.0)
+
+
+CONSTANT = Schedule()
 
 
 @dataclass(frozen=True)
@@ -48,11 +73,12 @@ def moments(
     budget: Budget,
     evaluations: int,
     stopped: Callable[[], bool] = lambda: False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Moment]:
     """Takes steps until the budget is spent or `stopped()`; yields before the first and after each.
 
-    The clock runs in `take_step` only: neither in what is done at a moment, nor while a batch is fetched. Leaving the
-    loop ends the training.
+    The clock, in seconds, runs in `take_step` only: neither in what is done at a moment, nor while a batch is fetched.
+    Leaving the loop ends the training.
     """
     step, seconds, due = 0, 0.0, 0.0
     while True:
@@ -65,7 +91,7 @@ def moments(
         if last:
             return
         batch = next(batches)
-        start = time.perf_counter()
+        start = clock()
         take_step(batch)
-        seconds += time.perf_counter() - start
+        seconds += clock() - start
         step += 1

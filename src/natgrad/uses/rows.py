@@ -47,11 +47,11 @@ class Rows:
 
     def times(self, v: Vector) -> Float[Tensor, "*lead n k"]:
         """The rows times a vector, or times as many vectors as `v` has leading axes."""
-        return self._joint.inner(tuple(v[n] for n in self.space.names or ()))
+        return self._joint.inner(tuple(v[n] for n in self.space.names or ())).unflatten(-1, (len(self), -1))
 
     def transposed(self, c: Float[Tensor, "*lead n k"]) -> dict[str, Tensor]:
         """The sum of the rows with the weights `c`."""
-        return dict(zip(self.space.names or (), self._joint.outer(c), strict=True))
+        return dict(zip(self.space.names or (), self._joint.outer(c.flatten(-2)), strict=True))
 
     def gram(self) -> Float[Tensor, "nk nk"]:
         """The inner products of all pairs of rows."""

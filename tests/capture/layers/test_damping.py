@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from networks import CLASSES, NETWORKS, make
 from torch import nn
 
 import natgrad
+from networks import CLASSES, NETWORKS, make
 from oracles import close, f64, randn
 
 LOSS = nn.CrossEntropyLoss()

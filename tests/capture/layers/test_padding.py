@@ -67,6 +67,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("make", "causal", "structure", "options"), COMBINATIONS)
 def test_any_padding_gives_the_matrix_of_none(make, causal, structure, options):
     torch.manual_seed(0)

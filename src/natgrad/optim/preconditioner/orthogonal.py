@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad.linalg import Block, Operator, Rows
 from natgrad.linalg.centered import CenteredInverse
-from natgrad.linalg.precision import matmul_precision
+from natgrad.linalg.precision import bfloat16_is_fast, matmul_precision
 from natgrad.linalg.space import Parts
 from natgrad.optim.vectors import Vector
 
@@ -24,7 +24,8 @@ SECOND_MOMENT_DECAY = 0.95
 
 def newton_schulz(V: Float[Tensor, "*batch o i"]) -> Float[Tensor, "*batch o i"]:
     """`U Wᵀ` of the singular value decomposition `V = U S Wᵀ`, roughly: five steps of an iteration that moves the
-    singular values to between 0.7 and 1.2, in bfloat16 unless `V` is in float64.
+    singular values to between 0.7 and 1.2. Products are in bfloat16 where the processor multiplies that faster than
+    float32; a `V` in float64 stays in float64.
 
     Example:
         >>> import torch
@@ -36,15 +37,23 @@ def newton_schulz(V: Float[Tensor, "*batch o i"]) -> Float[Tensor, "*batch o i"]
     Kovarik's (1970) and Björck & Bowie's (1971), with Jordan's coefficients.
     """
     a, b, c = COEFFICIENTS
-    X = V if V.dtype == torch.float64 else V.bfloat16()
+    tiny = torch.finfo(V.dtype).tiny
+    X = V / V.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # the squares of small entries would vanish
+    X = X.to(_working_dtype(V))
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny)
     X = X.reshape(-1, *X.shape[-2:])
     for _ in range(STEPS):
         S = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
     return (X.mT if tall else X).to(V.dtype).reshape(V.shape)
+
+
+def _working_dtype(V: Tensor) -> torch.dtype:
+    if V.dtype == torch.float64:
+        return torch.float64
+    return torch.bfloat16 if bfloat16_is_fast(V.device) else torch.float32
 
 
 def orthogonalized(matrices: Sequence[Float[Tensor, "_ _"]]) -> list[Tensor]:

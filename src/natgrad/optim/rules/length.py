@@ -29,6 +29,8 @@ class StepRule(ABC):
 
     fixed: bool
     """Whether step size and momentum are given."""
+    shortens = False
+    """Whether a step by which the loss would rise is tried again at a part of its length."""
 
     def __init__(self, parameters: Parameters, directions: Directions, max_kl: float | None):
         self.parameters, self.directions, self.max_kl = parameters, directions, max_kl
@@ -123,6 +125,7 @@ class Adaptive(StepRule):
     """
 
     fixed = False
+    shortens = True
 
     def __init__(self, parameters: Parameters, directions: Directions, max_kl: float | None):
         super().__init__(parameters, directions, max_kl)

@@ -14,12 +14,16 @@ from natgrad.optim.vectors import Vector
 
 @dataclass
 class Stage:
-    """The objective, its gradient per unit of the objective, its value with weight decay in it, and that decay."""
+    """The objective, its gradient per unit of the objective, its value with weight decay in it, and that decay.
+
+    `rejected`: how many steps from here were rejected, and tried again with more damping.
+    """
 
     objective: Objective
     gradient: Vector
     decay: Decay
     loss: float
+    rejected: int = 0
 
 
 class Rejection(Exception):

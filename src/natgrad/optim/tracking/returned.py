@@ -71,13 +71,14 @@ class Held:
 
     def __init__(self, path: Path, t: Tensor):
         self.path, self.ref, self._version = path, weakref.ref(t), t._version
+        self._base = None if t._base is None else weakref.ref(t._base)  # which any view of a view keeps
         self._memory = _memory(t)
         self._contiguous, self._numel, self._offset = t.is_contiguous(), t.numel(), t.storage_offset()
 
     @property
     def in_use(self) -> bool:
         """Whether the tensor or a view of it is alive."""
-        return self.ref() is not None or not (self._memory is None or self._memory.expired())
+        return self.ref() is not None or (self._base is not None and self._base() is not None)
 
     def view(self, output: Tensor) -> Way | None:
         """The function that made `output` of the tensor; None if there is none, or the tensor has been written to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -27,8 +27,10 @@ class Watch:
 
     While `recording`, the uses of the parameters in them are kept too. Forwards of the model inside of its own forward
     belong to the outermost. A `wrapper` whose forward is the model's may return it in other tensors. `within`, a
-    method, is called in a forward that is part of that of a `DistributedDataParallel`. Nothing keeps the optimizer
-    alive, and a copy of the model is not watched.
+    method, is called in a forward that is part of that of a `DistributedDataParallel`. `finished`, a method, is given
+    every forward at its end, and none is kept. `also` are modules whose forwards count as the model's, where these are
+    called by themselves. `frozen`: uses of frozen parameters are recorded too. Nothing keeps the optimizer alive, and a
+    copy of the model is not watched.
     """
 
     def __init__(
@@ -38,6 +40,9 @@ class Watch:
         *,
         wrapper: nn.Module | None = None,
         within: Callable[[DistributedDataParallel], None] | None = None,
+        finished: Callable[[Forward], None] | None = None,
+        also: Sequence[nn.Module] = (),
+        frozen: bool = False,
     ):
         self.recording = True
         self._model, self._parameters = weakref.ref(model), dict(parameters)
@@ -49,20 +54,24 @@ class Watch:
         self._outermost: FrameType | None = None
         self._suspended = False
         self._within = None if within is None else weakref.WeakMethod(within)
+        self._finished = None if finished is None else weakref.WeakMethod(finished)
+        self._frozen = frozen
+        self._watched = weakref.WeakSet((model, *also))
         self._told: weakref.WeakMethod[Callable[[Forward, Any], None]] | None = None
         me = weakref.ref(self)
 
         def before(module: nn.Module, args: Any, kwargs: Any, compiled: bool) -> None:
             watch = me()
-            if watch is not None and module is watch._model():
+            if watch is not None and module in watch._watched:
                 watch._before(args, kwargs, compiled)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any, compiled: bool) -> None:
             watch = me()
-            if watch is not None and module is watch._model():
+            if watch is not None and module in watch._watched:
                 watch._after(output)
 
-        self._handles = [weakref.finalize(self, handle.remove) for handle in Tap(before, after).attach(model)]
+        handles = [handle for module in (model, *also) for handle in Tap(before, after).attach(module)]
+        self._handles = [weakref.finalize(self, handle.remove) for handle in handles]
         if wrapper is not None:
             self.see_wrapper(wrapper)
 
@@ -109,8 +118,8 @@ class Watch:
         self.forwards = [f for f in self.forwards if f.returned is not None and f.returned.let_go()]
 
     def recorder(self) -> Recorder:
-        """A recorder of the parameters that are trainable now."""
-        return Recorder({n: p for n, p in self._parameters.items() if p.requires_grad})
+        """A recorder of the parameters that are trainable now, or of all."""
+        return Recorder({n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen})
 
     @property
     def running(self) -> bool:
@@ -176,7 +185,11 @@ class Watch:
         forward.returned, forward.recorder = Returned(output), recorder
         if recorder is not None:
             recorder.let_go()
-        self.forwards.append(forward)
+        finished = None if self._finished is None else self._finished()
+        if finished is None:
+            self.forwards.append(forward)
+        else:
+            finished(forward)
         if self._told is not None and (told := self._told()) is not None:
             told(forward, output)
 

@@ -1,0 +1,80 @@
+"""The table of docs/pinns.md: what runs of `natgrad study pinns` have come to, beside the published best.
+
+natgrad study pinns && python -m benchmarks.pinns natgrad-study/pinns
+
+Folders of several studies are put together. Seconds are those of the study's clock, which is printed. Kept runs are
+enough: the study need not have come to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from natgrad.study.pinns import SETTINGS
+from natgrad.study.published import TARGETS, Curve, fastest, own, published
+
+Run = dict[str, Any]
+
+
+def runs_of(folders: Sequence[Path], optimizer: str) -> dict[str, list[Run]]:
+    """The finished runs of an optimizer on each problem."""
+    found: dict[str, list[Run]] = {}
+    for folder in folders:
+        for path in sorted((folder / "runs").glob("*.json")):
+            run = json.loads(path.read_text(encoding="utf-8"))
+            if run["task"] in SETTINGS and run["optimizer"] == optimizer and run["status"] == "finished":
+                found.setdefault(run["task"], []).append(run)
+    return found
+
+
+def cell(curves: Sequence[Curve], theirs: Sequence[Curve], target: float) -> str:
+    """Our time, the median over the seeds, and the shortest published one; bold where ours is shorter."""
+    times = sorted(t if (t := c.first(target)) is not None else float("inf") for c in curves)
+    mine, best = statistics.median(times), fastest(theirs, target)
+    words = "–" if mine == float("inf") else f"{mine:.3g}"
+    if mine < (best[0] if best else float("inf")):
+        words = f"**{words}**"
+    return f"{words} / {f'{best[0]:.3g}' if best else '–'}"
+
+
+def row(name: str, runs: Sequence[Run]) -> str:
+    """One line of the table."""
+    theirs = published(name)
+    lowest = min(theirs, key=lambda c: c.best)
+    curves = [own(r["optimizer"], r) for r in runs]
+    last = [r["curve"][-1] for r in runs]
+    cells = [cell(curves, theirs, target) for target in TARGETS]
+    best = statistics.median(c.best for c in curves)
+    words = f"{best:.2g}"
+    seconds = statistics.median(p["seconds"] for p in last)
+    pace = statistics.median(1000 * p["seconds"] / max(1, p["step"]) for p in last)
+    mark = "**" if best < lowest.best else ""
+    lowest_words = f"{mark}{words}{mark} / {lowest.best:.2g} ({lowest.optimizer})"
+    return f"| {name} | {len(runs)} | {seconds:.0f} | {pace:.0f} | {' | '.join(cells)} | {lowest_words} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--optimizer", default="NaturalGradient")
+    options = parser.parse_args()
+    found = runs_of(options.folders, options.optimizer)
+    every = [run for runs in found.values() for run in runs]
+    clocks = sorted({run["what"].get("clock", "wall") for run in every})
+    machines = sorted({f"{r['machine'].get('cpu')}, {r['machine'].get('threads')} threads" for r in every})
+    print(f"clock: {', '.join(clocks)}; {'; '.join(machines)}\n")
+    print("| problem | seeds | seconds | ms a step | to 1e-4 | to 1e-5 | to 1e-6 | lowest error |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name in SETTINGS:
+        if name in found:
+            print(row(name, found[name]))
+    print(f"\nnot run: {', '.join(n for n in SETTINGS if n not in found)}")
+
+
+if __name__ == "__main__":
+    main()

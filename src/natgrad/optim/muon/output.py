@@ -1,0 +1,57 @@
+"""The output side of the whitening: averages over steps of what the gradients of each matrix span in its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.capture.layer import Layer
+from natgrad.linalg import factor
+from natgrad.optim.muon.whitening import InputSide, mean_of_eigenvalues
+
+
+class OutputSide:
+    """For every matrix the average `B` of `∇ A⁻¹ ∇ᵀ`, whose weights fall by `decay` at each update, and
+    `(B / b̄ + ridge I)^(-1/2)`, with `b̄` the mean of `B`'s eigenvalues.
+
+    `A⁻¹` is the damped inverse of the input side. Every gradient is divided by its norm first: the scale of the loss
+    does not matter, and small gradients do not vanish when they are squared.
+
+    Reference: the mutual whitening of Lin et al. (2025), "Understanding and Improving Shampoo and SOAP via
+    Kullback-Leibler Minimization", arXiv:2509.03378, with the input side from the inputs themselves.
+    """
+
+    def __init__(self, ridge: float, decay: float, max_dim: int):
+        self.ridge, self.decay, self.max_dim = ridge, decay, max_dim
+        self.sums: dict[Layer, Tensor] = {}
+        """`B`, up to a factor; the diagonal alone of matrices with more than `max_dim` rows."""
+        self._roots: dict[Layer, Tensor] = {}
+
+    def take_in(self, gradients: Mapping[Layer, Float[Tensor, "_ _"]], inputs: InputSide) -> None:
+        """Adds the gradients of matrices to their averages, and finds the inverse roots of these."""
+        for unit, G in gradients.items():
+            G = G / G.norm().clamp_min(torch.finfo(G.dtype).tiny)
+            white = inputs.whitened(unit, G)
+            new = (white * G).sum(1) if len(G) > self.max_dim else white @ G.mT
+            before = self.sums.get(unit)
+            self.sums[unit] = new if before is None else self.decay * before + new
+        self._find_roots(gradients)
+
+    def _find_roots(self, units: Iterable[Layer]) -> None:
+        for unit in units:
+            B = self.sums[unit]
+            e, Q = factor.eigen(B / mean_of_eigenvalues(B), f"the gradients' second moment of {unit.weight}")
+            roots = (e.clamp_min(0) + self.ridge).rsqrt()  # rounding leaves small negative eigenvalues
+            self._roots[unit] = roots if Q is None else (Q * roots) @ Q.mT
+
+    def whitened(self, unit: Layer, V: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        """`(B / b̄ + ridge I)^(-1/2) V`; `V` itself where no gradient was taken in."""
+        root = self._roots.get(unit)
+        return V if root is None else factor.from_left(root.to(V.dtype), V)
+
+    def load(self, sums: Mapping[Layer, Tensor]) -> None:
+        self.sums, self._roots = dict(sums), {}
+        self._find_roots(self.sums)

@@ -1,0 +1,158 @@
+"""The second moments of layers' inputs, averaged over steps, and the matrices that whiten by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.capture.layer import Layer
+from natgrad.capture.layers import Inputs
+from natgrad.capture.reading import read_inputs
+from natgrad.capture.use import Use
+from natgrad.curvature.moments import AffineMoments
+from natgrad.linalg import factor
+from natgrad.linalg.precision import matmul_precision
+from natgrad.optim.muon.routing import unit_of
+
+ROWS = 4
+"""A batch's second moment is taken from at least so many rows for each input, where it has them."""
+
+
+def input_sums(uses: Sequence[Use], max_dim: int) -> dict[Layer, AffineMoments]:
+    """The inputs' moments of every matrix that was used in a forward. Inputs that several matrices share, as those of
+    query, key and value do, are summed once: their moments are one object.
+
+    Raises:
+        RuntimeError: if an input was changed in place after its use.
+    """
+    by_unit: dict[Layer, list[Use]] = {}
+    for use in uses:
+        unit = unit_of(use)
+        if unit is not None:
+            by_unit.setdefault(unit, []).append(use)
+    found: dict[Layer, AffineMoments] = {}
+    known: dict[Any, tuple[list[Inputs], AffineMoments]] = {}
+    for unit, its in by_unit.items():
+        dtype = torch.promote_types(its[0].h.dtype, torch.float32)
+        inputs = [i for i in read_inputs(unit, its, dtype) if i.shape[0] * i.shape[1] > 0]
+        if not inputs:
+            continue
+        places = tuple(i.place() for i in inputs)
+        key = places if all(places) else id(inputs)
+        if key not in known:  # with the inputs kept, so that no others can come to lie in their place
+            known[key] = inputs, _sums([_thinned(i) for i in inputs], max_dim)
+        found[unit] = known[key][1]
+    return found
+
+
+def _sums(inputs: Sequence[Inputs], max_dim: int) -> AffineMoments:
+    width = inputs[0].shape[2]
+    like = inputs[0].part(0, 1).dense()
+    moments = AffineMoments.empty(width, 0, like.new_zeros(()), diagonal=(width > max_dim, False))
+    with matmul_precision("high"):
+        for its in inputs:
+            moments.add_inputs(its)
+    return moments
+
+
+def _thinned(inputs: Inputs) -> Inputs:
+    """One of so many examples, where that leaves `ROWS` rows for each input."""
+    examples, positions, width = inputs.shape
+    step = min(examples, max(1, examples * positions // (ROWS * width)))
+    return inputs.part(0, examples, step) if step > 1 else inputs
+
+
+def added(past: Mapping[Layer, AffineMoments], new: Mapping[Layer, AffineMoments], decay: float) -> dict[Layer, Any]:
+    """`decay · past + new`, matrix by matrix; what has nothing new stays. Shared moments stay shared."""
+    merged: dict[tuple[int, int], AffineMoments] = {}
+    out = dict(past)
+    for unit, m in new.items():
+        before = past.get(unit)
+        key = id(before), id(m)
+        if key not in merged:
+            merged[key] = m if before is None else decay * before + m
+        out[unit] = merged[key]
+    return out
+
+
+class InputSide:
+    """For every matrix the average `A` of `h hᵀ` over its inputs, whose weights fall by `decay` at each update, and the
+    inverse of `A / ā + ridge I`, with `ā` the mean of `A`'s eigenvalues."""
+
+    def __init__(self, ridge: float, decay: float):
+        self.ridge, self.decay = ridge, decay
+        self.moments: dict[Layer, AffineMoments] = {}
+        self._inverses: dict[Layer, Tensor] = {}
+
+    def take_in(self, new: Mapping[Layer, AffineMoments]) -> list[Layer]:
+        """Adds moments to the averages, and inverts these. Gives the matrices whose inputs were not finite: they keep
+        what they had."""
+        finite = dict(zip(new, _finite(list(new.values())), strict=True))
+        self.moments = added(self.moments, {unit: m for unit, m in new.items() if finite[unit]}, self.decay)
+        self._invert(unit for unit in new if finite[unit])
+        return [unit for unit, good in finite.items() if not good]
+
+    def _invert(self, units: Iterable[Layer]) -> None:
+        units = list(units)
+        own = {id(self.moments[unit]): self.moments[unit] for unit in units}
+        found = dict(zip(own, damped_inverses([m.A for m in own.values()], self.ridge), strict=True))
+        self._inverses |= {unit: found[id(self.moments[unit])] for unit in units}
+
+    def has(self, unit: Layer) -> bool:
+        return unit in self._inverses
+
+    def whitened(self, unit: Layer, V: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
+        """`V (A / ā + ridge I)⁻¹`; `V` itself where nothing is known of the inputs."""
+        inverse = self._inverses.get(unit)
+        return V if inverse is None else factor.from_right(V, inverse.to(V.dtype))
+
+    def load(self, moments: Mapping[Layer, AffineMoments]) -> None:
+        self.moments = {}
+        for unit, m in moments.items():
+            twin = (o for o in self.moments.values() if o.scatter.shape == m.scatter.shape and _equal(o, m))
+            self.moments[unit] = next(twin, m)
+        self._inverses = {}
+        self._invert(self.moments)
+
+
+def _finite(moments: Sequence[AffineMoments]) -> list[bool]:
+    return torch.stack([m.is_finite() for m in moments]).tolist() if moments else []
+
+
+def _equal(one: AffineMoments, other: AffineMoments) -> bool:
+    return torch.equal(one.scatter, other.scatter) and torch.equal(one.mean, other.mean)
+
+
+def mean_of_eigenvalues(A: Tensor, *, batched: bool = False) -> Tensor:
+    """Of a factor, a matrix or a diagonal, or of each of a batch. It is not zero where all of a factor is."""
+    diagonal = A if A.ndim == 1 + batched else A.diagonal(dim1=-2, dim2=-1)
+    return diagonal.mean(-1).clamp_min(torch.finfo(A.dtype).tiny)
+
+
+def damped_inverses(factors: Sequence[Tensor], ridge: float) -> list[Tensor]:
+    """`(A / ā + ridge I)⁻¹` of each factor, a matrix or a diagonal, where `ā` is the mean of its eigenvalues. Those of
+    one size are inverted together."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, A in enumerate(factors):
+        by_shape.setdefault(A.shape, []).append(i)
+    out = list(factors)
+    for shape, places in by_shape.items():
+        A = torch.stack([factors[i] for i in places])
+        scaled = A / mean_of_eigenvalues(A, batched=True).view(-1, *[1] * len(shape))
+        for i, inverse in zip(places, _inverses(scaled, ridge), strict=True):
+            out[i] = inverse
+    return out
+
+
+def _inverses(scaled: Tensor, ridge: float) -> Tensor:
+    if scaled.ndim == 2:
+        return 1 / (scaled + ridge)
+    damped = scaled + ridge * torch.eye(scaled.shape[1], dtype=scaled.dtype, device=scaled.device)
+    L, failed = torch.linalg.cholesky_ex(damped)
+    if failed.any():
+        return torch.stack([factor.inverse(A, "the second moment of a layer's inputs", ridge) for A in damped])
+    return torch.cholesky_inverse(L)

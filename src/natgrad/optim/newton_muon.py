@@ -1,0 +1,367 @@
+"""NewtonMuon: hidden matrices take an orthogonalized step on whitened inputs, all else takes AdamW's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.checks.parameters import check_parameters, select_parameters
+from natgrad.checks.values import (
+    check_choice,
+    check_count,
+    check_max_dim,
+    check_number,
+    check_within,
+)
+from natgrad.checks.warning import warn
+from natgrad.curvature.moments import MAX_DIM
+from natgrad.distributed.placement import placed
+from natgrad.distributed.whole import Whole
+from natgrad.optim import averaging, saved
+from natgrad.optim.muon.adamw import adamw, decayed_
+from natgrad.optim.muon.forwards import Forwards
+from natgrad.optim.muon.matrices import Matrices
+from natgrad.optim.muon.output import OutputSide
+from natgrad.optim.muon.routing import Routing, Steps, chooser
+from natgrad.optim.muon.settings import REST, SIDES, check_group, share_of_lr
+from natgrad.optim.muon.whitening import InputSide
+from natgrad.optim.parameter_groups import Groups, as_group, parameter_groups
+from natgrad.optim.parameters import Parameters
+from natgrad.optim.preconditioner.interval import Interval
+from natgrad.optim.tracking.unchanged import Unchanged
+from natgrad.optim.vectors import Vector, check_dense
+
+
+class NewtonMuon(torch.optim.Optimizer):
+    """Whitened, orthogonalized steps for hidden matrices, and AdamW's for all else. It needs no loss and no change to
+    the training loop.
+
+    A hidden matrix with gradient `∇` and inputs `h` moves by
+
+        `W ← (1 − α η) W − α 0.2 √max(d_out, d_in) orth(M (A / ā + ρ I)⁻¹)`
+
+    with `M` the momentum of `∇`, `A` the average of `h hᵀ` over the layer's inputs, `ā` the mean of its eigenvalues,
+    `ρ` the ridge, `α` the learning rate and `η` the weight decay. `orth` replaces the singular values by ones, roughly:
+    five steps of a Newton-Schulz iteration. The factor `0.2 √max` makes the step as long as AdamW's. Without `A` this
+    is Muon. With `sides="both"` the output side is whitened, too: `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ I)⁻¹)`, with
+    `B` the average of `∇ A⁻¹ ∇ᵀ`.
+
+    Which parameter is a hidden matrix is read off the first forward in training mode: a weight that multiplies inputs,
+    and on whose output another matrix works. Kernels are matrices over patches; query, key and value that are used as
+    rows of one weight are three. Output layers, embeddings, norms, scales and biases take AdamW's step, with the
+    learning rate `rest_lr`. `routing()` shows it, `steps` overrides it.
+
+    Inputs are read in forwards of `model` in training mode with gradients enabled. On several ranks the optimizer is
+    made of the `DistributedDataParallel` or `fully_shard` model, and every rank makes the same step.
+
+    Args:
+        model: the network.
+        lr: learning rate of hidden matrices. Schedulers change `rest_lr` in proportion.
+        params: which parameters: names, a predicate on names, groups of them, or torch's groups; None: all. A group may
+            have its own `lr`, `rest_lr`, `weight_decay`, `cautious`, `momentum`, `nesterov`, `betas` and `eps`.
+        rest_lr: learning rate of AdamW's steps; None: 0.15 of `lr`.
+        weight_decay: decoupled, of all parameters: each step multiplies them by `1 − lr weight_decay`, or
+            `1 − rest_lr weight_decay`.
+        cautious: only entries that the step moves towards zero decay (Chen et al. 2025, arXiv:2510.12402).
+        momentum: of hidden matrices.
+        nesterov: whether the momentum looks a step ahead.
+        betas: AdamW's.
+        eps: AdamW's.
+        sides: `"input"`, `"both"`, or `"none"`: without whitening, which is Muon.
+        ridge: `ρ`, in units of the mean eigenvalue. A large one makes the step Muon's.
+        refresh_every: `A` takes in new inputs, and is inverted, every so many steps; more often in the first ones.
+        decay: what a refresh leaves of the weight of earlier inputs.
+        average: of the parameters over steps, for `averaged()`; None: none is kept.
+        steps: the step of parameters by name, `"whitened"`, `"orthogonal"` or `"adamw"`: a dictionary whose keys may be
+            patterns such as `"blocks.*.out.weight"`, or a function of the name; None: by their use.
+        max_dim: of matrices with more columns the diagonal of `A` is kept; with more rows, that of `B`.
+
+    Raises:
+        TypeError, ValueError: if a setting is none of these; `params` or `steps` name what is no parameter.
+
+    Example:
+        >>> import torch, natgrad
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> opt = natgrad.NewtonMuon(model, lr=0.02)
+        >>> for _ in range(3):
+        ...     opt.zero_grad()
+        ...     torch.nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(2, (16,))).backward()
+        ...     _ = opt.step()
+        >>> {name: route.step for name, route in opt.routing().items()}
+        {'0.weight': 'whitened', '0.bias': 'adamw', '2.weight': 'adamw', '2.bias': 'adamw'}
+
+    Reference: Jordan et al. (2024), "Muon: an optimizer for hidden layers in neural networks"; Liu et al. (2025), "Muon
+    is Scalable for LLM Training", arXiv:2502.16982, for the length of the step; Lin et al. (2025), arXiv:2509.03378,
+    for the output side.
+    """
+
+    _key = "newton_muon"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.02,
+        *,
+        params: Groups = None,
+        rest_lr: float | None = None,
+        weight_decay: float = 0.1,
+        cautious: bool = False,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        sides: str = "input",
+        ridge: float = 0.2,
+        refresh_every: int = 8,
+        decay: float = 0.8,
+        average: float | None = None,
+        steps: Steps = None,
+        max_dim: int = MAX_DIM,
+    ):
+        check_choice("sides", sides, SIDES, meanings=SIDES)
+        check_number("ridge", ridge, positive=True)
+        check_count("refresh_every", refresh_every, "steps")
+        check_within("decay", decay, "[0, 1)")
+        check_within("average", average, "[0, 1)", optional=True)
+        check_max_dim(max_dim)
+        place = placed(model)
+        self.model, self.sides, self.average = place.model, sides, average
+        defaults = {
+            "lr": lr,
+            "rest": REST if rest_lr is None else share_of_lr(rest_lr, lr),
+            "weight_decay": weight_decay,
+            "cautious": cautious,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "betas": tuple(betas),
+            "eps": eps,
+        }
+        super().__init__(self._groups(params), defaults)
+        self.parameters = Parameters(self, place)
+        self.diagnostics: dict[str, Any] = {}
+        self._steps = 0
+        self._refreshed: int | None = None  # at which step
+        self._interval = Interval(refresh_every, growing=True)
+        chosen = chooser(steps, {n: p.shape for n, p in self.parameters.items()})
+        outputs = OutputSide(ridge, decay, max_dim) if sides == "both" else None
+        self._matrices = Matrices(self.parameters, chosen, InputSide(ridge, decay), outputs, whiten=sides != "none")
+        self._unchanged = Unchanged(self.model, None)
+        self._forwards = Forwards(self.parameters, max_dim)
+        self._arm()
+
+    # Groups --------------------------------------------------------------------------------------------
+
+    def _groups(self, params: Groups) -> list[dict[str, Any]]:
+        """All parameters if none are named, frozen ones too: they may be trained later."""
+        if params is not None:
+            return parameter_groups(self.model, params)
+        select_parameters(self.model)  # there is something to train
+        own = {n: p for n, p in self.model.named_parameters() if p.requires_grad or p.is_floating_point()}
+        check_parameters(own)
+        return [{"params": list(own.values())}]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of the model's parameters.
+
+        Raises:
+            ValueError: if one is not the model's, is in a group already, or a setting is out of range.
+        """
+        group = as_group(self.model, param_group)
+        if "rest_lr" in group:
+            group["rest"] = share_of_lr(group.pop("rest_lr"), group.get("lr", self.defaults["lr"]))
+        super().add_param_group(group)
+        try:
+            check_group(self.param_groups[-1], self.defaults)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if hasattr(self, "parameters"):
+            self.parameters.refresh()
+            self._forwards.watch.follow(self.parameters)
+            self._refreshed = None
+            self._arm()
+
+    def routing(self) -> Routing:
+        """Which step each parameter takes, and why: a mapping of names to routes, which prints as a table. It is known
+        after the first step.
+
+        Example:
+            >>> import torch, natgrad
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+            >>> opt = natgrad.NewtonMuon(model)
+            >>> model(torch.randn(16, 4)).sum().backward(); opt.step()
+            >>> opt.routing()["0.weight"].step
+            'whitened'
+        """
+        return Routing(self._matrices.routes, self.parameters)
+
+    # The step ------------------------------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        """Whether the next step takes in what a forward has shown."""
+        return self._refreshed is None or self._steps - self._refreshed >= self._interval.steps(self._steps)
+
+    def _arm(self) -> None:
+        self._forwards.watch.recording = self._due()
+        self._forwards.settling = bool(self._matrices.unsettled())
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the parameters that have a gradient. What was done is in `diagnostics`.
+
+        A gradient that is not finite leaves the parameters as they are, and warns.
+
+        Raises:
+            RuntimeError: if no forward in training mode has come before.
+            ValueError: if a gradient is sparse.
+        """
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        gradients = self.parameters.gradients()
+        check_dense(gradients)
+        self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "refreshed": False}
+        with torch.autocast(self.parameters.device.type, enabled=False):
+            if not gradients or self.parameters.finite(gradients):
+                g = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in gradients.items()}
+                if self._due():
+                    self._refresh(g)
+                self._move(g)
+            else:
+                self._reject("the gradient is not finite")
+        self.parameters.place.settle()
+        self._forwards.watch.buffers.end_step(accepted=self.diagnostics["accepted"])
+        self._steps += 1
+        self._arm()
+        return value
+
+    def _reject(self, reason: str) -> None:
+        self.diagnostics |= {"accepted": False, "reason": reason}
+        self._forwards.take()
+        warn(f"{type(self).__name__} rejected step {self._steps}: {reason}")
+
+    def _refresh(self, gradients: Vector) -> None:
+        """Takes in what the last forwards have shown: routes of parameters that had none, and the inputs' moments."""
+        if self.parameters.place.shards is None:
+            self._unchanged.check(self.model, self.parameters)
+        shown = self._forwards.take()
+        for n in self._matrices.settle(shown, gradients):
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                self.parameters.state_of(n).pop(key, None)
+        taken, spoiled = self._matrices.take_in(shown.sums)
+        self._matrices.take_in_gradients(gradients)
+        if taken:
+            self.diagnostics["refreshed"], self._refreshed = True, self._steps
+        if spoiled:
+            names = ", ".join(dict.fromkeys(repr(unit.weight) for unit in spoiled))
+            warn(f"the inputs of {names} were not finite at step {self._steps}; their earlier averages are kept")
+
+    def _move(self, g: Vector) -> None:
+        values, matrices = self.parameters.local(), self._matrices
+        directions = matrices.directions(self._momentum({n: t for n, t in g.items() if n in matrices}))
+        for group, names in self.parameters.by_group(n for n in g if n not in matrices):
+            states = {n: self.parameters.state_of(n) for n in names}
+            directions |= adamw({n: g[n] for n in names}, states, group["betas"], group["eps"])
+        for group, names in self.parameters.by_group(g):
+            for own, rate in (
+                ([n for n in names if n in matrices], group["lr"]),
+                ([n for n in names if n not in matrices], group["lr"] * group["rest"]),
+            ):
+                if own:
+                    p, d = [values[n] for n in own], [directions[n].to(values[n].dtype) for n in own]
+                    decayed_(p, d, rate * group["weight_decay"], group["cautious"])
+                    torch._foreach_add_(p, d, alpha=-rate)
+        if self.average is not None:
+            averaging.take_in({n: values[n] for n in g}, self.parameters.state_of, self.average)
+
+    def _momentum(self, g: Vector) -> Vector:
+        """The averages of the gradients after they have taken in the new ones; with Nesterov's, one average further."""
+        out: Vector = {}
+        for group, names in self.parameters.by_group(g):
+            mu, new, states = group["momentum"], [g[n] for n in names], [self.parameters.state_of(n) for n in names]
+            for n, state in zip(names, states, strict=True):
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(g[n])
+            buffers = [state["momentum_buffer"] for state in states]
+            torch._foreach_lerp_(buffers, new, 1 - mu)
+            ahead = torch._foreach_lerp(new, buffers, mu) if group["nesterov"] else buffers
+            out |= dict(zip(names, ahead, strict=True))
+        return out
+
+    # As torch's optimizers -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the parameters are their averages over the steps, for evaluation; afterwards what they were.
+
+        Raises:
+            RuntimeError: if the optimizer was made without `average`.
+        """
+        if self.average is None:
+            raise RuntimeError(
+                f"there are no averages; make the optimizer with {type(self).__name__}(..., average=0.98)"
+            )
+        place = self.parameters.place
+        try:
+            with averaging.swapped(self.parameters.local(), self.parameters.state_of):
+                place.settle()
+                yield
+        finally:
+            place.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on beside the parameters: they resume bit for bit.
+
+        As in torch, tensors are not copied.
+        """
+        own = {"steps": self._steps, "refreshed": self._refreshed, **self._matrices.state()}
+        return saved.joined(self, super().state_dict(), own | saved.named(self.parameters))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes from what `state_dict` gave, for a model of the same parameters. Nothing is changed where an error is
+        raised.
+
+        Raises:
+            TypeError: if it is no dictionary.
+            ValueError: if it is not of such an optimizer, or of other parameters.
+        """
+        own, whole = saved.state_of(state_dict, self._key, type(self).__name__), saved.torchs_own(state_dict, self._key)
+        missing = [k for k in ("steps", "refreshed", "routes", "owners", "moments", "names", "dtypes") if k not in own]
+        if missing:
+            raise ValueError(
+                f"the state has no {missing[0]!r} under {self._key!r}; expected what state_dict() of this version gives"
+            )
+        saved.check_parameters(self, self.parameters, own, whole)
+        self._matrices.check_state(own)
+        place, device, params = self.parameters.place, self.parameters.device, saved.by_index(self)
+        # torch casts to the parameter's precision, which may be less than that of the state.
+        state = saved.copied({i: _local(place, its) for i, its in whole["state"].items()}, device)
+        super().load_state_dict({"state": {}, "param_groups": whole["param_groups"]})
+        index = [i for group in whole["param_groups"] for i in group["params"]]
+        self.state.update({p: state[i] for i, p in zip(index, params, strict=True) if i in state})
+        self.parameters.refresh()
+        own = saved.copied(own, device)
+        self._steps, self._refreshed = own["steps"], own["refreshed"]
+        self._matrices.load(own)
+        self._forwards.take()
+        self._arm()
+
+    def adopt(self, sizes: Mapping[str, Sequence[torch.Size]]) -> tuple[Callable[[str], bool], dict[str, Any]]:
+        """For a state saved on any number of ranks: which matrices' moments are to be here, and what else differs."""
+        return self._matrices.adopt(sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises TypeError: a copy would not be attached to any model."""
+        raise TypeError(
+            f"a {type(self).__name__} optimizer cannot be copied or pickled; make one for the new model and load "
+            "state_dict()"
+        )
+
+
+def _local(place: Whole, state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: place.local(v) if isinstance(v, Tensor) else v for k, v in state.items()}

@@ -1,0 +1,194 @@
+"""The step of an exact curvature: momentum by projection, and a path that bends with the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from natgrad.optim.parameters import Parameters
+from natgrad.optim.rules.length import NO_STEP, Proposal, StepRule, shrink
+from natgrad.optim.rules.move import Part, Step
+from natgrad.optim.rules.quadratic import Minimum
+from natgrad.optim.rules.stage import Directions, Figures, Rejection, Stage
+from natgrad.optim.vectors import Vector, dot, dots
+from natgrad.optim.whole import uninterrupted
+
+REACH = 0.1
+"""The share of a step after which its bending is measured."""
+KEPT = 3
+"""After so many rejections a step is tried without momentum."""
+BENT = 0.75
+"""The largest `2 ‖a‖ / ‖δ‖`: a longer acceleration is shortened, as there the expansion to second order fails."""
+
+
+@runtime_checkable
+class Columns(Directions, Protocol):
+    """A preconditioner that may hold the columns of its matrix, `F = S Sᵀ` with `S = Jᵀ L` and `D = L Lᵀ`."""
+
+    @property
+    def holds_columns(self) -> bool:
+        """Whether it does, and `F` is the objective's own: no labels were drawn for it."""
+
+    def inner(self, v: Vector) -> Tensor:
+        """`Sᵀ v`."""
+
+    def inner_outputs(self, outputs: list[Tensor]) -> Tensor:
+        """`Lᵀ (f − f₀)`, for every batch's outputs `f` now and `f₀` where the step began."""
+
+    def solve_columns(self, c: Tensor) -> Vector:
+        """`(F + λI)⁻¹ S c`."""
+
+
+class Projected(StepRule):
+    """`θ ← θ + δ + a` with `δ = −α Δ`, the direction `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)`, and the acceleration `a`.
+
+    `Δ₋` is the direction before: `−Δ` minimizes `∇ᵀd + ½ dᵀFd + ½ λ ‖d + μ Δ₋‖²`. So what the last batch said of
+    directions that this one says nothing about is kept, and the rest is projected away. As `λ` rises the direction
+    comes to `μ Δ₋` and not to zero. So momentum is left out where steps were rejected `KEPT` times.
+
+    The outputs bend along the step, by `f'' = d²f(θ + t δ)/dt²`. The acceleration `a = −½ (F + λI)⁻¹ Jᵀ D f''` takes
+    that back to second order. It costs one forward and one solve, and is taken where the step size is adapted and the
+    matrix is the objective's own.
+
+    Args:
+        parameters: those that move. A step size `α` of None is 1.
+        directions: the preconditioner.
+        max_kl: a bound on `½ δᵀFδ`, which shortens the step.
+        max_norm: a bound on `‖δ‖`, likewise.
+        accelerate: whether there is an acceleration.
+
+    Reference: Goldshlager, Abrahamsen & Lin (2024), arXiv:2401.10190 (SPRING), for the momentum; Transtrum & Sethna
+    (2012), arXiv:1201.5885, for the acceleration.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        directions: Columns,
+        max_kl: float | None,
+        *,
+        max_norm: float | None = None,
+        accelerate: bool = True,
+    ):
+        super().__init__(parameters, directions, max_kl)
+        self.columns, self.max_norm, self.accelerate = directions, max_norm, accelerate
+
+    @property
+    def fixed(self) -> bool:  # type: ignore[override]
+        """Whether the step size is given."""
+        return all(group["lr"] is not None for group in self.parameters.groups)
+
+    def propose(self, stage: Stage, damping: float, figures: Figures, *, predicts: bool, joint: bool) -> Proposal:
+        past = self._past(stage.gradient) if stage.rejected < KEPT else {}
+        direction = self.directions.apply(self._pulled(stage.gradient, past, damping))
+        direction = {n: d for n, d in direction.items() if n in stage.gradient}
+        if not self.parameters.finite(direction):
+            raise Rejection(NO_STEP)
+        groups = self.parameters.by_group(direction)
+        figures["momentum"] = groups[0][0]["momentum"] if past else 0.0
+        free = self._length(stage, direction, damping)
+        lengths = [free if group["lr"] is None else group["lr"] for group, _ in groups]
+        delta = {n: -length * direction[n] for (_, own), length in zip(groups, lengths, strict=True) for n in own}
+        share, change = self._share_of_norm(delta), 0.0
+        inner = None
+        if predicts or not self.fixed or self.max_kl is not None:
+            inner, model = self._model(stage, delta)
+            # A step to the end of a bound says that the damping is too small; one that promises too much does not.
+            share = min(share, self._share_of_kl(stage, model))
+            self.share = share
+            share = min(share, self._share_promised(stage, model))
+            change = model.shortened(share).change
+        if share != 1:
+            delta = {n: share * d for n, d in delta.items()}
+        if inner is not None and self._may_bend(stage):
+            delta = self._bent(stage, delta, share * inner, figures)
+        figures |= {"lr": share * lengths[0], "predicted_change": change}
+        each = zip(groups, lengths, strict=True)
+        return Step(delta, [Part(own, 1.0, shrink(group, share * length)) for (group, own), length in each]), change
+
+    def _past(self, names: Iterable[str]) -> Vector:
+        """The step before; empty where it was not of all of these parameters."""
+        states = {n: self.parameters.state_of(n) for n in names}
+        past = {n: s["delta"] for n, s in states.items() if "delta" in s}
+        return past if len(past) == len(states) else {}
+
+    def _pulled(self, g: Vector, past: Vector, damping: float) -> Vector:
+        """`∇ + λ μ Δ₋`, with `Δ₋ = −δ₋ / α`."""
+        pulled = dict(g)
+        for group, own in self.parameters.by_group(past):
+            length = 1.0 if group["lr"] is None else group["lr"]
+            if group["momentum"] and length:
+                pull = -damping * group["momentum"] / length
+                pulled |= {n: torch.add(g[n], past[n], alpha=pull) for n in own}
+        return pulled
+
+    def _length(self, stage: Stage, direction: Vector, damping: float) -> float:
+        """The step size, where it is free. Of labels that were drawn, or a solve that was cut short, it is that of the
+        exact quadratic model."""
+        if self.fixed or self.columns.holds_columns:
+            return 1.0
+        return -self._minimum(stage, [direction], damping, {}).coefficients[0]
+
+    def _model(self, stage: Stage, delta: Vector) -> tuple[Tensor | None, Minimum]:
+        """`Sᵀδ`, where `S` is known, and the quadratic model `∇ᵀδ + ½ δᵀ(F + ηI)δ` along the step."""
+        inner = self.columns.inner(delta) if self.columns.holds_columns else None
+        square = float(stage.objective.products([delta])[0, 0] if inner is None else inner.square().sum())
+        decayed = float(stage.decay.gram([delta])[0, 0])
+        slope, decayed = self.parameters.total([dot(stage.gradient, delta), decayed])
+        return inner, Minimum([1.0], slope, 0.5 * (square + decayed))
+
+    def _share_of_norm(self, delta: Vector) -> float:
+        if self.max_norm is None:
+            return 1.0
+        (square,) = self.parameters.total([dot(delta, delta)])
+        return min(1.0, self.max_norm / math.sqrt(square)) if square > 0 else 1.0
+
+    def _share_of_kl(self, stage: Stage, model: Minimum) -> float:
+        """A share that keeps the bound on the divergence. It is the whole length where there is no loss to measure."""
+        if self.fixed or stage.objective.measurable:
+            return self._share_within(model.curvature)
+        if self.max_kl is None:
+            raise NotImplementedError(
+                "opt.predict gives the curvature of a distribution and no loss to choose a step size by; give the "
+                "optimizer max_kl=0.01, to whose bound the step goes then, or a number for lr"
+            )
+        if not (math.isfinite(model.curvature) and model.curvature > 0):
+            raise Rejection(NO_STEP)
+        return math.sqrt(self.max_kl / model.curvature)
+
+    def _share_promised(self, stage: Stage, model: Minimum) -> float:
+        """A share that does not promise more than the loss has."""
+        bounded = stage.objective.measurable and stage.objective.nonnegative and stage.loss > 0
+        return model.share_that_promises(stage.loss) if bounded else 1.0
+
+    def _may_bend(self, stage: Stage) -> bool:
+        objective = stage.objective
+        known = objective.measurable and objective.runs_again and not objective.penalties
+        return self.accelerate and not self.fixed and known
+
+    def _bent(self, stage: Stage, delta: Vector, inner: Tensor, figures: Figures) -> Vector:
+        """`δ + a`, with `a` shortened where it is large against `δ`."""
+        moved = self.columns.inner_outputs(self._outputs_along(stage, delta))
+        second = (moved - REACH * inner) * (2 / REACH**2)
+        a = {n: d for n, d in self.columns.solve_columns(second).items() if n in delta}
+        square, its = self.parameters.total(dots([(delta, delta), (a, a)]))
+        if not (square > 0 and math.isfinite(its)):
+            return delta
+        bending = figures["bending"] = math.sqrt(its / square)
+        share = min(1.0, BENT / bending) if bending > 0 else 0.0
+        return {n: torch.add(d, a[n], alpha=-0.5 * share) for n, d in delta.items()}
+
+    def _outputs_along(self, stage: Stage, delta: Vector) -> list[Tensor]:
+        """The outputs a little way along the step."""
+        own, before = self.parameters.local(), self.parameters.snapshot()
+        try:
+            for n, d in delta.items():
+                own[n].add_(d, alpha=REACH)
+            return stage.objective.outputs()
+        finally:
+            with uninterrupted():
+                self.parameters.return_to(before)

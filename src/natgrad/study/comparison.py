@@ -1,0 +1,237 @@
+"""Optimizers on a user's own model from the same weights, for equal processor time, and what to make of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import natgrad
+from natgrad.cli.errors import UserError
+from natgrad.study.split import Split
+from natgrad.study.training import CONSTANT, Budget, Schedule, moments
+
+DECAYING = Schedule(warmup=0.05, cooldown=0.95)
+"""Of the learning rates of all optimizers that have one."""
+SMALL = 5_000
+"""Parameters up to which the exact natural gradient is tried."""
+EVALUATIONS = 20
+MARGIN = 0.02
+"""By which share an optimizer must be better than AdamW to be advised."""
+
+Read = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+"""The loss's input and the target, from the model and a batch."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A user's model, its loss and its data. Figures are means over examples."""
+
+    model: nn.Module
+    loss: nn.Module
+    data: Split
+    read: Read
+    seed: int = 0
+
+    @torch.no_grad()
+    def figure(self, model: nn.Module, batches: Any) -> float:
+        """The loss on batches, in evaluation."""
+        training = model.training
+        model.eval()
+        total, count = 0.0, 0
+        try:
+            for batch in batches:
+                output, target = self.read(model, batch)
+                summed = getattr(self.loss, "reduction", "mean") == "sum"
+                total += self.loss(output, target).item() * (1 if summed else len(output))
+                count += len(output)
+        finally:
+            model.train(training)
+        return total / count if count else math.nan
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`make(model, loss)` is an optimizer of the model's parameters; `line` how a user writes it."""
+
+    name: str
+    line: str
+    make: Callable[[nn.Module, nn.Module], Any]
+    follows_loss: bool = False
+    schedule: Schedule = DECAYING
+
+
+@dataclass
+class Outcome:
+    """What has come of a contestant: `status` is finished, diverged or refused; `curve` has step, seconds, training and
+    held-out figure of every evaluation."""
+
+    contestant: Contestant
+    status: str = "finished"
+    error: str = ""
+    curve: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    costs: list[float] = field(default_factory=list)
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a step, the median of all."""
+        return statistics.median(self.costs) if self.costs else math.nan
+
+    def last(self, which: str) -> float:
+        """The last figure, `"training"` or `"held-out"`; infinite where it did not come to an end."""
+        value = self.curve[-1][which] if self.curve and self.status == "finished" else math.inf
+        return value if math.isfinite(value) or not self.curve else math.inf
+
+
+def contestants(model: nn.Module) -> list[Contestant]:
+    """AdamW at three rates, Muon, NewtonMuon, KFAC, and the exact natural gradient where the model is small."""
+    found = [_adamw(lr) for lr in (3e-4, 1e-3, 3e-3)]
+    found += [
+        Contestant(
+            "Muon",
+            'natgrad.NewtonMuon(model, sides="none")',
+            lambda model, loss: natgrad.NewtonMuon(model, sides="none"),
+        ),
+        Contestant("NewtonMuon", "natgrad.NewtonMuon(model)", lambda model, loss: natgrad.NewtonMuon(model)),
+        Contestant(
+            "KFAC",
+            "natgrad.KFAC(model, loss)",
+            lambda model, loss: natgrad.KFAC(model, loss),
+            True,
+            CONSTANT,
+        ),
+    ]
+    if sum(p.numel() for p in model.parameters() if p.requires_grad) <= SMALL:
+        found.append(
+            Contestant(
+                "NaturalGradient",
+                "natgrad.NaturalGradient(model, loss)",
+                lambda model, loss: natgrad.NaturalGradient(model, loss),
+                True,
+                CONSTANT,
+            )
+        )
+    return found
+
+
+def _adamw(lr: float) -> Contestant:
+    return Contestant(
+        f"AdamW {lr:g}",
+        f"torch.optim.AdamW(model.parameters(), lr={lr:g})",
+        lambda model, loss: torch.optim.AdamW(model.parameters(), lr=lr),
+    )
+
+
+def run(
+    contestant: Contestant,
+    problem: Problem,
+    seconds: float,
+    stopped: Callable[[], bool] = lambda: False,
+    on_step: Callable[[Outcome], None] = lambda outcome: None,
+    evaluations: int = EVALUATIONS,
+) -> Outcome:
+    """Trains a copy of the model for so many seconds of the processor. Neither evaluation nor fetching a batch counts,
+    nor a first step, on another copy, in which libraries are loaded."""
+    outcome = Outcome(contestant)
+    try:
+        for _ in _train(Outcome(contestant), problem, Budget(steps=1), stopped, 1):
+            pass
+        for _ in _train(outcome, problem, Budget(seconds=seconds), stopped, evaluations):
+            on_step(outcome)
+            if outcome.status == "diverged":
+                break
+    except UserError:
+        raise
+    except Exception as error:
+        outcome.status, outcome.error = "refused", " ".join(f"{type(error).__name__}: {error}".split())
+    return outcome
+
+
+def _train(
+    outcome: Outcome, problem: Problem, budget: Budget, stopped: Callable[[], bool], evaluations: int
+) -> Iterator[None]:
+    model = copy.deepcopy(problem.model)
+    model.train()
+    torch.manual_seed(problem.seed)
+    contestant = outcome.contestant
+    opt = contestant.make(model, problem.loss)
+    loss_of = opt.loss if contestant.follows_loss else problem.loss
+    rates = [(group, group["lr"]) for group in opt.param_groups]
+
+    def take(batch: Any) -> None:
+        output, target = problem.read(model, batch)
+        loss = loss_of(output, target)
+        if getattr(problem.loss, "reduction", "mean") == "sum":
+            loss = loss / len(output)
+        opt.zero_grad()
+        loss.backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of rejected steps
+            opt.step()
+
+    before = 0.0
+    clock = clock_of(model)
+    for moment in moments(take, problem.data.training(problem.seed), budget, evaluations, stopped, clock):
+        outcome.steps, outcome.seconds = moment.step, moment.seconds
+        if moment.step:
+            outcome.costs.append(moment.seconds - before)
+        before = moment.seconds
+        if moment.due:
+            training, held_out = (problem.figure(model, part) for part in (problem.data.sample, problem.data.held_out))
+            outcome.curve.append(
+                {"step": moment.step, "seconds": moment.seconds, "training": training, "held-out": held_out}
+            )
+            if not math.isfinite(training):
+                outcome.status = "diverged"
+        if contestant.schedule != CONSTANT:
+            for group, rate in rates:
+                group["lr"] = rate * contestant.schedule.factor(budget, moment.step, moment.share)
+        yield
+
+
+def clock_of(model: nn.Module) -> Callable[[], float]:
+    """The processor's time on a CPU, of all threads; on other devices that of the wall, when all is done there."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
+        return time.process_time
+
+    def wall() -> float:
+        getattr(torch, device.type).synchronize()
+        return time.perf_counter()
+
+    return wall
+
+
+def advice(outcomes: list[Outcome], held_out: bool) -> str:
+    """One sentence: which optimizer to use, and why; or that none is better than AdamW."""
+    which, words = ("held-out", "held-out loss") if held_out else ("training", "training loss")
+    good = [o for o in outcomes if math.isfinite(o.last(which))]
+    adamw = min((o for o in good if o.contestant.name.startswith("AdamW")), key=lambda o: o.last(which), default=None)
+    best = min(good, key=lambda o: o.last(which), default=None)
+    if best is None:
+        return "No optimizer came to a finite loss: look at the learning rates, the loss and the data."
+    if adamw is None:
+        return (
+            f"Use {best.contestant.line}: its {words} is the lowest, {best.last(which):.4g}, and AdamW's is not finite."
+        )
+    value, other = best.last(which), adamw.last(which)
+    if best is adamw or value > other - MARGIN * abs(other):
+        return (
+            f"Keep {adamw.contestant.line}: no other optimizer ends with a {words} that is lower by more than "
+            f"{100 * MARGIN:g}% than its {other:.4g}."
+        )
+    pace = best.cost / adamw.cost if adamw.cost else math.nan
+    return (
+        f"Use {best.contestant.line}: in the same time its {words} comes to {value:.4g}, against {other:.4g} with "
+        f"{adamw.contestant.name.replace(' ', ' at ')}, and a step costs {pace:.1f} of AdamW's."
+    )
