@@ -79,6 +79,9 @@ class SpectralDensity:
             axes.stairs(counts.numpy(), edges.numpy(), fill=True, alpha=0.75, color=colour, label=label)
         share = float(self.weights[self.nodes.abs() <= least].sum())
         known = "" if self.exact else ", estimated"
+        shown = self.nodes.abs()[self.nodes.abs() > least]
+        if len(shown):
+            axes.set_xlim(left=float(shown.min()) / 3, right=float(largest) * 3)
         axes.set(xscale="log", yscale="log", xlabel="size of the eigenvalue", ylabel="how many")
         axes.set_title(f"{self.size:,} eigenvalues{known}; {share:.0%} are zero to rounding", fontsize=10)
         if bool((self.nodes < -least).any()):

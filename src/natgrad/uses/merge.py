@@ -17,7 +17,7 @@ from natgrad.uses.weights import flat, parameters_of
 def merge(
     models: Sequence[nn.Module],
     matrices: Sequence[Operator],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[int | float] | None = None,
     damping: float = 1e-3,
 ) -> nn.Module:
     """One model from several of the same parameters, each counted by its Fisher information:
@@ -62,7 +62,7 @@ def merge(
             f"there are {len(models)} models and {len(matrices)} matrices; expected at least two models, and a matrix "
             "for each"
         )
-    w = [1.0] * len(models) if weights is None else list(weights)
+    w: list[float] = [1.0] * len(models) if weights is None else list(weights)
     if len(w) != len(models):
         raise ValueError(f"weights is {described(weights)}; expected one for each of {len(models)} models")
     for one in w:
