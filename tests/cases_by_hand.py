@@ -1,6 +1,6 @@
 """Models that note their own layers, and every structure's matrix formed from them example by example."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,9 @@ class Twice(Noting):
 
 
 class Borrowed(Noting):
-    """One weight with two biases: each of the three is a layer of its own."""
+    """One weight with two biases: each of the three is a layer of its own, and the exact block is of all three."""
+
+    together = ("W", "b", "c")
 
     def __init__(self, d_in, hidden, bias):
         super().__init__()
@@ -234,6 +236,21 @@ class ByHand:
             W = places[layer.weight].view_as(self.model.get_parameter(layer.weight))
             index.append((W.mT if layer.transposed else W).flatten())
         return torch.cat(index + ([places[layer.bias]] if layer.bias else []))
+
+    def blocks(self):
+        """Where the entries of each exact block are, by its name: parameters that are used together have one block."""
+        own = {layer.name: self.index(replace(layer, transposed=False)) for layer in self.examples}
+        names = getattr(self.model, "together", ())
+        if names:
+            own[names[0]] = torch.cat([own.pop(n) for n in names])
+        return own
+
+    def part_in_blocks(self, whole):
+        """The entries of a matrix that are in the exact blocks."""
+        out = torch.zeros_like(whole)
+        for index in self.blocks().values():
+            out[index[:, None], index] = whole[index[:, None], index]
+        return out
 
     def assemble(self, of_layer):
         size = sum(p.numel() for p in self.model.parameters())

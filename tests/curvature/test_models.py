@@ -76,7 +76,7 @@ def test_residual_reports_on_every_layer(name):
     report = natgrad.residual(
         example.model, LOSS, example.data, forward=example.forward, estimator="mc", permutations=0
     )
-    assert set(report) == {row.layer for row in matrix(example, estimator="mc").coverage()}
+    assert set(report) == {row.layer for row in matrix(example, "block", estimator="mc").coverage()}
     assert all(r.norm >= 0 for r in report.values())
     assert any(r.norm > 0 for r in report.values())
     assert report.table()

@@ -160,7 +160,7 @@ class Problem:
             of = [g for g, s in zip(groups, self.space, strict=True) for _ in range(s.numel())]
             return whole * torch.tensor([[a == b for a in of] for b in of])
         if kind.structure == "block":
-            return hand.assemble(hand.exact)
+            return hand.part_in_blocks(whole)
         if kind.structure == "kfac":
             return hand.assemble(lambda layer: hand.kfac(layer, kind.sharing))
         if kind.structure == "ekfac":
@@ -272,6 +272,8 @@ def test_to_dense_in_both_orders_and_by_layer(kind, setup):
 def own_indices(kind, problem, places):
     """Where each block's entries are: by layer or by module, weights as they are stored."""
     if not kind.hessian and kind.structure not in ("implicit", "dense"):
+        if kind.structure == "block":
+            return problem.by_hand.blocks()
         layers = {layer.name: replace(layer, transposed=False) for layer in problem.by_hand.examples}
         return {name: problem.by_hand.index(layer) for name, layer in layers.items()}
     indices = {}

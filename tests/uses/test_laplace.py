@@ -367,7 +367,7 @@ def test_an_evidence_without_a_maximum_is_said():
         P.fit_prior("layer")
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_a_prior_that_is_none_is_refused(value):
     model, loss, data = problem()
     with pytest.raises(ValueError, match="is not usable: expected a number > 0, as a prior of precision zero"):

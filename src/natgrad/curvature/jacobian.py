@@ -124,6 +124,8 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
             output = call(model)
         if not output.requires_grad:
             return fault is not None
+        if not torch.isfinite(output).all():
+            return False  # which the product itself says
         refuse_reentrant(output)
         u = _random(output, generator)
         gradients = torch.autograd.grad(output, [owned[n] for n in names], u, allow_unused=True)

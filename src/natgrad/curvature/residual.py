@@ -148,12 +148,12 @@ def _report(
     factors = kfac.build(is_mean)
     check_covered(problem.parameters, factors)
     check_finite(factors)
-    blocks = exact.build(is_mean)
+    blocks, known = exact.build(is_mean), kfac.moments
     report = {}
     for layer in _shown(list(blocks), problem.progress):
         block = blocks[layer]
         assert isinstance(block, ExactBlock)
-        moments = kfac.moments.get(layer)
+        moments = known.get(layer)
         if isinstance(block, ColumnBlock) or layer not in factors:
             own = factors[layer] if layer in factors else _of_several(layer, factors, problem.parameters)
             assert isinstance(block, ColumnBlock)

@@ -44,7 +44,7 @@ class LowRank(Operator):
                 f"U has shape {tuple(U.shape)} and values {tuple(values.shape)}; expected ({self.space.size}, rank) "
                 "and (rank,)"
             )
-        self.U, self.values, self.rest = U, values, float(rest)
+        self.U, self.values, self.rest = U.contiguous(), values, float(rest)
         self.dtype, self.device = U.dtype, U.device
 
     def describe(self) -> str:

@@ -20,7 +20,7 @@ from natgrad.linalg.state import dump, restore
 
 
 @later
-def submatrix(operator: Operator, names: str | Iterable[str]) -> Operator:
+def submatrix(operator: Operator, names: Any) -> Operator:
     """The rows and columns of some named parameters, in the matrix's own order."""
     wanted = _parameters(operator, names)
     own = operator.space

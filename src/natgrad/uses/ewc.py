@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.checks.values import check_number
-from natgrad.linalg import Operator
 from natgrad.linalg.eigenvalues import holds_tensors
 from natgrad.uses.weights import flat, parameters_of
 
 
-def ewc(model: nn.Module, F: Operator, strength: float = 1.0) -> EWC:
+def ewc(model: nn.Module, F: Any, strength: float = 1.0) -> EWC:
     """The penalty `½ strength (θ − θ*)ᵀ F (θ − θ*)`, `θ*` the model's weights now: add it to the loss of new data.
 
     Args:
@@ -57,7 +56,7 @@ class EWC:
         12.0
     """
 
-    def __init__(self, model: nn.Module, F: Operator, strength: float = 1.0):
+    def __init__(self, model: nn.Module, F: Any, strength: float = 1.0):
         check_number("strength", strength)
         self.anchor = flat(F, parameters_of(model, F)).clone()
         if not holds_tensors(F):

@@ -28,7 +28,7 @@ def laplace(
     structure: str | Mapping[str, str] = "kfac",
     subset: Selection = "all",
     *,
-    prior_precision: float | Tensor | Mapping[str, float | Tensor] = 1.0,
+    prior_precision: float | int | Tensor | Mapping[str, float | int | Tensor] = 1.0,
     sigma_noise: float | None = None,
     temperature: float = 1.0,
     bias: str = "coupled",

@@ -87,7 +87,7 @@ class LaplacePosterior:
         return dict(self._precisions)
 
     @prior_precision.setter
-    def prior_precision(self, value: float | Tensor | Mapping[str, float | Tensor]) -> None:
+    def prior_precision(self, value: float | int | Tensor | Mapping[str, float | int | Tensor]) -> None:
         self._precisions = read_precisions(value, self._evidence.matrix.M)
         self._forget()
 
@@ -157,7 +157,7 @@ class LaplacePosterior:
 
     def log_marginal_likelihood(
         self,
-        prior_precision: float | Tensor | Mapping[str, float | Tensor] | None = None,
+        prior_precision: float | int | Tensor | Mapping[str, float | int | Tensor] | None = None,
         sigma_noise: float | None = None,
     ) -> Tensor:
         """`log p(data | θ) / T − ½ Σ δ θ² + ½ Σ log δ − ½ log det P`: how well model and prior explain the data.
