@@ -118,6 +118,42 @@ def read_cases(
     )
 
 
+def by_autograd(
+    output: Tensor, columns: Iterable[Tensor], parameters: Mapping[str, Tensor], mass: Tensor, dtype: torch.dtype
+) -> Cases:
+    """The cases of a model whose layers are not seen, as where its forward takes derivatives itself.
+
+    Each parameter is a layer of its own, without inputs, whose gradients are the rows of `Jᵀ s`: a backward pass for
+    each example and column, several of them at once. The graph behind `output` is kept.
+
+    Args:
+        output: with its graph.
+        columns: those of a factor of `D`.
+        parameters: by name.
+        mass: what the loss's mean divides by.
+        dtype: of the gradients.
+    """
+    leaves, layers = list(parameters.values()), [Layer(None, n, function="autograd") for n in parameters]
+    whole, step = Grouping(1, len(output)), max(1, AT_ONCE // max(1, sum(p.numel() for p in leaves)))
+    found = []
+    for column in columns:
+        rows = list(backward_passes(output, leaves, whole.parts(column), min(step, len(output))))
+        each = zip(*rows, strict=True)
+        found.append(
+            {
+                layer: [
+                    torch.stack([(torch.zeros_like(p) if g is None else g).flatten().to(dtype) for g in its])[:, None]
+                ]
+                for layer, p, its in zip(layers, leaves, each, strict=True)
+            }
+        )
+    h: dict[Layer, list[Inputs]] = {layer: [Rows(mass.new_zeros(len(output), 1, 0, dtype=dtype))] for layer in layers}
+    widths = {layer: p.numel() for layer, p in zip(layers, leaves, strict=True)}
+    return Cases(
+        h, found, widths, mass.to(dtype), len(output), shapes={n: tuple(p.shape) for n, p in parameters.items()}
+    )
+
+
 def read_inputs(layer: Layer, uses: Sequence[Use], dtype: torch.dtype) -> list[Inputs]:
     """The inputs of a layer's uses alone, each row a case.
 

@@ -62,6 +62,8 @@ class Recorder(TorchFunctionMode):
             with self:
                 return composite(*args, **kwargs)
         out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and _is_wrapped(out):  # within torch.func: the tensors are none that the graph has
+            return out
         if given:
             self._note(func, args, kwargs, out, given)
         if func in SPREADS or func in RESHAPES or func is Tensor.__getitem__:
@@ -313,3 +315,8 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _name(func: Any) -> str:
     return str(getattr(func, "__name__", func))
+
+
+def _is_wrapped(t: Tensor) -> bool:
+    """Whether a tensor is one of a transform of `torch.func`."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)

@@ -120,7 +120,7 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
             finally:
                 again()
         eps = [torch.finfo(owned[n].dtype).eps for n in names if owned[n].is_floating_point()]
-        with torch.enable_grad(), _precision_noted(eps):
+        with torch.enable_grad(), _Precision(eps):
             output = call(model)
         if not output.requires_grad:
             return fault is not None
@@ -148,17 +148,18 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
     ) from fault
 
 
-@contextlib.contextmanager
-def _precision_noted(eps: list[float]) -> Iterator[None]:
-    """Within, the precision of all that is kept for a backward is taken note of: autocast may have lowered it."""
+class _Precision(TorchFunctionMode):
+    """Takes note of the precision of all that is computed: autocast may have lowered it."""
 
-    def pack(t: Tensor) -> Tensor:
-        if t.is_floating_point():
-            eps.append(torch.finfo(t.dtype).eps)
-        return t
+    def __init__(self, eps: list[float]):
+        super().__init__()
+        self.eps = eps
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype in (torch.float16, torch.bfloat16):
+            self.eps.append(torch.finfo(out.dtype).eps)
+        return out
 
 
 def _agree(u: Tensor, Jv: Tensor, terms: list[Tensor], eps: float) -> bool:

@@ -80,10 +80,16 @@ def test_cross_attention_has_rows_of_its_own_for_queries_and_keys():
     assert own[queries[:, None], rest].abs().max() == 0
 
 
-def test_added_keys_are_refused_by_name():
-    module = nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True, batch_first=True, dtype=f64)
-    with pytest.raises(NotImplementedError, match=r"'attention\.bias_k' \(used by repeat\).*'attention\.bias_v'"):
-        natgrad.fisher(Self(module), LOSS, (randn(6, 5, WIDTH), torch.arange(6) % WIDTH))
+def test_added_keys_have_blocks_of_their_own():
+    torch.manual_seed(0)
+    model = Self(nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True, batch_first=True, dtype=f64))
+    data = randn(6, 5, WIDTH), torch.arange(6) % WIDTH
+    exact = natgrad.fisher(model, LOSS, data, "dense").diagonal()
+    assert "attention.bias_k" in exact
+    for structure in ("block", "diagonal"):
+        diagonal = natgrad.fisher(model, LOSS, data, structure).diagonal()
+        for name, values in exact.items():
+            close(diagonal[name], values, 1e-10)
 
 
 def test_dropout_within_is_the_same_when_run_again():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad.capture.cases import Cases
 from natgrad.capture.order import Grouping
-from natgrad.capture.reading import read_cases
+from natgrad.capture.reading import by_autograd, read_cases
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.separation import SeparationCheck
 from natgrad.capture.use import Use
@@ -102,15 +102,15 @@ class ExactMatrix(Preconditioner):
             return recorder.uses
         try:
             return recorder.check(output, reached=True)
-        except NotImplementedError as error:
-            raise NotImplementedError(f"{error}, or use solver='cg', which covers all") from None
+        except NotImplementedError:  # the rows of the Jacobian come from autograd alone then
+            return []
 
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int, step: int) -> None:
         takes = self._takes_cases(output)
         self._columns += output.numel() if self.estimator == "exact" else len(output)
         if not takes:
             return
-        separation = self._separation.of(uses, output, batch.forward.mode).in_common()
+        grouping = Grouping(len(output))
         taken: list[Tensor] = []
 
         def columns() -> Iterable[Tensor]:
@@ -120,18 +120,23 @@ class ExactMatrix(Preconditioner):
             return taken
 
         # The matrix squares the condition of J: float64, whatever the parameters are.
-        cases = read_cases(
-            uses,
-            output,
-            columns,
-            batch.mass,
-            torch.float64,
-            separation=separation,
-            sampled=self.estimator == "mc",
-        ).kept()
+        if uses:
+            separation = self._separation.of(uses, output, batch.forward.mode).in_common()
+            grouping = separation.groupings[0]
+            cases = read_cases(
+                uses,
+                output,
+                columns,
+                batch.mass,
+                torch.float64,
+                separation=separation,
+                sampled=self.estimator == "mc",
+            ).kept()
+        else:
+            trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
+            cases = by_autograd(output, columns(), trained, batch.mass, torch.float64)
         if not all(torch.isfinite(g.sum()) for column in cases.columns for uses in column.values() for g in uses):
             batch.fault = "the curvature is not finite"
-        grouping = separation.groupings[0] if separation.groupings else Grouping(len(output))
         batch.statistics = Taken(cases, taken, output.detach(), grouping)
 
     # The step ------------------------------------------------------------------------------------------

@@ -102,6 +102,8 @@ class Projected(StepRule):
             self.share = share
             share = min(share, self._share_promised(stage, model))
             change = model.shortened(share).change
+            if self.max_kl is not None:
+                figures["kl"] = share**2 * model.curvature
         if share != 1:
             delta = {n: share * d for n, d in delta.items()}
         if inner is not None and self._may_bend(stage):

@@ -51,6 +51,15 @@ class Forward:
                     "the step runs the model on it again; give the model a copy (x.clone()), or change it after the "
                     "step"
                 )
+        try:
+            return self._run(forward, way)
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                raise
+            with torch.enable_grad():  # the model takes derivatives itself
+                return self._run(forward, way).detach()
+
+    def _run(self, forward: Callable[..., Any], way: Way) -> Tensor:
         device = self.rng.device.type
         # A model may turn autocast on within its forward, as Accelerate has it; what that keeps of the parameters would
         # outlast the steps that are tried here.

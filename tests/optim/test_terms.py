@@ -1,0 +1,189 @@
+"""Objectives of several terms: steps against matrices of the whole objective, figures against its value."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import natgrad
+from oracles import close, randn
+
+N, D, H, C = 12, 3, 4, 3
+TERMS = {"class": nn.CrossEntropyLoss(), "box": nn.MSELoss()}
+X, Y, T = randn(N, D), torch.arange(N) % C, randn(N, 2, seed=1)
+FIXED = {"lr": 0.1, "momentum": 0.0, "damping": 0.05}
+EXACTLY = {"estimator": "exact", "statistics_share": 1.0, "decay": 0.0, "statistics_every": 1, "inverses_every": 1}
+EXACTLY |= {"matmul_precision": None, "damping_style": "exact"}
+
+
+def flatten(v):
+    return torch.cat([t.detach().flatten() for t in v.values()])
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(D, H), nn.Tanh())
+        self.logits, self.boxes = nn.Linear(H, C), nn.Linear(H, 2)
+        self.double()
+
+    def forward(self, x):
+        h = self.trunk(x)
+        return {"class": self.logits(h), "box": self.boxes(h)}
+
+
+def one_forward(model, loss, weights, x=X, y=Y, t=T):
+    out = model(x)
+    return weights["class"] * loss["class"](out["class"], y) + weights["box"] * loss["box"](out["box"], t)
+
+
+def two_forwards(model, loss, weights, x=X, y=Y, t=T):
+    first = weights["class"] * loss["class"](model(x)["class"], y)
+    return first + weights["box"] * loss["box"](model(x)["box"], t)
+
+
+def in_microbatches(model, loss, weights, form):
+    for rows in (slice(0, N // 2), slice(N // 2, N)):
+        (0.5 * form(model, loss, weights, X[rows], Y[rows], T[rows])).backward()
+
+
+FORMS = {
+    "one forward": lambda *how: one_forward(*how).backward(),
+    "two forwards": lambda *how: two_forwards(*how).backward(),
+    "microbatches": lambda *how: in_microbatches(*how, one_forward),
+    "microbatches of two forwards": lambda *how: in_microbatches(*how, two_forwards),
+}
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def gradient_of(model, weights):
+    """That of the objective, by autograd alone."""
+    its = copy.deepcopy(model)
+    one_forward(its, TERMS, weights).backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in its.named_parameters()}
+
+
+def matrix(model, weights, structure):
+    data = X, {"class": Y, "box": T}
+    return natgrad.fisher(model, TERMS, data, structure, weights=weights)
+
+
+@forms
+@pytest.mark.parametrize("weights", [(1.0, 0.5), (1.0, 1.0), (0.25, 1.0)])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
+def test_a_step_is_that_of_the_whole_objectives_matrix(form, weights, structure):
+    weights = dict(zip(TERMS, weights, strict=True))
+    model = TwoHeads()
+    start, g = flatten(dict(model.named_parameters())).clone(), gradient_of(model, weights)
+    F = matrix(model, weights, "diagonal" if structure == "diagonal" else "kfac")  # which EKFAC begins with
+    opt = natgrad.KFAC(model, TERMS, structure=structure, **FIXED, **EXACTLY)
+    FORMS[form](model, opt.loss, weights)
+    opt.step()
+    style = {} if structure == "diagonal" else {"damping_style": "centered"}
+    expected = start - FIXED["lr"] * flatten(F.solve(g, FIXED["damping"], **style))
+    close(flatten(dict(model.named_parameters())), expected, 1e-8)
+    assert opt.diagnostics["accepted"]
+
+
+@forms
+@pytest.mark.parametrize("solver", ["dual", "primal", "cg"])
+def test_an_exact_step_is_that_of_the_dense_matrix(form, solver):
+    weights, model = {"class": 1.0, "box": 0.5}, TwoHeads()
+    start, g = flatten(dict(model.named_parameters())).clone(), gradient_of(model, weights)
+    F = matrix(model, weights, "dense")
+    opt = natgrad.NaturalGradient(model, TERMS, lr=0.3, momentum=0.0, damping=0.05, solver=solver, tolerance=1e-12)
+    FORMS[form](model, opt.loss, weights)
+    opt.step()
+    close(flatten(dict(model.named_parameters())), start - 0.3 * flatten(F.solve(g, 0.05)), 1e-7)
+
+
+@pytest.mark.parametrize("make", [natgrad.KFAC, natgrad.NaturalGradient])
+@forms
+def test_the_adaptive_step_measures_the_whole_objective(make, form):
+    weights, model = {"class": 1.0, "box": 2.0}, TwoHeads()
+    opt = make(model, TERMS, **({"adapt_every": 1} if make is natgrad.KFAC else {}))
+
+    def penalty():
+        return 0.01 * model.trunk[0].weight.square().sum()
+
+    def value():
+        with torch.no_grad():
+            return float(one_forward(model, TERMS, weights) + penalty())
+
+    values = [value()]
+    for _ in range(12):
+        opt.zero_grad()
+        FORMS[form](model, opt.loss, weights)
+        opt.plus(penalty).backward()
+        opt.step()
+        values.append(value())
+        assert opt.diagnostics["loss"] * 2.0 == pytest.approx(values[-2], rel=1e-9)  # in units of the heaviest mean
+        if "loss_after" in opt.diagnostics and opt.diagnostics["accepted"]:
+            assert opt.diagnostics["loss_after"] * 2.0 == pytest.approx(values[-1], rel=1e-7)
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_a_term_that_is_not_asked_for_leaves_the_other_head_where_it_is():
+    model = TwoHeads()
+    opt = natgrad.KFAC(model, TERMS)
+    for _ in range(3):
+        opt.zero_grad()
+        one_forward(model, opt.loss, {"class": 1.0, "box": 1.0}).backward()
+        opt.step()
+    before = model.boxes.weight.detach().clone()
+    opt.zero_grad()
+    opt.loss["class"](model(X)["class"], Y).backward()
+    opt.step()
+    close(model.boxes.weight, before, 0)
+    assert opt.diagnostics["accepted"]
+
+
+@pytest.mark.parametrize("maker", ["kfac", "exact"])
+def test_a_policys_step_goes_to_the_bound_along_the_natural_gradient(maker):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, C)).double()
+    actions, advantages = torch.arange(N) % C, randn(N, seed=3)
+
+    def surrogate(its):
+        chosen = its(X).log_softmax(1)[range(N), actions]
+        return -(advantages * chosen).mean()
+
+    its = copy.deepcopy(model)
+    surrogate(its).backward()
+    g = {n: p.grad for n, p in its.named_parameters()}
+    F = natgrad.fisher(model, nn.CrossEntropyLoss(), (X, actions), "dense")
+    if maker == "kfac":
+        opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), max_kl=0.01, damping=0.1, **EXACTLY)
+        K = natgrad.fisher(model, nn.CrossEntropyLoss(), (X, actions), "kfac")
+        d = flatten(K.solve(g, 0.1, damping_style="centered"))
+    else:
+        opt = natgrad.NaturalGradient(model, nn.CrossEntropyLoss(), max_kl=0.01, damping=0.1, momentum=0.0)
+        d = flatten(F.solve(g, 0.1))
+    start = flatten(dict(model.named_parameters())).clone()
+    logits = model(X)
+    opt.predict(logits)
+    surrogate(lambda _: logits).backward()
+    opt.step()
+    expected = start - math.sqrt(0.01 / (0.5 * float(d @ (F @ d)))) * d
+    close(flatten(dict(model.named_parameters())), expected, 1e-7)
+    assert opt.diagnostics["kl"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda opt, out: opt.loss(out["class"], Y), TypeError, "opt.loss has several terms, 'class', 'box'"),
+        (lambda opt, out: opt.loss["boxes"](out["box"], T), KeyError, "no term is called 'boxes'.*'box'"),
+        (lambda opt, out: opt.loss["class"](out["class"], T), ValueError, "CrossEntropyLoss"),
+        (lambda opt, out: opt.loss["box"](out["class"], T), ValueError, "MSELoss: output has shape"),
+    ],
+    ids=["no name", "another name", "the other target", "the other head"],
+)
+def test_what_is_refused(call, error, said):
+    model = TwoHeads()
+    opt = natgrad.KFAC(model, TERMS)
+    with pytest.raises(error, match=said):
+        call(opt, model(X))
