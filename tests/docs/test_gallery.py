@@ -55,12 +55,12 @@ def test_kfac_gets_further_than_adamw_in_as_many_steps(result):
 
 
 def test_the_posterior_is_unsure_in_the_gap_alone(result):
-    gap, data = result("laplace").split(";")
+    gap, data, noise = result("laplace").split(";")
     assert number("kfac", gap) > 3 * number("kfac", data)
     assert number("dense", gap) > 5 * number("dense", data)
     assert number("diagonal", gap) < 2 * number("diagonal", data)  # it does not see the gap
     assert number("kfac", gap) < number("dense", gap)
-    assert abs(number("noise", data) / 0.15 - 1) < 0.2
+    assert abs(number("noise", noise) / 0.15 - 1) < 0.2
 
 
 def test_influences_are_what_training_again_finds(result):

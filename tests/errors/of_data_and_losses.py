@@ -92,8 +92,8 @@ ROWS = [
     ("a forward that is none", lambda: fisher(forward=3), TypeError,
      "forward is an int; expected a function of the model and a batch that returns (output, target)"),
     # Options
-    ("a structure that is misspelt", lambda: fisher(structure="kfca"), ValueError,
-     "structure='kfca' is unknown: expected one of 'implicit', 'dense', ", "; did you mean 'kfac'?"),
+    ("a structure that is misspelt", lambda: fisher(structure="kfacc"), ValueError,
+     "structure='kfacc' is unknown: expected one of 'implicit', 'dense', ", "; did you mean 'kfac'?"),
     ("a structure in capitals", lambda: fisher(structure="EKFAC"), ValueError, "; did you mean 'ekfac'?"),
     ("a structure that is cut short", lambda: fisher(structure="diag"), ValueError, "; did you mean 'diagonal'?"),
     ("two structures", lambda: fisher(structure=["kfac", "dense"]), ValueError,

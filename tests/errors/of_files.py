@@ -78,7 +78,7 @@ ROWS = [
     ("a changed file", one_bit_changed, ValueError,
      "changed.safetensors is damaged: its checksum is not that of its content; save the matrix again"),
     ("a file of something else", lambda: described_by("[1]"), ValueError,
-     "described.safetensors holds a list of 1 and no matrix; expected a file that save() wrote"),
+     "described.safetensors holds a list of 1 and no matrix; expected a file that a matrix's save() wrote"),
     ("a damaged file", lambda: described_by("{]"), ValueError,
      "is damaged: what its tensors are cannot be read; save the matrix again"),
     ("a matrix of another kind", lambda: described_by(json.dumps({"dict": [["kind", "Toeplitz"]]})), ValueError,

@@ -137,7 +137,7 @@ ROWS = [
     ("a state of another structure", calls(load(kfac(structure="ekfac").state_dict)), ValueError,
      "the state is of structure='ekfac', and this optimizer has 'kfac'; make it with the same"),
     ("another optimizer's checkpoint", lambda: natgrad.load_checkpoint(prong(), tempfile.mkdtemp()), TypeError,
-     "opt is a PRONG; expected a KFAC or NaturalGradient optimizer"),
+     "opt is a PRONG; expected a KFAC, NaturalGradient or NewtonMuon optimizer"),
     ("a folder without a checkpoint", lambda: natgrad.load_checkpoint(kfac(), tempfile.mkdtemp()), FileNotFoundError,
      "has no checkpoint (no file .metadata); expected a folder that torch.distributed.checkpoint.save has written to"),
     ("a file in place of a checkpoint", lambda: natgrad.load_checkpoint(kfac(), __file__), FileNotFoundError,

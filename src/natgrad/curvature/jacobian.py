@@ -140,7 +140,9 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
                 return True
             why = "its backward is no linear function of the gradient that it is given"
         except (RuntimeError, TypeError) as error:
-            why = str(error).strip().split("\n")[0]
+            why = str(error).strip().split("\n")[0].rstrip(".")
+    if fault is not None and "; use " in str(fault):  # it names its mend
+        raise fault
     raise NotImplementedError(
         "a product with this model's Jacobian needs forward mode, which is not the derivative that its backward takes "
         f"or does not exist, or a second backward pass, which fails: {why}. Use structure='dense' or 'block', which "

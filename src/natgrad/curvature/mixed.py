@@ -83,7 +83,8 @@ class MixedStructure(Structure):
                 self._used[pattern] = None
                 return name
         raise ValueError(
-            f"structure says nothing of layer {layer.name!r}; add it, or '*': 'kfac' at the end, for all others"
+            f"structure says nothing of layer {layer.name!r}; expected an entry for it, or '*': 'kfac' at the end for "
+            "all others"
         )
 
 

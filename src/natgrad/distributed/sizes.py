@@ -65,16 +65,22 @@ class Size:
         return means + itemsize * (sum(map(triangle, self.shapes)) + self.other + 1)
 
     def inverse_sent(self, itemsize: int) -> int:
-        """Bytes of the damped inverse: with a bias, the mean of the inputs and an output factor of the bias's own."""
+        """Bytes of the damped inverse: with a bias, the mean of the inputs and an output factor of the bias's own; of a
+        scale with a shift four numbers a coordinate."""
         own = [*self.shapes, *([self.outputs, self.inputs[:1]] if self.bias else [])]
-        return itemsize * (sum(map(triangle, own)) if self.inputs else self.other)
+        return itemsize * (sum(map(triangle, own)) if self.inputs else self.other + self._cross)
 
     def held(self, itemsize: int) -> int:
         """Bytes of moments and inverse where they are held."""
         factors = sum(map(prod, self.shapes)) + self.other
         means = self.inputs[0] * (1 + self.bias) + 1 if self.inputs else 0
         of_bias = prod(self.outputs) if self.bias and self.inputs else 0
-        return itemsize * (2 * factors + of_bias + means + 1)
+        return itemsize * (2 * factors + self._cross + of_bias + means + 1)
+
+    @property
+    def _cross(self) -> int:
+        """What the inverse of a scale with a shift has more than its moments."""
+        return self.other // 3 if self.bias and not self.inputs else 0
 
     def inverse_flops(self) -> float:
         """`d³` for the Cholesky factor and the inverse of each factor; the bias's is one more."""

@@ -85,7 +85,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         self.tracker = Tracker(
             name, model, self.parameters, terms, output=output, generator=generator, many_ranks=self._many_ranks
         )
-        self.loss, self.predict = Losses(self.tracker), Predictions(self.tracker)
+        self._losses, self._predictions = Losses(self.tracker), Predictions(self.tracker)
         self._adapts_lr = self._has_free_lr()  # whatever a scheduler writes into the groups
 
     def _assemble(
@@ -184,6 +184,44 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
             check_schedulable([{"initial_lr": None}], self._adapts_lr)
         super().__setattr__(name, value)
+
+    @property
+    def loss(self) -> Losses:
+        """The loss of what the model returned, noted for the step.
+
+            loss = opt.loss(output, target)                # of an optimizer of one loss
+            loss = opt.loss["box"](output, target)         # of one made with several, by its name
+
+        `output` is a tensor that a forward of the model in training mode has returned since the last step (also one in
+        an object or a dictionary), a view of it, or all that was returned where the optimizer has an `output=`. Call
+        backward on losses, scaled or summed as you like, then `step`.
+
+        Raises:
+            KeyError: for a term that there is not.
+            RuntimeError: if no forward in training mode with gradients enabled came before, or it has not returned.
+            ValueError: if output and target do not fit the loss, or the batch is empty (on all of several ranks).
+            NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
+        """
+        return self._losses
+
+    @property
+    def predict(self) -> Predictions:
+        """The curvature of a predictive distribution; the gradient comes from a loss of your own.
+
+            logits = model(observations)
+            opt.predict(logits)                            # with several terms: opt.predict["policy"](logits)
+            (-advantages * logits.log_softmax(1)[range(n), actions]).mean().backward()
+            opt.step()
+
+        The distribution is that of the optimizer's loss: softmax for `nn.CrossEntropyLoss`, a Gaussian for
+        `nn.MSELoss`, any other by `natgrad.losses.Likelihood`. No loss measures such a step. So give the optimizer
+        `lr`, or `max_kl`: the step goes to that bound (Schulman et al. 2015, arXiv:1502.05477).
+
+        Raises:
+            TypeError: if the loss's curvature depends on targets.
+            RuntimeError, NotImplementedError: as for `loss`.
+        """
+        return self._predictions
 
     def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
         """The value of a part of the objective that has no curvature here: add it to the loss, and backward from both.

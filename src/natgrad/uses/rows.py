@@ -112,7 +112,7 @@ def add_batch(
     mode = tuple(module.training for module in problem.model.modules())
     separation = problem.separation.of(uses, output, mode).whole()
     if any(grouping.members > 1 for grouping in separation.groupings):
-        raise NotImplementedError("the output's rows see one another in some layer")
+        raise NotImplementedError("the output's rows see one another in some layer; use autograd")
     for use in uses:
         use.forget_output()
     one = torch.ones((), dtype=problem.dtype, device=problem.device)

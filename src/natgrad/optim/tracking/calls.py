@@ -12,21 +12,7 @@ from natgrad.optim.tracking.tracker import Tracker
 
 
 class Losses:
-    """`opt.loss`: the loss module's value on what the model returned, noted for the step.
-
-        loss = opt.loss(output, target)                # of an optimizer of one loss
-        loss = opt.loss["box"](output, target)         # of one made with several, by its name
-
-    `output` is a tensor that a forward of the model in training mode has returned since the last step (also one in an
-    object or a dictionary), a view of it, or all that was returned where the optimizer has an `output=`. Losses may be
-    of one forward or of several. Backward from them, scaled or summed as you like, then call `step`.
-
-    Raises:
-        KeyError: for a term that there is not.
-        RuntimeError: if no forward in training mode with gradients enabled came before, or it has not returned.
-        ValueError: if output and target do not fit the loss, or the batch is empty (on all of several ranks).
-        NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
-    """
+    """`opt.loss`, of one term or of all."""
 
     def __init__(self, tracker: Tracker, term: Term | None = None):
         self._tracker = tracker
@@ -65,21 +51,7 @@ class Losses:
 
 
 class Predictions(Losses):
-    """`opt.predict`: the curvature of a predictive distribution; the gradient comes from a loss of the user's own.
-
-        logits = model(observations)
-        opt.predict(logits)                             # with several terms: opt.predict["policy"](logits)
-        (-advantages * logits.log_softmax(1)[range(n), actions]).mean().backward()
-        opt.step()
-
-    The distribution is that of the optimizer's loss: softmax for `nn.CrossEntropyLoss`, a Gaussian for `nn.MSELoss`,
-    any other by `natgrad.losses.Likelihood`. No loss measures such a step. So give the optimizer `lr`, or `max_kl`: the
-    step goes to that bound, as in TRPO. Without a number for `damping`, it is the curvature's own scale.
-
-    Raises:
-        TypeError: if the loss's curvature depends on targets.
-        RuntimeError, NotImplementedError: as `opt.loss` does.
-    """
+    """`opt.predict`, of one term or of all."""
 
     def __call__(self, output: Any, target: None = None) -> None:  # type: ignore[override]
         self._tracker.predict(self._one("opt.predict"), output)
