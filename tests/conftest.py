@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from pairwise import mark_the_rest
+from pairwise import mark_all_but_some, mark_the_rest
 
 settings.register_profile("natgrad", deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("natgrad")
@@ -17,6 +19,7 @@ def one_thread():
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     mark_the_rest(items, pytest.mark.long)
+    mark_all_but_some(items, pytest.mark.long, Path(__file__).parent)
 
 
 def pytest_runtest_setup(item):

@@ -1,10 +1,15 @@
-"""Which parametrizations of a test run always: enough that every two values of two parameters meet once.
+"""Which parametrizations of a test run always.
 
-Most faults take one option, or two together. A test of four parameters then has a tenth of the runs. Those that are
-left out are marked `long`: `make test-all` runs them.
+Of tests marked `pairs` enough that every two values of two parameters meet once: most faults take one option, or two
+together, and a test of four parameters then has a tenth of the runs. Of tests that compute something, at most `MOST`,
+spread evenly over the list. Those that are left out are marked `long`: `make test-all` runs them.
 """
 
 from itertools import combinations
+
+MOST = 12
+WHOLE = ("docs", "errors", "release")
+"""Folders whose tests read texts: thousands in seconds."""
 
 
 def enough(rows):
@@ -29,4 +34,19 @@ def mark_the_rest(items, mark):
         kept = set(enough([{name: repr(value) for name, value in item.callspec.params.items()} for item in its]))
         for i, item in enumerate(its):
             if i not in kept:
+                item.add_marker(mark)
+
+
+def mark_all_but_some(items, mark, root):
+    """Adds `mark` to the items of tests with more than `MOST` parametrizations, but for so many of them."""
+    functions = {}
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("slow", "long", "pairs")) or not hasattr(item, "callspec"):
+            continue
+        if item.path.is_relative_to(root) and item.path.relative_to(root).parts[0] not in WHOLE:
+            functions.setdefault((item.path, item.originalname, item.cls), []).append(item)
+    for its in functions.values():
+        kept = {round(i * (len(its) - 1) / (MOST - 1)) for i in range(MOST)}
+        for i, item in enumerate(its):
+            if i not in kept and len(its) > MOST:
                 item.add_marker(mark)

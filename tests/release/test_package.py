@@ -19,6 +19,7 @@ OPTIONAL = {  # where an error says how to install it, or which nobody imports w
     "mlxtend": {"study/images.py"},
     "pytorch_optimizer": {"study/optimizers.py"},
     "tomli": {"study/reading.py"},  # declared for Python 3.10 alone
+    "scipy": {"linalg/external.py", "linalg/spectral.py", "uses/jacobian.py"},
     "lightning": {"integrations/lightning.py"},
     "transformers": {"integrations/transformers.py"},
 }

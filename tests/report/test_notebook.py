@@ -136,7 +136,7 @@ class TestOptimizer:
         assert rows["last step"].startswith("rejected: the loss is not finite")
         assert rows["faults"] == "rejected 1"
         assert rows["solver"] == "primal"
-        assert repr(opt) == "NaturalGradient(solver='primal', lr=adaptive, momentum=0, damping=0.1, 10 parameters)"
+        assert repr(opt) == "NaturalGradient(solver='primal', lr=adaptive, momentum=0.8, damping=0.1, 10 parameters)"
 
 
 def test_names_are_escaped_and_long_tables_are_cut():
