@@ -3,10 +3,12 @@
 import copy
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import natgrad
 from layers.networks import NETWORKS, make
 from natgrad.capture.recorder import Recorder
 from natgrad.curvature.products import tangent
@@ -72,3 +74,29 @@ def test_another_path_than_the_recorded_one_is_computed():
     turned.forward = lambda x: model[0](model[2](x))
     found = tangent(turned, lambda forward: forward(x), d, recorder.uses)[1]
     close(found, tangent(turned, lambda forward: forward(x), d)[1], 1e-12)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_module_that_is_registered_twice_keeps_its_parameters(times, tied):
+    """torch.func.functional_call leaves other tensors in it."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    model = nn.Sequential(*[block] * times, nn.Linear(3, 3).double())
+    if tied:
+        model[-1].weight = block[0].weight
+    before = dict(model.named_parameters())
+    data = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) % 3
+    F, dense = (natgrad.fisher(model, nn.CrossEntropyLoss(), data, s) for s in ("implicit", "dense"))
+    v = torch.randn(F.space.size, dtype=torch.float64)
+    torch.testing.assert_close(F @ v, dense @ v, rtol=1e-9, atol=1e-12)
+    opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+    losses = []
+    for _ in range(4):
+        loss = opt.loss(model(data[0]), data[1])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p is before[n] for n, p in model.named_parameters())

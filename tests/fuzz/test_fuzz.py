@@ -47,7 +47,8 @@ def specs(draw):
 def usable(spec):
     """Batch normalization in training mode needs more than one value for each channel."""
     alone = "BatchNorm" in spec.stages and spec.training and min(spec.sizes) * spec.length == 1
-    return not alone and not ("GroupNorm" in spec.stages and spec.width * spec.length == 2)
+    one = "Prompt" in spec.stages and min(spec.sizes) == 1  # a prompt that is not repeated is refused
+    return not alone and not one and not ("GroupNorm" in spec.stages and spec.width * spec.length == 2)
 
 
 def close(came, expected, what):

@@ -14,13 +14,13 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.layers import COMPOSITES
 from natgrad.capture.layers.embedding import embedding_bag
 from natgrad.capture.use import Use
+from natgrad.checks.replaced import call_with
 from natgrad.curvature.jacobian import graph, same_numbers, through_graph
 from natgrad.curvature.tangents import tangent_rule
 from natgrad.linalg.precision import linear
@@ -45,7 +45,7 @@ def duals_in_place(model: nn.Module, direction: Mapping[str, Tensor]) -> Iterato
     }
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(model, {**duals, **buffers}, args, kwargs)
+        return call_with(model, {**duals, **buffers}, args, kwargs)
 
     yield Duals(forward, {id(t): n for n, t in duals.items()})
 

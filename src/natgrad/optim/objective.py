@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+from natgrad.checks.replaced import call_with
 from natgrad.curvature.jacobian import Jacobian, graph, through_graph
 from natgrad.curvature.problem import buffers_kept
 from natgrad.curvature.products import gauss_newton_product, tangent
@@ -228,7 +228,7 @@ class Objective:
         leaves = [values[n] for n in names]
 
         def forward(*args: object, **kwargs: object) -> object:
-            return functional_call(self._model, values, args, kwargs)
+            return call_with(self._model, values, args, kwargs)
 
         own = {n: values[n].detach() for n in names}
         outputs: list[Tensor | None] = []

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from natgrad.checks.replaced import call_with
 from natgrad.checks.values import check_count, check_generator, check_number
 from natgrad.curvature.problem import Forward, Problem
 from natgrad.linalg import Operator
@@ -302,7 +302,7 @@ class LaplacePosterior:
                     own = {name: w[i] for name, w in weights.items()}
 
                     def forward(*args: Any, own: dict[str, Tensor] = own, **kwargs: Any) -> Any:
-                        return functional_call(problem.model, own, args, kwargs)
+                        return call_with(problem.model, own, args, kwargs)
 
                     each.append(problem.run(forward, batch)[0])
                 found.append(torch.stack(each))

@@ -1,0 +1,30 @@
+"""A module's forward with other tensors in the places of its parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def call_with(model: nn.Module, values: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """`model(*args, **kwargs)` with `values` in the places of the tensors that have these names.
+
+    A tensor that is in several places is replaced in all of them. Each place is named once: torch itself names a module
+    that is registered twice, as in `nn.ModuleList([block] * 2)`, by both names, and leaves the new tensors in it.
+    """
+    owned = {id(t): n for n, t in chain(model.named_parameters(), model.named_buffers())}
+    places = {}
+    for prefix, module in model.named_modules():
+        own = chain(
+            module.named_parameters(recurse=False, remove_duplicate=False),
+            module.named_buffers(recurse=False, remove_duplicate=False),
+        )
+        for name, t in own:
+            value = values.get(owned.get(id(t), ""))
+            if value is not None:
+                places[f"{prefix}.{name}" if prefix else name] = value
+    return functional_call(model, places, tuple(args), dict(kwargs), tie_weights=False)
