@@ -296,3 +296,17 @@ class TestDropout:
         state = torch.get_rng_state()
         I @ randn(numel(model))
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("padding", [0, -1])
+def test_padding_that_comes_in_a_later_batch_only(padding):
+    """What was found of one batch, without padding, is not to be taken for another of the same shape."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, padding_idx=padding), nn.Flatten(), nn.Linear(6, 2)).double()
+    nn.init.normal_(model[0].weight)
+    batches = [torch.tensor([[1, 2], [3, 1]]), torch.tensor([[padding % 5, 2], [3, padding % 5]])]
+    data = [(x, torch.tensor([0, 1])) for x in batches]
+    F, dense = (natgrad.fisher(model, nn.CrossEntropyLoss(), data, s) for s in ("implicit", "dense"))
+    torch.testing.assert_close(
+        F @ torch.eye(F.space.size, dtype=torch.float64), dense.to_dense(), rtol=1e-9, atol=1e-12
+    )

@@ -93,7 +93,9 @@ def check_factors(own, exact, block, structure):
     """A block of K-FAC or EKFAC is semidefinite, zero where the exact one is; one of a single use has bounds."""
     e = torch.linalg.eigvalsh(own)
     assert e[0] >= -1e-9 * max(1e-3, e[-1].item()), f"{structure}: the block of {block.names} is not semidefinite"
-    if structure == "ekfac" and "+" not in block.function and len(block.names) < 2 and block.function != "expand":
+    both_ways = block.names[0].endswith(".W")  # used as W and as Wᵀ: EKFAC keeps K-FAC's block
+    plain = "+" not in block.function and len(block.names) < 2 and block.function != "expand" and not both_ways
+    if structure == "ekfac" and plain:
         close(own.trace(), exact.trace(), f"ekfac: the trace of {block.names}")
 
 

@@ -14,7 +14,7 @@ from natgrad.capture.layers import Inputs, Rows
 
 FEW = 8
 """Fewer rows than this are not thinned out."""
-Present = tuple[Bool[Tensor, "n t"], Bool[Tensor, "n t"]]
+Present = tuple[Bool[Tensor, "_n _t"], Bool[Tensor, "_n _t"]]
 """Which positions are there at all, where others fill up, and which depend on their case."""
 
 
@@ -54,7 +54,7 @@ class Cases:
     """What the loss's mean divides by."""
     examples: int
     """How many rows the output has."""
-    ignored: Mapping[Layer, Bool[Tensor, "n targets"]] = field(default_factory=dict)
+    ignored: Mapping[Layer, Bool[Tensor, "_n _targets"]] = field(default_factory=dict)
     """Which of the targets of every case take no part; of no layer: all do."""
     present: Mapping[Layer, list[Present | None]] = field(default_factory=dict)
     """Of layers in which some positions fill up, which of them do not."""

@@ -117,6 +117,8 @@ class _Replay(TorchFunctionMode):
         rule = tangent_rule(func, args)
         if rule is not None and (found := rule(*args, **kwargs)) is not None:
             return found
+        if func is F.embedding:
+            return _embedding(*args, **kwargs)
         if func is F.embedding_bag:  # nor has this
             return embedding_bag(*args, **kwargs)
         if func is torch._cudnn_rnn_flatten_weight:  # nor this, for which there is no use
@@ -149,6 +151,16 @@ class _Replay(TorchFunctionMode):
             a_dot = _tangent_of_convolution(partial(func, **also), h, h_dot, W, W_dot, b_dot, *how)
         a = use.a.detach()
         return a if a_dot is None else forward_ad.make_dual(a, a_dot.expand_as(a))
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *how: Any, **also: Any) -> Tensor:
+    """`F.embedding` whose padding has no tangent, as it has no gradient."""
+    W, W_dot = forward_ad.unpack_dual(weight)
+    if padding_idx is not None and W_dot is not None:
+        W_dot = W_dot.clone()
+        W_dot[padding_idx] = 0
+        weight = forward_ad.make_dual(W, W_dot)
+    return F.embedding(input, weight, padding_idx, *how, **also)
 
 
 def _tangent_of_linear(

@@ -71,7 +71,7 @@ def joined(opt: CurvatureOptimizer | NewtonMuon, whole: dict[str, Any], own: dic
 def _asked_by_torch() -> bool:
     """Whether torch's checkpoint module has called, directly or through wrappers of a few frames."""
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(10):
+    for _ in range(30):
         if frame is not None and frame.f_globals.get("__name__") == TORCH_CHECKPOINT:
             return True
         frame = None if frame is None else frame.f_back

@@ -46,12 +46,21 @@ class TruncatedInverse(Operator):
         self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
 
     def _matmul(self, parts: Parts) -> Parts:
+        within: list[RuntimeError] = []
+
         def product(v: Tensor) -> Tensor:
-            return self.space.flatten(self.matrix._matmul(self.space.unflatten(v))) + self.damping * v
+            try:
+                return self.space.flatten(self.matrix._matmul(self.space.unflatten(v))) + self.damping * v
+            except RuntimeError as error:
+                within.append(error)
+                raise
 
         tolerance, most = self.matrix.tolerance, self.matrix.max_iterations
         try:
             self.solution = conjugate_gradient(product, self.space.flatten(parts), tol=tolerance, max_iter=most)
-        except RuntimeError as error:  # not positive definite
+        except RuntimeError as error:
+            if within:  # of the model's own forward
+                raise
+            # not positive definite
             raise ValueError(str(error)) from error
         return self.space.unflatten(self.solution.x)
