@@ -42,7 +42,12 @@ def state_of(state_dict: Any, key: str, optimizer: str) -> dict[str, Any]:
 
 def state_dict(opt: CurvatureOptimizer, whole: dict[str, Any]) -> dict[str, Any]:
     """Torch's own state dictionary with the rest."""
-    own = {
+    return joined(opt, whole, own_state(opt))
+
+
+def own_state(opt: CurvatureOptimizer) -> dict[str, Any]:
+    """What an optimizer saves beside torch's own."""
+    return {
         **opt.journal.state(),
         "damping": opt.recipe.damping.value,
         **opt.recipe.adaptive.state(),
@@ -51,7 +56,6 @@ def state_dict(opt: CurvatureOptimizer, whole: dict[str, Any]) -> dict[str, Any]
         **named(opt.parameters),
         **opt.recipe.preconditioner.state(),
     }
-    return joined(opt, whole, own)
 
 
 def joined(opt: CurvatureOptimizer | NewtonMuon, whole: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def torchs_own(state_dict: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _check(opt: CurvatureOptimizer, own: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
     """Raises ValueError if a state is not of such an optimizer, or of other parameters."""
-    expected = state_dict(opt, torch.optim.Optimizer.state_dict(opt))[opt._key]
+    expected = own_state(opt)
     missing = [k for k in expected if k not in own]
     if missing:
         raise ValueError(
