@@ -128,10 +128,10 @@ class Probe:
     def _order(self, i: int, grouping: Grouping) -> Order | None:
         """The order in which each row of a use depends on its own case alone; None where there is none."""
         use = self.uses[i]
+        if prod(use.grid) == 0:  # no row was chosen for this layer, as an expert may get none
+            return listed(use.grid, torch.empty(0, dtype=torch.long, device=self.device), grouping.cases)
         if grouping.cases == 1:
             return together(use.grid)
-        if prod(use.grid) == 0:
-            return None
         for order in candidates(use.grid, grouping.cases):
             if self._fits(i, grouping, order):
                 return order
@@ -213,7 +213,7 @@ class Probe:
         signals = []
         for use, weight in zip(self.uses, self._weights, strict=True):
             g = gradients[self._places[use.edge.node, use.edge.output_nr]]
-            if g is None:
+            if g is None or g.numel() == 0:
                 zero = torch.zeros(prod(use.grid), device=self.device)
                 signals.append(Signal(zero, zero))
                 continue

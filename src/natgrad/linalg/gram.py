@@ -87,7 +87,7 @@ def add_by_pairs(
     for a, (rows, x, g) in enumerate(tiles):
         for columns, its_x, its_g in tiles[: a + 1]:
             pairs = _pairs(g, its_g).mul_(_pairs(x, its_x))
-            total = pairs.sum((2, 5)) if g.shape[2] * its_g.shape[2] > 1 else pairs
+            total = pairs.sum((2, 5)) if g.shape[2] * its_g.shape[2] != 1 else pairs
             gram[rows, columns].add_(total.reshape(rows.stop - rows.start, -1), alpha=scale)
 
 

@@ -119,7 +119,7 @@ class Patches(Inputs):
         `M(u+1, v+1)` lacks the first `d` terms of `M(u, v)` and has `d` more after the last. Channels are shifted to
         mean zero first, so that taking off the mean of the patches cancels no digits.
         """
-        if kept is not None or diagonal:
+        if kept is not None or diagonal or not len(self.h):
             return Rows(self.dense()).sums(kept, diagonal)
         k = self.convolution.kernel[0]
         shift = self.h.mean([0, *range(2, self.h.ndim)], dtype=self.dtype)
@@ -190,9 +190,11 @@ class Patches(Inputs):
         h = self.h.unflatten(0, (-1, self.images))[start:stop:step].flatten(0, 1)
         return Patches(h, self.convolution, self.dtype, self.images)
 
-    def arranged(self, order: Order) -> Patches:
+    def arranged(self, order: Order) -> Inputs:
         if order.is_identity:
             return self
+        if not order.rows:  # of no image
+            return Rows(self.h.new_zeros(order.cases, 0, self.shape[2]), self.dtype)
         h = order.of(self.h)  # (cases, images, c, ...)
         return Patches(h.flatten(0, 1), self.convolution, self.dtype, h.shape[1])
 

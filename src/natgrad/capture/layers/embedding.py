@@ -31,7 +31,7 @@ class Embedding(Kind):
     name = "embedding"
 
     def inputs(self, h: Tensor) -> Sparse:
-        h = h.reshape(1, 1) if h.ndim == 0 else h.reshape(len(h), -1)
+        h = h.flatten(1) if h.ndim > 1 else h.reshape(h.numel(), 1)
         index = h.flatten()
         row = torch.arange(len(index), device=h.device)
         if self.padding is not None:

@@ -84,12 +84,12 @@ class Rows(Inputs):
 
     def sums(self, kept: Tensor | None = None, diagonal: bool = False) -> InputSums:
         x = self.dense().flatten(0, 1)
-        if kept is None:
+        if kept is None and len(x):
             count = x.new_tensor(float(len(x)))
             mean = x.mean(0)
             d = x - mean
         else:
-            weight = kept.flatten().to(x.dtype)
+            weight = x.new_ones(len(x)) if kept is None else kept.flatten().to(x.dtype)
             count = weight.sum()
             mean = weight @ x / count.clamp_min(1)
             d = (x - mean) * weight.unsqueeze(1)
@@ -97,9 +97,9 @@ class Rows(Inputs):
 
     def averaged(self, kept: Tensor | None = None) -> Rows:
         x = self.dense()
-        if kept is None:
+        if kept is None and x.shape[1]:
             return Rows(x.mean(1, keepdim=True))
-        weight = kept.to(x.dtype)
+        weight = x.new_ones(x.shape[:2]) if kept is None else kept.to(x.dtype)
         return Rows((weight.unsqueeze(1) @ x) / weight.sum(1).clamp_min(1)[:, None, None])
 
     def to(self, dtype: torch.dtype) -> Rows:
@@ -164,7 +164,7 @@ class Sparse(Inputs):
     def averaged(self, kept: Tensor | None = None) -> Sparse:
         n, t, d = self.shape
         if kept is None:
-            weight = self.value.new_full((n, t), 1 / t)
+            weight = self.value.new_full((n, t), 1 / max(1, t))
         else:
             weight = kept.to(self.value.dtype)
             weight = weight / weight.sum(1, keepdim=True).clamp_min(1)

@@ -71,7 +71,8 @@ class Scale(Kind):
         return tuple(a.shape[axis] for axis in self._axes(a.ndim)[0])
 
     def rows(self, a: Tensor) -> Tensor:
-        return self._coordinates(a).reshape(prod(self.grid(a)), -1)
+        coordinates = self._coordinates(a)
+        return coordinates.flatten(0, -2) if coordinates.ndim > 1 else coordinates.unsqueeze(0)
 
     def width(self, a: Tensor) -> int:
         both = zip((self.has_scale, self.has_shift), self.entries, self.sizes, strict=True)
@@ -90,7 +91,7 @@ class Scale(Kind):
         """A tensor of the output's shape with the grid first and the coordinates last, flat."""
         grid, own = self._axes(t.ndim)
         moved = t.permute(*grid, *own)
-        return moved.reshape(*moved.shape[: len(grid)], -1)
+        return moved.flatten(len(grid)) if own else moved.unsqueeze(-1)
 
 
 def _norm(
