@@ -107,3 +107,30 @@ def test_structures_of_layers_name_the_parameters(way, structure):
         opt = natgrad.KFAC(model, nn.MSELoss(), structure=structure)
         with pytest.raises(NotImplementedError, match=r"no layer kind covers 'u\.0\.weight'"):
             opt.loss(model(X), TARGET)
+
+
+class Slopes(Residual):
+    """`∂u/∂x`, of which a loss of classes takes the two entries for logits."""
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.u(x).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "empirical"])
+def test_rows_whose_targets_are_ignored_have_rows_of_zeros(estimator):
+    model, loss = Slopes(), nn.CrossEntropyLoss()
+    y = torch.tensor([0, -100, 1, 1, -100, 0, 1, -100, 0])
+    F = natgrad.fisher(model, loss, (X, y), "dense", estimator=estimator).to_dense()
+    parameters = list(model.parameters())
+    slopes = torch.autograd.grad(loss(model(X), y), parameters, allow_unused=True)
+    g = torch.cat(
+        [(torch.zeros_like(p) if v is None else v).flatten() for v, p in zip(slopes, parameters, strict=True)]
+    )
+    options = {"solver": "dual", "lr": 0.5, "momentum": 0.0, "damping": 0.01, "estimator": estimator}
+    opt = natgrad.NaturalGradient(model, loss, **options)
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    opt.loss(model(X), y).backward()
+    opt.step()
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - start
+    close(moved, -0.5 * torch.linalg.solve(F + 0.01 * torch.eye(len(F), dtype=f64), g), 1e-8)

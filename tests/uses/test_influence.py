@@ -56,6 +56,28 @@ def test_the_scores_of_the_whole_matrix_are_those_of_brute_force(structure, name
     close(found, brute(matrix, model, loss, train, query), 1e-8)
 
 
+class Odd(nn.Module):
+    """A parameter that no layer kind covers: its rows come from autograd alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(randn(4, 3))
+
+    def forward(self, x):
+        return (x @ self.a.exp()).sin()
+
+
+@pytest.mark.parametrize("model", [Odd(), net(4, 6, 3)], ids=["autograd", "layers"])
+@pytest.mark.parametrize("structure", ["dense", "implicit"])
+def test_examples_whose_target_is_ignored_have_a_score_of_zero(structure, model):
+    _, loss, (x, y), query = problem(nn.CrossEntropyLoss(reduction="sum"))
+    y = y.clone()
+    y[[0, 7, 8]] = -100
+    found = natgrad.influence(model.eval(), loss, (x, y), query, structure, damping=DAMPING)
+    close(found, brute(dense_curvature(model, loss, [(x, y)]), model, loss, (x, y), query), 1e-8)
+    close(found[:, [0, 7, 8]], torch.zeros(5, 3, dtype=f64), 0)
+
+
 def test_squared_errors_likewise():
     model, loss = net(4, 6, 3).eval(), nn.MSELoss()
     train, query = (randn(20, 4), randn(20, 3, seed=2)), (randn(5, 4, seed=7), randn(5, 3, seed=3))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -118,13 +119,31 @@ def read_cases(
     )
 
 
+def example_gradients(
+    output: Tensor, column: Tensor, parameters: Mapping[str, Tensor]
+) -> Iterator[tuple[Float[Tensor, "examples ..."], ...]]:
+    """`Jᵀ s` of every example apart, in the parameters' shapes, some examples at a time, from autograd alone.
+
+    An example whose entries of the column are zero takes no pass.
+    """
+    leaves, n = list(parameters.values()), len(output)
+    step = max(1, AT_ONCE // max(1, sum(p.numel() for p in leaves)))
+    rows = backward_passes(output, leaves, Grouping(1, n).parts(column), step)
+    for alive in column.reshape(n, -1).ne(0).any(1).split(step):
+        some = tuple(p.new_zeros(len(alive), *p.shape) for p in leaves)
+        if taken := list(islice(rows, int(alive.sum()))):
+            for whole, p, its in zip(some, leaves, zip(*taken, strict=True), strict=True):
+                whole[alive] = torch.stack([torch.zeros_like(p) if g is None else g for g in its])
+        yield some
+
+
 def by_autograd(
     output: Tensor, columns: Iterable[Tensor], parameters: Mapping[str, Tensor], mass: Tensor, dtype: torch.dtype
 ) -> Cases:
     """The cases of a model whose layers are not seen, as where its forward takes derivatives itself.
 
-    Each parameter is a layer of its own, without inputs, whose gradients are the rows of `Jᵀ s`: a backward pass for
-    each example and column, several of them at once. The graph behind `output` is kept.
+    Each parameter is a layer of its own, without inputs, whose gradients are the rows of `Jᵀ s`. The graph behind
+    `output` is kept.
 
     Args:
         output: with its graph.
@@ -133,25 +152,16 @@ def by_autograd(
         mass: what the loss's mean divides by.
         dtype: of the gradients.
     """
-    leaves, layers = list(parameters.values()), [Layer(None, n, function="autograd") for n in parameters]
-    whole, step = Grouping(1, len(output)), max(1, AT_ONCE // max(1, sum(p.numel() for p in leaves)))
+    layers = [Layer(None, n, function="autograd") for n in parameters]
     found = []
     for column in columns:
-        rows = list(backward_passes(output, leaves, whole.parts(column), min(step, len(output))))
-        each = zip(*rows, strict=True)
-        found.append(
-            {
-                layer: [
-                    torch.stack([(torch.zeros_like(p) if g is None else g).flatten().to(dtype) for g in its])[:, None]
-                ]
-                for layer, p, its in zip(layers, leaves, each, strict=True)
-            }
-        )
+        every = zip(*example_gradients(output, column, parameters), strict=True)
+        rows = (torch.cat(some).to(dtype).flatten(1).unsqueeze(1) for some in every)
+        found.append({layer: [g] for layer, g in zip(layers, rows, strict=True)})
     h: dict[Layer, list[Inputs]] = {layer: [Rows(mass.new_zeros(len(output), 1, 0, dtype=dtype))] for layer in layers}
-    widths = {layer: p.numel() for layer, p in zip(layers, leaves, strict=True)}
-    return Cases(
-        h, found, widths, mass.to(dtype), len(output), shapes={n: tuple(p.shape) for n, p in parameters.items()}
-    )
+    widths = {layer: p.numel() for layer, p in zip(layers, parameters.values(), strict=True)}
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+    return Cases(h, found, widths, mass.to(dtype), len(output), shapes=shapes)
 
 
 def read_inputs(layer: Layer, uses: Sequence[Use], dtype: torch.dtype) -> list[Inputs]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
-from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.capture.graph import refuse_reentrant
 from natgrad.capture.layer import Layer
-from natgrad.capture.order import Grouping
-from natgrad.capture.reading import AT_ONCE, backward_passes
+from natgrad.capture.reading import example_gradients
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_flag, check_max_dim
 from natgrad.curvature.blocks import assemble
@@ -330,8 +327,8 @@ def _dense(problem: Problem) -> Dense:
             refuse_reentrant(output)
             mass += curvature.normalizer(output, target)
             for sign, column in problem.signed_columns(output, target):
-                for S in example_gradients(output, column, parameters, space):
-                    S = S.to(G.dtype)
+                for some in example_gradients(output, column, parameters):
+                    S = space.flatten(some).to(G.dtype)
                     G.addmm_(S.mT, S, alpha=sign)
     problem.world.sum(G, "the matrix")
     problem.world.sum(mass, "the matrix")
@@ -339,23 +336,6 @@ def _dense(problem: Problem) -> Dense:
         raise ValueError("the matrix has entries that are not finite; look for NaN or inf in targets or loss weights")
     check_mass(mass, curvature.is_mean)
     return Dense(G / mass if curvature.is_mean else G, space)
-
-
-def example_gradients(
-    output: Tensor, column: Tensor, parameters: Mapping[str, Tensor], space: Space
-) -> Iterator[Float[Tensor, "examples size"]]:
-    """`Jᵀ s` of every example apart, some examples at a time, from autograd alone."""
-    step = max(1, AT_ONCE // max(1, space.size))
-    leaves = list(parameters.values())
-    rows = backward_passes(output, leaves, Grouping(1, len(output)).parts(column), step)
-    while some := list(islice(rows, step)):
-        parts = zip(*some, strict=True)
-        yield space.flatten(
-            tuple(
-                torch.stack([torch.zeros_like(p) if g is None else g for g in its])
-                for its, p in zip(parts, leaves, strict=True)
-            )
-        )
 
 
 def check_covered(parameters: Mapping[str, Tensor], layers: Mapping[Layer, Operator]) -> None:

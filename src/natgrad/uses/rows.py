@@ -10,13 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from natgrad.capture.reading import read_cases
+from natgrad.capture.reading import example_gradients, read_cases
 from natgrad.capture.recorder import Recorder
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import described
 from natgrad.curvature.blocks import assemble, named_blocks
 from natgrad.curvature.exact import ExactStructure
-from natgrad.curvature.matrices import example_gradients
 from natgrad.curvature.problem import Problem
 from natgrad.linalg import Block, BlockDiagonal, ColumnBlock, ExactBlock, Space
 from natgrad.linalg.joint import Joint
@@ -126,7 +125,8 @@ def joined_layers(parts: ExactStructure, problem: Problem) -> Joint:
 
 def _by_autograd(problem: Problem, output: Tensor, columns: list[Tensor]) -> BlockDiagonal:
     space = _space(problem)
-    S = torch.stack([torch.cat(list(example_gradients(output, c, problem.parameters, space))) for c in columns], 1)
+    every = (example_gradients(output, c, problem.parameters) for c in columns)
+    S = torch.stack([torch.cat([space.flatten(some) for some in its]) for its in every], 1)
     block = ColumnBlock(S.detach().to(problem.dtype), space.shapes)
     return BlockDiagonal({"all": Block(block, space.names or (), shapes=space.shapes)}, space)
 
