@@ -39,6 +39,12 @@ def net(*widths, bias=True, activation=nn.Tanh):
     return nn.Sequential(*layers[:-1])
 
 
+def flatten(v):
+    """A vector in any of its forms as one flat tensor."""
+    values = v.values() if isinstance(v, dict) else v if isinstance(v, tuple) else (v,)
+    return torch.cat([t.detach().flatten() for t in values])
+
+
 def fit(opt, model, x, y, steps):
     """Steps on one batch: the loss before each."""
     losses = []

@@ -6,7 +6,7 @@ from torch import nn
 
 import natgrad
 from natgrad.linalg import ExactBlock
-from oracles import close, f64, randn
+from oracles import close, f64, fit, randn
 
 LOSS, D, H, C = nn.CrossEntropyLoss(), 3, 4, 2
 
@@ -106,14 +106,8 @@ def test_steps(name, make):
     model = MODELS[name]()
     without = {"experts": ("c.",), "tokens": ("a.", "b."), "lines": ("a.", "b.")}.get(name, ())
     idle = {n: p.detach().clone() for n, p in model.named_parameters() if without and n.startswith(without)}
-    opt, losses = make(model), []
-    x, y = batch(12)
-    for _ in range(8):
-        loss = opt.loss(model(x), y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        losses.append(loss.item())
+    opt = make(model)
+    losses = fit(opt, model, *batch(12), 8)
     assert losses[-1] < losses[0]
     assert opt.diagnostics["faults"].get("rejected", 0) < 8
     for n, p in idle.items():

@@ -12,7 +12,7 @@ import natgrad
 from layers.networks import NETWORKS, make
 from natgrad.capture.recorder import Recorder
 from natgrad.curvature.products import tangent
-from oracles import close, f64, randn
+from oracles import close, f64, fit, randn
 
 
 class Counted(TorchFunctionMode):
@@ -91,12 +91,6 @@ def test_a_module_that_is_registered_twice_keeps_its_parameters(times, tied):
     v = torch.randn(F.space.size, dtype=torch.float64)
     torch.testing.assert_close(F @ v, dense @ v, rtol=1e-9, atol=1e-12)
     opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
-    losses = []
-    for _ in range(4):
-        loss = opt.loss(model(data[0]), data[1])
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        losses.append(loss.item())
+    losses = fit(opt, model, *data, 4)
     assert losses[-1] < losses[0]
     assert all(p is before[n] for n, p in model.named_parameters())

@@ -7,7 +7,7 @@ from torch import nn
 
 import natgrad
 from mixing import Net, lin, param
-from oracles import close, dense_curvature, f64, numel, randn
+from oracles import close, dense_curvature, f64, fit, numel, randn
 
 N, D, H, C = 7, 4, 4, 3
 CE = nn.CrossEntropyLoss()
@@ -275,13 +275,7 @@ def test_the_natural_gradient_is_the_dense_ones(name):
 def test_KFAC_trains_it(name, structure):
     model, x, y, _ = made(name)
     opt = natgrad.KFAC(model, CE, structure=structure)
-    losses = []
-    for _ in range(40):
-        loss = opt.loss(model(x), y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        losses.append(loss.item())
+    losses = fit(opt, model, x, y, 40)
     assert min(losses[-10:]) < 0.99 * losses[0]
 
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 import natgrad
 from cases_by_hand import CLASSES, MODELS, SEQUENTIAL, ByHand
-from oracles import Power, close, dense_curvature, f64, numel, randn
+from oracles import Power, close, dense_curvature, f64, flatten, numel, randn
 
 TOL = 1e-8
 WEIGHT = torch.tensor([0.5, 2.0, 1.3], dtype=f64)
@@ -222,10 +222,6 @@ setups = st.builds(
 )
 dampings = st.sampled_from([1e-3, 0.3, 20.0])
 functions = st.sampled_from(["fisher", "gauss_newton"])
-
-
-def flatten(v):
-    return torch.cat([t.flatten() for t in v.values()])
 
 
 def definite(kind, problem, damping):

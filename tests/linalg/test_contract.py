@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import natgrad
 from cases import CASES, CENTERED, UNFACTORED, centered, corrected_centered, wide, wide_corrected
 from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Kronecker, Space
-from oracles import close, f64, randn, spd
+from oracles import close, f64, flatten, randn, spd
 
 TOL = 1e-8
 sizes, seeds, dampings = st.integers(1, 5), st.integers(0, 10_000), st.sampled_from([0.0, 1e-4, 0.3, 20.0])
@@ -20,11 +20,6 @@ def vector(case, seed=7):
     """The same random vector, flat and in the operator's own form."""
     flat = randn(len(case.dense), seed=seed)
     return flat, case.op._form(case.op.space.unflatten(flat))
-
-
-def flatten(v):
-    values = v.values() if isinstance(v, dict) else v if isinstance(v, tuple) else (v,)
-    return torch.cat([t.flatten() for t in values])
 
 
 def columns_order(space):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import natgrad
 from cases import block_diagonal, centered, coordinates, corrected_centered, exact, eye, kronecker, wide
 from natgrad.linalg import ColumnBlock, Dense, Diagonal, ExactBlock, Operator
-from oracles import close, f64, randn, spd
+from oracles import close, f64, flatten, randn, spd
 
 TOL = 1e-8
 GENERATOR = 3
@@ -166,11 +166,6 @@ def test_each_operation_is_there_or_names_what_has_it(name, operation, tmp_path)
 
 
 # That it is right --------------------------------------------------------------------------------------
-
-
-def flatten(v):
-    values = v.values() if isinstance(v, dict) else v if isinstance(v, tuple) else (v,)
-    return torch.cat([t.flatten() for t in values])
 
 
 every_size = settings(max_examples=5)

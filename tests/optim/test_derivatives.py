@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import natgrad
-from oracles import close, f64, randn
+from oracles import close, f64, fit, randn
 
 X, TARGET = randn(9, 2), torch.ones(9, 1, dtype=f64)
 
@@ -87,13 +87,7 @@ def test_the_exact_step(way, solver):
 def test_adaptive_steps_measure_the_loss(way):
     model = way()
     opt = natgrad.NaturalGradient(model, nn.MSELoss())
-    losses = []
-    for _ in range(25):
-        loss = opt.loss(model(X), TARGET)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        losses.append(loss.item())
+    losses = fit(opt, model, X, TARGET, 25)
     assert losses[-1] < 0.05 * losses[0]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import natgrad
-from oracles import close, randn
+from oracles import close, flatten, randn
 
 N, D, H, C = 12, 3, 4, 3
 TERMS = {"class": nn.CrossEntropyLoss(), "box": nn.MSELoss()}
@@ -16,10 +16,6 @@ X, Y, T = randn(N, D), torch.arange(N) % C, randn(N, 2, seed=1)
 FIXED = {"lr": 0.1, "momentum": 0.0, "damping": 0.05}
 EXACTLY = {"estimator": "exact", "statistics_share": 1.0, "decay": 0.0, "statistics_every": 1, "inverses_every": 1}
 EXACTLY |= {"matmul_precision": None, "damping_style": "exact"}
-
-
-def flatten(v):
-    return torch.cat([t.detach().flatten() for t in v.values()])
 
 
 class TwoHeads(nn.Module):
