@@ -17,6 +17,19 @@ from natgrad.linalg.space import Parts
 Product = Callable[[Tensor], Tensor]
 
 
+class NotDefiniteError(RuntimeError):
+    """Conjugate gradients met a matrix, or a preconditioner, that is not positive definite."""
+
+
+def check_curvature(curvature: Tensor) -> None:
+    """Raises NotDefiniteError if the curvature along some direction, `pᵀ M p`, is not above zero."""
+    if not (curvature > 0).all():
+        raise NotDefiniteError(
+            f"conjugate gradients met a direction of curvature {float(curvature.min()):.3g}: the matrix is not "
+            "positive definite; pass a larger damping"
+        )
+
+
 class Solution(NamedTuple):
     """Where conjugate gradients have come to: `x`, its relative residual `‖M x − b‖ / ‖b‖`, the products it took."""
 
@@ -40,7 +53,7 @@ def conjugate_gradient(
     `P ≈ M⁻¹`: the steps are then those of `P^½ M P^½`, whose eigenvalues are the closer together the better `P` is.
 
     Raises:
-        RuntimeError: if `M` or `P` is not positive definite.
+        NotDefiniteError: if `M` or `P` is not positive definite.
     """
     bb = b @ b
     if x0 is None or not bb > 0:
@@ -52,17 +65,13 @@ def conjugate_gradient(
     p, rz = z.clone(), r @ z
     while residual > tol and count < max_iter:
         if not rz > 0:
-            raise RuntimeError(
+            raise NotDefiniteError(
                 f"the preconditioner gives rᵀ P r = {float(rz):.3g} for some r: it is not positive definite; pass "
                 "another one, or a larger damping"
             )
         Mp = product(p)
         curvature = p @ Mp
-        if not curvature > 0:
-            raise RuntimeError(
-                f"conjugate gradients met a direction of curvature {float(curvature):.3g}: the matrix is not "
-                "positive definite; pass a larger damping"
-            )
+        check_curvature(curvature)
         step = rz / curvature
         x, r = x + step * p, r - step * Mp
         z = r if precondition is None else precondition(r)

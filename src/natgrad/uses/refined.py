@@ -10,6 +10,7 @@ from torch import Tensor
 
 from natgrad.curvature.problem import Problem, check_mass
 from natgrad.linalg import Operator, Space
+from natgrad.linalg.krylov import check_curvature
 from natgrad.linalg.space import Parts
 from natgrad.uses.rows import Rows, rows_of
 
@@ -80,7 +81,7 @@ def refined(
     A row whose residual is below `tol ‖b‖` stays where it is.
 
     Raises:
-        RuntimeError: if `M + damping I` is not positive definite.
+        NotDefiniteError: if `M + damping I` is not positive definite.
     """
     x = x.clone()
     r = b - (M @ x + damping * x)
@@ -93,11 +94,7 @@ def refined(
             break
         Mp = M @ p + damping * p
         curvature = (p * Mp).sum(1)
-        if not (curvature[open_] > 0).all():
-            raise RuntimeError(
-                f"conjugate gradients met a direction of curvature {float(curvature[open_].min()):.3g}: the matrix is "
-                "not positive definite; pass a larger damping"
-            )
+        check_curvature(curvature[open_])
         step = torch.where(open_, rz / curvature, 0.0).unsqueeze(1)
         x, r = x + step * p, r - step * Mp
         z = preconditioner @ r

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from natgrad.linalg import Operator, Space
-from natgrad.linalg.krylov import Solution, conjugate_gradient
+from natgrad.linalg.krylov import NotDefiniteError, Solution, conjugate_gradient
 from natgrad.linalg.operator import check_damping
 from natgrad.linalg.space import Parts
 from natgrad.optim.objective import Objective
@@ -46,21 +46,12 @@ class TruncatedInverse(Operator):
         self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
 
     def _matmul(self, parts: Parts) -> Parts:
-        within: list[RuntimeError] = []
-
         def product(v: Tensor) -> Tensor:
-            try:
-                return self.space.flatten(self.matrix._matmul(self.space.unflatten(v))) + self.damping * v
-            except RuntimeError as error:
-                within.append(error)
-                raise
+            return self.space.flatten(self.matrix._matmul(self.space.unflatten(v))) + self.damping * v
 
         tolerance, most = self.matrix.tolerance, self.matrix.max_iterations
         try:
             self.solution = conjugate_gradient(product, self.space.flatten(parts), tol=tolerance, max_iter=most)
-        except RuntimeError as error:
-            if within:  # of the model's own forward
-                raise
-            # not positive definite
+        except NotDefiniteError as error:
             raise ValueError(str(error)) from error
         return self.space.unflatten(self.solution.x)
