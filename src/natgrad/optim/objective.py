@@ -18,7 +18,7 @@ from natgrad.curvature.problem import buffers_kept
 from natgrad.curvature.products import gauss_newton_product, tangent
 from natgrad.linalg.precision import matmul_precision
 from natgrad.optim.parameters import Parameters
-from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Prediction
+from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty
 from natgrad.optim.vectors import Vector, symmetric
 
 
@@ -72,16 +72,14 @@ class Objective:
     def _numbers(self) -> tuple[list[float], list[float], list[float]]:
         """The factors, masses and values of batches and penalties; a GPU is waited for once."""
         sizes = self._parameters.sizes()
-        by_hand: Counter[str] = Counter(_name(b) for b in self.batches)
+        by_hand: Counter[str] = Counter(b.kind for b in self.batches)
         rows = []
         parts: list[Batch | Penalty] = [*self.batches, *self.penalties]
         for part in parts:
             factor = part.factor(sizes)
             if factor is None:  # gradients that were set by hand
-                is_mean = isinstance(part, Prediction) or (isinstance(part, Batch) and part.term.curvature.is_mean)
-                factor = part.loss.new_tensor(1 / by_hand[_name(part)] if is_mean else 1.0)
-            mass = part.mass if isinstance(part, Batch) else part.loss.new_ones(())
-            rows.append(torch.stack([factor, mass, part.loss]))
+                factor = part.loss.new_tensor(1 / by_hand[part.kind] if part.is_mean else 1.0)
+            rows.append(torch.stack([factor, part.mass, part.loss]))
         table: list[list[float]] = torch.stack(rows).tolist() if rows else []
         factors, masses, losses = ([row[i] for row in table] for i in range(3))
         return factors, masses, losses
@@ -90,13 +88,12 @@ class Objective:
     def _in_means(batch: Batch, factor: float, mass: float) -> float:
         if batch.is_empty:
             return 0.0
-        is_mean = batch.term.curvature.is_mean or isinstance(batch, Prediction)
-        return factor * (batch.weight if is_mean else mass)
+        return factor * (batch.weight if batch.is_mean else mass)
 
     def _per_loss(self, means: Sequence[float]) -> list[float]:
         """The factor of each batch's loss, a mean or a sum, from that of its mean."""
         each = zip(means, self._masses, self.batches, strict=False)
-        return [mean if b.term.curvature.is_mean or not mass else mean / mass for mean, mass, b in each]
+        return [mean if b.is_mean or not mass else mean / mass for mean, mass, b in each]
 
     def _faults(self) -> list[float]:
         """Whether this rank's batches have a fault, in its own place of a list of all ranks."""
@@ -135,7 +132,7 @@ class Objective:
     @property
     def measurable(self) -> bool:
         """Whether the objective has a value, which outputs without a loss have not."""
-        return not any(isinstance(b, Prediction) for b in self.batches)
+        return all(b.is_measured for b in self.batches)
 
     @property
     def nonnegative(self) -> bool:
@@ -147,8 +144,7 @@ class Objective:
         total = 0.0
         with self._as_it_was():
             for weight, batch in zip(self._per_loss(self._weights), self.batches, strict=True):
-                if not isinstance(batch, Prediction):
-                    total += weight * batch.value(self._model)
+                total += weight * batch.value(self._model)
             for weight, penalty in zip(self._penalty_weights, self.penalties, strict=True):
                 total += weight * penalty.value(self._model)
         self._place.settle()
@@ -255,8 +251,3 @@ class Objective:
             return total
 
         return product
-
-
-def _name(part: Batch | Penalty) -> str:
-    kind = "predicted " if isinstance(part, Prediction) else ""
-    return kind + part.term.name if isinstance(part, Batch) else ""

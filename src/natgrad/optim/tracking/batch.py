@@ -68,6 +68,21 @@ class Batch(Observed):
         return self.scalar is not None and self.scalar() is None and not self.seen
 
     @property
+    def kind(self) -> str:
+        """What gradients that were set by hand are shared among."""
+        return self.term.name
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether its loss is a mean over cases."""
+        return self.term.curvature.is_mean
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it has a value."""
+        return True
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is no example in it, as there may be on one of several ranks."""
         return self.shape.numel() == 0
@@ -101,6 +116,12 @@ class Penalty(Observed):
     penalty: Callable[[], Tensor]
     loss: Tensor
     versions: list[int]
+    kind = ""
+    is_mean = False
+
+    @property
+    def mass(self) -> Tensor:
+        return self.loss.new_ones(())
 
     def value(self, model: nn.Module) -> float:
         """It at the parameters as they are now."""
@@ -115,3 +136,18 @@ class Prediction(Batch):
     """
 
     arrivals: int = 0
+
+    @property
+    def kind(self) -> str:
+        return f"predicted {self.term.name}"
+
+    @property
+    def is_mean(self) -> bool:
+        return True
+
+    @property
+    def is_measured(self) -> bool:
+        return False
+
+    def value(self, model: nn.Module) -> float:
+        return 0.0
