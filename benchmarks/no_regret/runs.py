@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import statistics
 from typing import Any
@@ -17,13 +18,15 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def contestant(name: str) -> Contestant:
-    """By its name: `AdamW 0.001`, `NewtonMuon` or `KFAC`."""
-    if name.startswith("AdamW"):
-        lr = float(name.split()[1])
+    """By its name: `AdamW 0.001`, or `NewtonMuon` or `KFAC` with settings: `NewtonMuon lr=0.04 sides="both"`."""
+    which, *words = name.split()
+    if which == "AdamW":
+        lr = float(words[0])
         return Contestant(name, "", lambda model, loss: torch.optim.AdamW(model.parameters(), lr=lr))
-    if name == "NewtonMuon":
-        return Contestant(name, "", lambda model, loss: natgrad.NewtonMuon(model))
-    return Contestant(name, "", lambda model, loss: natgrad.KFAC(model, loss), True, CONSTANT)
+    setting = {key: ast.literal_eval(value) for key, value in (word.split("=", 1) for word in words)}
+    if which == "NewtonMuon":
+        return Contestant(name, "", lambda model, loss: natgrad.NewtonMuon(model, **setting))
+    return Contestant(name, "", lambda model, loss: natgrad.KFAC(model, loss, **setting), True, CONSTANT)
 
 
 @functools.cache
