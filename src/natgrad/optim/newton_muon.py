@@ -35,6 +35,10 @@ from natgrad.optim.preconditioner.interval import Interval
 from natgrad.optim.tracking.unchanged import Unchanged
 from natgrad.optim.vectors import Vector, check_dense
 
+GROWTH = 2
+"""The interval between refreshes grows by a step in so many steps. Inputs change fast at the start, and a recorded forward
+may cost several others."""
+
 
 class NewtonMuon(torch.optim.Optimizer):
     """Whitened, orthogonalized steps for hidden matrices, and AdamW's for all else. It needs no loss and no change to
@@ -42,13 +46,13 @@ class NewtonMuon(torch.optim.Optimizer):
 
     A hidden matrix with gradient `∇` and inputs `h` moves by
 
-        `W ← (1 − α η) W − α 0.2 √max(d_out, d_in) orth(M (A / ā + ρ I)⁻¹)`
+        `W ← (1 − α η) W − α 0.2 √max(d_out, d_in) orth(M (A / ā + ρ D^½)⁻¹)`
 
     with `M` the momentum of `∇`, `A` the average of `h hᵀ` over the layer's inputs, `ā` the mean of its eigenvalues,
-    `ρ` the ridge, `α` the learning rate and `η` the weight decay. `orth` replaces the singular values by ones, roughly:
-    five steps of a Newton-Schulz iteration. The factor `0.2 √max` makes the step as long as AdamW's. Without `A` this
-    is Muon. With `sides="both"` the output side is whitened, too: `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ I)⁻¹)`, with
-    `B` the average of `∇ A⁻¹ ∇ᵀ`.
+    `D` the diagonal of `A / ā`, `ρ` the ridge, `α` the learning rate and `η` the weight decay. `orth` replaces the
+    singular values by ones, roughly: five steps of a Newton-Schulz iteration. The factor `0.2 √max` makes the step as
+    long as AdamW's. Without `A` this is Muon. With `sides="both"` the output side is whitened, too:
+    `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ D^½)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ`.
 
     Which parameter is a hidden matrix is read off the first forward in training mode: a weight that multiplies inputs,
     and on whose output another matrix works. Kernels are matrices over patches; query, key and value that are used as
@@ -63,7 +67,7 @@ class NewtonMuon(torch.optim.Optimizer):
         lr: learning rate of hidden matrices. Schedulers change `rest_lr` in proportion.
         params: which parameters: names, a predicate on names, groups of them, or torch's groups; None: all. A group may
             have its own `lr`, `rest_lr`, `weight_decay`, `cautious`, `momentum`, `nesterov`, `betas` and `eps`.
-        rest_lr: learning rate of AdamW's steps; None: 0.15 of `lr`.
+        rest_lr: learning rate of AdamW's steps; None: half of `lr`.
         weight_decay: decoupled, of all parameters: each step multiplies them by `1 − lr weight_decay`, or
             `1 − rest_lr weight_decay`.
         cautious: only entries that the step moves towards zero decay (Chen et al. 2025, arXiv:2510.12402).
@@ -72,7 +76,7 @@ class NewtonMuon(torch.optim.Optimizer):
         betas: AdamW's.
         eps: AdamW's.
         sides: `"input"`, `"both"`, or `"none"`: without whitening, which is Muon.
-        ridge: `ρ`, in units of the mean eigenvalue. A large one makes the step Muon's.
+        ridge: `ρ`. With a large one, the whitening only divides each input by its root mean square.
         refresh_every: `A` takes in new inputs, and is inverted, every so many steps; more often in the first ones.
         decay: what a refresh leaves of the weight of earlier inputs.
         average: of the parameters over steps, for `averaged()`; None: none is kept.
@@ -145,7 +149,7 @@ class NewtonMuon(torch.optim.Optimizer):
         self.diagnostics: dict[str, Any] = {}
         self._steps = 0
         self._refreshed: int | None = None  # at which step
-        self._interval = Interval(refresh_every, growing=True)
+        self._interval = Interval(refresh_every, True, GROWTH)
         chosen = chooser(steps, {n: p.shape for n, p in self.parameters.items()})
         outputs = OutputSide(ridge, decay, max_dim) if sides == "both" else None
         self._matrices = Matrices(self.parameters, chosen, InputSide(ridge, decay), outputs, whiten=sides != "none")
