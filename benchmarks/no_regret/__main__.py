@@ -1,8 +1,8 @@
 """Does natgrad lose anywhere? Twelve small tasks, the same weights and batches, equal time on one thread for each
 optimizer: AdamW at the best of four rates, NewtonMuon and KFAC as they are.
 
-AdamW has as many steps as it takes in the given seconds, and at most `--most`. The others have as many fewer as a step of
-theirs costs more. These costs are measured first, step by step beside AdamW's, so that a busy machine does not change who
+AdamW has as many steps as it takes in the given seconds, and at most `--most`. The others have as many fewer as a step
+of theirs costs more. These costs are measured first, by turns with AdamW's, so that a busy machine does not change who
 wins. The rate is the one with the lowest held-out loss on the first seed. Learning rates rise over a twentieth of the
 steps, then fall to zero; KFAC finds its own.
 

@@ -64,8 +64,8 @@ class _Loop:
 
 
 def costs(job: tuple[str, Sequence[str]]) -> dict[str, float]:
-    """The processor's seconds of a step of AdamW, and of others in AdamW steps. The optimizers take a few steps each, by
-    turns: what else the machine does slows all of them. Ratios are medians over the turns."""
+    """The processor's seconds of a step of AdamW, and of others in AdamW steps. The optimizers take a few steps each,
+    by turns: what else the machine does slows all of them. Ratios are medians over the turns."""
     task, names = job
     torch.set_num_threads(1)
     loops = {name: _Loop(name, task) for name in (ADAMW, *names)}

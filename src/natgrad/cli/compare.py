@@ -47,7 +47,9 @@ def run_compare(target: str, seconds: float, batch: int, seed: int, out: Path) -
     outcomes: list[Outcome] = []
     with Interruption() as interruption:
         for entry in entries:
-            outcome = run(entry, problem, Budget(seconds=seconds), lambda: interruption.requested, _Progress(console, seconds))
+            outcome = run(
+                entry, problem, Budget(seconds=seconds), lambda: interruption.requested, _Progress(console, seconds)
+            )
             if interruption.requested:
                 console.print("Stopped early: the last run, which was not over, is left out.")
                 break

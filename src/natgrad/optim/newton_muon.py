@@ -36,8 +36,8 @@ from natgrad.optim.tracking.unchanged import Unchanged
 from natgrad.optim.vectors import Vector, check_dense
 
 GROWTH = 2
-"""The interval between refreshes grows by a step in so many steps. Inputs change fast at the start, and a recorded forward
-may cost several others."""
+"""The interval between refreshes grows by a step in so many steps. Inputs change fast at the start, and a recorded
+forward may cost several others."""
 
 
 class NewtonMuon(torch.optim.Optimizer):

@@ -140,8 +140,8 @@ def run(
     on_step: Callable[[Outcome], None] = lambda outcome: None,
     evaluations: int = EVALUATIONS,
 ) -> Outcome:
-    """Trains a copy of the model. Seconds are the processor's: neither evaluation nor fetching a batch counts, nor a first
-    step, on another copy, in which libraries are loaded."""
+    """Trains a copy of the model. Seconds are the processor's: neither evaluation nor fetching a batch counts, nor a
+    first step, on another copy, in which libraries are loaded."""
     outcome = Outcome(contestant)
     try:
         for _ in _train(Outcome(contestant), problem, Budget(steps=1), stopped, 1):
