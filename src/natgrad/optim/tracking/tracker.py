@@ -20,7 +20,7 @@ from natgrad.distributed.whole import Whole
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Prediction, Term
 from natgrad.optim.tracking.factors import Factors, Observed, of_gradients
-from natgrad.optim.tracking.forward import Forward, full_precision
+from natgrad.optim.tracking.forward import Forward, RandomState, full_precision
 from natgrad.optim.tracking.meant import Meant
 from natgrad.optim.tracking.own import Found, OwnLoss
 from natgrad.optim.tracking.returned import Way
@@ -181,6 +181,7 @@ class Tracker:
     def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
         """A part of the objective that is no loss of outputs, noted."""
         self._forget_gone()
+        rng = RandomState(self.parameters.device)
         value = penalty()
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(
@@ -188,7 +189,7 @@ class Tracker:
                 "computed from the parameters: opt.plus(lambda: 1e-3 * model.weight.square().sum())"
             )
         value = value.reshape(())
-        self._noted(Penalty(penalty, value.detach(), self.parameters.versions()), value)
+        self._noted(Penalty(penalty, value.detach(), self.parameters.versions(), rng), value)
         return value
 
     def _forward_of(self, output: Any) -> Forward:
