@@ -13,7 +13,8 @@ from natgrad.optim.optimizer import CurvatureOptimizer
 from natgrad.optim.options import Damping, Intervals
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.preconditioner.interval import Interval
-from natgrad.optim.preconditioner.layers import LayerBlocks, Options
+from natgrad.optim.preconditioner.layers import LayerBlocks
+from natgrad.optim.preconditioner.options import Options
 from natgrad.optim.preconditioner.orthogonalized import Orthogonalized
 from natgrad.optim.preconditioner.running import RUNNING, Running
 from natgrad.optim.rules.damping import DampingControl, LevenbergMarquardt
