@@ -60,7 +60,9 @@ class Recorder(TorchFunctionMode):
         given = [t for t in tensors if t in self._forms]
         if composite is not None and given and torch.is_grad_enabled():
             with self:
-                return composite(*args, **kwargs)
+                opened = composite(*args, **kwargs)
+            if opened is not NotImplemented:
+                return opened
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and _is_wrapped(out):  # within torch.func: the tensors are none that the graph has
             return out
