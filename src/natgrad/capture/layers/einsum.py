@@ -9,7 +9,7 @@ from string import ascii_letters
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def affine_map(equation: Any, *operands: Any) -> Any:
@@ -28,7 +28,8 @@ def affine_map(equation: Any, *operands: Any) -> Any:
     features = [i for i in of_W if i not in of_h]
     rest = [i for i in of_h if i not in summed]
     if (
-        not summed
+        isinstance(h, nn.Parameter)
+        or not summed
         or not features
         or sorted(rest + features) != sorted(out)
         or of_W
