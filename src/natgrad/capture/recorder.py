@@ -283,8 +283,9 @@ def _placed(kind: Scale, weight: Form | None, bias: Form | None) -> Scale:
 
 def _edge(a: Tensor) -> GradientEdge:
     """The edge of `a`. Where it is another shape of one tensor (`linear` with positions), the edge of that tensor:
-    an in-place function on a view gives the view a new node, and the old one leaves the graph."""
-    whole = a if a._base is None else a._base
+    an in-place function on a view gives the view a new node, and the old one leaves the graph. A parameter that is
+    given another shape has no node of its own."""
+    whole = a if a._base is None or a._base.is_leaf else a._base
     reshaped = whole.numel() == a.numel() and whole.is_contiguous() and a.is_contiguous()
     return get_gradient_edge(whole if reshaped else a)
 

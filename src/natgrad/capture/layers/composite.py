@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from natgrad.capture.layers.einsum import affine_map
 from natgrad.capture.layers.recurrent import UNROLLED
+from natgrad.capture.layers.scale import joined, stacked
 
 
 def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,5 +27,7 @@ def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
     torch.einsum: affine_map,
+    torch.stack: stacked,
+    **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], joined),
     **UNROLLED,
 }
