@@ -147,7 +147,7 @@ class NewtonMuon(torch.optim.Optimizer):
         self.parameters = Parameters(self, place)
         self.diagnostics: dict[str, Any] = {}
         self._steps = 0
-        self._refreshed: int | None = None # the step of the last update
+        self._refreshed: int | None = None  # the step of the last update
         self._interval = Interval(refresh_every, growing=True)
         chosen = chooser(steps, {n: p.shape for n, p in self.parameters.items()})
         outputs = OutputSide(ridge, decay, max_dim) if sides == "both" else None
