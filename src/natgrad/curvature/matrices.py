@@ -234,7 +234,9 @@ def hessian(
         implicit = ImplicitHessian(own)
         if structure == "implicit":
             return implicit
-        return implicit.formed() if structure == "dense" else implicit.block_diagonal()
+        matrix: Operator = implicit.formed() if structure == "dense" else implicit.block_diagonal()
+        matrix.fingerprint = _norms(own.parameters)
+        return matrix
 
     return _sum(problem, of) if isinstance(problem, Terms) else of(problem)
 
@@ -284,7 +286,13 @@ def _matrix(problem: Problem | Terms, structure: Chosen, centered: bool, sharing
         else:
             matrix = _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
     matrix.notes = problem.notes
+    matrix.fingerprint = _norms(problem.parameters)
     return matrix
+
+
+def _norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    norms = torch.stack([p.detach().double().norm() for p in parameters.values()])
+    return dict(zip(parameters, norms.tolist(), strict=True))
 
 
 def _implicit(problem: Problem) -> Operator:

@@ -73,7 +73,8 @@ def dump(value: Any) -> Any:
     """
     kind = type(value)
     if kind in _ARGUMENTS:
-        return {"kind": kind.__name__} | {a: dump(getattr(value, name)) for a, name in _ARGUMENTS[kind].items()}
+        own = {"kind": kind.__name__} | {a: dump(getattr(value, name)) for a, name in _ARGUMENTS[kind].items()}
+        return own | ({"fingerprint": dict(value.fingerprint)} if value.fingerprint else {})
     if isinstance(value, Operator):
         raise TypeError(
             f"{value._label()} holds a model and data, not a matrix, and cannot be saved; use structure='kfac', "
@@ -118,10 +119,13 @@ def restore(state: Any) -> Any:
     kind = state.get("kind")
     if kind == "dict":
         return {k: restore(v) for k, v in state["items"]}
-    arguments = {a: restore(v) for a, v in state.items() if a != "kind"}
+    arguments = {a: restore(v) for a, v in state.items() if a not in ("kind", "fingerprint")}
     if kind not in _KINDS:
         raise ValueError(
             f"the saved operator is of kind {kind!r}, which this version of natgrad does not know; load it with the "
             "version that saved it"
         )
-    return _KINDS[kind](**arguments)
+    restored = _KINDS[kind](**arguments)
+    if isinstance(restored, Operator):
+        restored.fingerprint = dict(state.get("fingerprint", {}))
+    return restored
