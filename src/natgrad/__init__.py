@@ -13,6 +13,8 @@ from natgrad.uses.lds import LDS, lds
 from natgrad.uses.merge import merge
 from natgrad.uses.posterior import LaplacePosterior
 from natgrad.uses.prune import Pruned, prune
+from natgrad.uses.quantize import Quantized, quantize
+from natgrad.uses.unlearn import Unlearned, unlearn
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "NaturalGradient",
     "NewtonMuon",
     "Pruned",
+    "Quantized",
+    "Unlearned",
     "ewc",
     "fisher",
     "gauss_newton",
@@ -42,7 +46,9 @@ __all__ = [
     "ntk",
     "pde",
     "prune",
+    "quantize",
     "residual",
+    "unlearn",
 ]
 
 
