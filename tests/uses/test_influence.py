@@ -13,7 +13,7 @@ from natgrad.uses.scores import Scores
 from oracles import close, dense_curvature, f64, net, randn
 
 DAMPING = 0.05
-STRUCTURES = ["dense", "block", "kfac", "ekfac", "diagonal", "implicit"]
+STRUCTURES = ["dense", "block", "kfac", "ekfac", "low_rank", "diagonal", "implicit"]
 
 
 def problem(loss=None):

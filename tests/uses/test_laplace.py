@@ -14,7 +14,7 @@ from natgrad.uses.links import bridge
 from oracles import close, dense_curvature, f64, jacobian, net, randn, summed
 
 N = 30
-STRUCTURES = ["dense", "block", "kfac", "ekfac", "diagonal"]
+STRUCTURES = ["dense", "block", "kfac", "ekfac", "low_rank", "diagonal"]
 CASES = {
     "classes": (nn.CrossEntropyLoss(), lambda: torch.arange(N) % 3),
     "numbers": (nn.MSELoss(), lambda: randn(N, 3, seed=5)),

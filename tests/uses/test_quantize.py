@@ -169,4 +169,4 @@ def test_what_cannot_be_rounded_is_said():
         natgrad.quantize(model, F, params=["0.bias"])
     one = natgrad.fisher(model, loss, (data[0][:2], data[1][:2]), centered=False)
     with pytest.raises(ValueError, match="with damping=0 is singular or indefinite"):
-        natgrad.quantize(model, one, damping=0)
+        natgrad.quantize(model, one, damping=0.0)

@@ -14,6 +14,7 @@ from natgrad.linalg.combination import Scaled, Sum
 from natgrad.linalg.coordinates import CoordinateBlocks, CoordinateInverse
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
+from natgrad.linalg.diagonal_plus import DiagonalPlusLowRank
 from natgrad.linalg.exact import ExactBlock, ExactPower
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.krylov import IterativeInverse
@@ -36,6 +37,7 @@ _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     CenteredPower: {"rows": "rows", "exponent": "exponent", "damping": "damping"},
     Dense: {"matrix": "matrix", "space": "space"},
     Diagonal: {"values": "values", "space": "space"},
+    DiagonalPlusLowRank: {"d": "d", "U": "U", "values": "values", "space": "space"},
     ExactBlock: {"h": "h", "g": "g", "bias": "bias", "scale": "scale"},
     ExactPower: {"block": "block", "exponent": "exponent", "damping": "damping"},
     BlockDiagonal: {"layers": "layers", "space": "space"},
