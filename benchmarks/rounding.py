@@ -83,7 +83,7 @@ def main() -> None:
         correct, kl = values.mT
         print(
             f"{name:14s} test accuracy, %: {correct.mean():5.1f} ({correct.min():.1f} to {correct.max():.1f})   "
-            f"KL, nats: {kl.mean():.4f} ({kl.min():.4f} to {kl.max():.4f})"
+            f"KL, nats: {kl.mean():.2g} ({kl.min():.2g} to {kl.max():.2g})"
         )
     if args.plot:
         draw(table, args.plot)
@@ -104,7 +104,7 @@ def draw(table: dict[str, Tensor], path: Path) -> None:
         if k == 0:
             axes.axhline(float(table["not rounded"][:, 0].mean()), color="#333333", linewidth=0.8, linestyle=":")
         tidy(axes)
-    left.set(ylabel="test accuracy, %", ylim=(0, 102))
+    left.set(ylabel="test accuracy, %", ylim=(92, 99))
     right.set(ylabel="KL from the trained network, nats", yscale="log")
     right.legend(frameon=False, fontsize=8)
     save(figure, path)

@@ -24,8 +24,8 @@ from natgrad.report.figures import MORE_COLOURS as COLOURS
 from natgrad.report.figures import new_figure, save, tidy
 
 DIGIT, STEPS = 3, 4
-INCREASES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-DISTANCES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+INCREASES = (0.0003, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02)
+DISTANCES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.6)
 
 
 def apart(d: Data) -> tuple[Data, Data]:
@@ -93,7 +93,7 @@ def draw(table: dict[str, Tensor], path: Path) -> None:
         axes.plot(gone, kept, "o-", color=COLOURS[i], markersize=4, label=label)
     gone, kept = (float(v) for v in table["retrained"].mean(0))
     axes.plot([gone], [kept], "*", color="#333333", markersize=11, label="trained without")
-    axes.set(xlabel=f"accuracy on the digit {DIGIT}, %", ylabel="on the others, %", title="one digit forgotten")
+    axes.set(xlabel=f"accuracy on the digit {DIGIT}, %", ylabel="on the others, %", title="one digit forgotten", ylim=(85, 99))
     axes.invert_xaxis()
     axes.legend(frameon=False)
     axes.title.set_fontsize(10)

@@ -49,14 +49,14 @@ def test_antidiagonals_at_once_are_entries_one_by_one(shape, bits):
     o, i = shape
     W, C, B = randn(o, i), spd(i, seed=2, shift=0.05), spd(o, seed=3, shift=0.05)
     grid = Grid.of(W, bits)
-    assert torch.equal(_codes(W, C, B, grid, 0.01), one_by_one(W, C, B, grid, 0.01))
+    assert torch.equal(_codes("w", W, C, B, grid, 0.01), one_by_one(W, C, B, grid, 0.01))
 
 
 def test_on_diagonal_factors_it_is_nearest_rounding():
     W, C, B = randn(4, 5), randn(5, seed=1).square(), randn(4, seed=2).square()
     grid = Grid.of(W, 3)
     for factors in ((C, B), (C.diag(), B.diag())):
-        assert torch.equal(_codes(W, *factors, grid, 0.01), grid.codes(W))
+        assert torch.equal(_codes("w", W, *factors, grid, 0.01), grid.codes(W))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -168,5 +168,5 @@ def test_what_cannot_be_rounded_is_said():
     with pytest.raises(ValueError, match="no weight is to be rounded"):
         natgrad.quantize(model, F, params=["0.bias"])
     one = natgrad.fisher(model, loss, (data[0][:2], data[1][:2]), centered=False)
-    with pytest.raises(ValueError, match="with damping=0 is singular or indefinite"):
+    with pytest.raises(ValueError, match=r"a factor of '0.weight' with damping=0 is singular or indefinite"):
         natgrad.quantize(model, one, damping=0.0)

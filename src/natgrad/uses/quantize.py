@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,8 @@ from natgrad.checks.values import check_choice, check_count, check_number
 from natgrad.linalg import Block, BlockDiagonal, Centered, CenteredKronecker, Homogeneous, Kronecker, Operator, factor
 from natgrad.uses.weights import parameters_of
 
+Factors = tuple[Tensor, Tensor, Tensor | None]
+"""`C`, `B` and the mean `m` of the inputs, where there is a bias."""
 SIDES = {"both": "the errors of inputs and of outputs", "input": "of inputs alone, row by row"}
 
 
@@ -146,27 +149,48 @@ def quantize(
     codes, grids, new, increase, nearest = {}, {}, dict[str, Tensor](), 0.0, 0.0
     for name in chosen:
         block = blocks.get(name)
-        C, B, m = _factors(name, block)
+        factors = _factors(name, block)
         assert block is not None
         W, *b = block.parts({n: own[n].detach().to(F.dtype) for n in block.names})
         grid = Grid.of(W, bits)
-        found = [
-            grid.codes(W),
-            _codes(W, C, B if sides == "both" else torch.ones_like(B[0]).expand(len(B)), grid, damping),
-        ]
-        errors = [grid.values(own_codes) - W for own_codes in found]
-        moves = [(E, *(-(E @ m) for _ in b)) if m is not None else (E,) for E in errors]
-        rises = [_rise(block.operator, move) for move in moves]
-        best = int(rises[1] < rises[0])
-        increase += rises[best]
-        nearest += _rise(block.operator, (errors[0], *(torch.zeros_like(p) for p in b)))
-        new |= block.named((grid.values(found[best]), *(p + move for p, move in zip(b, moves[best][1:], strict=True))))
-        codes[name] = block.named((found[best], *b))[name].to(torch.int32)
+        layer = _layer(name, block.operator, W, grid, factors, sides, damping)
+        increase, nearest = increase + layer.increase, nearest + layer.nearest
+        moved = tuple(p + layer.shift for p in b)
+        new |= block.named((grid.values(layer.codes), *moved))
+        codes[name] = block.named((layer.codes, *b))[name].to(torch.int32)
         grids[name] = grid
     with torch.no_grad():
         for n, value in new.items():
             own[n].copy_(value)
     return Quantized(codes, grids, increase, nearest)
+
+
+class Layer(NamedTuple):
+    """One layer's codes, the move of its bias, and both predicted increases."""
+
+    codes: Tensor
+    shift: Tensor
+    increase: float
+    nearest: float
+
+
+def _layer(name: str, M: Operator, W: Tensor, grid: Grid, factors: Factors, sides: str, damping: float) -> Layer:
+    """The better of the nearest plane and nearest rounding, with the bias that belongs to it."""
+    C, B, m = factors
+    B = B if sides == "both" else torch.ones_like(B[0]).expand(len(B))
+    with_bias = len(M.space.shapes) == 2
+
+    def increase(E: Tensor, shift: Tensor) -> float:
+        return float(0.5 * M.quadratic((E, shift) if with_bias else E))
+
+    found = []
+    for codes in (grid.codes(W), _codes(name, W, C, B, grid, damping)):
+        E = grid.values(codes) - W
+        shift = -(E @ m) if m is not None else torch.zeros_like(E[:, 0])
+        found.append(Layer(codes, shift, increase(E, shift), increase(E, torch.zeros_like(shift))))
+    plain, plane = found
+    best = plane if plane.increase < plain.increase else plain
+    return best._replace(nearest=plain.nearest)
 
 
 def _chosen(model: nn.Module, own: dict[str, nn.Parameter], params: Selection) -> list[str]:
@@ -180,7 +204,7 @@ def _chosen(model: nn.Module, own: dict[str, nn.Parameter], params: Selection) -
     return chosen
 
 
-def _factors(name: str, block: Block | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _factors(name: str, block: Block | None) -> Factors:
     """`C` and `B` of a weight's curvature, the bias following it, and the mean `m` of the inputs."""
     op = None if block is None else block.operator
     if isinstance(op, CenteredKronecker):
@@ -199,13 +223,9 @@ def _factors(name: str, block: Block | None) -> tuple[Tensor, Tensor, Tensor | N
     )
 
 
-def _rise(M: Operator, move: tuple[Tensor, ...]) -> float:
-    return float(0.5 * M.quadratic(move if len(move) > 1 else move[0]))
-
-
-def _codes(W: Tensor, C: Tensor, B: Tensor, grid: Grid, damping: float) -> Float[Tensor, "o i"]:
+def _codes(name: str, W: Tensor, C: Tensor, B: Tensor, grid: Grid, damping: float) -> Float[Tensor, "o i"]:
     """The codes of the nearest plane. Entries on one antidiagonal do not see one another, and are rounded at once."""
-    (L_C, by_input), (L_B, by_output) = _unit_factor(C, damping), _unit_factor(B, damping)
+    (L_C, by_input), (L_B, by_output) = _unit_factor(name, C, damping), _unit_factor(name, B, damping)
     W, grid = W[by_output][:, by_input], grid.rows(by_output)
     d_out, d_in = W.shape
     codes = torch.zeros_like(W)
@@ -223,7 +243,7 @@ def _codes(W: Tensor, C: Tensor, B: Tensor, grid: Grid, damping: float) -> Float
     return found
 
 
-def _unit_factor(M: Tensor, damping: float) -> tuple[Float[Tensor, "d d"], Int[Tensor, " d"]]:
+def _unit_factor(name: str, M: Tensor, damping: float) -> tuple[Float[Tensor, "d d"], Int[Tensor, " d"]]:
     """`L` of `M + λ I = L diag(d) Lᵀ` with rows and columns in an order in which the diagonal grows, and the order."""
     diagonal = factor.diagonal(M)
     order = diagonal.argsort(stable=True)
@@ -233,6 +253,7 @@ def _unit_factor(M: Tensor, damping: float) -> tuple[Float[Tensor, "d d"], Int[T
     root, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise ValueError(
-            f"a factor with damping={damping} is singular or indefinite; pass a larger damping, say damping=0.01"
+            f"a factor of {name!r} with damping={damping:g} is singular or indefinite; pass a larger damping, say "
+            "damping=0.01"
         )
     return root / root.diagonal(), order
