@@ -25,8 +25,8 @@ def problem():
     return Model().double(), nn.CrossEntropyLoss(), [(x[:6], y[:6]), (x[6:], y[6:])]
 
 
-CHOICE = {"conv": "kfoc", "mlp.0": "ekfac", "mlp.*": "block", "head.weight": "diagonal", "*": "kfac"}
-EACH = {"conv": "kfoc", "norm": "kfac", "mlp.0": "ekfac", "mlp.2": "block", "head": "diagonal"}
+CHOICE = {"conv": "kfoc", "norm": "low_rank", "mlp.0": "ekfac", "mlp.*": "block", "head.weight": "diagonal"}
+EACH = {"conv": "kfoc", "norm": "low_rank", "mlp.0": "ekfac", "mlp.2": "block", "head": "diagonal"}
 
 
 @pytest.mark.parametrize("options", [{}, {"centered": False}, {"estimator": "mc"}])
