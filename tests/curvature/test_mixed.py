@@ -57,7 +57,7 @@ def test_uses_take_them():
 
 def test_what_cannot_be_is_said():
     model, loss, data = problem()
-    with pytest.raises(ValueError, match="says nothing of layer 'norm'"):
+    with pytest.raises(ValueError, match="structure has no entry for layer 'norm'"):
         natgrad.fisher(model, loss, data, {"conv": "kfac"})
     with pytest.raises(ValueError, match=r"'haed', which fits no layer.*did you mean 'head'"):
         natgrad.fisher(model, loss, data, {"haed": "block", "*": "kfac"})
