@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from natgrad.curvature.groups import (
     tiled,
     united,
 )
+from natgrad.curvature.low_rank import RANK, LowRankStructure
 from natgrad.curvature.moments import (
     MAX_DIM,
     AffineMoments,
@@ -190,12 +191,23 @@ class _MatricesAlone(ExactStructure):
             super()._add_columns(cases, layers, columns)
 
 
-STRUCTURES: dict[str, Callable[[bool, str, int], Structure]] = {
-    "block": lambda centered, sharing, max_dim: ExactStructure(),
-    "kfac": KfacStructure,
-    "ekfac": EkfacStructure,
-    "kfoc": KfocStructure,
-    "diagonal": lambda centered, sharing, max_dim: DiagonalStructure(),
+@dataclass(frozen=True)
+class Options:
+    """What structures are made by: as for `natgrad.fisher`."""
+
+    centered: bool = True
+    sharing: str = "expand"
+    max_dim: int = MAX_DIM
+    rank: int = RANK
+
+
+STRUCTURES: dict[str, Callable[[Options], Structure]] = {
+    "block": lambda o: ExactStructure(),
+    "kfac": lambda o: KfacStructure(o.centered, o.sharing, o.max_dim),
+    "ekfac": lambda o: EkfacStructure(o.centered, o.sharing, o.max_dim),
+    "kfoc": lambda o: KfocStructure(o.centered, o.sharing, o.max_dim),
+    "low_rank": lambda o: LowRankStructure(o.rank),
+    "diagonal": lambda o: DiagonalStructure(),
 }
 
 
