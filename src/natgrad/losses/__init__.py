@@ -13,6 +13,7 @@ from natgrad.losses.base import ESTIMATORS, OutputCurvature
 from natgrad.losses.convex import Convex, ConvexCurvature
 from natgrad.losses.elementwise import Bernoulli, Poisson, SquaredError
 from natgrad.losses.gaussian import Gaussian
+from natgrad.losses.hinge import MultiMargin
 from natgrad.losses.likelihood import Likelihood, LikelihoodCurvature
 from natgrad.losses.logarithms import Divergence, LogProbabilities, Probabilities
 from natgrad.losses.margin import MultiLabelSoftMargin, SoftMargin
@@ -35,6 +36,7 @@ _KNOWN: dict[type[nn.Module], type[OutputCurvature]] = {
     nn.HuberLoss: Huber,
     nn.SoftMarginLoss: SoftMargin,
     nn.MultiLabelSoftMarginLoss: MultiLabelSoftMargin,
+    nn.MultiMarginLoss: MultiMargin,
     Likelihood: LikelihoodCurvature,
     Convex: ConvexCurvature,
 }

@@ -23,8 +23,6 @@ from natgrad.optim.tracking.returned import Way
 
 RELATIVE_DAMPING = 0.3
 """`ε` of the one-sided structure, in units of the mean eigenvalue of a layer's input factor."""
-TOLERATED_RISE = 0.5
-"""A step after which the loss is higher by more than this share is taken back."""
 
 
 class KFAC(CurvatureOptimizer):
@@ -220,7 +218,7 @@ class KFAC(CurvatureOptimizer):
         )
         blocks = (Orthogonalized if orthogonalize else LayerBlocks)("KFAC", self.parameters, self.labels, options)
         rule = LevenbergMarquardt(damping_decay**adapt_every, floor)
-        self._assemble(blocks, DampingControl(value, rule), TOLERATED_RISE, tries=1)
+        self._assemble(blocks, DampingControl(value, rule))
         self._blocks = blocks
 
     @property

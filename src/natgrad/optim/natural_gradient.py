@@ -87,7 +87,6 @@ class NaturalGradient(CurvatureOptimizer):
     """
 
     _key = "natural_gradient"
-    _many_ranks = False
 
     def __init__(
         self,

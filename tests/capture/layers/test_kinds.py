@@ -134,9 +134,8 @@ def cases_of(model, layer, x, y):
     hook = layer.register_forward_hook(lambda module, args, out: held.update(a=out))
     f = model(x)
     hook.remove()
-    axis = -1 if isinstance(layer, (nn.Linear, nn.Embedding)) else 1
     a, W = held["a"], layer.weight
-    moved = a.movedim(axis, -1).reshape(len(x), -1, a.shape[axis])
+    moved = a.movedim(model.axis, -1).reshape(len(x), -1, a.shape[model.axis])
     index = torch.arange(W.numel()).view(W.shape)
     inputs, rows = [], []
     for o in range(moved.shape[-1]):
@@ -151,7 +150,7 @@ def cases_of(model, layer, x, y):
     p = f.softmax(1).detach()
     root = torch.stack([p[:, [c]].sqrt() * (torch.eye(CLASSES, dtype=f64)[c] - p) for c in range(CLASSES)])
     g = [torch.autograd.grad(f, a, s, retain_graph=True)[0] for s in root]
-    g = torch.stack([gk.movedim(axis, -1).reshape(moved.shape) for gk in g])
+    g = torch.stack([gk.movedim(model.axis, -1).reshape(moved.shape) for gk in g])
     return inputs, g, rows
 
 
