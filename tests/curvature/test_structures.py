@@ -153,19 +153,8 @@ class Problem:
         return self._dense[key]
 
     def _form(self, kind):
-        hand = self.by_hand
         whole = self._hessian() if kind.hessian else dense_curvature(self.model, self.loss, self.batches)
-        if kind.structure == "block" and kind.hessian:
-            groups = [n.rpartition(".")[0] or n for n, _ in self.model.named_parameters()]
-            of = [g for g, s in zip(groups, self.space, strict=True) for _ in range(s.numel())]
-            return whole * torch.tensor([[a == b for a in of] for b in of])
-        if kind.structure == "block":
-            return hand.part_in_blocks(whole)
-        if kind.structure == "kfac":
-            return hand.assemble(lambda layer: hand.kfac(layer, kind.sharing))
-        if kind.structure == "ekfac":
-            return hand.assemble(lambda layer: hand.ekfac(layer, kind.sharing, kind.centered))
-        return torch.diag(whole.diagonal()) if kind.structure == "diagonal" else whole
+        return BY_HAND[kind.structure](self, kind, whole)
 
     def _hessian(self):
         names = [n for n, _ in self.model.named_parameters()]
@@ -202,6 +191,35 @@ class Problem:
         pieces = flat.split([s.numel() for s in self.space])
         names = [n for n, _ in self.model.named_parameters()]
         return {n: p.view(s) for n, p, s in zip(names, pieces, self.space, strict=True)}
+
+
+def in_blocks(problem, kind, whole):
+    if not kind.hessian:
+        return problem.by_hand.part_in_blocks(whole)
+    groups = [n.rpartition(".")[0] or n for n, _ in problem.model.named_parameters()]
+    of = [g for g, s in zip(groups, problem.space, strict=True) for _ in range(s.numel())]
+    return whole * torch.tensor([[a == b for a in of] for b in of])
+
+
+def kfac_by_hand(problem, kind, whole):
+    hand = problem.by_hand
+    return hand.assemble(lambda layer: hand.kfac(layer, kind.sharing))
+
+
+def ekfac_by_hand(problem, kind, whole):
+    hand = problem.by_hand
+    return hand.assemble(lambda layer: hand.ekfac(layer, kind.sharing, kind.centered))
+
+
+# What each structure is, from the problem, the kind and the whole matrix, which is autograd's.
+BY_HAND = {
+    "implicit": lambda problem, kind, whole: whole,
+    "dense": lambda problem, kind, whole: whole,
+    "block": in_blocks,
+    "kfac": kfac_by_hand,
+    "ekfac": ekfac_by_hand,
+    "diagonal": lambda problem, kind, whole: torch.diag(whole.diagonal()),
+}
 
 
 @lru_cache(maxsize=256)

@@ -18,8 +18,9 @@ class MultiMargin(OutputCurvature):
 
         D = (w_y / C) Σ_k π_k (g_k − ḡ)(g_k − ḡ)ᵀ,    ḡ = Σ_k π_k g_k.
 
-    `w_y / C` is the case weight. `kind="gauss_newton"` is the Hessian, `(w_y / C) 2 Σ_j (e_j − e_y)(e_j − e_y)ᵀ` over the
-    classes `j` within the margin for `p = 2`, and zero for `p = 1`. Memory is that of `(examples, C, C)` entries.
+    The case weight is `w_y / C`. `kind="gauss_newton"` is the Hessian. For `p = 2` it is
+    `(w_y / C) 2 Σ_j (e_j − e_y)(e_j − e_y)ᵀ` over the classes `j` within the margin, for `p = 1` it is zero. Both kinds
+    take the memory of `(examples, C, C)` numbers.
 
     Reference: Crammer & Singer (2001), "On the Algorithmic Implementation of Multiclass Kernel-based Vector Machines".
     """
@@ -30,9 +31,16 @@ class MultiMargin(OutputCurvature):
     def _check(self, output: Tensor, target: Tensor) -> None:
         if output.ndim != 2:
             raise ValueError(
-                f"MultiMarginLoss: output has shape {tuple(output.shape)}; expected (examples, classes), as torch has it"
+                f"MultiMarginLoss: output has shape {tuple(output.shape)}; expected (examples, classes): move other "
+                "axes to the first, and the target's too"
             )
         examples, C = output.shape
+        weight = self.module.weight
+        if weight is not None and weight.shape != (C,):
+            raise ValueError(
+                f"MultiMarginLoss: weight has shape {tuple(weight.shape)} and output {tuple(output.shape)}; expected "
+                f"one weight for each of the {C} classes on axis 1"
+            )
         if target.dtype != torch.int64:
             raise self._wrong_dtype(target, "class indices of dtype torch.int64 (target.long())")
         if target.shape != (examples,):
@@ -56,10 +64,11 @@ class MultiMargin(OutputCurvature):
         return w[target].unsqueeze(1) / C
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss in steps that torch differentiates twice, which it does not do for its own."""
-        each = (self._slack(output)[0].gather(1, target.view(-1, 1, 1).expand(-1, 1, output.shape[1]))[:, 0]).sum(1)
-        values = self.case_weight(output, target)[:, 0] * each
-        return values.mean() if self.is_mean else values.sum()
+        """The loss by functions that torch differentiates twice, which its own is not."""
+        z = self.module.margin - output.gather(1, target.unsqueeze(1)) + output
+        others = torch.ones_like(output).scatter_(1, target.unsqueeze(1), 0.0)
+        values = self.case_weight(output, target) * others * z.relu() ** self.module.p
+        return values.sum() / (len(output) if self.is_mean else 1)
 
     def _slack(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """`max(0, margin − f_y + f_j)^p` for labels `y` on axis 1 and classes `j` on axis 2, and its slope in `f_j`."""
@@ -80,11 +89,11 @@ class MultiMargin(OutputCurvature):
         if self.kind == "fisher":
             log_pi, scores = self._scores(output)
             return root * (log_pi / 2).exp().unsqueeze(2) * scores
-        of_target = self._slack(output)[1][torch.arange(len(output), device=output.device), target]
         if self.module.p == 1:
             return torch.zeros_like(output).unsqueeze(1)
+        within = self.module.margin - output.gather(1, target.unsqueeze(1)) + output > 0
         unit = torch.eye(output.shape[1], dtype=output.dtype, device=output.device)
-        return root * 2**0.5 * (of_target > 0).unsqueeze(2) * (unit - unit[target].unsqueeze(1))
+        return root * 2**0.5 * within.unsqueeze(2) * (unit - unit[target].unsqueeze(1))
 
     def product(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
         S = self._factor(output, target)

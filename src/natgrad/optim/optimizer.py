@@ -30,7 +30,6 @@ from natgrad.optim.tracking.returned import Way
 from natgrad.optim.tracking.tracker import Tracker
 from natgrad.optim.vectors import Vector
 
-
 GROUP_DEFAULTS: dict[str, Any] = {"lr": None, "momentum": None, "weight_decay": 0.0, "decoupled_weight_decay": False}
 """What every parameter group has. None: adaptive."""
 TOLERATED_RISE = 0.5

@@ -26,9 +26,11 @@ Sizes = Mapping[str, Sequence[torch.Size]]
 class Preconditioner(ABC):
     """A matrix `F`, kept from step to step or made for one, and the inverse of `F + λI`.
 
-    A step calls `observe` for each batch (before the backward), `take_in`, `prepare`, and `apply`. An implementation is
-    a subclass in a file of its own. What it keeps it replaces, and does not change in place: a step that is interrupted
-    goes back to what there was.
+    A step calls `observe` for each batch (before the backward), `take_in`, `see_gradient`, `prepare`, and `apply`. An
+    implementation is a subclass in a file of its own. It supplies `inverted`, `take_in`, `refresh`, `apply` and
+    `scale`. If it takes statistics of batches, it supplies `observe` as well; if it is made of gradients alone, it says
+    `observes = False`. What it keeps from step to step is in `state` and `load`. It replaces its tensors, and does not
+    change them in place: a step that is interrupted goes back to what there was.
     """
 
     inverted: str
@@ -37,23 +39,29 @@ class Preconditioner(ABC):
     """Whether the momentum of given numbers is Nesterov's."""
     runs_again = False
     """Whether it runs the model again in a step."""
+    observes = True
+    """Whether it takes statistics of batches. Only then must every parameter be used in a way that is covered."""
 
     def __init__(self, parameters: Parameters):
         self.parameters = parameters
         self.faults: Counter[str] = Counter()
 
-    @abstractmethod
     def due(self, step: int) -> bool:
-        """Whether the statistics of the next batches are wanted."""
+        """Whether the statistics of the next batches are wanted. Default: at every step, if there are any."""
+        return self.observes
 
     def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
         """The uses that the output depends on. Raises NotImplementedError for a parameter that is used in a way that is
         not covered."""
-        return recorder.check(output, reached=True)
+        return recorder.check(output, reached=True) if self.observes else recorder.uses
 
-    @abstractmethod
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int, step: int) -> None:
-        """Takes the statistics of a batch, or notes its fault; it is the `draw`-th of the step."""
+        """Takes the statistics of a batch into `batch.statistics`, or notes its fault (`batch.fault`); it is the
+        `draw`-th of the step."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no method observe, which takes the statistics of a batch; supply it, or set "
+            "observes = False"
+        )
 
     def follow_along(  # noqa: B027
         self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int
@@ -66,7 +74,8 @@ class Preconditioner(ABC):
     @abstractmethod
     def take_in(self, objective: Objective, gradients: Vector, figures: Figures, step: int) -> set[str]:
         """Makes the curvature of the pending batches a part of `F`. Returns the names of parameters that have a
-        gradient and no curvature yet: they are not to move.
+        gradient and no curvature yet: they are not to move. The gradients are as they arrived; `see_gradient` gets
+        those of the objective.
 
         Raises:
             NotImplementedError: for a gradient that comes from no loss that the optimizer has seen.
@@ -78,7 +87,8 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def refresh(self, damping: float, decay: Decay, figures: Figures) -> None:
-        """Inverts the damped curvature. Raises ValueError where that cannot be done."""
+        """Inverts `F + (λ + η) I`, with `η` the weight decay of the objective: `decay.of(name)` of one parameter,
+        `decay.same(...)` of all. Raises ValueError where that cannot be done."""
 
     @abstractmethod
     def apply(self, v: Vector) -> Vector:
@@ -103,7 +113,7 @@ class Preconditioner(ABC):
         return list(gradients)
 
     def see_gradient(self, g: Vector) -> None:  # noqa: B027
-        """Takes note of the step's gradient."""
+        """Takes note of the step's gradient: per unit of the objective, with that of weight decay in it."""
 
     def damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
         """What the damping adds to the quadratic model: this rank's share of `λ d_iᵀ d_j`."""
@@ -122,7 +132,8 @@ class Preconditioner(ABC):
     # Saving --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the next steps depend on."""
+        """What the next steps depend on. Its names are others than those of the optimizer's own state (`own_state` in
+        `saved.py`), beside which they stand."""
         return {}
 
     def load(self, saved: dict[str, Any]) -> None:  # noqa: B027
