@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from natgrad.capture.layers import CASTS, SELECTIONS, VIEWS, View
+from natgrad.capture.layers import CASTS, OFFSETS, SELECTIONS, VIEWS, View
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Forms:
         if func not in VIEWS and func not in SELECTIONS:
             return False
         source = args[0] if args else kwargs.get("input", kwargs.get("self"))
+        if func in OFFSETS and sum(isinstance(v, Tensor) for v in (*args, *kwargs.values())) > 1:
+            return False
         form = self.of(source)
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         if form is None or any(not isinstance(t, Tensor) for t in outs):
@@ -60,7 +62,9 @@ class Forms:
         keeps_order = view is not None and not view.transposed
         for i, (t, found) in enumerate(zip(outs, _forms(form, view, len(outs)), strict=True)):
             select = (
-                form.select if func in CASTS else partial(_select, func, form, args, kwargs, None if t is out else i)
+                form.select
+                if func in CASTS or func in OFFSETS
+                else partial(_select, func, form, args, kwargs, None if t is out else i)
             )
             whole = form.whole and keeps_order and t.numel() == prod(form.shape)
             self._known[id(t)] = t, replace(found, select=select, whole=whole)

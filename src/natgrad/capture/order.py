@@ -47,7 +47,9 @@ class Order:
 
     The cases are on one `axis` of the grid; or (`axis=None`) the rows of a case follow one another, or take turns
     (`interleaved`); or they are listed: `index[c, i]` is the number of the i-th row of case `c` in the grid, and −1
-    fills up. `own` says which of the listed rows depend on their case: the others have no gradient.
+    fills up. `own` says which of the listed rows depend on their case: the others have no gradient. `crossed`: they are
+    listed as every row is a case, and rows and cases lie on the same two axes, of these lengths for the rows, in two
+    orders.
     """
 
     grid: tuple[int, ...]
@@ -56,6 +58,7 @@ class Order:
     interleaved: bool = False
     index: Int[Tensor, "cases rows"] | None = None
     own: Tensor | None = None
+    crossed: tuple[int, int] | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -143,6 +146,13 @@ def candidates(grid: tuple[int, ...], cases: int) -> Iterator[Order]:
     if prod(grid) % cases == 0:
         yield Order(grid, cases)
         yield Order(grid, cases, interleaved=True)
+
+
+def crossed(grid: tuple[int, ...], lengths: tuple[int, int], device: torch.device) -> Order:
+    """Rows on two axes of these lengths, each a case, where the cases are in the order of the transpose: positions come
+    first and were flattened, and the output has examples first."""
+    rows = torch.arange(prod(lengths), device=device).view(lengths).T.reshape(-1, 1)
+    return Order(grid, prod(lengths), index=rows, own=torch.ones_like(rows, dtype=torch.bool), crossed=lengths)
 
 
 def listed(grid: tuple[int, ...], case_of_row: Int[Tensor, " rows"], cases: int) -> Order:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.capture.order import Grouping, Order, candidates, listed, together
+from natgrad.capture.order import Grouping, Order, candidates, crossed, listed, together
 from natgrad.capture.use import Use
 
 SEED = 1729
@@ -135,7 +135,19 @@ class Probe:
         for order in candidates(use.grid, grouping.cases):
             if self._fits(i, grouping, order):
                 return order
+        for lengths in self._axes(use, grouping):
+            order = crossed(use.grid, lengths, self.device)
+            if self._fits(i, grouping, order):
+                return order
         return None if self._in_step else self._listed(i, grouping)
+
+    def _axes(self, use: Use, grouping: Grouping) -> list[tuple[int, int]]:
+        """The lengths of two axes that the rows of a use may lie on, each of them a case, in either order."""
+        if grouping.members > 1 or prod(use.grid) != grouping.cases:
+            return []
+        grids = dict.fromkeys(u.grid[:2] for u in self.uses if len(u.grid) > 1 and min(u.grid[:2]) > 1)
+        found = [grid for grid in grids if prod(grid) == grouping.cases]
+        return list(dict.fromkeys(pair for a, b in found for pair in ((a, b), (b, a))))
 
     def _fits(self, i: int, grouping: Grouping, order: Order) -> bool:
         case = order.case_of_row(self.device)

@@ -60,7 +60,9 @@ class Recorder(TorchFunctionMode):
         given = [t for t in tensors if t in self._forms]
         if composite is not None and given and torch.is_grad_enabled():
             with self:
-                return composite(*args, **kwargs)
+                opened = composite(*args, **kwargs)
+            if opened is not NotImplemented:
+                return opened
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and _is_wrapped(out):  # within torch.func: the tensors are none that the graph has
             return out
@@ -281,8 +283,9 @@ def _placed(kind: Scale, weight: Form | None, bias: Form | None) -> Scale:
 
 def _edge(a: Tensor) -> GradientEdge:
     """The edge of `a`. Where it is another shape of one tensor (`linear` with positions), the edge of that tensor:
-    an in-place function on a view gives the view a new node, and the old one leaves the graph."""
-    whole = a if a._base is None else a._base
+    an in-place function on a view gives the view a new node, and the old one leaves the graph. A parameter that is
+    given another shape has no node of its own."""
+    whole = a if a._base is None or a._base.is_leaf else a._base
     reshaped = whole.numel() == a.numel() and whole.is_contiguous() and a.is_contiguous()
     return get_gradient_edge(whole if reshaped else a)
 

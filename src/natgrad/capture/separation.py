@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from natgrad.capture.order import Grouping, Order, apart, assumed, coarsened, together
+from natgrad.capture.order import Grouping, Order, apart, assumed, coarsened, crossed, together
 from natgrad.capture.probe import Probe, connected
 from natgrad.capture.use import Use
 
@@ -38,7 +38,7 @@ class Separation:
     def is_listed(self) -> bool:
         """Whether a row's case is a matter of the data, not of the shapes."""
         both = zip(self.orders, self.mixed, strict=True)
-        return any(order.index is not None and not mixed for order, mixed in both)
+        return any(order.index is not None and order.crossed is None and not mixed for order, mixed in both)
 
     def whole(self) -> Separation:
         """The same where uses whose rows cannot be told apart have the whole batch for one case."""
@@ -62,7 +62,7 @@ class SeparationCheck:
     def __init__(self) -> None:
         self._found: dict[Hashable, Separation] = {}
         self._begun: set[Hashable] = set()
-        self._alike: dict[Hashable, list[tuple[Way, ...]]] = {}
+        self._alike: dict[Hashable, list[Ways]] = {}
 
     def of(self, uses: Sequence[Use], output: Tensor, mode: Hashable = None) -> Separation:
         """Which rows belong together.
@@ -90,8 +90,9 @@ class SeparationCheck:
         if found.is_listed:  # a matter of the data
             return found
         self._found[exact] = found
-        if all(grouping.members == 1 for grouping in found.groupings):
-            seen.append(_ways(found))
+        ways = _ways(found, uses)
+        if ways is not None:
+            seen.append(ways)
         return found
 
     def begin(self, of: Hashable = None) -> bool:
@@ -105,12 +106,13 @@ class SeparationCheck:
         something, none later. What was not seen then is taken from what the shapes suggest."""
         if self.begin(of):
             self._found[_signature(uses, output, mode)] = found = _found(Probe(uses, output, in_step=True))
-            self._alike[_pattern(uses, output, mode)] = [_ways(found)]
+            ways = _ways(found, uses)
+            self._alike[_pattern(uses, output, mode)] = [] if ways is None else [ways]
             return found
         known = self._found.get(_signature(uses, output, mode))
-        ways = self._alike.get(_pattern(uses, output, mode))
-        if known is None and ways:
-            known = _of_ways(uses, len(output), ways[0])
+        seen = self._alike.get(_pattern(uses, output, mode))
+        if known is None and seen:
+            known = _of_ways(uses, len(output), seen[0])
         return known or assumed_of(uses, output)
 
 
@@ -159,36 +161,86 @@ def _lengths(use: Use, examples: int) -> tuple[bool, ...]:
     return tuple(size == examples for size in use.grid)
 
 
-Way = tuple[str | int, bool]
-"""The axis of a use's cases, or how else its rows are those of cases; and whether it is narrow."""
+@dataclass(frozen=True)
+class Way:
+    """How the rows of a use go into cases, but for lengths.
+
+    `cases` says where their number is the length of an axis: the number of a use, and the axis of its grid; None: each
+    row of the output is a case. `order` is the axis of the cases, or how else the rows lie; `axes` is the use on whose
+    axes they are `"crossed"`, or `"crossed back"`.
+    """
+
+    order: str | int
+    cases: tuple[int, int] | None
+    interleaved: bool
+    narrow: bool
+    axes: int = -1
 
 
-def _ways(found: Separation) -> tuple[Way, ...]:
-    def way(order: Order, mixed: bool) -> str | int:
+Ways = tuple[Way, ...]
+
+
+def _ways(found: Separation, uses: Sequence[Use]) -> Ways | None:
+    """None where lengths do not tell which axis is meant."""
+    ways = []
+    each = zip(found.orders, found.groupings, found.mixed, found.narrow, strict=True)
+    for order, grouping, mixed, narrow in each:
+        kind: str | int = "in turns" if order.interleaved else "in a row"
+        cases, axes = None, -1
         if mixed:
-            return "mixed"
-        return order.axis if order.axis is not None else "in turns" if order.interleaved else "in a row"
+            kind = "mixed"
+        elif order.crossed is not None:
+            axes = next((i for i, use in enumerate(uses) if set(use.grid[:2]) == set(order.crossed)), -1)
+            if axes < 0 or len(set(order.crossed)) == 1:
+                return None
+            kind = "crossed" if uses[axes].grid[:2] == order.crossed else "crossed back"
+        elif order.axis is not None:
+            kind = order.axis
+        if grouping.members > 1 and not mixed:
+            cases = _axis_of(grouping, uses)
+            if cases is None:
+                return None
+        ways.append(Way(kind, cases, grouping.interleaved, narrow, axes))
+    return tuple(ways)
 
-    each = zip(found.orders, found.mixed, found.narrow, strict=True)
-    return tuple((way(order, mixed), narrow) for order, mixed, narrow in each)
+
+def _axis_of(grouping: Grouping, uses: Sequence[Use]) -> tuple[int, int] | None:
+    """Of which use, and on which of its first two axes, the cases are."""
+    lengths = {grouping.cases, grouping.members}
+    for i, use in enumerate(uses):
+        if len(lengths) == 2 and len(use.grid) > 1 and set(use.grid[:2]) == lengths:
+            return i, use.grid.index(grouping.cases)
+    return None
 
 
-def _of_ways(uses: Sequence[Use], examples: int, ways: Sequence[Way]) -> Separation | None:
+def _of_ways(uses: Sequence[Use], rows: int, ways: Ways) -> Separation | None:
     """What was found of other lengths, of these; None where they do not go into one another."""
-    uses = [_as(use, narrow) for use, (_, narrow) in zip(uses, ways, strict=True)]
-    mixed = {i for i, (way, _) in enumerate(ways) if way == "mixed"}
+    given, uses = uses, [_as(use, way.narrow) for use, way in zip(uses, ways, strict=True)]
+    mixed = {i for i, way in enumerate(ways) if way.order == "mixed"}
     own = apart_orders(uses, mixed)
-    orders = []
-    for i, (use, (way, _)) in enumerate(zip(uses, ways, strict=True)):
-        if i not in mixed and isinstance(way, str) and prod(use.grid) % examples:
+    orders, groupings = [], []
+    for i, (use, way) in enumerate(zip(uses, ways, strict=True)):
+        cases = rows
+        if way.cases is not None:
+            number, axis = way.cases
+            cases = given[number].grid[axis]
+        fits = use.grid[way.order] == cases if isinstance(way.order, int) else prod(use.grid) % max(1, cases) == 0
+        if rows % max(1, cases) or not (fits or i in mixed):
             return None
-        axis = way if isinstance(way, int) else None
-        orders.append(own.get(i) or Order(use.grid, examples, axis=axis, interleaved=way == "in turns"))
+        groupings.append(Grouping(cases, rows // max(1, cases), way.interleaved))
+        if way.axes >= 0:
+            a, b = given[way.axes].grid[:2]
+            if prod(use.grid) != rows or a * b != rows:
+                return None
+            orders.append(crossed(use.grid, (a, b) if way.order == "crossed" else (b, a), use.a.device))
+            continue
+        on_axis = way.order if isinstance(way.order, int) else None
+        orders.append(own.get(i) or Order(use.grid, cases, axis=on_axis, interleaved=way.order == "in turns"))
     return Separation(
-        (Grouping(examples),) * len(uses),
+        tuple(groupings),
         tuple(orders),
         tuple(i in mixed for i in range(len(uses))),
-        tuple(narrow for _, narrow in ways),
+        tuple(way.narrow for way in ways),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from natgrad.capture.layers import ADDITIONS, RESHAPES, Kind, Scale
 from natgrad.capture.layers.affine import Affine
 from natgrad.capture.layers.embedding import Embedding
-from natgrad.capture.layers.scale import repeats_of
+from natgrad.capture.layers.scale import REPEATS, repeats_of
 from natgrad.capture.use import Use
 
 
@@ -61,7 +61,7 @@ class Spreading:
         adds = func in ADDITIONS
         if adds and (len(operands) != 2 or kwargs.get("alpha", 1) != 1):
             return []
-        times = repeats_of(args[1:], kwargs) if func is Tensor.repeat else None
+        times = repeats_of(args[1:], kwargs) if func in REPEATS else None
         found = []
         for t in known if adds else known[:1]:
             other = next(o for o in operands if o is not t) if adds and operands[0] is not operands[1] else None

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
+from natgrad.capture.layers.einsum import affine_map
 from natgrad.capture.layers.recurrent import UNROLLED
+from natgrad.capture.layers.scale import joined, stacked
 
 
 def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,8 +23,11 @@ def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
     return opened
 
 
-# For each fused function one that does the same by functions of torch's own.
+# For each fused function one that does the same by functions of torch's own, or returns NotImplemented.
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
+    torch.einsum: affine_map,
+    torch.stack: stacked,
+    **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], joined),
     **UNROLLED,
 }

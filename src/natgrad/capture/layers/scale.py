@@ -190,6 +190,7 @@ def _expand(input: Tensor, *_: Any, **__: Any) -> Call:
 def _repeat(input: Tensor, *repeats: Any, **named: Any) -> Call | None:
     """A parameter that is repeated along new axes, or axes of length 1."""
     times = repeats_of(repeats, named)
+    times = (1,) * (input.ndim - len(times)) + times
     own = (1,) * (len(times) - input.ndim) + tuple(input.shape)
     return _expand(input) if all(size == 1 or n == 1 for size, n in zip(own, times, strict=True)) else None
 
@@ -200,6 +201,26 @@ def repeats_of(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[int, ...]
     return (given,) if isinstance(given, int) else tuple(given)
 
 
+def stacked(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """`torch.stack` of one tensor again and again, as an expansion; NotImplemented of several tensors."""
+    if len(tensors) == 0 or any(t is not tensors[0] for t in tensors):
+        return NotImplemented
+    one = tensors[0].unsqueeze(dim)
+    sizes = list(one.shape)
+    sizes[dim] = len(tensors)
+    return one.expand(sizes)
+
+
+def joined(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """`torch.cat` of one tensor, of length 1 there, again and again, as an expansion; NotImplemented otherwise."""
+    if len(tensors) == 0 or any(t is not tensors[0] for t in tensors) or tensors[0].shape[dim] != 1:
+        return NotImplemented
+    sizes = list(tensors[0].shape)
+    sizes[dim] = len(tensors)
+    return tensors[0].expand(sizes)
+
+
+REPEATS = {Tensor.repeat, Tensor.tile, torch.tile}
 PARSERS: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
@@ -209,13 +230,13 @@ PARSERS: dict[Any, Callable[..., Any]] = {
     torch.addcmul: _addcmul,
     Tensor.addcmul: _addcmul,
     **dict.fromkeys([Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to], _expand),
-    Tensor.repeat: _repeat,
+    **dict.fromkeys(REPEATS, _repeat),
 }
 
 ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 SPREADS = {
-    *(Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat),
+    *(Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to, *REPEATS),
     *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__),
 }
 """Functions that give every example a copy of what is one for all."""

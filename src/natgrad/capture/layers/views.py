@@ -48,6 +48,11 @@ def _same(input: Tensor, *_: Any, **__: Any) -> View:
 
 # Those that leave the entries in their order.
 CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.contiguous, Tensor.clone, torch.clone}
+# A number added to all entries, as in `x * (1 + w)`, where the derivatives in the entries stay the same.
+OFFSETS = {
+    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__),
+    *(torch.subtract, Tensor.subtract),
+}
 RESHAPES = {
     *(torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten, Tensor.unflatten),
     *(Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze),
@@ -65,7 +70,7 @@ VIEWS: dict[Any, Callable[..., View | None]] = {
     torch.split: _split,
     Tensor.split: _split,
     Tensor.__getitem__: _getitem,
-    **dict.fromkeys([*RESHAPES, *CASTS], _same),
+    **dict.fromkeys([*RESHAPES, *CASTS, *OFFSETS], _same),
 }
 # Those that choose entries, or put them in another order; others than matrices may be used in it.
 SELECTIONS = {
