@@ -31,8 +31,8 @@ class MultiMargin(OutputCurvature):
     def _check(self, output: Tensor, target: Tensor) -> None:
         if output.ndim != 2:
             raise ValueError(
-                f"MultiMarginLoss: output has shape {tuple(output.shape)}; expected (examples, classes): move other "
-                "axes to the first, and the target's too"
+                f"MultiMarginLoss: output has shape {tuple(output.shape)}; expected (examples, classes): flatten "
+                "positions into axis 0, in the target too"
             )
         examples, C = output.shape
         weight = self.module.weight
