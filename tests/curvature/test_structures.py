@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 import natgrad
 from cases_by_hand import CLASSES, MODELS, SEQUENTIAL, ByHand
+from natgrad.curvature.matrices import ALL_STRUCTURES
 from oracles import Power, close, dense_curvature, f64, flatten, numel, randn
 
 TOL = 1e-8
@@ -56,6 +57,11 @@ KINDS = {
     "hessian, block": Kind("block", hessian=True),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def test_every_structure_has_a_row():
+    """But for `"kfoc"`, which `test_kfoc.py` compares with its own definition."""
+    assert {kind.structure for kind in KINDS.values()} == {*ALL_STRUCTURES} - {"kfoc"}
 
 
 def kinds(operation):

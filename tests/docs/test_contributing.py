@@ -16,7 +16,7 @@ from natgrad.curvature.structures import STRUCTURES
 from natgrad.linalg import Diagonal
 from natgrad.optim.optimizer import CurvatureOptimizer
 from natgrad.optim.preconditioner.base import Preconditioner
-from natgrad.optim.rules.damping import DampingControl, DampingRule
+from natgrad.optim.rules.damping import DampingRule
 from oracles import Power, close, dense_curvature, f64, fit, flatten, net, randn
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ class Mine(CurvatureOptimizer):
 
     def __init__(self, model, loss, damping=None, **settings):
         super().__init__(model, loss, defaults=settings, damping=damping)
-        self._assemble(Squares(self.parameters), DampingControl(damping, Steady()))
+        self._assemble(Squares(self.parameters), Steady())
 
 
 class Multiple(DiagonalStructure):
@@ -137,10 +137,10 @@ def test_a_preconditioner_that_is_to_observe_and_does_not_says_so():
     class Other(CurvatureOptimizer):
         def __init__(self, model, loss):
             super().__init__(model, loss)
-            self._assemble(Blind(self.parameters), DampingControl(None, Steady()))
+            self._assemble(Blind(self.parameters), Steady())
 
     model = net(4, 3)
-    with pytest.raises(NotImplementedError, match=r"Blind has no method observe.*observes = False"):
+    with pytest.raises(NotImplementedError, match=r"Blind has no method observe; expected one.*observes = False"):
         fit(Other(model, LOSS), model, X, Y, 1)
 
 

@@ -13,6 +13,8 @@ from torch import nn
 import natgrad
 from natgrad.losses import _KNOWN, Convex, output_curvature
 from oracles import close, dense_curvature, f64, fit, net, randn, summed
+from test_losses import CASES as CANONICAL
+from test_noncanonical_losses import OTHERS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
 N, C = 5, 3
@@ -101,7 +103,8 @@ def test_gauss_newton_is_the_hessian(name):
 
 
 @pytest.mark.parametrize("known", [k for k in _KNOWN if k.__module__.startswith("torch")], ids=lambda k: k.__name__)
-def test_it_is_on_the_page_of_losses(known):
+def test_it_has_a_row_and_is_on_the_page_of_losses(known):
+    assert any(type(row[0]) is known for table in (CASES, CANONICAL, OTHERS) for row in table.values())
     assert f"`nn.{known.__name__}`" in PAGE
 
 

@@ -17,7 +17,7 @@ from natgrad.optim.preconditioner.layers import LayerBlocks
 from natgrad.optim.preconditioner.options import Options
 from natgrad.optim.preconditioner.orthogonalized import Orthogonalized
 from natgrad.optim.preconditioner.running import RUNNING, Running
-from natgrad.optim.rules.damping import DampingControl, LevenbergMarquardt
+from natgrad.optim.rules.damping import LevenbergMarquardt
 from natgrad.optim.terms import Loss
 from natgrad.optim.tracking.returned import Way
 
@@ -217,8 +217,7 @@ class KFAC(CurvatureOptimizer):
             generator=generator,
         )
         blocks = (Orthogonalized if orthogonalize else LayerBlocks)("KFAC", self.parameters, self.labels, options)
-        rule = LevenbergMarquardt(damping_decay**adapt_every, floor)
-        self._assemble(blocks, DampingControl(value, rule))
+        self._assemble(blocks, LevenbergMarquardt(damping_decay**adapt_every, floor))
         self._blocks = blocks
 
     @property

@@ -21,7 +21,7 @@ from natgrad.optim.parameter_groups import Groups, as_group, check_groups, check
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.preconditioner.base import Preconditioner
 from natgrad.optim.recipe import Recipe
-from natgrad.optim.rules.damping import DampingControl
+from natgrad.optim.rules.damping import DampingControl, DampingRule
 from natgrad.optim.rules.projected import Projected
 from natgrad.optim.terms import Loss, terms_of
 from natgrad.optim.tracking.batch import Batch, Penalty
@@ -41,7 +41,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
 
     It puts the parts of a step together, which `recipe.py` calls one after the other, and has what torch's optimizers
     have: groups, states, schedulers, `state_dict`. A subclass calls this `__init__`, makes its preconditioner from
-    `self.parameters` (and `self.labels`, if it draws labels), and hands it to `_assemble`.
+    `self.parameters` (and `self.labels`, if it draws labels), and hands it to `_assemble`
+    with the rule by which an adaptive damping moves.
 
     Args:
         model: the module to train.
@@ -65,7 +66,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         ...         super().__init__(model, loss, estimator="exact")
         ...         chosen = {"solver": "dual", "max_size": 5000, "tolerance": 1e-8, "max_iterations": 250}
         ...         F = ExactMatrix(self.parameters, self.labels, estimator="exact", **chosen)
-        ...         self._assemble(F, DampingControl(None, LevenbergMarquardt(factor=0.5, floor=1e-3)))
+        ...         self._assemble(F, LevenbergMarquardt(factor=0.5, floor=1e-3))
         >>> Dual(nn.Linear(2, 1), nn.MSELoss())
         Dual(solver='dual', lr=adaptive, momentum=adaptive, damping=adaptive, 3 parameters)
     """
@@ -114,6 +115,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             refuse_ranks(name, place)
         self.model, self.estimator, self.average = place.model, estimator, average
         self.adapt_every, self.max_kl, self.matmul_precision = adapt_every, max_kl, matmul_precision
+        self._given_damping = damping
         torch.optim.Optimizer.__init__(self, parameter_groups(place.model, params), settings)
         Joinable.__init__(self)
         self.parameters = Parameters(self, place)
@@ -129,7 +131,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     def _assemble(
         self,
         preconditioner: Preconditioner,
-        damping: DampingControl,
+        rule: DampingRule,
         tolerated: float = TOLERATED_RISE,
         tries: int = 1,
         projected: Projected | None = None,
@@ -139,7 +141,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             self.parameters,
             self.tracker,
             preconditioner,
-            damping,
+            DampingControl(self._given_damping, rule),
             self.journal,
             self.labels,
             tolerated=tolerated,

@@ -1,16 +1,19 @@
 """Every kind of layer: exact blocks against autograd, Kronecker factors against their definition."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import natgrad
+from natgrad.capture.layers import Kind
 from networks import CLASSES, CONVOLUTIONS, EMBEDDINGS, LINEAR, NETWORKS, SCALES, make
 from oracles import close, f64, homogeneous_kron, numel, randn
 
 LOSS = nn.CrossEntropyLoss()
+PAGE = (Path(__file__).parents[3] / "docs" / "layers.md").read_text(encoding="utf-8")
 every_kind = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -23,6 +26,17 @@ def dense_of(model, x, y, loss=LOSS):
 def part(dense, places, names):
     rows = torch.cat([places[n].flatten() for n in names])
     return dense[rows[:, None], rows]
+
+
+def test_every_kind_is_on_the_page_of_layers():
+    def names(kind):
+        return {kind.name for kind in [kind] if isinstance(getattr(kind, "name", None), str)}.union(
+            *map(names, kind.__subclasses__())
+        )
+
+    found = names(Kind)
+    assert {"linear", "bilinear", "embedding"} < found
+    assert {name for name in found if f"`{name}`" not in PAGE} == set()
 
 
 @every_kind

@@ -59,8 +59,8 @@ class Preconditioner(ABC):
         """Takes the statistics of a batch into `batch.statistics`, or notes its fault (`batch.fault`); it is the
         `draw`-th of the step."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no method observe, which takes the statistics of a batch; supply it, or set "
-            "observes = False"
+            f"{type(self).__name__} has no method observe; expected one that takes the statistics of a batch, or the "
+            "class attribute observes = False"
         )
 
     def follow_along(  # noqa: B027

@@ -15,8 +15,7 @@ class DampingRule(ABC):
     """How an adaptive damping moves. It takes numbers and returns a number. It keeps nothing between its calls: of the
     damping, a run's state has the number alone.
 
-    An optimizer gives it to its `DampingControl`. To try a rule in one that is there:
-    `opt.recipe.damping.rule = MyRule()`.
+    An optimizer hands it to `_assemble`. To try a rule in one that is there: `opt.recipe.damping.rule = MyRule()`.
     """
 
     @abstractmethod
