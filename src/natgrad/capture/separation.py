@@ -13,16 +13,16 @@ from natgrad.capture.probe import Probe, connected
 from natgrad.capture.use import Use
 
 TRUSTED = 4
-"""After so many shapes that differ in lengths alone, and in which the rows were found alike, others are taken to be
-so too."""
+"""After this many shapes that differ only in lengths, with the same result, further lengths are not checked."""
 
 
 @dataclass(frozen=True)
 class Separation:
-    """What was found of one batch: for every use, how the output's rows are grouped to cases, and how its own are.
+    """The result for one batch: for every use, the grouping of the output's rows into cases, and the order of its own
+    rows.
 
-    `mixed` are the uses of which a row depends on several rows of the output, in any grouping; `narrow` those that are
-    to be read as they were before they were spread over examples.
+    `mixed` are the uses in which a row affects several cases in any grouping. `narrow` are the uses that have to be
+    read in the form that they had before they were spread over examples.
     """
 
     groupings: tuple[Grouping, ...]
@@ -31,24 +31,24 @@ class Separation:
     narrow: tuple[bool, ...]
 
     def chosen(self, uses: Sequence[Use]) -> list[Use]:
-        """The uses in the form that the orders are of."""
+        """The uses in the form that the orders belong to."""
         return [_as(use, narrow) for use, narrow in zip(uses, self.narrow, strict=True)]
 
     @property
     def is_listed(self) -> bool:
-        """Whether a row's case is a matter of the data, not of the shapes."""
+        """Whether the case of a row depends on the data, and not only on shapes."""
         both = zip(self.orders, self.mixed, strict=True)
         return any(order.index is not None and order.crossed is None and not mixed for order, mixed in both)
 
     def whole(self) -> Separation:
-        """The same where uses whose rows cannot be told apart have the whole batch for one case."""
+        """The same, but for uses whose rows cannot be separated the whole batch is one case."""
         examples = _examples(self.groupings)
         groupings = [Grouping(1, examples) if m else g for g, m in zip(self.groupings, self.mixed, strict=True)]
         orders = [together(order.grid) if m else order for order, m in zip(self.orders, self.mixed, strict=True)]
         return replace(self, groupings=tuple(groupings), orders=tuple(orders))
 
     def in_common(self) -> Separation:
-        """The same with one grouping for all uses, the coarsest of theirs."""
+        """The same with one grouping for all uses: the coarsest of their groupings."""
         parted = self.whole()
         coarsest = min(parted.groupings, key=lambda g: g.cases)
         both = zip(parted.groupings, parted.orders, strict=True)
@@ -57,7 +57,7 @@ class Separation:
 
 
 class SeparationCheck:
-    """Looks at each shape of batch once, and remembers what it found. Whoever asks again and again keeps one."""
+    """Checks each batch shape once, and remembers the result. Keep one object for repeated checks."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Separation] = {}
@@ -68,9 +68,9 @@ class SeparationCheck:
         """Which rows belong together.
 
         Args:
-            uses: what a forward was recorded to be made of.
-            output: what it returned, with its graph, which is kept.
-            mode: what else the answer may depend on: which of the modules are in training mode, say.
+            uses: the uses recorded in the forward pass.
+            output: the output of the forward pass, with its graph, which is kept.
+            mode: other things that the result may depend on, such as which modules are in training mode.
 
         Raises:
             RuntimeError: if an input was changed in place after its use.
@@ -87,7 +87,7 @@ class SeparationCheck:
             if known is not None:
                 return known
         found = _found(Probe(uses, output))
-        if found.is_listed:  # a matter of the data
+        if found.is_listed:  # depends on the data
             return found
         self._found[exact] = found
         ways = _ways(found, uses)
@@ -96,14 +96,14 @@ class SeparationCheck:
         return found
 
     def begin(self, of: Hashable = None) -> bool:
-        """Whether this is the first call `of` something for several processes in step."""
+        """Whether this is the first call with this key `of`, for several processes in step."""
         first = of not in self._begun
         self._begun.add(of)
         return first
 
     def in_step(self, uses: Sequence[Use], output: Tensor, mode: Hashable = None, *, of: Hashable = None) -> Separation:
-        """The same where other processes have to make as many passes at the same time: `PASSES` at the first call `of`
-        something, none later. What was not seen then is taken from what the shapes suggest."""
+        """The same, if other processes have to make the same number of passes at the same time: `PASSES` at the first
+        call with a key `of`, and none later. Anything not found then is guessed from the shapes."""
         if self.begin(of):
             self._found[_signature(uses, output, mode)] = found = _found(Probe(uses, output, in_step=True))
             ways = _ways(found, uses)
@@ -134,7 +134,7 @@ def _found(probe: Probe) -> Separation:
 
 
 def assumed_of(uses: Sequence[Use], output: Tensor) -> Separation:
-    """What the shapes suggest, without a look."""
+    """A guess from the shapes, without backward passes."""
     orders = tuple(assumed(use.grid, len(output)) for use in uses)
     none = (False,) * len(uses)
     return Separation((Grouping(len(output)),) * len(uses), orders, none, none)
@@ -145,7 +145,7 @@ def _signature(uses: Sequence[Use], output: Tensor, mode: Hashable) -> Hashable:
 
 
 def _pattern(uses: Sequence[Use], output: Tensor, mode: Hashable) -> Hashable:
-    """The same but for lengths; which of them are those of the examples counts."""
+    """The same without lengths, except that it marks which lengths are the number of examples."""
     n = len(output)
     return (
         mode,
@@ -245,8 +245,8 @@ def _of_ways(uses: Sequence[Use], rows: int, ways: Ways) -> Separation | None:
 
 
 def apart_orders(uses: Sequence[Use], mixed: Collection[int]) -> dict[int, Order]:
-    """For uses whose rows are mixed: those of the first axis as cases, or every row where shared parameters are used on
-    different numbers of them."""
+    """For uses whose rows are mixed: the first axis as the axis of cases, or every row as a case if shared parameters
+    are used on different numbers of rows."""
     found: dict[int, Order] = {}
     for group in connected(uses):
         own = [i for i in group if i in mixed]

@@ -33,7 +33,7 @@ class DiagonalStructure(Structure):
 
     def __init__(self, centered: bool = True, sharing: str = "expand", max_dim: int = MAX_DIM):
         super().__init__(centered, sharing, max_dim)
-        self._values: dict[Layer, Tensor] = {}  # of every parameter alone
+        self._values: dict[Layer, Tensor] = {}  # of each parameter separately
         self._layers: dict[Layer, None] = {}
 
     def add(self, cases: Cases) -> None:

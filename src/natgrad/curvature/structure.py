@@ -1,4 +1,4 @@
-"""What every structure does with the cases of a batch."""
+"""The interface of all structures: what they do with the cases of a batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from natgrad.linalg import Operator
 
 
 class Structure(ABC):
-    """What a block-diagonal matrix sums over batches, and the operators that it builds of the sums.
+    """The sums over batches from which a block-diagonal matrix is built, in `passes` passes over the data.
 
-    `add` is called for each batch, `merge_ranks` after the last one, `build` at the end. A structure that needs several
-    `passes` over the data has this done once for each, with `next_pass` in between.
+    In each pass, `add` is called for every batch and then `merge_ranks`; between two passes, `next_pass`. At the end,
+    `build` is called.
 
     Args:
-        centered: hold weight and bias apart, with the covariance of the inputs.
-        sharing: of K-FAC's factors, `"expand"` or `"reduce"`.
-        max_dim: the most rows of a factor that is not kept as its diagonal.
+        centered: store weight and bias separately, with the covariance of the inputs.
+        sharing: `"expand"` or `"reduce"`, for K-FAC's factors.
+        max_dim: factors with more rows than this are stored as their diagonals.
     """
 
     passes = 1
@@ -31,23 +31,23 @@ class Structure(ABC):
     def __init__(self, centered: bool = True, sharing: str = "expand", max_dim: int = MAX_DIM):
         self.centered, self.sharing, self.max_dim = centered, sharing, max_dim
         self.mass: Tensor | None = None
-        """What the loss's mean divides by, summed over the batches: `add` calls `_add_mass`."""
+        """The divisor of the loss's mean, summed over the batches; `add` must call `_add_mass`."""
 
     @abstractmethod
     def add(self, cases: Cases) -> None:
-        """Takes in one batch of the current pass."""
+        """Adds one batch of the current pass."""
 
     def next_pass(self) -> None:  # noqa: B027
         """What is to be done between two passes."""
 
     @abstractmethod
     def merge_ranks(self, world: World) -> None:
-        """Takes in what the other ranks have summed in the current pass."""
+        """Adds the sums of the other ranks in the current pass."""
 
     @abstractmethod
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
-        """Every layer's operator: of the objective's mean, or of its sum. Its parts are the layer's weight, as the
-        matrix `(d_out, d_in)`, and its bias; several layers that share parameters are joined (`groups.py`)."""
+        """The operator of every layer, for an objective that is a mean or a sum. Its vectors are the layer's weight, as
+        a matrix `(d_out, d_in)`, and its bias. `groups.py` joins layers that share parameters."""
 
     def _add_mass(self, cases: Cases) -> None:
         self.mass = cases.mass if self.mass is None else self.mass + cases.mass
@@ -60,6 +60,6 @@ class Structure(ABC):
         self.mass = world.sum(own.to(dtypes[0]).clone(), "the mass")
 
     def _scale(self, is_mean: bool) -> Tensor | float:
-        """What sums over the batches are multiplied with: one over the mass for a mean."""
+        """The factor of the sums over the batches: one over the mass for a mean."""
         assert self.mass is not None
         return 1 / self.mass if is_mean else 1.0

@@ -1,7 +1,7 @@
-"""The output-space curvature `D` of losses: its products, its factors `S Sᵀ = D`, its samples.
+"""The curvature `D` of losses in the output: products, factors `S Sᵀ = D`, and samples.
 
-Torch's own loss modules have closed forms; `Likelihood` takes any distribution of `torch.distributions`, `Convex` any
-function.
+Torch's own loss modules have closed forms. `Likelihood` accepts any distribution of `torch.distributions`, and `Convex`
+accepts any function.
 """
 
 from typing import Any
@@ -50,12 +50,12 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
     Args:
         loss: an instance of one of torch's losses (`docs/losses.md` lists them), `natgrad.losses.Likelihood` or
             `natgrad.losses.Convex`.
-        kind: `"fisher"`: `D = E[s sᵀ]`, `s` the loss's gradient in the output at a label drawn from the model.
-            `"gauss_newton"`: the loss's Hessian in the output at the target. They are one for canonical links:
+        kind: `"fisher"`: `D = E[s sᵀ]`, where `s` is the loss's gradient in the output at a label drawn from the model.
+            `"gauss_newton"`: the loss's Hessian in the output at the target. The two are equal for canonical links:
             cross-entropy, squared error, logistic losses, Poisson with log rates.
 
     Raises:
-        TypeError: if the loss is not an instance of a supported class, or has a forward of its own.
+        TypeError: if the loss is not an instance of a supported class, or overrides its `forward`.
         ValueError: if the kind is unknown, or the loss's reduction is neither `"mean"` nor `"sum"`.
 
     Example:
@@ -75,7 +75,7 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
             return curvature(loss, kind)
     came = described(loss)
     if isinstance(loss, tuple(_KNOWN)):
-        came += ", which computes another loss in a forward of its own"
+        came += ", which overrides forward and may compute another loss"
     names = [f"nn.{k.__name__}()" for k in _KNOWN if k not in _OWN]
     raise TypeError(
         f"loss is {came}; expected an instance of one of {', '.join(names)}, or natgrad.losses.Likelihood(fn) for a "
@@ -84,7 +84,7 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
 
 
 def _in_its_place(loss: Any) -> str:
-    """The end of the message: which supported loss is meant by a function of torch's, or a class of its name."""
+    """The end of the message: the supported loss that was probably meant, by a function or a class of its name."""
     plain = {_plain(known.__name__): known.__name__ for known in _KNOWN if known not in _OWN}
     name = plain.get(_plain(getattr(loss, "__name__", type(loss).__name__)))
     return f"; did you mean nn.{name}()?" if name else ""

@@ -33,7 +33,7 @@ from natgrad.optim.vectors import Vector
 GROUP_DEFAULTS: dict[str, Any] = {"lr": None, "momentum": None, "weight_decay": 0.0, "decoupled_weight_decay": False}
 """What every parameter group has. None: adaptive."""
 TOLERATED_RISE = 0.5
-"""A step after which the loss is higher by more than this share is taken back."""
+"""A step that raises the loss by more than this share is undone."""
 
 
 class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
@@ -41,21 +41,20 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
 
     It puts the parts of a step together, which `recipe.py` calls one after the other, and has what torch's optimizers
     have: groups, states, schedulers, `state_dict`. A subclass calls this `__init__`, makes its preconditioner from
-    `self.parameters` (and `self.labels`, if it draws labels), and hands it to `_assemble`
-    with the rule by which an adaptive damping moves.
+    `self.parameters` (and `self.labels`, if it draws labels), and passes it to `_assemble` with a damping rule.
 
     Args:
         model: the module to train.
         loss: the loss, or a dictionary of several.
         params: which parameters to train.
-        defaults: settings of the parameter groups: those of `GROUP_DEFAULTS` that are to be others, and more.
+        defaults: settings of the parameter groups that differ from `GROUP_DEFAULTS`, or are not in it.
         damping: `λ`; None: adaptive.
         max_kl: a bound on the predicted KL divergence of a step.
-        average: by how much the weight of an iterate in the averages falls each step; None: there are no averages.
-        estimator: which columns of `D` the preconditioner takes.
+        average: the factor by which the weight of an iterate in the averages falls each step; None: no averages.
+        estimator: which columns of `D` the preconditioner uses.
         adapt_every: steps between changes of the damping, and of the ratio of step size and momentum.
         matmul_precision: of the products of the quadratic model.
-        output: how the loss's input is made of what the model returns.
+        output: a function from what the model returns to the loss's input.
         generator: the source of the random labels.
 
     Example:

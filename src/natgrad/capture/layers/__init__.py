@@ -1,4 +1,4 @@
-"""Kinds of layers: which calls of torch use a parameter, and the cases that each use gives."""
+"""Kinds of layers: which torch functions use a parameter, and the cases of each use."""
 
 from natgrad.capture.layers import affine, bilinear, convolution, embedding, scale
 from natgrad.capture.layers.composite import COMPOSITES

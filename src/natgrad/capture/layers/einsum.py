@@ -1,4 +1,4 @@
-"""`torch.einsum` of an input and a weight, as the affine map that it is."""
+"""`torch.einsum` of an input and a weight, computed as an affine map."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 
 def affine_map(equation: Any, *operands: Any) -> Any:
-    """What `torch.einsum(equation, *operands)` is, by a matrix product.
+    """`torch.einsum(equation, *operands)`, computed as a matrix product.
 
-    The operand that has the output's first index is the input `h`, the other one the weight `W`. Every index of `W` is
-    summed over, and then in `h`, or is the output's alone: `"nti,ihd->nthd"`. NotImplemented for any other equation.
+    The operand with the output's first index is the input `h`, and the other one is the weight `W`. Every index of `W`
+    is either summed over and also in `h`, or is only in the output: `"nti,ihd->nthd"`. NotImplemented for any other
+    equation.
     """
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
@@ -41,7 +42,7 @@ def affine_map(equation: Any, *operands: Any) -> Any:
         return NotImplemented
     size = dict(zip(chain(of_h, of_W), chain(h.shape, W.shape), strict=True))
     if any(size[i] != n for i, n in zip(of_h, h.shape, strict=True)):
-        return NotImplemented  # an axis of length 1 that is spread
+        return NotImplemented  # an axis of length 1 that is broadcast
     matrix = h.permute([of_h.index(i) for i in rest + summed]).reshape(*[size[i] for i in rest], _size(summed, size))
     if of_W == features + summed:
         a = F.linear(matrix, _as_matrix(W, _size(features, size), _size(summed, size)))
@@ -54,7 +55,7 @@ def affine_map(equation: Any, *operands: Any) -> Any:
 
 
 def _read(equation: Any, operands: Sequence[Any]) -> tuple[list[str], list[str], list[str]] | None:
-    """The indices of two operands and of the output, an ellipsis written out; None if it is another equation."""
+    """The indices of two operands and of the output, with the ellipsis expanded; None for any other equation."""
     if not (isinstance(equation, str) and len(operands) == 2 and all(isinstance(t, Tensor) for t in operands)):
         return None
     left, arrow, out = equation.replace(" ", "").partition("->")

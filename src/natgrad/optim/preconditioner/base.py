@@ -1,4 +1,4 @@
-"""What every preconditioner does."""
+"""The interface of all preconditioners."""
 
 from __future__ import annotations
 
@@ -24,96 +24,96 @@ Sizes = Mapping[str, Sequence[torch.Size]]
 
 
 class Preconditioner(ABC):
-    """A matrix `F`, kept from step to step or made for one, and the inverse of `F + λI`.
+    """A matrix `F`, kept from step to step or made for one step, and the inverse of `F + λI`.
 
-    A step calls `observe` for each batch (before the backward), `take_in`, `see_gradient`, `prepare`, and `apply`. An
-    implementation is a subclass in a file of its own. It supplies `inverted`, `take_in`, `refresh`, `apply` and
-    `scale`. If it takes statistics of batches, it supplies `observe` as well; if it is made of gradients alone, it says
-    `observes = False`. What it keeps from step to step is in `state` and `load`. It replaces its tensors, and does not
-    change them in place: a step that is interrupted goes back to what there was.
+    A step calls `observe` for each batch (before the backward pass), then `take_in`, `see_gradient`, `prepare` and
+    `apply`. An implementation is a subclass in its own file. It supplies `inverted`, `take_in`, `refresh`, `apply` and
+    `scale`. It also supplies `observe` if it needs statistics of batches, and sets `observes = False` if it needs only
+    gradients. `state` and `load` save what it keeps from step to step. It must replace its attributes and not change
+    them in place, so that an interrupted step can be undone.
     """
 
     inverted: str
-    """What is inverted, for messages."""
+    """The name of what is inverted, for messages."""
     nesterov = False
-    """Whether the momentum of given numbers is Nesterov's."""
+    """Whether a given momentum is Nesterov momentum."""
     runs_again = False
     """Whether it runs the model again in a step."""
     observes = True
-    """Whether it takes statistics of batches. Only then must every parameter be used in a way that is covered."""
+    """Whether it needs statistics of batches. Only then must every parameter be used in a supported way."""
 
     def __init__(self, parameters: Parameters):
         self.parameters = parameters
         self.faults: Counter[str] = Counter()
 
     def due(self, step: int) -> bool:
-        """Whether the statistics of the next batches are wanted. Default: at every step, if there are any."""
+        """Whether the next batches should be observed. Default: always, if it observes batches at all."""
         return self.observes
 
     def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
-        """The uses that the output depends on. Raises NotImplementedError for a parameter that is used in a way that is
-        not covered."""
+        """The uses that the output depends on. Raises NotImplementedError if a parameter is used in an unsupported way,
+        unless no batches are observed."""
         return recorder.check(output, reached=True) if self.observes else recorder.uses
 
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int, step: int) -> None:
-        """Takes the statistics of a batch into `batch.statistics`, or notes its fault (`batch.fault`); it is the
-        `draw`-th of the step."""
+        """Computes the statistics of a batch, the `draw`-th of the step, into `batch.statistics`, or records its fault
+        in `batch.fault`."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no method observe; expected one that takes the statistics of a batch, or the "
-            "class attribute observes = False"
+            f"{type(self).__name__} has no method observe; expected one that computes the statistics of a batch, or "
+            "the class attribute observes = False"
         )
 
     def follow_along(  # noqa: B027
         self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int
     ) -> None:
-        """Takes part in bringing together the shards for other ranks' statistics, of which this rank has none."""
+        """Helps to gather the shards for the statistics of other ranks. This rank has no statistics."""
 
     def share(self, pending: list[Batch]) -> None:  # noqa: B027
-        """Begins to bring the ranks' statistics of these batches together."""
+        """Starts the sum of these batches' statistics over the ranks."""
 
     @abstractmethod
     def take_in(self, objective: Objective, gradients: Vector, figures: Figures, step: int) -> set[str]:
-        """Makes the curvature of the pending batches a part of `F`. Returns the names of parameters that have a
-        gradient and no curvature yet: they are not to move. The gradients are as they arrived; `see_gradient` gets
-        those of the objective.
+        """Adds the curvature of the pending batches to `F`. Returns the names of parameters that have a gradient but no
+        curvature yet: the step must not change them. The gradients are as the backward pass left them;
+        `see_gradient` receives those of the objective.
 
         Raises:
             NotImplementedError: for a gradient that comes from no loss that the optimizer has seen.
         """
 
     def prepare(self, damping: float, decay: Decay, figures: Figures, step: int) -> None:
-        """Sees to it that there is an inverse for this step."""
+        """Makes sure that there is an inverse for this step."""
         self.refresh(damping, decay, figures)
 
     @abstractmethod
     def refresh(self, damping: float, decay: Decay, figures: Figures) -> None:
-        """Inverts `F + (λ + η) I`, with `η` the weight decay of the objective: `decay.of(name)` of one parameter,
-        `decay.same(...)` of all. Raises ValueError where that cannot be done."""
+        """Inverts `F + (λ + η) I`, where `η` is the weight decay: `decay.of(name)` for one parameter, `decay.same(...)`
+        for all. Raises ValueError if it cannot be inverted."""
 
     @abstractmethod
     def apply(self, v: Vector) -> Vector:
-        """`(F + λI)⁻¹ v`, by the inverse as it is."""
+        """`(F + λI)⁻¹ v`, with the current inverse."""
 
     @abstractmethod
     def scale(self) -> float:
-        """The mean of the diagonal of `F`: what a damping is large or small against."""
+        """The mean of the diagonal of `F`, as the unit of the damping."""
 
     def expire(self) -> None:  # noqa: B027
-        """The inverse is not to be used again."""
+        """Marks the inverse as outdated."""
 
     def parts(self) -> Sequence[Any]:
-        """The objects in which it keeps what it has, beside itself."""
+        """The other objects in which it keeps its state."""
         return ()
 
     def end_step(self) -> None:  # noqa: B027
-        """Lets go of what is of one step."""
+        """Frees what is needed for one step only."""
 
     def moves(self, gradients: Vector) -> Sequence[str]:
-        """The parameters that move."""
+        """The parameters that the step changes."""
         return list(gradients)
 
     def see_gradient(self, g: Vector) -> None:  # noqa: B027
-        """Takes note of the step's gradient: per unit of the objective, with that of weight decay in it."""
+        """Receives the step's gradient, per unit of the objective and including weight decay."""
 
     def damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
         """What the damping adds to the quadratic model: this rank's share of `λ d_iᵀ d_j`."""
@@ -122,27 +122,27 @@ class Preconditioner(ABC):
     # How it is shown -----------------------------------------------------------------------------------
 
     def chosen(self) -> dict[str, Any]:
-        """The options that say which kind of curvature it is."""
+        """The options that define the kind of curvature."""
         return {}
 
     def layers_known(self) -> list[str]:
-        """The layers that the curvature has blocks of, as far as they are known."""
+        """The layers that have blocks in the curvature, as far as they are known."""
         return []
 
     # Saving --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the next steps depend on. Its names are others than those of the optimizer's own state (`own_state` in
-        `saved.py`), beside which they stand."""
+        """What the next steps depend on. The names must differ from those in `own_state` (`saved.py`), as both are
+        saved in one dictionary."""
         return {}
 
     def load(self, saved: dict[str, Any]) -> None:  # noqa: B027
-        """Takes what `state` gave."""
+        """Loads the result of `state`."""
 
     def check_state(self, saved: dict[str, Any]) -> None:  # noqa: B027
-        """Raises ValueError if it is of another curvature or of other parameters."""
+        """Raises ValueError if the state belongs to another kind of curvature or to other parameters."""
 
     def adopt(self, sizes: Sizes) -> tuple[Callable[[str], bool], dict[str, Any]]:
-        """For the state of layers with moments of these sizes, saved on any number of ranks: which layers' is to be
-        here, and what else is not as it was saved."""
+        """For a state saved on any number of ranks, with layers whose moments have these sizes: which layers belong on
+        this rank, and which other parts of the state change."""
         return lambda layer: True, {}

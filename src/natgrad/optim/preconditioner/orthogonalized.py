@@ -1,4 +1,4 @@
-"""One-sided blocks whose directions are orthogonalized, and Adam's step for all else."""
+"""One-sided blocks whose directions are orthogonalized, and Adam steps for all other parameters."""
 
 from __future__ import annotations
 

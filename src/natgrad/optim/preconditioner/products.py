@@ -37,7 +37,8 @@ class ByProducts(Operator):
 
 
 class TruncatedInverse(Operator):
-    """`(F + λI)⁻¹` as far as conjugate gradients have come; `solution` tells of the last time."""
+    """`(F + λI)⁻¹`, approximated by a limited number of conjugate gradient iterations. `solution` describes the last
+    solve."""
 
     solution: Solution
 

@@ -12,10 +12,10 @@ HIGHEST = 1e5
 
 
 class DampingRule(ABC):
-    """How an adaptive damping moves. It takes numbers and returns a number. It keeps nothing between its calls: of the
-    damping, a run's state has the number alone.
+    """How an adaptive damping changes. It takes numbers and returns a number. It must not keep anything between calls,
+    as a saved run contains the damping only.
 
-    An optimizer hands it to `_assemble`. To try a rule in one that is there: `opt.recipe.damping.rule = MyRule()`.
+    An optimizer passes it to `_assemble`. To try a rule with an existing one: `opt.recipe.damping.rule = MyRule()`.
     """
 
     @abstractmethod
@@ -24,14 +24,14 @@ class DampingRule(ABC):
 
         Args:
             damping: `λ` of the step.
-            ratio: `ρ = (change of the loss) / (change of the quadratic model)`: 1 where the model is right.
+            ratio: `ρ = (change of the loss) / (change of the quadratic model)`. It is 1 if the model is right.
             scale: the mean of the curvature's diagonal.
-            share: what a bound on the step's length has left of it.
+            share: the part of the step that was taken, if a bound on its length shortened it.
         """
 
     @abstractmethod
     def after_rejection(self, damping: float, count: int, scale: float) -> float:
-        """The damping after a step that was not taken, the `count`-th in a row, counted from 1. More than before."""
+        """The damping after the `count`-th rejected step in a row, counted from 1. It should be larger than before."""
 
 
 class LevenbergMarquardt(DampingRule):
