@@ -31,12 +31,13 @@ class Kind:
     centered: bool = True
     sharing: str = "expand"
     lacks: tuple[str, ...] = ()
+    rank: int = 10
 
     def matrix(self, of, problem, data=None, **options):
         data = problem.batches if data is None else data
         if self.hessian:
             return natgrad.hessian(problem.model, problem.loss, data, self.structure, **options)
-        options = {"centered": self.centered, "sharing": self.sharing} | options
+        options = {"centered": self.centered, "sharing": self.sharing, "rank": self.rank} | options
         return getattr(natgrad, of)(problem.model, problem.loss, data, self.structure, **options)
 
 
@@ -51,6 +52,8 @@ KINDS = {
     "ekfac": Kind("ekfac"),
     "ekfac, homogeneous": Kind("ekfac", centered=False),
     "ekfac, reduce": Kind("ekfac", sharing="reduce"),
+    "low_rank, 1": Kind("low_rank", rank=1),
+    "low_rank, 4": Kind("low_rank", rank=4),
     "diagonal": Kind("diagonal"),
     "hessian, implicit": Kind("implicit", hessian=True, lacks=PRODUCTS_ONLY),
     "hessian, dense": Kind("dense", hessian=True),
@@ -153,7 +156,7 @@ class Problem:
 
     def dense(self, kind):
         """The matrix of a structure, `(size, size)` in torch order."""
-        key = (kind.structure, kind.hessian, kind.centered, kind.sharing)
+        key = (kind.structure, kind.hessian, kind.centered, kind.sharing, kind.rank)
         if key not in self._dense:
             self._dense[key] = self._form(kind)
         return self._dense[key]
@@ -207,6 +210,18 @@ def in_blocks(problem, kind, whole):
     return whole * torch.tensor([[a == b for a in of] for b in of])
 
 
+def low_rank_by_hand(problem, kind, whole):
+    """Of each block the largest eigenvalues, and a diagonal with which it has the block's own."""
+    dense = torch.zeros_like(whole)
+    for index in problem.by_hand.blocks().values():
+        block = whole[index[:, None], index]
+        e, U = torch.linalg.eigh(block)
+        kept = (e >= e[-min(kind.rank, len(e))] - 1e-8 * e[-1]) & (e > 1e-13 * e[-1])  # equal ones together
+        top = (U[:, kept] * e[kept]) @ U[:, kept].mT
+        dense[index[:, None], index] = top + (block - top).diagonal().diag()
+    return dense
+
+
 def kfac_by_hand(problem, kind, whole):
     hand = problem.by_hand
     return hand.assemble(lambda layer: hand.kfac(layer, kind.sharing))
@@ -224,6 +239,7 @@ BY_HAND = {
     "block": in_blocks,
     "kfac": kfac_by_hand,
     "ekfac": ekfac_by_hand,
+    "low_rank": low_rank_by_hand,
     "diagonal": lambda problem, kind, whole: torch.diag(whole.diagonal()),
 }
 
@@ -292,7 +308,7 @@ def test_to_dense_in_both_orders_and_by_layer(kind, setup):
 def own_indices(kind, problem, places):
     """Where each block's entries are: by layer or by module, weights as they are stored."""
     if not kind.hessian and kind.structure not in ("implicit", "dense"):
-        if kind.structure == "block":
+        if kind.structure in ("block", "low_rank"):
             return problem.by_hand.blocks()
         layers = {layer.name: replace(layer, transposed=False) for layer in problem.by_hand.examples}
         return {name: problem.by_hand.index(layer) for name, layer in layers.items()}

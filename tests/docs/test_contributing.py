@@ -153,7 +153,7 @@ def test_a_damping_rule_moves_the_damping_of_an_optimizer():
 
 
 def test_a_structure_is_chosen_by_its_name(monkeypatch):
-    monkeypatch.setitem(STRUCTURES, "multiple", Multiple)
+    monkeypatch.setitem(STRUCTURES, "multiple", lambda options: Multiple())
     model = net(4, 5, 3)
     dense = dense_curvature(model, LOSS, [(X, Y)]).diagonal()
     M = natgrad.fisher(model, LOSS, (X, Y), {"*": "multiple"})

@@ -149,8 +149,8 @@ def candidates(grid: tuple[int, ...], cases: int) -> Iterator[Order]:
 
 
 def crossed(grid: tuple[int, ...], lengths: tuple[int, int], device: torch.device) -> Order:
-    """Rows on two axes of these lengths, each a case, where the cases are in the order of the transpose: positions come
-    first and were flattened, and the output has examples first."""
+    """Rows on two axes of these lengths. Each row is a case, and the cases are in transposed order: in the rows,
+    positions come first and were flattened, but the output has examples first."""
     rows = torch.arange(prod(lengths), device=device).view(lengths).T.reshape(-1, 1)
     return Order(grid, prod(lengths), index=rows, own=torch.ones_like(rows, dtype=torch.bool), crossed=lengths)
 

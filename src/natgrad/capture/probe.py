@@ -143,7 +143,8 @@ class Probe:
         return None if self._in_step else self._listed(i, grouping)
 
     def _axes(self, use: Use, grouping: Grouping) -> list[tuple[int, int]]:
-        """The lengths of two axes that the rows of a use may lie on, each of them a case, in either order."""
+        """The possible lengths of two axes on which the rows of a use may lie, in either order, if each row is a
+        case."""
         if grouping.members > 1 or prod(use.grid) != grouping.cases:
             return []
         grids = dict.fromkeys(u.grid[:2] for u in self.uses if len(u.grid) > 1 and min(u.grid[:2]) > 1)

@@ -163,11 +163,11 @@ def _lengths(use: Use, examples: int) -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class Way:
-    """How the rows of a use go into cases, but for lengths.
+    """How the rows of a use belong to cases, without the lengths.
 
-    `cases` says where their number is the length of an axis: the number of a use, and the axis of its grid; None: each
-    row of the output is a case. `order` is the axis of the cases, or how else the rows lie; `axes` is the use on whose
-    axes they are `"crossed"`, or `"crossed back"`.
+    `cases`: the number of cases is the length of an axis, given by the number of a use and the axis of its grid. None:
+    each row of the output is a case. `order` is the axis of the cases, or a word for the order of the rows. For
+    `"crossed"` and `"crossed back"`, `axes` is the number of the use whose axes are meant.
     """
 
     order: str | int
@@ -181,7 +181,7 @@ Ways = tuple[Way, ...]
 
 
 def _ways(found: Separation, uses: Sequence[Use]) -> Ways | None:
-    """None where lengths do not tell which axis is meant."""
+    """The way of each use; None if the lengths do not determine an axis."""
     ways = []
     each = zip(found.orders, found.groupings, found.mixed, found.narrow, strict=True)
     for order, grouping, mixed, narrow in each:
@@ -205,7 +205,7 @@ def _ways(found: Separation, uses: Sequence[Use]) -> Ways | None:
 
 
 def _axis_of(grouping: Grouping, uses: Sequence[Use]) -> tuple[int, int] | None:
-    """Of which use, and on which of its first two axes, the cases are."""
+    """The use, and which of its first two axes, that has the cases."""
     lengths = {grouping.cases, grouping.members}
     for i, use in enumerate(uses):
         if len(lengths) == 2 and len(use.grid) > 1 and set(use.grid[:2]) == lengths:

@@ -20,7 +20,7 @@ from natgrad.curvature.groups import (
     is_simple,
     united,
 )
-from natgrad.curvature.moments import MAX_DIM, DiagonalMoments
+from natgrad.curvature.moments import DiagonalMoments
 from natgrad.curvature.structure import Structure
 from natgrad.distributed.reduction import summed
 from natgrad.distributed.world import World
@@ -31,8 +31,8 @@ from natgrad.linalg.space import Parts
 class DiagonalStructure(Structure):
     """The diagonal of the exact matrix: `E[Σ_k (Σ_t g x)²]`, parameter by parameter."""
 
-    def __init__(self, centered: bool = True, sharing: str = "expand", max_dim: int = MAX_DIM):
-        super().__init__(centered, sharing, max_dim)
+    def __init__(self) -> None:
+        super().__init__()
         self._values: dict[Layer, Tensor] = {}  # of each parameter separately
         self._layers: dict[Layer, None] = {}
 

@@ -20,7 +20,6 @@ from natgrad.curvature.groups import (
     single_gradients,
     united,
 )
-from natgrad.curvature.moments import MAX_DIM
 from natgrad.curvature.structure import Structure
 from natgrad.distributed.world import World
 from natgrad.linalg import ColumnBlock, ExactBlock, Operator, Space
@@ -31,8 +30,8 @@ from natgrad.linalg.space import Parts
 class ExactStructure(Structure):
     """The exact block of every group of layers that share parameters, stored as cases or as columns."""
 
-    def __init__(self, centered: bool = True, sharing: str = "expand", max_dim: int = MAX_DIM):
-        super().__init__(centered, sharing, max_dim)
+    def __init__(self) -> None:
+        super().__init__()
         self._h: dict[Layer, list[Tensor]] = {}
         self._g: dict[Layer, list[Tensor]] = {}
         self._columns: dict[Layer, list[Tensor]] = {}

@@ -14,14 +14,15 @@ from natgrad.capture.graph import refuse_reentrant
 from natgrad.capture.layer import Layer
 from natgrad.capture.reading import example_gradients
 from natgrad.checks.parameters import Selection
-from natgrad.checks.values import check_choice, check_flag, check_max_dim
+from natgrad.checks.values import check_choice, check_count, check_flag, check_max_dim
 from natgrad.curvature.blocks import assemble
 from natgrad.curvature.implicit import ImplicitGaussNewton, ImplicitHessian, ImplicitSampled
+from natgrad.curvature.low_rank import RANK
 from natgrad.curvature.mixed import MixedStructure
 from natgrad.curvature.moments import MAX_DIM, SHARING
 from natgrad.curvature.problem import Forward, Problem, check_mass
 from natgrad.curvature.structure import Structure
-from natgrad.curvature.structures import STRUCTURES
+from natgrad.curvature.structures import STRUCTURES, Options
 from natgrad.curvature.terms import Losses, Terms
 from natgrad.distributed.gathering import jointly
 from natgrad.linalg import BlockDiagonal, Dense, Operator, Space
@@ -41,6 +42,7 @@ def fisher(
     centered: bool = True,
     sharing: str = "expand",
     max_dim: int = MAX_DIM,
+    rank: int = RANK,
     params: Selection = None,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
@@ -66,9 +68,10 @@ def fisher(
             list of batches. A list of two tensors is one pair if `forward` is not given, because a `DataLoader`
             collates pairs into lists, and two batches if it is given.
         structure: `"kfac"` (a Kronecker product for each layer), `"ekfac"` (its eigenbases with corrected
-            eigenvalues), `"kfoc"` (the Kronecker product nearest to the exact block), `"diagonal"`, `"block"` (the
-            exact block of each layer, stored as inputs and output gradients of the cases), `"dense"` (the full matrix),
-            or `"implicit"` (products only). A dict gives each layer its own structure, by names of layers or patterns:
+            eigenvalues), `"kfoc"` (the Kronecker product nearest to the exact block), `"low_rank"` (the largest
+            eigenvalues of the exact block, plus a diagonal), `"diagonal"`, `"block"` (the exact block of each layer,
+            stored as inputs and output gradients of the cases), `"dense"` (the full matrix), or `"implicit"` (products
+            only). A dict gives each layer its own structure, by names of layers or patterns:
             `{"head": "block", "*": "kfac"}`.
         estimator: `"exact"` (all columns of a square root of `D`), `"mc"` (`samples` random labels for each
             case), or `"empirical"` (the gradients at the given targets).
@@ -76,6 +79,7 @@ def fisher(
         centered: treat weight and bias separately, with the covariance of the inputs as the input factor (K-FAC and
             EKFAC of layers with a bias).
         max_dim: for factors with more rows than this, only the diagonal is kept (K-FAC and EKFAC).
+        rank: the number of eigenvalues of each layer that `"low_rank"` keeps.
         sharing: for layers that are used at several positions: each position is a case (`"expand"`), or inputs are
             averaged and gradients summed over the positions first (`"reduce"`) (Eschenhagen et al. 2023).
         params: the names of the parameters of the matrix, or a predicate on names. Default: all trainable ones.
@@ -123,7 +127,7 @@ def fisher(
         dtype=dtype,
         progress=progress,
     )
-    return _matrix(problem, structure, centered, sharing, max_dim)
+    return _matrix(problem, structure, Options(centered, sharing, max_dim, rank))
 
 
 def gauss_newton(
@@ -135,6 +139,7 @@ def gauss_newton(
     centered: bool = True,
     sharing: str = "expand",
     max_dim: int = MAX_DIM,
+    rank: int = RANK,
     params: Selection = None,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
@@ -153,7 +158,8 @@ def gauss_newton(
     because they are built from a factor `S Sᵀ = D`.
 
     Args:
-        model, loss, data, structure, centered, sharing, max_dim, params, forward, generator: as for `fisher`.
+        model, loss, data, structure, centered, sharing, max_dim, rank: as for `fisher`.
+        params, forward, generator: as for `fisher`.
         dtype, progress, weights: as for `fisher`.
         estimator, samples: as for `fisher`, if the two matrices are equal.
 
@@ -190,7 +196,7 @@ def gauss_newton(
         dtype=dtype,
         progress=progress,
     )
-    return _matrix(problem, structure, centered, sharing, max_dim)
+    return _matrix(problem, structure, Options(centered, sharing, max_dim, rank))
 
 
 def hessian(
@@ -236,7 +242,9 @@ def hessian(
         implicit = ImplicitHessian(own)
         if structure == "implicit":
             return implicit
-        return implicit.formed() if structure == "dense" else implicit.block_diagonal()
+        matrix: Operator = implicit.formed() if structure == "dense" else implicit.block_diagonal()
+        matrix.fingerprint = _norms(own.parameters)
+        return matrix
 
     return _sum(problem, of) if isinstance(problem, Terms) else of(problem)
 
@@ -274,30 +282,37 @@ def _check_structure(structure: Any) -> None:
         check_choice("structure", structure, ALL_STRUCTURES)
 
 
-def _matrix(problem: Problem | Terms, structure: Chosen, centered: bool, sharing: str, max_dim: int) -> Operator:
-    check_flag("centered", centered)
-    check_choice("sharing", sharing, SHARING)
-    check_max_dim(max_dim)
+def _matrix(problem: Problem | Terms, structure: Chosen, options: Options) -> Operator:
+    check_flag("centered", options.centered)
+    check_choice("sharing", options.sharing, SHARING)
+    check_max_dim(options.max_dim)
+    check_count("rank", options.rank, "eigenvalues")
     if structure == "implicit":
         return _sum(problem, _implicit) if isinstance(problem, Terms) else _implicit(problem)
     with torch.autocast(problem.device.type, enabled=False):  # Problem sets the model's own precision
         if structure != "dense":
-            matrix: Operator = of_layers(problem, structure, centered, sharing, max_dim)
+            matrix: Operator = of_layers(problem, structure, options)
         else:
             matrix = _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
     matrix.notes = problem.notes
+    matrix.fingerprint = _norms(problem.parameters)
     return matrix
+
+
+def _norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    norms = torch.stack([p.detach().double().norm() for p in parameters.values()])
+    return dict(zip(parameters, norms.tolist(), strict=True))
 
 
 def _implicit(problem: Problem) -> Operator:
     return ImplicitGaussNewton(problem) if problem.estimator == "exact" else ImplicitSampled(problem)
 
 
-def of_layers(problem: Problem | Terms, structure: Chosen, centered: bool, sharing: str, max_dim: int) -> BlockDiagonal:
+def of_layers(problem: Problem | Terms, structure: Chosen, options: Options) -> BlockDiagonal:
     """The matrix of a structure that is made layer by layer."""
 
     def make(name: str) -> Structure:
-        return STRUCTURES[name](centered, sharing, max_dim)
+        return STRUCTURES[name](options)
 
     parts = make(structure) if isinstance(structure, str) else MixedStructure(structure, make, STRUCTURES)
     with jointly(problem.world, "the cases") as agree:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
-from natgrad.curvature.moments import MAX_DIM
 from natgrad.distributed.world import World
 from natgrad.linalg import Operator
 
@@ -19,17 +18,11 @@ class Structure(ABC):
 
     In each pass, `add` is called for every batch and then `merge_ranks`; between two passes, `next_pass`. At the end,
     `build` is called.
-
-    Args:
-        centered: store weight and bias separately, with the covariance of the inputs.
-        sharing: `"expand"` or `"reduce"`, for K-FAC's factors.
-        max_dim: factors with more rows than this are stored as their diagonals.
     """
 
     passes = 1
 
-    def __init__(self, centered: bool = True, sharing: str = "expand", max_dim: int = MAX_DIM):
-        self.centered, self.sharing, self.max_dim = centered, sharing, max_dim
+    def __init__(self) -> None:
         self.mass: Tensor | None = None
         """The divisor of the loss's mean, summed over the batches; `add` must call `_add_mass`."""
 

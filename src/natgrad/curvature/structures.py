@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from natgrad.curvature.exact import ExactStructure
 from natgrad.curvature.groups import (
     tiled,
 )
+from natgrad.curvature.low_rank import RANK, LowRankStructure
 from natgrad.curvature.moments import (
     MAX_DIM,
     AffineMoments,
@@ -36,7 +37,8 @@ class KfacStructure(Structure):
     """`A ⊗ B` from the layers' moments."""
 
     def __init__(self, centered: bool = True, sharing: str = "expand", max_dim: int = MAX_DIM):
-        super().__init__(centered, sharing, max_dim)
+        super().__init__()
+        self.centered, self.sharing, self.max_dim = centered, sharing, max_dim
         self._of_term: dict[str, dict[Layer, Moments]] = {}
 
     def add(self, cases: Cases) -> None:
@@ -149,10 +151,21 @@ class _MatricesAlone(ExactStructure):
             super()._add_columns(cases, layers, columns)
 
 
-STRUCTURES: dict[str, type[Structure]] = {
-    "block": ExactStructure,
-    "kfac": KfacStructure,
-    "ekfac": EkfacStructure,
-    "kfoc": KfocStructure,
-    "diagonal": DiagonalStructure,
+@dataclass(frozen=True)
+class Options:
+    """What structures are made by: as for `natgrad.fisher`."""
+
+    centered: bool = True
+    sharing: str = "expand"
+    max_dim: int = MAX_DIM
+    rank: int = RANK
+
+
+STRUCTURES: dict[str, Callable[[Options], Structure]] = {
+    "block": lambda o: ExactStructure(),
+    "kfac": lambda o: KfacStructure(o.centered, o.sharing, o.max_dim),
+    "ekfac": lambda o: EkfacStructure(o.centered, o.sharing, o.max_dim),
+    "kfoc": lambda o: KfocStructure(o.centered, o.sharing, o.max_dim),
+    "low_rank": lambda o: LowRankStructure(o.rank),
+    "diagonal": lambda o: DiagonalStructure(),
 }

@@ -75,7 +75,7 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
             return curvature(loss, kind)
     came = described(loss)
     if isinstance(loss, tuple(_KNOWN)):
-        came += ", which overrides forward and may compute another loss"
+        came += ", a subclass that may compute another loss in a forward of its own"
     names = [f"nn.{k.__name__}()" for k in _KNOWN if k not in _OWN]
     raise TypeError(
         f"loss is {came}; expected an instance of one of {', '.join(names)}, or natgrad.losses.Likelihood(fn) for a "
