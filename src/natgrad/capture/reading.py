@@ -250,7 +250,7 @@ def _check_passes(grouping: Grouping, columns: Iterable[Tensor], layer: Layer) -
         count += int(own.reshape(*own.shape[:2], -1).ne(0).any(2).any(0).sum())
         if count > MOST_PASSES:
             raise ValueError(
-                f"the rows of the batch depend on one another in layer {layer.name!r} (for example through a graph, "
+                f"the rows of the batch see one another in layer {layer.name!r} (for example through a graph, "
                 "logits within a batch or averages over the batch), so each of the output's "
                 f"{grouping.cases * grouping.members} rows needs its own backward passes, more than "
                 f"{MOST_PASSES} in all; use estimator='mc', which needs one for each sample, or smaller batches"
