@@ -127,7 +127,7 @@ class Tracker:
 
     # Between forward and step --------------------------------------------------------------------------
 
-    def loss(self, term: Term, output: Any, target: Tensor, way: Way | None = None) -> Tensor:
+    def loss(self, term: Term, output: Any, target: Any, way: Way | None = None) -> Tensor:
         """The loss of one batch, noted. `way`: how the output was made of all that the model returned."""
         self._forget_gone()
         forward = self._forward_of(output)
@@ -299,9 +299,7 @@ class Tracker:
     def _batch(
         self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor, mass: Tensor, loss: Tensor
     ) -> Batch:
-        batch = Batch(term, forward, target, output.shape, way, mass, loss.detach(), self.parameters.versions())
-        batch.target_version = target._version
-        return batch
+        return Batch(term, forward, target, output.shape, way, mass, loss.detach(), self.parameters.versions())
 
     def _noted(self, observed: Batch | Penalty, scalar: Tensor, times: float = 1.0) -> Tensor:
         self.factors.settle()
