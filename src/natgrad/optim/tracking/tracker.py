@@ -173,7 +173,8 @@ class Tracker:
         if recorder is not None:
             uses = self.observer.check(recorder, recorded)
             if self.observer.due():
-                self.observer.observe(batch, uses, recorded, len(self._batches()))
+                with self.watch.suspended():
+                    self.observer.observe(batch, uses, recorded, len(self._batches()))
             if self.observer.runs_again() and recorded is output:
                 batch.uses = uses
         self.pending.append(batch)
@@ -261,7 +262,8 @@ class Tracker:
         if uses is not None:
             if self.observer.due():
                 if torch.isfinite(loss):
-                    self.observer.observe(batch, uses, recorded, len(self._batches()))
+                    with self.watch.suspended():
+                        self.observer.observe(batch, uses, recorded, len(self._batches()))
                 else:
                     batch.fault = LOSS_NOT_FINITE
             if self.observer.runs_again() and recorded is output:
