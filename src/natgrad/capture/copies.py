@@ -114,7 +114,7 @@ class _PerExample(TorchFunctionMode):
         out = _Forward.apply(input, W)
         if b is not None:
             out = out + b.view(len(b), *[1] * (out.ndim - 2), -1)
-        return out  # type: ignore[no-any-return]
+        return out
 
 
 class _Forward(torch.autograd.Function):
@@ -126,7 +126,7 @@ class _Forward(torch.autograd.Function):
         return h @ W[0].mT
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
         h, W = ctx.saved_tensors
         return _Backward.apply(g, W), _outer(g, h) if ctx.needs_input_grad[1] else None
 
@@ -140,7 +140,7 @@ class _Backward(torch.autograd.Function):
         return g @ W[0]
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
         g, W = ctx.saved_tensors
         return _Forward.apply(v, W), _outer(g, v) if ctx.needs_input_grad[1] else None
 
