@@ -1,6 +1,6 @@
 """Natural gradients beside Adam at equal processor time: what the recipes for objectives share.
 
-Each run starts from the same weights. natgrad's optimizer has nothing to tune; Adam has the best of four learning rates.
+All runs start from the same weights. natgrad's optimizer has nothing to tune; Adam has the best of four learning rates.
 """
 
 import time
