@@ -56,7 +56,7 @@ class Preconditioner(ABC):
         """Takes the statistics of a batch, or notes its fault; it is the `draw`-th of the step."""
 
     def follow_along(  # noqa: B027
-        self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int
+        self, uses: list[Use], output: Tensor, target: Any, term: Term, draw: int, step: int
     ) -> None:
         """Takes part in bringing together the shards for other ranks' statistics, of which this rank has none."""
 

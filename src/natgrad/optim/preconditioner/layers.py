@@ -177,7 +177,7 @@ class LayerBlocks(Preconditioner):
         by_squares = self.options.sharing == "reduce" or self.options.structure in ("ekfac", "diagonal")
         return self.options.estimator == "mc" and (layer.scale or by_squares)
 
-    def follow_along(self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int) -> None:
+    def follow_along(self, uses: list[Use], output: Tensor, target: Any, term: Term, draw: int, step: int) -> None:
         if not (self.running.reads_gradients and output.requires_grad):
             return
         if self.separation.begin(term.name):

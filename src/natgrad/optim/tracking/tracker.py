@@ -48,7 +48,7 @@ class Observer(Protocol):
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int) -> None:
         """Takes the statistics of a batch, or notes its fault; it is the `draw`-th of the step."""
 
-    def follow_along(self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int) -> None:
+    def follow_along(self, uses: list[Use], output: Tensor, target: Any, term: Term, draw: int) -> None:
         """Takes part in bringing together the shards for other ranks' statistics, of which this rank has none."""
 
     def share(self, pending: list[Batch]) -> None:
@@ -243,7 +243,7 @@ class Tracker:
         return full_precision(output), returned.way_to(output)
 
     def _loss(
-        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor, own: Found | None = None
+        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any, own: Found | None = None
     ) -> Tensor:
         term.curvature.check(output, target)
         if torch.is_grad_enabled() and not output.requires_grad:
@@ -299,7 +299,7 @@ class Tracker:
             return recorder, forward.again(self.place.model, way)
 
     def _batch(
-        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor, mass: Tensor, loss: Tensor
+        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any, mass: Tensor, loss: Tensor
     ) -> Batch:
         return Batch(term, forward, target, output.shape, way, mass, loss.detach(), self.parameters.versions())
 
@@ -321,7 +321,7 @@ class Tracker:
         around = self._around()
         return around is not None and bool(around.require_backward_grad_sync) and not self.joined
 
-    def _no_loss(self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
+    def _no_loss(self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any) -> Tensor:
         """The loss of a rank that has no examples where others have: zero, with gradients that are zero."""
         if self.place.world.size == 1:
             raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")
