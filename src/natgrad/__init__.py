@@ -4,7 +4,16 @@ from natgrad import linalg, losses, pde
 from natgrad.curvature.matrices import fisher, gauss_newton, hessian
 from natgrad.curvature.residual import residual
 from natgrad.linalg import load
-from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, NewtonMuon, load_checkpoint
+from natgrad.optim import (
+    KFAC,
+    PRONG,
+    Damping,
+    GrowingBatches,
+    Intervals,
+    NaturalGradient,
+    NewtonMuon,
+    load_checkpoint,
+)
 from natgrad.uses.ewc import EWC, ewc
 from natgrad.uses.influence import influence
 from natgrad.uses.jacobian import Jacobian, jacobian, ntk
@@ -13,6 +22,8 @@ from natgrad.uses.lds import LDS, lds
 from natgrad.uses.merge import merge
 from natgrad.uses.posterior import LaplacePosterior
 from natgrad.uses.prune import Pruned, prune
+from natgrad.uses.quantize import Quantized, quantize
+from natgrad.uses.unlearn import Unlearned, unlearn
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,12 +31,16 @@ __all__ = [
     "KFAC",
     "LDS",
     "PRONG",
+    "Damping",
     "GrowingBatches",
+    "Intervals",
     "Jacobian",
     "LaplacePosterior",
     "NaturalGradient",
     "NewtonMuon",
     "Pruned",
+    "Quantized",
+    "Unlearned",
     "ewc",
     "fisher",
     "gauss_newton",
@@ -42,7 +57,9 @@ __all__ = [
     "ntk",
     "pde",
     "prune",
+    "quantize",
     "residual",
+    "unlearn",
 ]
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from natgrad.checks.values import check_choice, check_count, check_flag, check_number, check_within
 from natgrad.optim.optimizer import CurvatureOptimizer
+from natgrad.optim.options import Damping
 from natgrad.optim.parameter_groups import Groups, check_one_decay
 from natgrad.optim.preconditioner.exact import SOLVERS, ExactMatrix
 from natgrad.optim.rules.damping import DampingControl, Eager
@@ -15,7 +16,7 @@ from natgrad.optim.terms import Loss
 from natgrad.optim.tracking.returned import Way
 
 TOLERATED_RISE = 1e-3
-"""A step after which the loss is higher by more than this share is taken back."""
+"""A step that raises the loss by more than this share is undone."""
 TRIES = 12
 """How often a step is tried, with more damping each time."""
 
@@ -25,47 +26,47 @@ class NaturalGradient(CurvatureOptimizer):
 
         Δ = (F + λI)⁻¹ ∇        F = E[Jᵀ D J] = S Sᵀ        θ ← θ − α Δ
 
-    Every case and column of `D` gives a column of `S`, `nk` in all. What is inverted is the smaller of `F` and the
-    Gram matrix `SᵀS`, by `(F + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v)/λ`; or neither, by conjugate gradients with the
-    products of `F`, where both are large. For squared error this is the Levenberg-Marquardt method. Meant for small
-    networks and deterministic batches: physics-informed networks, regression to high accuracy.
+    Each case and each column of a square root of `D` give one column of `S`, `nk` in all. The optimizer inverts the
+    smaller of `F` and the Gram matrix `SᵀS`, by `(F + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v)/λ`. If both are large, it
+    uses conjugate gradients with products of `F`. For squared error this is the Levenberg-Marquardt method. It is meant
+    for small networks and deterministic batches: physics-informed networks, regression to high accuracy.
 
     Args:
         model: the module to train. Unless the solver is `"cg"`, every trainable parameter must belong to an affine
             map, and axis 0 of every layer's input must be the example.
         loss: an instance of one of torch's losses that `natgrad.fisher` takes, or `"model"`, as for `KFAC`.
         params: which parameters to train, as for `KFAC`.
-        lr: the step size `α`; None: 1 with the exact estimator, else that of the quadratic model.
-        momentum: `μ`, from 0 to below 1. The direction is `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)` with `Δ₋` the direction
-            before: what the last step knew of directions that this batch says nothing about is kept (SPRING). None:
-            the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
-        damping: `λ`, in units of the loss's mean whatever the reduction; None: calibrated on the first batch,
-            then Levenberg-Marquardt at every step.
-        weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it; the same in all groups, unless
-            decoupled.
-        decoupled_weight_decay: multiply by `1 − α η` at each step instead.
-        max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step, which is shortened to keep it.
-        max_norm: a bound on the length `‖δ‖` of a step, which is shortened to keep it.
+        lr: the step size `α`. None: 1 with the exact estimator, else that of the quadratic model.
+        momentum: `μ`, from 0 to below 1. The direction is `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)`, where `Δ₋` is the previous
+            direction. In directions that the batch does not determine, this keeps what earlier steps found (SPRING).
+            None: the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
+        damping: `λ`, in units of the mean loss, also for `reduction="sum"`. None: it is calibrated on the first batch
+            and then adapted by Levenberg-Marquardt at every step. Or `natgrad.Damping(value, decay=)`.
+        weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective, for both reductions. It must be the same in all groups,
+            unless it is decoupled.
+        decoupled_weight_decay: multiply the parameters by `1 − α η` at each step instead.
+        max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step. A longer step is shortened to it.
+        max_norm: a bound on the length `‖δ‖` of a step. A longer step is shortened to it.
         accelerate: add the acceleration `a = −½ (F + λI)⁻¹ Jᵀ D f''` to a step `δ`, where `f''` is the second
-            derivative of the outputs along it. It costs one forward and one solve. Only where `lr` is None and the
-            matrix is held as columns: not with `solver="cg"`.
-        average: keep averages of the parameters, whose weights fall by this factor a step (and faster at first), for
-            evaluation within `with opt.averaged():`; None: none.
+            derivative of the outputs along the step. It costs one forward pass and one solve. It requires `lr=None`,
+            and does not work with `solver="cg"`.
+        average: keep an exponential average of the parameters, with this decay (smaller at first), for
+            evaluation within `with opt.averaged():`. None: no average.
         estimator: `"exact"`, `"mc"` (one label for each case, drawn from the model) or `"empirical"`.
-        solver: `"dual"` (by `SᵀS`), `"primal"` (by `F`), `"cg"`; None: the smaller of the first two, or the last
-            where both are larger than `max_size`.
-        max_size: the most rows of a matrix that is factorized.
-        tolerance: the relative residual of conjugate gradients. None: `eps^¾`.
-        max_iterations: their most products; what they have by then is the direction, with the residual in
-            `diagnostics`.
-        damping_decay: the factor of the damping after a step that the quadratic model predicted well.
-        output: how the loss's input is made of what the model returns, as for `KFAC`.
+        solver: `"dual"` (factorizes `SᵀS`), `"primal"` (factorizes `F`) or `"cg"` (conjugate gradients). None: the
+            cheaper of the first two, or `"cg"` if both matrices are larger than `max_size`.
+        max_size: the largest number of rows of a matrix that is factorized.
+        tolerance: the relative residual at which conjugate gradients stop. None: `eps^¾`.
+        max_iterations: the largest number of products in conjugate gradients. If it is reached, the current result is
+            the direction, and `diagnostics` has the residual.
+        damping_decay: the factor of the damping after a step that the quadratic model predicted well. None: 0.3.
+        output: a function that makes the loss's input from what the model returns, as for `KFAC`.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
 
     Raises:
         TypeError: if the loss is not supported.
         ValueError: if an option is out of range.
-        NotImplementedError: by `loss`, if a parameter is not part of an affine map; it is named.
+        NotImplementedError: by `opt.loss`, if a parameter is used in an unsupported way; the error names it.
 
     Example:
         >>> import torch, natgrad
@@ -96,7 +97,7 @@ class NaturalGradient(CurvatureOptimizer):
         params: Groups = None,
         lr: float | None = None,
         momentum: float | None = 0.8,
-        damping: float | None = None,
+        damping: float | Damping | None = None,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         max_kl: float | None = None,
@@ -108,10 +109,17 @@ class NaturalGradient(CurvatureOptimizer):
         max_size: int = 5000,
         tolerance: float | None = None,
         max_iterations: int = 250,
-        damping_decay: float = 0.3,
+        damping_decay: float | None = None,
         output: Way | None = None,
         generator: torch.Generator | None = None,
     ):
+        damped = Damping.of(damping, decay=damping_decay)
+        for name in ("floor", "style"):
+            if getattr(damped, name) is not None:
+                raise ValueError(
+                    f"damping=Damping({name}={getattr(damped, name)!r}) is no option of NaturalGradient, which inverts "
+                    "the matrix itself; leave it out"
+                )
         check_choice("solver", solver, SOLVERS, optional=True)
         if solver == "cg" and estimator in ("mc", "empirical"):
             raise ValueError(
@@ -120,7 +128,8 @@ class NaturalGradient(CurvatureOptimizer):
         for name, count in (("max_size", max_size), ("max_iterations", max_iterations)):
             check_count(name, count)
         check_within("tolerance", tolerance, "(0, 1)", optional=True)
-        check_within("damping_decay", damping_decay, "(0, 1]")
+        factor = 0.3 if damped.decay is None else damped.decay
+        check_within("damping_decay", factor, "(0, 1]")
         check_number("max_norm", max_norm, optional=True, positive=True)
         check_flag("accelerate", accelerate)
         super().__init__(
@@ -133,7 +142,7 @@ class NaturalGradient(CurvatureOptimizer):
                 "weight_decay": weight_decay,
                 "decoupled_weight_decay": decoupled_weight_decay,
             },
-            damping=damping,
+            damping=damped.value,
             max_kl=max_kl,
             average=average,
             estimator=estimator,
@@ -152,10 +161,10 @@ class NaturalGradient(CurvatureOptimizer):
             tolerance=eps**0.75 if tolerance is None else tolerance,
             max_iterations=max_iterations,
         )
-        # Below eps · tr F the damping is lost in rounding.
-        rule = Eager(damping_decay, eps * min(matrix.size(), max_size))
+        # A damping below eps · tr F is lost in rounding.
+        rule = Eager(factor, eps * min(matrix.size(), max_size))
         projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
-        self._assemble(matrix, DampingControl(damping, rule), TOLERATED_RISE, TRIES, projected)
+        self._assemble(matrix, DampingControl(damped.value, rule), TOLERATED_RISE, TRIES, projected)
 
     def _check_groups(self) -> None:
         super()._check_groups()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from natgrad.capture.use import Use
 from natgrad.losses import OutputCurvature
 from natgrad.optim.tracking.factors import Observed
-from natgrad.optim.tracking.forward import Forward, changed_in_place, with_versions
+from natgrad.optim.tracking.forward import Forward, RandomState, changed_in_place, with_versions
 from natgrad.optim.tracking.returned import Way
 
 LOSS_NOT_FINITE = "the loss is not finite: look for NaN or inf in the batch and in the parameters"
@@ -99,20 +99,29 @@ class Batch(Observed):
         (output,) = run_again([self], forward)
         return output
 
-    def value(self, output: Tensor) -> float:
-        """The loss of another output for this batch.
+    @property
+    def unchanged(self) -> bool:
+        """Whether inputs and target are as they were, so that the loss can be computed again."""
+        return changed_in_place(self.targets) is None and self.forward.unchanged
 
-        Raises:
-            RuntimeError: if the target has been changed in place since.
-        """
+    def again(self, model: nn.Module) -> Tensor:
+        """The loss at the parameters as they are now."""
+        return self._loss_of(self.run(model))
+
+    def value(self, output: Tensor) -> float:
+        """The loss of another output for this batch, as a number."""
+        return float(self._loss_of(output))
+
+    def _loss_of(self, output: Tensor) -> Tensor:
+        """Raises RuntimeError if the target has been changed in place since."""
         if self.is_empty:
-            return 0.0
+            return output.sum()
         if (t := changed_in_place(self.targets)) is not None:
             raise RuntimeError(
                 f"the target, of shape {tuple(t.shape)}, was changed in place after opt.loss took it, and "
                 "the step measures the loss again; give opt.loss a copy (y.clone()), or change it after the step"
             )
-        return float(self.term.curvature.loss(output, self.target))
+        return self.term.curvature.loss(output, self.target)
 
 
 def by_forward(batches: Iterable[Batch]) -> list[list[Batch]]:
@@ -146,21 +155,29 @@ def in_order(batches: Sequence[Batch]) -> list[Use]:
 
 @dataclass(eq=False)
 class Penalty(Observed):
-    """A part of the objective that is computed from the parameters, and has no curvature here."""
+    """A part of the objective that is computed from the parameters, and has no curvature here. `rng` is the random
+    state that it was computed in."""
 
     penalty: Callable[[], Tensor]
     loss: Tensor
     versions: list[int]
+    rng: RandomState
     kind = ""
     is_mean = False
+    unchanged = True
 
     @property
     def mass(self) -> Tensor:
         return self.loss.new_ones(())
 
+    def again(self, model: nn.Module) -> Tensor:
+        """It at the parameters as they are now, with the same random numbers. It may take derivatives itself."""
+        with self.rng.restored(), torch.enable_grad():
+            return self.penalty().reshape(())
+
     def value(self, model: nn.Module) -> float:
-        """It at the parameters as they are now."""
-        return float(self.penalty())
+        """That as a number."""
+        return float(self.again(model).detach())
 
 
 @dataclass(eq=False)

@@ -82,6 +82,11 @@ class Forward:
         return [full_precision(output) for output in outputs]
 
     @property
+    def unchanged(self) -> bool:
+        """Whether the arguments are as they were."""
+        return changed_in_place(self.inputs) is None
+
+    @property
     def mode(self) -> tuple[bool, ...]:
         """Which modules were in training mode."""
         return tuple(training for _, training in self.modes)
