@@ -10,7 +10,7 @@ from natgrad.optim.optimizer import CurvatureOptimizer
 from natgrad.optim.options import Damping
 from natgrad.optim.parameter_groups import Groups, check_one_decay
 from natgrad.optim.preconditioner.exact import SOLVERS, ExactMatrix
-from natgrad.optim.rules.damping import DampingControl, Eager
+from natgrad.optim.rules.damping import Eager
 from natgrad.optim.rules.projected import Projected
 from natgrad.optim.terms import Loss
 from natgrad.optim.tracking.returned import Way
@@ -87,7 +87,6 @@ class NaturalGradient(CurvatureOptimizer):
     """
 
     _key = "natural_gradient"
-    _many_ranks = False
 
     def __init__(
         self,
@@ -164,7 +163,7 @@ class NaturalGradient(CurvatureOptimizer):
         # A damping below eps · tr F is lost in rounding.
         rule = Eager(factor, eps * min(matrix.size(), max_size))
         projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
-        self._assemble(matrix, DampingControl(damped.value, rule), TOLERATED_RISE, TRIES, projected)
+        self._assemble(matrix, rule, TOLERATED_RISE, TRIES, projected)
 
     def _check_groups(self) -> None:
         super()._check_groups()
