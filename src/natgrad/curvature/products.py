@@ -125,7 +125,9 @@ class _Replay(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in COMPOSITES:  # fused functions have no forward mode
             with self:
-                return COMPOSITES[func](*args, **kwargs)
+                opened = COMPOSITES[func](*args, **kwargs)
+            if opened is not NotImplemented:
+                return opened
         rule = tangent_rule(func, args)
         if rule is not None and (found := rule(*args, **kwargs)) is not None:
             return found
