@@ -64,7 +64,7 @@ class Preconditioner(ABC):
         )
 
     def follow_along(  # noqa: B027
-        self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int
+        self, uses: list[Use], output: Tensor, target: Any, term: Term, draw: int, step: int
     ) -> None:
         """Helps to gather the shards for the statistics of other ranks. This rank has no statistics."""
 
