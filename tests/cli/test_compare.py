@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
+from natgrad.checks.errors import UserError
 from natgrad.cli import main
 from natgrad.cli.compare import rows
-from natgrad.cli.errors import UserError
 from natgrad.study.comparison import Contestant, Outcome, Problem, advice, contestants, run
 from natgrad.study.split import split
 from natgrad.study.training import Budget

@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 GRAPH = runpy.run_path(str(ROOT / "docs" / "import_graph.py"))
-FLOW = ["checks", "losses", "linalg", "capture", "curvature", "optim", "study"]
-"""Each imports from those before it; `report` and `distributed` stand beside, `cli` is used by `study`, too."""
+FLOW = ["checks", "losses", "linalg", "capture", "curvature", "optim", "study", "cli"]
+"""Each imports from those before it; `report` and `distributed` stand beside."""
 LONGEST = 400
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.study import text
 from natgrad.study.decoder import Decoder, rotated
 from natgrad.study.optimizers import OPTIMIZERS, matrices

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.study.keeping import chosen, jobs, keep, kept, key, others, path_of, pending
 from natgrad.study.measure import conditioning, measure
 from natgrad.study.optimizers import OPTIMIZERS

@@ -2,7 +2,7 @@
 
 import pytest
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.study.spec import SHIPPED, Job, load_spec, read_spec
 
 GOOD = """

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.cli.patience import wait_asleep
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.cli.interrupt import Interruption
 from natgrad.cli.report import check_seed, check_writable, finite, write_json, write_page
-from natgrad.cli.target import load_problem, words
 from natgrad.report.figures import MORE_COLOURS, new_figure, save, tidy
 from natgrad.study.comparison import Outcome, Problem, advice, contestants, run
 from natgrad.study.pictures import STYLES, plain_log_ticks
 from natgrad.study.split import split
+from natgrad.study.target import load_problem, words
 from natgrad.study.training import Budget
 
 HEADINGS = ("optimizer", "steps", "ms/step", "AdamW steps", "training loss", "held-out loss")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from natgrad.checks.errors import UserError
 from natgrad.checks.values import did_you_mean
 from natgrad.cli.conditioning import layer_conditioning
 from natgrad.cli.demo_report import Outcome, write_all
-from natgrad.cli.errors import UserError
 from natgrad.cli.interrupt import Interruption
 from natgrad.cli.progress import TrainingDisplay, calibration, summary_table, too_few_steps
 from natgrad.cli.report import check_seed, check_writable, writing

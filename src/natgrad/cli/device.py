@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 
 
 def check_device(given: str) -> torch.device:

@@ -14,17 +14,17 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from natgrad import residual
+from natgrad.checks.errors import UserError
 from natgrad.checks.values import did_you_mean
 from natgrad.cli.device import check_device, on_device
-from natgrad.cli.errors import UserError
 from natgrad.cli.report import check_seed, check_writable, write_json, write_page, writing
-from natgrad.cli.target import load_problem, words
 from natgrad.curvature.problem import Forward
 from natgrad.losses.base import ESTIMATORS
 from natgrad.report.advice import LABELS, Advice, advice
 from natgrad.report.residual import COLUMNS, ResidualReport
 from natgrad.report.residual_figures import PANELS, draw
 from natgrad.report.words import visible
+from natgrad.study.target import load_problem, words
 
 
 def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: Path, device: str | None) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from natgrad.checks.errors import UserError
 from natgrad.checks.values import did_you_mean
-from natgrad.cli.errors import UserError
-from natgrad.cli.target import load_problem
 from natgrad.curvature.problem import Problem
 from natgrad.curvature.structures import KfacStructure
 from natgrad.distributed.plan import SCHEMES, Machine, Prediction, Settings, best, predict
 from natgrad.distributed.sizes import MODELS, Size, sizes_of
 from natgrad.report.words import visible
+from natgrad.study.target import load_problem
 
 UNITS = {"flops": ("TFLOP/s", 1e12), "bandwidth": ("GB/s", 1e9), "latency": ("µs", 1e-6), "memory": ("GiB", 2.0**30)}
 LEAST = 1e-4

@@ -4,18 +4,16 @@ import base64
 import contextlib
 import json
 import math
-import os
-import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from natgrad.checks.errors import UserError
 from natgrad.checks.files import write_whole
-from natgrad.cli.errors import UserError
+from natgrad.report.machine import describe_machine
 from natgrad.report.words import visible
 
 
@@ -50,23 +48,6 @@ def check_seed(seed: int) -> None:
         raise UserError(f"--seed was {seed}; expected 0 to 2^63 - 1; give, say, --seed 0.")
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def describe_machine() -> dict[str, Any]:
-    """Describe what the command ran on, as far as it bears on the timings."""
-    return {
-        "cpu": _processor(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "os": platform.platform(),
-    }
-
-
 def finite(value: int | float) -> int | float | None:
     """The number itself, or None where JSON has none for it."""
     return value if math.isfinite(value) else None
@@ -94,13 +75,3 @@ def write_page(template: str, pictures: Mapping[str, Path], path: Path, **contex
 def _shown(value: Any) -> Any:
     """What stands in the page for a value: of text, its control characters as escapes."""
     return visible(value, lines=True) if type(value) is str else value
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

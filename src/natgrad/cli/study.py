@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.cli.interrupt import Interruption
-from natgrad.cli.report import check_writable, cores, writing
+from natgrad.cli.report import check_writable, writing
 from natgrad.cli.study_display import StudyDisplay
 from natgrad.cli.study_report import write_report
+from natgrad.report.machine import cores
 from natgrad.report.words import visible
 from natgrad.study.beside import HEADINGS as BESIDE_HEADINGS
 from natgrad.study.beside import beside_rows, has_published

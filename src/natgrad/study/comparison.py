@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.study.split import Split
 from natgrad.study.training import CONSTANT, Budget, Schedule, moments
 

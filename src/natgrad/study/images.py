@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 
 SIDE = 28
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from natgrad.checks.errors import UserError
 from natgrad.checks.files import write_whole
-from natgrad.cli.errors import UserError
 from natgrad.study.form import is_run
 from natgrad.study.run import Result
 from natgrad.study.spec import Job, OptimizerEntry, Spec, TaskEntry

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import natgrad
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.optim import averaging
 from natgrad.study.peers import NorMuon, SOAPMuon
 from natgrad.study.task import Batch, Task

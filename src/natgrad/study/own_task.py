@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.cli.errors import UserError
-from natgrad.cli.target import call, checked, parsed, words
+from natgrad.checks.errors import UserError
+from natgrad.study.target import call, checked, parsed, words
 from natgrad.study.task import Batch, Task
 from natgrad.study.tasks import SUBSET, indices
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.study.keeping import Results, key, pending
 from natgrad.study.run import Result, perform
 from natgrad.study.spec import Job, Spec

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib

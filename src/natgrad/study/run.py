@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import natgrad
-from natgrad.cli.errors import UserError
-from natgrad.cli.report import describe_machine
+from natgrad.checks.errors import UserError
+from natgrad.report.machine import describe_machine
 from natgrad.study.measure import measure
 from natgrad.study.optimizers import OPTIMIZERS
 from natgrad.study.own_task import own_task

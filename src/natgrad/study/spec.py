@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.report.words import shortened
 from natgrad.study.optimizers import OPTIMIZERS, Kind, check
 from natgrad.study.own_task import digest

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.study.tasks import indices
 
 EVERY = 10

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Generator, Tensor, nn
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.study.decoder import Decoder
 from natgrad.study.task import Batch, Task
 

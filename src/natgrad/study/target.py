@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from natgrad.cli.errors import UserError
+from natgrad.checks.errors import UserError
 from natgrad.curvature.problem import Forward
 
 EXPECTED = "expected (model, loss, data), as for natgrad.residual(model, loss, data), or (model, loss, data, forward)"
