@@ -42,7 +42,7 @@ class Recipe:
         damping: `λ`, which moves by how well the quadratic model predicts the loss.
         journal: counts, and tells users what went wrong.
         labels: the source of random labels.
-        tolerated: the share of the loss by which a step may raise it.
+        tolerated: the share of the loss by which a step may raise it on its own batch.
         tries: how often a step is tried, with more damping each time and the same curvature.
         adapt_every: steps between changes of the damping, and of the ratio of step size and momentum.
         max_kl: a bound on the predicted KL divergence of a step.
@@ -140,7 +140,7 @@ class Recipe:
         self.journal.loss_before = objective.loss
 
     def _was_too_far(self, objective: Objective) -> bool:
-        """Whether the last step was not measured, and has raised the loss; it is then undone."""
+        """Whether the last step has raised this batch's loss by too much; it is then undone."""
         if not self.damping.adaptive or not self.trials.too_far(objective.loss, self.journal.loss_before):
             return False
         return self.trials.undo_last(objective, objective.loss)
