@@ -41,6 +41,9 @@ class NaturalGradient(CurvatureOptimizer):
             the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
         damping: `λ`, in units of the loss's mean whatever the reduction; None: calibrated on the first batch,
             then Levenberg-Marquardt at every step.
+        min_damping: the least `λ`, where it adapts; None: what rounding allows. With new points at every step, and
+            fewer of them than parameters, every step fits its own points, and the damping would fall until it fits
+            nothing else: give the level of what cannot be fitted, say 1e-4 for 500 residuals.
         weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it; the same in all groups, unless
             decoupled.
         decoupled_weight_decay: multiply by `1 − α η` at each step instead.
@@ -97,6 +100,7 @@ class NaturalGradient(CurvatureOptimizer):
         lr: float | None = None,
         momentum: float | None = 0.8,
         damping: float | None = None,
+        min_damping: float | None = None,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         max_kl: float | None = None,
@@ -122,6 +126,12 @@ class NaturalGradient(CurvatureOptimizer):
         check_within("tolerance", tolerance, "(0, 1)", optional=True)
         check_within("damping_decay", damping_decay, "(0, 1]")
         check_number("max_norm", max_norm, optional=True, positive=True)
+        check_number("min_damping", min_damping, optional=True, positive=True)
+        if damping is not None and min_damping is not None:
+            raise ValueError(
+                f"min_damping={min_damping} is for a damping that adapts, and damping={damping} stays: leave one of "
+                "them out"
+            )
         check_flag("accelerate", accelerate)
         super().__init__(
             model,
@@ -155,7 +165,7 @@ class NaturalGradient(CurvatureOptimizer):
         # Below eps · tr F the damping is lost in rounding.
         rule = Eager(damping_decay, eps * min(matrix.size(), max_size))
         projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
-        self._assemble(matrix, DampingControl(damping, rule), TOLERATED_RISE, TRIES, projected)
+        self._assemble(matrix, DampingControl(damping, rule, min_damping or 0.0), TOLERATED_RISE, TRIES, projected)
 
     def _check_groups(self) -> None:
         super()._check_groups()

@@ -116,7 +116,7 @@ class Recipe:
         if objective.measurable:
             self._look_at_loss(stage)
         elif self.damping.adaptive and (self.damping.value is None or self._adaptation_due()):
-            self.damping.value = self.preconditioner.scale()
+            self.damping.calibrated(self.preconditioner.scale())
         for tries in range(1, self.tries + 1):
             if self.tries > 1:
                 figures["tries"] = tries
@@ -248,7 +248,7 @@ class Recipe:
             return self.trials.loss_after(step, stage)
 
         scale = self.preconditioner.scale()
-        self.damping.value = calibrate(scale if scale > 0 else 1.0, loss_after)
+        self.damping.calibrated(calibrate(scale if scale > 0 else 1.0, loss_after))
         self.preconditioner.expire()
 
     def _decay(self, scale: float) -> Decay:

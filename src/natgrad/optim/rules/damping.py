@@ -74,15 +74,26 @@ class Eager(LevenbergMarquardt):
 
 
 class DampingControl:
-    """The damping of a run: a number, or None until it is calibrated; `adaptive` where it is not the user's own."""
+    """The damping of a run: a number, or None until it is calibrated.
 
-    def __init__(self, value: float | None, rule: LevenbergMarquardt):
-        self.value, self.adaptive, self.rule = value, value is None, rule
+    `adaptive`: whether it moves. It does not where it is the user's own, nor once it has come down to `least`.
+    """
+
+    def __init__(self, value: float | None, rule: LevenbergMarquardt, least: float = 0.0):
+        self.value, self.rule, self.least, self._given = value, rule, least, value is not None
+
+    @property
+    def adaptive(self) -> bool:
+        return not self._given and (self.value is None or self.value > self.least)
+
+    def calibrated(self, value: float) -> None:
+        """The first damping of a run."""
+        self.value = max(value, self.least)
 
     def adapt(self, ratio: float, scale: float, share: float) -> None:
         """After a step that was measured, `share` of which was taken to keep a bound on its length."""
         if self.adaptive and self.value is not None:
-            self.value = self.rule.adapt(self.value, ratio, scale, share)
+            self.value = max(self.rule.adapt(self.value, ratio, scale, share), self.least)
 
     def raise_(self, count: int, scale: float) -> None:
         """After a rejection, the `count`-th in a row."""
