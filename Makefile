@@ -10,9 +10,10 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/pytest -n auto
 
-# Those, and the longer ones of the same kinds.
+# Those, and the longer ones of the same kinds; every call of the library is held to its annotations, shapes included,
+# which takes about twice the time.
 test-all: .venv/.installed
-	$(BIN)/pytest -n auto -m "not slow"
+	$(BIN)/pytest -n auto -m "not slow" --jaxtyping-packages=natgrad,beartype.beartype
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -4,7 +4,16 @@ from natgrad import linalg, losses, pde
 from natgrad.curvature.matrices import fisher, gauss_newton, hessian
 from natgrad.curvature.residual import residual
 from natgrad.linalg import load
-from natgrad.optim import KFAC, PRONG, GrowingBatches, NaturalGradient, NewtonMuon, load_checkpoint
+from natgrad.optim import (
+    KFAC,
+    PRONG,
+    Damping,
+    GrowingBatches,
+    Intervals,
+    NaturalGradient,
+    NewtonMuon,
+    load_checkpoint,
+)
 from natgrad.uses.ewc import EWC, ewc
 from natgrad.uses.influence import influence
 from natgrad.uses.jacobian import Jacobian, jacobian, ntk
@@ -20,7 +29,9 @@ __all__ = [
     "KFAC",
     "LDS",
     "PRONG",
+    "Damping",
     "GrowingBatches",
+    "Intervals",
     "Jacobian",
     "LaplacePosterior",
     "NaturalGradient",

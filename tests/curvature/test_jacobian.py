@@ -310,3 +310,18 @@ def test_padding_that_comes_in_a_later_batch_only(padding):
     torch.testing.assert_close(
         F @ torch.eye(F.space.size, dtype=torch.float64), dense.to_dense(), rtol=1e-9, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("name", ["no_grad", "detach"])
+def test_batches_of_many_lengths_are_looked_at_a_few_times(name, monkeypatch):
+    """A loader of texts has a new length in every batch."""
+    from natgrad.curvature import jacobian
+
+    looks = []
+    look = jacobian._look
+    monkeypatch.setattr(jacobian, "_look", lambda *args: looks.append(look(*args)) or looks[-1])
+    model, _ = made(name)
+    data = [(randn(n, D, seed=n), torch.arange(n) % C) for n in range(3, 12)]
+    F, dense = (natgrad.fisher(model, CE, data, s) for s in ("implicit", "dense"))
+    close(F @ torch.eye(F.space.size, dtype=f64), dense.to_dense(), 1e-10)
+    assert looks == [name == "no_grad"] * jacobian.TRUSTED

@@ -12,8 +12,6 @@ FLOW = ["checks", "losses", "linalg", "capture", "curvature", "optim", "study"]
 LONGEST = 400
 LONGER = {
     "natgrad.linalg.operator": 460,
-    "natgrad.optim.preconditioner.layers": 480,
-    "natgrad.optim.tracking.tracker": 460,
 }
 """Files that want splitting, and how long they may be until then."""
 

@@ -10,9 +10,11 @@ from natgrad.curvature.moments import MAX_DIM, SHARING
 from natgrad.linalg import Block, BlockDiagonal
 from natgrad.linalg.precision import check_precision
 from natgrad.optim.optimizer import CurvatureOptimizer
+from natgrad.optim.options import Damping, Intervals
 from natgrad.optim.parameter_groups import Groups
 from natgrad.optim.preconditioner.interval import Interval
-from natgrad.optim.preconditioner.layers import LayerBlocks, Options
+from natgrad.optim.preconditioner.layers import LayerBlocks
+from natgrad.optim.preconditioner.options import Options
 from natgrad.optim.preconditioner.orthogonalized import Orthogonalized
 from natgrad.optim.preconditioner.running import RUNNING, Running
 from natgrad.optim.rules.damping import DampingControl, LevenbergMarquardt
@@ -47,7 +49,8 @@ class KFAC(CurvatureOptimizer):
             step is that of `torch.optim.SGD` on a preconditioned gradient, `v ← μ v + ∇`, `θ ← θ − α F⁻¹ v`.
         damping: `λ`, in units of the loss's mean whatever the reduction; None: calibrated on the first batch,
             then Levenberg-Marquardt. With `structure="input"` it is `ε`, in units of the inputs' second moment; None:
-            in units of its mean eigenvalue, 0.3 where `lr` and `momentum` are numbers, else adapted likewise.
+            in units of its mean eigenvalue, 0.3 where `lr` and `momentum` are numbers, else adapted likewise. Or
+            `natgrad.Damping(value, decay=, floor=, style=)`, in place of the options `damping_...` below.
         weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it.
         decoupled_weight_decay: multiply by `1 − α η` at each step instead, as AdamW does.
         structure: `"kfac"`; `"ekfac"`: K-FAC's eigenbases, every `bases_every` steps, with the second moments of the
@@ -68,6 +71,8 @@ class KFAC(CurvatureOptimizer):
             evaluation within `with opt.averaged():`; None: none.
         estimator: `"mc"` (labels drawn from the model), `"exact"` or `"empirical"`.
         sharing: `"expand"` or `"reduce"`, for layers used at several positions.
+        intervals: `natgrad.Intervals(statistics=, inverses=, bases=, adapt=)`, in place of the options
+            `..._every` below.
         statistics_every: steps between updates of the moments. None: 10 where centered or for `"input"`, else 5, as the
             homogeneous input factor holds the mean of the inputs, which moves faster than their covariance; and where
             `lr` or `momentum` is adaptive, at first fewer, a tenth of the steps so far.
@@ -77,8 +82,8 @@ class KFAC(CurvatureOptimizer):
         inverses_every: steps between updates of the inverses. None: 20 where centered or for `"input"`, else 5; at
             first fewer, likewise.
         bases_every: steps between new bases of `"ekfac"`. None: 100.
-        adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`.
-        damping_decay: the least factor per step by which the damping may fall.
+        adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`. None: 8.
+        damping_decay: the least factor per step by which the damping may fall. None: 0.8.
         damping_floor: the damping falls no further than this times a typical curvature: the mean of a layer's diagonal,
             in centered coordinates where it is centered, and the median of that over the parameters. None: 1 where
             centered, else 0.03, as the means of the inputs count in it.
@@ -124,7 +129,7 @@ class KFAC(CurvatureOptimizer):
         params: Groups = None,
         lr: float | None = None,
         momentum: float | None = None,
-        damping: float | None = None,
+        damping: float | Damping | None = None,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         structure: str = "kfac",
@@ -136,12 +141,13 @@ class KFAC(CurvatureOptimizer):
         average: float | None = None,
         estimator: str = "mc",
         sharing: str = "expand",
+        intervals: Intervals | None = None,
         statistics_every: int | None = None,
         statistics_share: float | None = None,
         inverses_every: int | None = None,
         bases_every: int | None = None,
-        adapt_every: int = 8,
-        damping_decay: float = 0.8,
+        adapt_every: int | None = None,
+        damping_decay: float | None = None,
         damping_floor: float | None = None,
         decay: float = 0.8,
         max_dim: int = MAX_DIM,
@@ -149,6 +155,10 @@ class KFAC(CurvatureOptimizer):
         output: Way | None = None,
         generator: torch.Generator | None = None,
     ):
+        damped = Damping.of(damping, decay=damping_decay, floor=damping_floor, style=damping_style)
+        every = Intervals.of(
+            intervals, statistics=statistics_every, inverses=inverses_every, bases=bases_every, adapt=adapt_every
+        )
         check_choice("structure", structure, tuple(RUNNING))
         for name, flag in (("centered", centered), ("orthogonalize", orthogonalize)):
             check_flag(name, flag)
@@ -164,26 +174,30 @@ class KFAC(CurvatureOptimizer):
             structure=structure,
             centered=centered,
             bias_update=bias_update,
-            damping_style=damping_style or ("factored" if centered else "exact"),
-            relative=damping is None and one_sided,
+            damping_style=damped.style or ("factored" if centered else "exact"),
+            relative=damped.value is None and one_sided,
             estimator=estimator,
             sharing=sharing,
-            statistics=_interval("statistics_every", statistics_every, 10 if seldom else 5),
+            statistics=_interval("statistics_every", every.statistics, 10 if seldom else 5),
             statistics_share=statistics_share,
-            inverses=_interval("inverses_every", inverses_every, 20 if seldom else 5),
-            bases_every=100 if bases_every is None else bases_every,
+            inverses=_interval("inverses_every", every.inverses, 20 if seldom else 5),
+            bases_every=100 if every.bases is None else every.bases,
             decay=decay,
             max_dim=max_dim,
             matmul_precision=matmul_precision,
         )
         _check(options)
+        adapt_every = 8 if every.adapt is None else every.adapt
         check_count("adapt_every", adapt_every, "steps")
+        damping_decay = 0.8 if damped.decay is None else damped.decay
         check_within("damping_decay", damping_decay, "(0, 1]")
-        if damping_floor is None:
-            damping_floor = 1.0 if centered and structure in ("kfac", "ekfac") else 0.03
-        check_number("damping_floor", damping_floor)
-        if damping is None and structure in ("input", "identity") and given:
-            damping = RELATIVE_DAMPING
+        floor = damped.floor
+        if floor is None:
+            floor = 1.0 if centered and structure in ("kfac", "ekfac") else 0.03
+        check_number("damping_floor", floor)
+        value = damped.value
+        if value is None and structure in ("input", "identity") and given:
+            value = RELATIVE_DAMPING
         super().__init__(
             model,
             loss,
@@ -195,7 +209,7 @@ class KFAC(CurvatureOptimizer):
                 "decoupled_weight_decay": decoupled_weight_decay,
                 "orthogonalize": orthogonalize,
             },
-            damping=damping,
+            damping=value,
             max_kl=max_kl,
             average=average,
             estimator=estimator,
@@ -205,8 +219,8 @@ class KFAC(CurvatureOptimizer):
             generator=generator,
         )
         blocks = (Orthogonalized if orthogonalize else LayerBlocks)("KFAC", self.parameters, self.labels, options)
-        rule = LevenbergMarquardt(damping_decay**adapt_every, damping_floor)
-        self._assemble(blocks, DampingControl(damping, rule), TOLERATED_RISE, tries=1)
+        rule = LevenbergMarquardt(damping_decay**adapt_every, floor)
+        self._assemble(blocks, DampingControl(value, rule), TOLERATED_RISE, tries=1)
         self._blocks = blocks
 
     @property

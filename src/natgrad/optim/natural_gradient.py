@@ -7,6 +7,7 @@ from torch import nn
 
 from natgrad.checks.values import check_choice, check_count, check_flag, check_number, check_within
 from natgrad.optim.optimizer import CurvatureOptimizer
+from natgrad.optim.options import Damping
 from natgrad.optim.parameter_groups import Groups, check_one_decay
 from natgrad.optim.preconditioner.exact import SOLVERS, ExactMatrix
 from natgrad.optim.rules.damping import DampingControl, Eager
@@ -40,7 +41,7 @@ class NaturalGradient(CurvatureOptimizer):
             before: what the last step knew of directions that this batch says nothing about is kept (SPRING). None:
             the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
         damping: `λ`, in units of the loss's mean whatever the reduction; None: calibrated on the first batch,
-            then Levenberg-Marquardt at every step.
+            then Levenberg-Marquardt at every step. Or `natgrad.Damping(value, decay=)`.
         min_damping: the least `λ`, where it adapts; None: what rounding allows. With new points at every step, and
             fewer of them than parameters, every step fits its own points, and the damping would fall until it fits
             nothing else: give the level of what cannot be fitted, say 1e-4 for 500 residuals.
@@ -61,7 +62,7 @@ class NaturalGradient(CurvatureOptimizer):
         tolerance: the relative residual of conjugate gradients. None: `eps^¾`.
         max_iterations: their most products; what they have by then is the direction, with the residual in
             `diagnostics`.
-        damping_decay: the factor of the damping after a step that the quadratic model predicted well.
+        damping_decay: the factor of the damping after a step that the quadratic model predicted well. None: 0.3.
         output: how the loss's input is made of what the model returns, as for `KFAC`.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
 
@@ -99,7 +100,7 @@ class NaturalGradient(CurvatureOptimizer):
         params: Groups = None,
         lr: float | None = None,
         momentum: float | None = 0.8,
-        damping: float | None = None,
+        damping: float | Damping | None = None,
         min_damping: float | None = None,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
@@ -112,10 +113,17 @@ class NaturalGradient(CurvatureOptimizer):
         max_size: int = 5000,
         tolerance: float | None = None,
         max_iterations: int = 250,
-        damping_decay: float = 0.3,
+        damping_decay: float | None = None,
         output: Way | None = None,
         generator: torch.Generator | None = None,
     ):
+        damped = Damping.of(damping, decay=damping_decay)
+        for name in ("floor", "style"):
+            if getattr(damped, name) is not None:
+                raise ValueError(
+                    f"damping=Damping({name}={getattr(damped, name)!r}) is no option of NaturalGradient, which inverts "
+                    "the matrix itself; leave it out"
+                )
         check_choice("solver", solver, SOLVERS, optional=True)
         if solver == "cg" and estimator in ("mc", "empirical"):
             raise ValueError(
@@ -124,12 +132,13 @@ class NaturalGradient(CurvatureOptimizer):
         for name, count in (("max_size", max_size), ("max_iterations", max_iterations)):
             check_count(name, count)
         check_within("tolerance", tolerance, "(0, 1)", optional=True)
-        check_within("damping_decay", damping_decay, "(0, 1]")
+        factor = 0.3 if damped.decay is None else damped.decay
+        check_within("damping_decay", factor, "(0, 1]")
         check_number("max_norm", max_norm, optional=True, positive=True)
         check_number("min_damping", min_damping, optional=True, positive=True)
-        if damping is not None and min_damping is not None:
+        if damped.value is not None and min_damping is not None:
             raise ValueError(
-                f"min_damping={min_damping} is for a damping that adapts, and damping={damping} stays: leave one of "
+                f"min_damping={min_damping} is for a damping that adapts, and damping={damped.value} stays: leave one of "
                 "them out"
             )
         check_flag("accelerate", accelerate)
@@ -143,7 +152,7 @@ class NaturalGradient(CurvatureOptimizer):
                 "weight_decay": weight_decay,
                 "decoupled_weight_decay": decoupled_weight_decay,
             },
-            damping=damping,
+            damping=damped.value,
             max_kl=max_kl,
             average=average,
             estimator=estimator,
@@ -163,9 +172,10 @@ class NaturalGradient(CurvatureOptimizer):
             max_iterations=max_iterations,
         )
         # Below eps · tr F the damping is lost in rounding.
-        rule = Eager(damping_decay, eps * min(matrix.size(), max_size))
+        rule = Eager(factor, eps * min(matrix.size(), max_size))
         projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
-        self._assemble(matrix, DampingControl(damping, rule, min_damping or 0.0), TOLERATED_RISE, TRIES, projected)
+        control = DampingControl(damped.value, rule, min_damping or 0.0)
+        self._assemble(matrix, control, TOLERATED_RISE, TRIES, projected)
 
     def _check_groups(self) -> None:
         super()._check_groups()

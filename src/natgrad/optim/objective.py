@@ -44,6 +44,7 @@ class Objective:
         self._model, self._world = self._place.model, self._place.world
         self.batches = [b for b in parts if isinstance(b, Batch)]
         self.penalties = [p for p in parts if isinstance(p, Penalty)]
+        self._parts: list[Batch | Penalty] = [*self.batches, *self.penalties]
         factors, masses, losses = self._numbers()
         self._masses, n = masses[: len(self.batches)], len(self.batches)
         for b, its_loss in zip(self.batches, losses, strict=False):
@@ -74,8 +75,7 @@ class Objective:
         sizes = self._parameters.sizes()
         by_hand: Counter[str] = Counter(b.kind for b in self.batches)
         rows = []
-        parts: list[Batch | Penalty] = [*self.batches, *self.penalties]
-        for part in parts:
+        for part in self._parts:
             factor = part.factor(sizes)
             if factor is None:  # gradients that were set by hand
                 factor = part.loss.new_tensor(1 / by_hand[part.kind] if part.is_mean else 1.0)
@@ -115,8 +115,7 @@ class Objective:
     def _moved(self) -> bool:
         """Whether the parameters were written to after a forward, so that its loss is another one now."""
         now = self._parameters.versions()
-        parts: list[Batch | Penalty] = [*self.batches, *self.penalties]
-        return self._place.shards is None and any(part.versions != now for part in parts)
+        return self._place.shards is None and any(part.versions != now for part in self._parts)
 
     def measure_again(self) -> None:
         """Takes the loss, and what was recorded of the layers, for outdated."""
@@ -138,6 +137,37 @@ class Objective:
     def nonnegative(self) -> bool:
         """Whether the objective is zero at the least, whatever the outputs."""
         return not self.penalties and all(b.term.curvature.nonnegative for b in self.batches)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the gradients are of these losses at the parameters as they are now, and of inputs as they are."""
+        whole = self.runs_again and self.measurable and not self.moved
+        return whole and bool(self._parts) and all(part.seen and part.unchanged for part in self._parts)
+
+    @property
+    def lowered(self) -> bool:
+        """Whether something was computed in a lower precision."""
+        return any(b.forward.autocast is not None for b in self.batches) or self._parameters.lowered
+
+    def gradient(self, names: Sequence[str]) -> Vector | None:
+        """The gradient for the named parameters, computed once more. None where the losses are other ones the second
+        time, as of a model that keeps a state of its own, or where there is no such backward."""
+        total: Vector = {}
+        weights = [*self._per_loss(self._weights), *self._penalty_weights]
+        leaves = [self._parameters[n] for n in names]
+        for weight, part in zip(weights, self._parts, strict=True):
+            try:
+                with torch.enable_grad(), buffers_kept(self._model):
+                    loss = part.again(self._model)
+                    if not torch.allclose(loss.detach(), part.loss, rtol=1e-3):
+                        return None
+                    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            except RuntimeError:
+                return None
+            for n, g in zip(names, gradients, strict=True):
+                if g is not None:
+                    total[n] = total[n] + weight * g if n in total else weight * g
+        return total
 
     def evaluate(self) -> float:
         """The objective at the parameters as they are now; buffers and random generators stay as they were."""

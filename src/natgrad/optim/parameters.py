@@ -63,6 +63,11 @@ class Parameters(Mapping[str, Tensor]):
         return next(iter(self._named.values())).device
 
     @property
+    def lowered(self) -> bool:
+        """Whether some are in less than float32."""
+        return any(torch.finfo(p.dtype).eps > torch.finfo(torch.float32).eps for p in self._named.values())
+
+    @property
     def precision(self) -> torch.dtype:
         """Of factors and what they multiply: at least float32, as averages and inverses need."""
         return torch.promote_types(next(iter(self._named.values())).dtype, torch.float32)

@@ -28,6 +28,7 @@ from natgrad.optim.tracking.batch import Batch, Penalty, Term
 from natgrad.optim.tracking.scaler import scale_taken_out
 from natgrad.optim.tracking.tracker import Tracker
 from natgrad.optim.trial import Risen, Taken, Trials
+from natgrad.optim.untold import Untold
 from natgrad.optim.vectors import Vector, check_dense, dot
 from natgrad.optim.whole import ONE_AT_A_TIME, restored_on_error, states_restored_on_error, uninterrupted
 
@@ -76,6 +77,7 @@ class Recipe:
         self.adaptive = Adaptive(parameters, preconditioner, max_kl)
         self.projected = projected
         self.trials = Trials(parameters, tolerated)
+        self.untold = Untold(journal.optimizer, parameters)
         tracker.observer = weakref.proxy(self)
         tracker.arm()
 
@@ -105,6 +107,7 @@ class Recipe:
         """The recipe. Raises Rejection where there is no step to take."""
         figures, now = self.journal.figures, self.journal.steps
         objective = self._objective(parts, gradients)
+        self.untold.look(objective, gradients, now)
         waiting = self.preconditioner.take_in(objective, gradients, figures, now)
         if notes := self.tracker.notes():
             figures["notes"] = notes

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial, reduce
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
-from natgrad.capture.probe import PASSES
-from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
-from natgrad.capture.separation import Separation, SeparationCheck, assumed_of
 from natgrad.capture.use import Use
 from natgrad.curvature.blocks import assemble, named_blocks
-from natgrad.curvature.moments import MAX_DIM, AffineMoments
 from natgrad.linalg import Block, BlockDiagonal
 from natgrad.linalg.precision import matmul_precision
 from natgrad.linalg.state import dump, restore
@@ -31,44 +24,15 @@ from natgrad.optim.labels import Labels
 from natgrad.optim.objective import Objective
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.preconditioner.base import Preconditioner, Sizes
-from natgrad.optim.preconditioner.combination import combined
-from natgrad.optim.preconditioner.interval import Interval
 from natgrad.optim.preconditioner.ladder import Ladder
+from natgrad.optim.preconditioner.options import Options
 from natgrad.optim.preconditioner.ranks import Names, Ranks, Spread
-from natgrad.optim.preconditioner.running import RUNNING, Statistics
+from natgrad.optim.preconditioner.running import RUNNING
+from natgrad.optim.preconditioner.statistics import LayerStatistics
 from natgrad.optim.rules.damping import weighted_median
 from natgrad.optim.rules.stage import Figures
 from natgrad.optim.tracking.batch import Batch, Term
 from natgrad.optim.vectors import Vector, gram
-
-ENOUGH = 250
-"""Cases that suffice for the moments of one batch: examples, and where positions count, those of every example."""
-MOST_THINNED = 4
-UNSEEN = (
-    "{name!r} has a gradient, and no loss of opt.loss depends on it, so that it has no curvature. Give its loss as a "
-    "term of the objective, {optimizer}(model, {{'one': ..., 'other': ...}}), or freeze it with requires_grad_(False), "
-    "or leave it to another optimizer with params="
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What kind of blocks, and how often they are new; `KFAC` says what each means."""
-
-    structure: str = "kfac"
-    centered: bool = True
-    bias_update: str = "exact"
-    damping_style: str = "factored"
-    relative: bool = False
-    estimator: str = "mc"
-    sharing: str = "expand"
-    statistics: Interval = field(default_factory=lambda: Interval(10, False))
-    statistics_share: float | None = None
-    inverses: Interval = field(default_factory=lambda: Interval(20, False))
-    bases_every: int = 100
-    decay: float = 0.8
-    max_dim: int = MAX_DIM
-    matmul_precision: str | None = "medium"
 
 
 class LayerBlocks(Preconditioner):
@@ -87,18 +51,15 @@ class LayerBlocks(Preconditioner):
 
     def __init__(self, optimizer: str, parameters: Parameters, labels: Labels, options: Options):
         super().__init__(parameters)
-        self.optimizer, self.labels, self.options = optimizer, labels, options
+        self.options = options
         self.running = RUNNING[options.structure](options.centered, options.sharing, options.max_dim)
         place = parameters.place
         self.ranks = Ranks(place) if place.shards is None else Spread(place, self.running.can_be_elsewhere)
         self.inverse: dict[str, Block] | None = None  # by layer
         self.inverse_age = 0
         self.bases_age: int | None = None
-        self.last_statistics: int | None = None  # at which step
-        self.wanted = False  # statistics at once: some averages were lost, or a parameter has none
         self.frozen: frozenset[str] = frozenset()
-        self.separation = SeparationCheck()
-        self.taken_apart: tuple[str, ...] = ()  # layers whose squares are approximate
+        self.statistics = LayerStatistics(optimizer, parameters, labels, options, self.running, self.ranks)
 
     def chosen(self) -> dict[str, Any]:
         return {"structure": self.options.structure} | ({} if self.options.centered else {"centered": False})
@@ -107,147 +68,32 @@ class LayerBlocks(Preconditioner):
         return [layer.label for layer in self.running.layers]
 
     def parts(self) -> Sequence[Any]:
-        return self.running, self.ranks
+        return self.statistics, self.running, self.ranks
 
     # Statistics ----------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
-        if self.options.structure == "identity":
-            return False
-        if self.last_statistics is None or self.wanted:
-            return True
-        return step - self.last_statistics >= self.options.statistics.steps(step)
+        return self.statistics.due(step)
 
     def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
-        if self.options.structure in ("input", "identity"):  # they take what they have no layer for as it is
-            return recorder.uses
-        return recorder.check(output, reached=True)
+        return self.statistics.check(recorder, output)
 
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int, step: int) -> None:
-        curvature, draws = batch.term.curvature, self.running.reads_gradients
-
-        def columns() -> Iterable[Tensor]:
-            source = self.labels.of(step, draw)
-            return curvature.columns(output, batch.target, self.options.estimator, generator=source)
-
-        cases = read_cases(
-            uses,
-            output,
-            columns if draws else tuple,
-            batch.mass,
-            self.parameters.precision,
-            separation=self._rows_of(batch, uses, output),
-            ignored=curvature.ignored(output.detach(), batch.target),
-            sampled=self.options.estimator == "mc" or not draws,
-        )
-        new = [layer.label for layer in cases.mixed if self._approximates(layer)]
-        self.taken_apart = tuple(dict.fromkeys([*self.taken_apart, *new]))
-        every = self._thinning(cases)
-        if every > 1:
-            cases = cases.every(every, start=step // self.options.statistics.most % every)
-        # The moments' products are not in bfloat16, which would be too coarse.
-        with matmul_precision("high" if self.options.matmul_precision else None):
-            batch.statistics = self.running.observe(cases)
-        if not batch.statistics.finite():
-            batch.fault = "the statistics are not finite"
-
-    def _rows_of(self, batch: Batch, uses: list[Use], output: Tensor) -> Separation:
-        """Which rows make up a case. With labels drawn, those that see one another are taken apart all the same: their
-        squares are approximate, where the one square of the whole batch would be noise.
-
-        Raises:
-            ValueError: if rows see one another, parameters are sharded, and labels are not drawn.
-        """
-        mode, draws = batch.forward.mode, self.options.estimator == "mc"
-        if not self.running.reads_gradients and self.options.sharing == "expand":
-            return assumed_of(uses, output)  # every row of an input is a case
-        if self.parameters.place.shards is None:
-            found = self.separation.of(uses, output, mode)
-            return found if draws else found.whole()
-        found = self.separation.in_step(uses, output, mode, of=batch.term.name)
-        if not draws and any(found.mixed):
-            raise ValueError(
-                f"estimator={self.options.estimator!r} needs independent rows where parameters are sharded, and this "
-                "model's see one another, as by averages over the batch; use estimator='mc'"
-            )
-        return found
-
-    def _approximates(self, layer: Layer) -> bool:
-        """Whether rows that are taken apart make a difference: not to K-FAC's factors, which are right on average."""
-        by_squares = self.options.sharing == "reduce" or self.options.structure in ("ekfac", "diagonal")
-        return self.options.estimator == "mc" and (layer.scale or by_squares)
+        self.statistics.observe(batch, uses, output, draw, step)
 
     def follow_along(self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int) -> None:
-        if not (self.running.reads_gradients and output.requires_grad):
-            return
-        if self.separation.begin(term.name):
-            _follow(uses, output, PASSES)
-        one, its_target = output.detach().new_zeros(1, *output.shape[1:]), target.new_zeros(1, *target.shape[1:])
-        source = self.labels.of(step, draw)
-        for _ in term.curvature.columns(one, its_target, self.options.estimator, generator=source):
-            _follow(uses, output, 1)
-
-    def _thinning(self, cases: Cases) -> int:
-        """Of how many examples the moments take one."""
-        if self.options.statistics_share is not None:
-            return math.floor(1 / self.options.statistics_share)
-        rows = cases.rows()
-        count = rows if self.options.sharing == "reduce" else cases.fewest()
-        return max(1, min(count // ENOUGH, MOST_THINNED, rows // 2))
+        self.statistics.follow_along(uses, output, target, term, draw, step)
 
     def share(self, pending: list[Batch]) -> None:
         self.ranks.share(pending)
 
     def take_in(self, objective: Objective, gradients: Vector, figures: Figures, step: int) -> set[str]:
-        known, due = set(self.running.layers), self.due(step)
-        taken = figures["statistics"] = self.running.take_in(self._new(objective, due), self.options.decay)
-        if taken:
-            self.last_statistics, self.wanted = step, False
+        known = set(self.running.layers)
+        missing = self.statistics.take_in(objective, gradients, figures, step)
         frozen = frozenset(n for n, p in self.parameters.items() if not p.requires_grad)
         if not known.issuperset(self.running.layers) or frozen != self.frozen:
             self.expire()  # the inverse is of other layers
         self.frozen = frozen
-        if not self.running.reads_gradients:
-            return set()
-        held = self.running.total.moments
-        thinned = {layer.label: m.diagonals for layer, m in held.items() if isinstance(m, AffineMoments)}
-        figures["rows_taken_apart"] = list(self.taken_apart)
-        figures["diagonal_factors"] = {label: factors for label, factors in thinned.items() if factors}
-        return self._without_statistics(gradients, figures, taken)
-
-    def _new(self, objective: Objective, due: bool) -> list[Statistics]:
-        """The statistics of this step's batches, of all ranks."""
-        if not due:
-            return []
-        of: dict[str, list[Batch]] = {name: [] for name, weight in objective.weights.items() if weight != 0}
-        for batch in objective.batches:
-            of.setdefault(batch.term.name, []).append(batch)
-        parts = []
-        for name, batches in of.items():
-            own = reduce(Statistics.__add__, [b.statistics for b in batches if b.statistics is not None], Statistics())
-            idle = bool(objective.idle)
-            if len(of) > 1:
-                world = self.parameters.place.world
-                idle = world.numbers([float(all(b.is_empty for b in batches))], "who has a term")[0] > 0
-            new = self.ranks.summed(batches, own, idle, self.running)
-            parts.append((objective.weights.get(name, 1.0), new))
-        if len(parts) == 1:
-            return parts[0][1]
-        return [combined([(weight, reduce(Statistics.__add__, new)) for weight, new in parts if new])]
-
-    def _without_statistics(self, gradients: Vector, figures: Figures, taken: bool) -> set[str]:
-        """Parameters that have a gradient and are in no layer yet. They are left as they are until they have
-        statistics, which are wanted at once."""
-        covered = {n for layer in self.running.layers for n in layer.names}
-        missing = {n for n in gradients if n not in covered}
-        if not missing:
-            return missing
-        # One whose gradient is zero has not been used.
-        missing_and_used = [n for n in gradients if n in missing and bool((gradients[n] != 0).any())]
-        if taken and missing_and_used:
-            raise NotImplementedError(UNSEEN.format(name=missing_and_used[0], optimizer=self.optimizer))
-        self.wanted = self.wanted or bool(missing_and_used)
-        figures["without_statistics"] = missing_and_used
         return missing
 
     def moves(self, gradients: Vector) -> Sequence[str]:
@@ -296,10 +142,8 @@ class LayerBlocks(Preconditioner):
 
     def expire(self) -> None:
         self.inverse_age = self.options.inverses.most  # at least what is due
-        lost = self.ranks.union(self.running.drop_spoiled())
-        self.running.elsewhere = [layer for layer in self.running.elsewhere if layer not in lost]
-        if lost:
-            self.wanted, self.inverse = True, None
+        if self.statistics.drop_spoiled():
+            self.inverse = None
 
     def damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
         """Of the coordinates that the inverse is damped in, so that a step's length, too, does not depend on a shift of
@@ -384,8 +228,8 @@ class LayerBlocks(Preconditioner):
             else {json.dumps([name, *block.names]): dump(block) for name, block in self.inverse.items()},
             "inverse_age": self.inverse_age,
             "bases_age": self.bases_age,
-            "last_statistics": self.last_statistics,
-            "wanted": self.wanted,
+            "last_statistics": self.statistics.last,
+            "wanted": self.statistics.wanted,
             "frozen": sorted(self.frozen),
         }
 
@@ -395,7 +239,7 @@ class LayerBlocks(Preconditioner):
         inverse = saved.get("inverse", {})  # a checkpoint has no empty dictionaries
         self.inverse = None if inverse is None else {json.loads(k)[0]: restore(block) for k, block in inverse.items()}
         self.inverse_age, self.bases_age = saved["inverse_age"], saved["bases_age"]
-        self.last_statistics, self.wanted = saved["last_statistics"], saved["wanted"]
+        self.statistics.last, self.statistics.wanted = saved["last_statistics"], saved["wanted"]
         self.frozen = frozenset(saved.get("frozen", ()))
 
     def adopt(self, sizes: Sizes) -> tuple[Callable[[str], bool], dict[str, Any]]:
@@ -441,9 +285,3 @@ def _check_fits(
             f"the state has moments for {layer.names[0]!r} in {dtype}; expected {expected}, for a parameter of "
             f"{parameters[layer.names[0]].dtype}: convert the model first, then load"
         )
-
-
-def _follow(uses: list[Use], output: Tensor, passes: int) -> None:
-    edges = [use.edge for use in uses]
-    for _ in range(passes):
-        torch.autograd.grad(output, edges, torch.zeros_like(output), retain_graph=True, allow_unused=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from natgrad.capture.use import Use
 from natgrad.losses import OutputCurvature
 from natgrad.optim.tracking.factors import Observed
-from natgrad.optim.tracking.forward import Forward
+from natgrad.optim.tracking.forward import Forward, RandomState
 from natgrad.optim.tracking.returned import Way
 
 LOSS_NOT_FINITE = "the loss is not finite: look for NaN or inf in the batch and in the parameters"
@@ -96,36 +96,53 @@ class Batch(Observed):
         assert self.way is not None
         return self.forward.again(forward, self.way)
 
-    def value(self, model: nn.Module) -> float:
+    @property
+    def unchanged(self) -> bool:
+        """Whether inputs and target are as they were, so that the loss can be computed again."""
+        return self.target._version == self.target_version and self.forward.unchanged
+
+    def again(self, model: nn.Module) -> Tensor:
         """The loss at the parameters as they are now."""
         output = self.run(model)
         if self.is_empty:
-            return 0.0
+            return output.sum()
         if self.target._version != self.target_version:
             raise RuntimeError(
                 f"the target, of shape {tuple(self.target.shape)}, was changed in place after opt.loss took it, and "
                 "the step measures the loss again; give opt.loss a copy (y.clone()), or change it after the step"
             )
-        return float(self.term.curvature.loss(output, self.target))
+        return self.term.curvature.loss(output, self.target)
+
+    def value(self, model: nn.Module) -> float:
+        """That as a number."""
+        return float(self.again(model))
 
 
 @dataclass(eq=False)
 class Penalty(Observed):
-    """A part of the objective that is computed from the parameters, and has no curvature here."""
+    """A part of the objective that is computed from the parameters, and has no curvature here. `rng` is the random
+    state that it was computed in."""
 
     penalty: Callable[[], Tensor]
     loss: Tensor
     versions: list[int]
+    rng: RandomState
     kind = ""
     is_mean = False
+    unchanged = True
 
     @property
     def mass(self) -> Tensor:
         return self.loss.new_ones(())
 
+    def again(self, model: nn.Module) -> Tensor:
+        """It at the parameters as they are now, with the same random numbers. It may take derivatives itself."""
+        with self.rng.restored(), torch.enable_grad():
+            return self.penalty().reshape(())
+
     def value(self, model: nn.Module) -> float:
-        """It at the parameters as they are now."""
-        return float(self.penalty())
+        """That as a number."""
+        return float(self.again(model).detach())
 
 
 @dataclass(eq=False)

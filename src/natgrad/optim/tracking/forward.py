@@ -73,6 +73,11 @@ class Forward:
         return full_precision(output)
 
     @property
+    def unchanged(self) -> bool:
+        """Whether the arguments are as they were."""
+        return all(_version(t) == version for t, version in self.inputs)
+
+    @property
     def mode(self) -> tuple[bool, ...]:
         """Which modules were in training mode."""
         return tuple(training for _, training in self.modes)

@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
 from natgrad.capture.recorder import Recorder
@@ -20,8 +19,9 @@ from natgrad.distributed.whole import Whole
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, Prediction, Term
 from natgrad.optim.tracking.factors import Factors, Observed, of_gradients
-from natgrad.optim.tracking.forward import Forward, full_precision
+from natgrad.optim.tracking.forward import Forward, RandomState
 from natgrad.optim.tracking.meant import Meant
+from natgrad.optim.tracking.origin import forward_of, read
 from natgrad.optim.tracking.own import Found, OwnLoss
 from natgrad.optim.tracking.returned import Way
 from natgrad.optim.tracking.unchanged import Unchanged
@@ -130,11 +130,11 @@ class Tracker:
     def loss(self, term: Term, output: Any, target: Tensor, way: Way | None = None) -> Tensor:
         """The loss of one batch, noted. `way`: how the output was made of all that the model returned."""
         self._forget_gone()
-        forward = self._forward_of(output)
+        forward = forward_of(output, self.watch, self.optimizer)
         self._check_unchanged()
         compares = way is None and len(self.terms) == 1
         if way is None:
-            output, way = self._read(output, forward)
+            output, way = read(output, forward, self._output, self.optimizer)
         with torch.autocast(output.device.type, enabled=False):
             if compares and output.numel() > 0:
                 self._meant.check(self.place.model, forward, output, target, term)
@@ -161,8 +161,8 @@ class Tracker:
 
     def predict(self, term: Term, output: Any) -> None:
         """The curvature of the distribution that outputs of a batch stand for, noted."""
-        forward = self._forward_of(output)
-        output, way = self._read(output, forward)
+        forward = forward_of(output, self.watch, self.optimizer)
+        output, way = read(output, forward, self._output, self.optimizer)
         target = term.curvature.stand_in(output.detach())
         term.curvature.check(output, target)
         self._check_way(way)
@@ -181,6 +181,7 @@ class Tracker:
     def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
         """A part of the objective that is no loss of outputs, noted."""
         self._forget_gone()
+        rng = RandomState(self.parameters.device)
         value = penalty()
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(
@@ -188,58 +189,8 @@ class Tracker:
                 "computed from the parameters: opt.plus(lambda: 1e-3 * model.weight.square().sum())"
             )
         value = value.reshape(())
-        self._noted(Penalty(penalty, value.detach(), self.parameters.versions()), value)
+        self._noted(Penalty(penalty, value.detach(), self.parameters.versions(), rng), value)
         return value
-
-    def _forward_of(self, output: Any) -> Forward:
-        """The forward that `output` is of."""
-        forwards = self.watch.forwards
-        if self.watch.running:
-            raise RuntimeError(
-                "opt.loss was called before the model's forward had returned; where a training step is a part of that, "
-                "as Lightning's is under DistributedDataParallel, make the optimizer for the module that the output is "
-                f"of: {self.optimizer}(self.net, ...)"
-            )
-        if not forwards:
-            raise RuntimeError(
-                "opt.loss follows a forward of the model in training mode with gradients enabled, and there was "
-                "none since the last step; call model.train() and model(x) first, and for evaluation the loss module "
-                "itself"
-            )
-        for forward in reversed(forwards):
-            returned = forward.returned
-            assert returned is not None
-            if returned.is_all_of(output) or (isinstance(output, Tensor) and returned.way_to(output) is not None):
-                return forward
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return forwards[-1]
-        behind = _behind(output)
-        of = [f for f in forwards if f.returned is not None and f.returned.nodes() & behind]
-        if not of:
-            raise RuntimeError(
-                "opt.loss follows a forward of the model in training mode with gradients enabled, and was given a "
-                "tensor that none since the last step has led to; expected one that the model returned"
-            )
-        if len(of) > 1:
-            raise ValueError(
-                f"opt.loss was given a tensor made of {len(of)} forwards of the model; expected one forward: run the "
-                "model once on the batches together (torch.cat), and split what it returns"
-            )
-        return of[0]
-
-    def _read(self, output: Any, forward: Forward) -> tuple[Tensor, Way | None]:
-        """The loss's input, and how it came from what the model returned."""
-        returned = forward.returned
-        assert returned is not None
-        if self._output is not None and returned.is_all_of(output):
-            return full_precision(self._output(output)), self._output
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"opt.loss was given {described(output)}; expected the tensor that the loss takes. Give it one "
-                "of those that the model returned, or pass output= (how to make it of what the model returns) to "
-                f"{self.optimizer} and give opt.loss all that the model returned"
-            )
-        return full_precision(output), returned.way_to(output)
 
     def _loss(
         self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor, own: Found | None = None
@@ -404,15 +355,3 @@ def _weakly(model: nn.Module) -> Callable[[], DistributedDataParallel | None]:
     """A reference that does not keep it: where its reducer is the last to let go of the ranks' group, at the end of a
     process, torch's gloo may wait for ever."""
     return weakref.ref(model) if isinstance(model, DistributedDataParallel) else lambda: None
-
-
-def _behind(output: Tensor) -> set[Node]:
-    """The nodes of the autograd graph that a tensor comes from."""
-    found: set[Node] = set()
-    left = [] if output.grad_fn is None else [output.grad_fn]
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += [n for n, _ in node.next_functions if n is not None]
-    return found
