@@ -138,8 +138,8 @@ class NaturalGradient(CurvatureOptimizer):
         check_number("min_damping", min_damping, optional=True, positive=True)
         if damped.value is not None and min_damping is not None:
             raise ValueError(
-                f"min_damping={min_damping} is for a damping that adapts, and damping={damped.value} stays: leave one of "
-                "them out"
+                f"min_damping={min_damping} is for a damping that adapts, and damping={damped.value} stays: leave one "
+                "of them out"
             )
         check_flag("accelerate", accelerate)
         super().__init__(
