@@ -130,3 +130,18 @@ class TestTheLeastDamping:
     def test_it_is_refused_beside_a_damping_that_stays(self):
         with pytest.raises(ValueError, match=r"min_damping=0\.1 .*damping=0\.2"):
             natgrad.NaturalGradient(net(3, 4, 2), nn.MSELoss(), damping=0.2, min_damping=0.1)
+
+    def test_a_run_that_leaves_it_far_behind_is_called_back(self):
+        model = net(3, 12, 2)
+        opt = natgrad.NaturalGradient(model, nn.MSELoss(), min_damping=1e-4)
+        for seed in range(25):
+            self.new_points(opt, model, seed)
+        for p in model.parameters():  # as if the last step had gone far away
+            far = 10 * randn(*p.shape, seed=7)
+            p.data += far
+            opt.state[p]["delta"] = opt.state[p]["delta"] + far
+        undone = self.new_points(opt, model, 25)
+        assert "undone" in undone["reason"]
+        assert undone["damping"] > 1e-4
+        assert max(p.abs().max() for p in model.parameters()) < 8
+        assert self.new_points(opt, model, 26)["accepted"]

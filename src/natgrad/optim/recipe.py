@@ -27,7 +27,7 @@ from natgrad.optim.rules.stage import Rejection, Stage
 from natgrad.optim.tracking.batch import Batch, Penalty, Term
 from natgrad.optim.tracking.scaler import scale_taken_out
 from natgrad.optim.tracking.tracker import Tracker
-from natgrad.optim.trial import Risen, Taken, Trials
+from natgrad.optim.trial import FAR, ON_ANOTHER_BATCH, Risen, Taken, Trials
 from natgrad.optim.untold import Untold
 from natgrad.optim.vectors import Vector, check_dense, dot
 from natgrad.optim.whole import ONE_AT_A_TIME, restored_on_error, states_restored_on_error, uninterrupted
@@ -127,7 +127,7 @@ class Recipe:
                 self._commit(self._try(stage))
                 return
             except Rejection:
-                if tries == self.tries or not self.damping.adaptive:
+                if tries == self.tries or self.damping.given:
                     raise
                 stage.rejected = tries
                 self.damping.raise_(tries, self.preconditioner.scale())
@@ -144,9 +144,10 @@ class Recipe:
 
     def _was_too_far(self, objective: Objective) -> bool:
         """Whether the last step has raised this batch's loss by too much; it is then undone."""
-        if not self.damping.adaptive or not self.trials.too_far(objective.loss, self.journal.loss_before):
+        share = ON_ANOTHER_BATCH if self.damping.adaptive else FAR
+        if self.damping.given or not self.trials.too_far(objective.loss, self.journal.loss_before, share):
             return False
-        return self.trials.undo_last(objective, objective.loss)
+        return self.trials.undo_last(objective, objective.loss, share)
 
     def _try(self, stage: Stage) -> Taken:
         """The step of this damping, taken. Raises Rejection if the loss would rise by it, or there is none."""
@@ -159,7 +160,7 @@ class Recipe:
         except ValueError as error:
             if self.journal.exploded:
                 raise ValueError(f"the run has diverged, to a loss of {stage.loss:.4g} ({error}); {MEND}") from error
-            if not self.damping.adaptive:
+            if self.damping.given:
                 raise
             raise Rejection(f"{self.preconditioner.inverted} could not be inverted: {error}") from error
         # Where the model promises most of the loss, it may be wrong: saturated outputs have next to no curvature.

@@ -76,15 +76,16 @@ class Eager(LevenbergMarquardt):
 class DampingControl:
     """The damping of a run: a number, or None until it is calibrated.
 
-    `adaptive`: whether it moves. It does not where it is the user's own, nor once it has come down to `least`.
+    `given`: whether it is the user's own, and stays. `adaptive`: whether it follows how well steps are predicted. It
+    does not once it has come down to `least`, unless a rejection raises it.
     """
 
     def __init__(self, value: float | None, rule: LevenbergMarquardt, least: float = 0.0):
-        self.value, self.rule, self.least, self._given = value, rule, least, value is not None
+        self.value, self.rule, self.least, self.given = value, rule, least, value is not None
 
     @property
     def adaptive(self) -> bool:
-        return not self._given and (self.value is None or self.value > self.least)
+        return not self.given and (self.value is None or self.value > self.least)
 
     def calibrated(self, value: float) -> None:
         """The first damping of a run."""
@@ -97,7 +98,7 @@ class DampingControl:
 
     def raise_(self, count: int, scale: float) -> None:
         """After a rejection, the `count`-th in a row."""
-        if self.adaptive and self.value is not None:
+        if not self.given and self.value is not None:
             self.value = self.rule.after_rejection(self.value, count, scale)
 
 
