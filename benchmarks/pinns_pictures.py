@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -53,7 +54,7 @@ def _panel(axes: Axes, name: str, runs: Sequence[Run]) -> None:
         axes.plot(*zip(*points, strict=True), color="#9a9a9a", linestyle=(0, (4, 1.5)), linewidth=0.9)
         if curve.best > APART * named:
             named = curve.best
-            style = {"textcoords": "offset points", "ha": "right", "fontsize": 5.5}
+            style: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": 5.5}
             axes.annotate(curve.optimizer, points[-1], xytext=(-2, 3), **style)
     for run in runs:
         points = [(s, e) for s, e in own(run["optimizer"], run).points if s > 0]
