@@ -74,10 +74,7 @@ def main() -> None:
     clocks = sorted({run["what"].get("clock", "wall") for run in every})
     machines = sorted({f"{r['machine'].get('cpu')}, {r['machine'].get('threads')} threads" for r in every})
     print(f"clock: {', '.join(clocks)}; {'; '.join(machines)}\n")
-    print(
-        "| problem | seeds | seconds | ms a step | to 1e-4 | to 1e-5 | to 1e-6 | lowest error by then | lowest error ever |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"| {' | '.join(HEADINGS)} |\n|{' --- |' * len(HEADINGS)}")
     for name in SETTINGS:
         if name in found:
             print(row(name, found[name]))
