@@ -27,7 +27,7 @@ ACROSS, SHOWN = 4, 3
 """Problems in a row of the picture, and how many of the published optimizers each has."""
 APART = 4.0
 """Two published runs are named only if their lowest errors differ by this factor."""
-SOLVED = {"poisson2d-257": 300, "heat1d-257": 300}
+SOLVED = {"poisson2d-257": 200, "heat1d-257": 200}
 """Steps for the solutions."""
 GRID = 150
 
