@@ -59,6 +59,7 @@ def sets() -> dict[str, Set]:
     }
     for name, (x, y) in numbers.items():
         x, y = torch.as_tensor(x).double(), torch.as_tensor(y).double()
+        x = x[:, x.isfinite().any(0)]  # what is no number, as a car's name, is none anywhere
         kept = x.isfinite().all(1) & y.isfinite()
         found[name] = Set(x[kept], y[kept, None], False)
     return found

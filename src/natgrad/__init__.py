@@ -22,6 +22,8 @@ from natgrad.uses.lds import LDS, lds
 from natgrad.uses.merge import merge
 from natgrad.uses.posterior import LaplacePosterior
 from natgrad.uses.prune import Pruned, prune
+from natgrad.uses.quantize import Quantized, quantize
+from natgrad.uses.unlearn import Unlearned, unlearn
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "NaturalGradient",
     "NewtonMuon",
     "Pruned",
+    "Quantized",
+    "Unlearned",
     "ewc",
     "fisher",
     "gauss_newton",
@@ -53,7 +57,9 @@ __all__ = [
     "ntk",
     "pde",
     "prune",
+    "quantize",
     "residual",
+    "unlearn",
 ]
 
 

@@ -591,7 +591,7 @@ class TestCoverage:
             lambda h, W: h @ (2 * W).T,
             lambda h, W: F.linear(h, W) + W.sum(),
             lambda h, W: W @ h.T,
-            lambda h, W: torch.einsum("ni,oi->no", h, W),
+            lambda h, W: torch.einsum("ni,oi->on", h, W).T,
             lambda h, W: F.linear(h, W) + torch.stack([W, W]).sum(),
             lambda h, W: F.linear(h, W) + W.chunk(2)[0].sum(),
             lambda h, W: F.linear(h, W) + W.max(0)[0].sum(),

@@ -175,6 +175,36 @@ class TestCheck:
         natgrad.fisher(model, CE, batches, "diagonal")
         assert len(passes) == 2 * 4
 
+    @pytest.mark.parametrize("first", ["examples", "positions"])
+    def test_of_texts_whose_logits_are_flattened(self, first, monkeypatch):
+        """Attention takes positions first and flattens them; the logits are flattened in either order."""
+        passes = self.count(monkeypatch)
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        model = nn.Sequential(nn.Embedding(5, 4), layer, nn.Linear(4, 3)).to(f64)
+        swapped = first == "positions"
+
+        def forward(model, batch):
+            x, y = batch
+            pair = model(x), y
+            logits, labels = (t.transpose(0, 1) for t in pair) if swapped else pair
+            return logits.flatten(0, 1), labels.flatten()
+
+        batches = [(torch.randint(5, (3, t)), torch.randint(3, (3, t))) for t in (2, 4, 5, 6, 7, 8, 9)]
+        F = natgrad.fisher(model, CE, batches, "diagonal", forward=forward)
+        made_of = len(passes)
+        dense = natgrad.fisher(model, CE, batches, "dense", forward=forward).to_dense()
+        close(torch.cat([v.flatten() for v in F.diagonal().values()]), dense.diagonal(), 1e-10)
+        assert made_of <= 9 * 4
+        opt = natgrad.KFAC(model, CE, statistics_every=1, lr=0.01, momentum=0.0, damping=1.0)
+        passes.clear()
+        for x, y in batches[:1] * 5:
+            out, target = forward(model, (x, y))
+            opt.zero_grad()
+            opt.loss(out, target).backward()
+            opt.step()
+        assert len(passes) <= 9
+
     def test_other_modes_are_looked_at_again(self, monkeypatch):
         passes = self.count(monkeypatch)
         model, x, y = made(*ALL["batch normalization"])

@@ -25,8 +25,8 @@ def problem():
     return Model().double(), nn.CrossEntropyLoss(), [(x[:6], y[:6]), (x[6:], y[6:])]
 
 
-CHOICE = {"conv": "kfoc", "mlp.0": "ekfac", "mlp.*": "block", "head.weight": "diagonal", "*": "kfac"}
-EACH = {"conv": "kfoc", "norm": "kfac", "mlp.0": "ekfac", "mlp.2": "block", "head": "diagonal"}
+CHOICE = {"conv": "kfoc", "norm": "low_rank", "mlp.0": "ekfac", "mlp.*": "block", "head.weight": "diagonal"}
+EACH = {"conv": "kfoc", "norm": "low_rank", "mlp.0": "ekfac", "mlp.2": "block", "head": "diagonal"}
 
 
 @pytest.mark.parametrize("options", [{}, {"centered": False}, {"estimator": "mc"}])
@@ -57,7 +57,7 @@ def test_uses_take_them():
 
 def test_what_cannot_be_is_said():
     model, loss, data = problem()
-    with pytest.raises(ValueError, match="says nothing of layer 'norm'"):
+    with pytest.raises(ValueError, match="structure has no entry for layer 'norm'"):
         natgrad.fisher(model, loss, data, {"conv": "kfac"})
     with pytest.raises(ValueError, match=r"'haed', which fits no layer.*did you mean 'head'"):
         natgrad.fisher(model, loss, data, {"haed": "block", "*": "kfac"})

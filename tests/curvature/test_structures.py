@@ -30,12 +30,13 @@ class Kind:
     centered: bool = True
     sharing: str = "expand"
     lacks: tuple[str, ...] = ()
+    rank: int = 10
 
     def matrix(self, of, problem, data=None, **options):
         data = problem.batches if data is None else data
         if self.hessian:
             return natgrad.hessian(problem.model, problem.loss, data, self.structure, **options)
-        options = {"centered": self.centered, "sharing": self.sharing} | options
+        options = {"centered": self.centered, "sharing": self.sharing, "rank": self.rank} | options
         return getattr(natgrad, of)(problem.model, problem.loss, data, self.structure, **options)
 
 
@@ -50,6 +51,8 @@ KINDS = {
     "ekfac": Kind("ekfac"),
     "ekfac, homogeneous": Kind("ekfac", centered=False),
     "ekfac, reduce": Kind("ekfac", sharing="reduce"),
+    "low_rank, 1": Kind("low_rank", rank=1),
+    "low_rank, 4": Kind("low_rank", rank=4),
     "diagonal": Kind("diagonal"),
     "hessian, implicit": Kind("implicit", hessian=True, lacks=PRODUCTS_ONLY),
     "hessian, dense": Kind("dense", hessian=True),
@@ -147,7 +150,7 @@ class Problem:
 
     def dense(self, kind):
         """The matrix of a structure, `(size, size)` in torch order."""
-        key = (kind.structure, kind.hessian, kind.centered, kind.sharing)
+        key = (kind.structure, kind.hessian, kind.centered, kind.sharing, kind.rank)
         if key not in self._dense:
             self._dense[key] = self._form(kind)
         return self._dense[key]
@@ -161,11 +164,24 @@ class Problem:
             return whole * torch.tensor([[a == b for a in of] for b in of])
         if kind.structure == "block":
             return hand.part_in_blocks(whole)
+        if kind.structure == "low_rank":
+            return self._low_rank(whole, kind.rank)
         if kind.structure == "kfac":
             return hand.assemble(lambda layer: hand.kfac(layer, kind.sharing))
         if kind.structure == "ekfac":
             return hand.assemble(lambda layer: hand.ekfac(layer, kind.sharing, kind.centered))
         return torch.diag(whole.diagonal()) if kind.structure == "diagonal" else whole
+
+    def _low_rank(self, whole, rank):
+        """Of each block the largest eigenvalues, and a diagonal with which it has the block's own."""
+        dense = torch.zeros_like(whole)
+        for index in self.by_hand.blocks().values():
+            block = whole[index[:, None], index]
+            e, U = torch.linalg.eigh(block)
+            kept = (e >= e[-min(rank, len(e))] - 1e-8 * e[-1]) & (e > 1e-13 * e[-1])  # equal ones together
+            top = (U[:, kept] * e[kept]) @ U[:, kept].mT
+            dense[index[:, None], index] = top + (block - top).diagonal().diag()
+        return dense
 
     def _hessian(self):
         names = [n for n, _ in self.model.named_parameters()]
@@ -268,7 +284,7 @@ def test_to_dense_in_both_orders_and_by_layer(kind, setup):
 def own_indices(kind, problem, places):
     """Where each block's entries are: by layer or by module, weights as they are stored."""
     if not kind.hessian and kind.structure not in ("implicit", "dense"):
-        if kind.structure == "block":
+        if kind.structure in ("block", "low_rank"):
             return problem.by_hand.blocks()
         layers = {layer.name: replace(layer, transposed=False) for layer in problem.by_hand.examples}
         return {name: problem.by_hand.index(layer) for name, layer in layers.items()}

@@ -62,7 +62,7 @@ def ways():
 
 
 @pytest.mark.pairs
-@pytest.mark.parametrize(("n", "sharded", "recipe"), ways())
+@pytest.mark.parametrize(("n", "sharded", "recipe"), list(ways()))
 def test_weights_are_those_of_one_process(ranks, alone, n, sharded, recipe):
     options = EXACT | RECIPES[recipe]
     compare(ranks(n, work.trained_in, options, 30, {"sharded": sharded}), alone(options, 30))
@@ -123,3 +123,12 @@ def test_ranks_that_run_out_of_data_join_the_others(ranks, recipe):
 
 def test_the_first_batch_is_not_empty_everywhere(ranks):
     assert all(said.startswith("the first batch has no cases on any rank") for said in ranks(2, work.nothing))
+
+
+@pytest.mark.parametrize("sharded", ["", "fsdp"])
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "momentum": 0.9, "damping": 0.1}], ids=["adaptive", "given"])
+def test_a_models_own_loss(ranks, sharded, options):
+    expected = work.trained_on_own_loss(None, "", EXACT | options)
+    for own in ranks(2, work.trained_on_own_loss, sharded, EXACT | options):
+        for n, p in expected.items():
+            assert torch.allclose(own[n], p, rtol=0, atol=1e-9), n

@@ -440,3 +440,30 @@ def estimated(group: Any) -> tuple[float, float]:
     torch.manual_seed(dist.get_rank(group))
     F = natgrad.fisher(in_ddp(group), nn.CrossEntropyLoss(), own_data(group, "even"), "implicit")
     return float(F.estimate_trace(60).value), float(F.to_dense().trace())
+
+
+class Labelled(nn.Module):
+    """A model that computes the loss of its labels itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def trained_on_own_loss(group: Any, sharded: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights after steps by a model's own loss."""
+    model = Labelled()
+    called = placed(model, group, sharded)
+    opt = natgrad.KFAC(called, "model", **options)
+    size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    for step in range(12):
+        x, y = batch(step)
+        own = share_of(len(x), rank, size, False)
+        opt.zero_grad()
+        called(x[own], labels=y[own])["loss"].backward()
+        opt.step()
+    return {n: whole(p) for n, p in model.named_parameters()}

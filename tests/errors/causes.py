@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-TABLES = ("of_data_and_losses", "of_models", "of_vectors", "of_optimizers", "of_files", "of_structures")
+TABLES = ("of_data_and_losses", "of_models", "of_vectors", "of_optimizers", "of_files", "of_structures", "of_uses")
 
 
 class Cause(NamedTuple):

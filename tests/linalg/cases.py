@@ -13,6 +13,7 @@ from natgrad.linalg import (
     CoordinateBlocks,
     Dense,
     Diagonal,
+    DiagonalPlusLowRank,
     ExactBlock,
     Homogeneous,
     Kronecker,
@@ -225,6 +226,17 @@ def low_rank(d_out, d_in, seed):
     return Case(LowRank(U, e, 0.7, Space(((d_out, d_in), (d_out,)))), dense, eye(size))
 
 
+def diagonal_plus_low_rank(d_out, d_in, seed):
+    """Some of the low rank's eigenvalues below zero, as an inverse has them."""
+    size = d_out * d_in + d_out
+    d, U = 2 + positive(size, seed), randn(size, min(size, 3), seed=seed) / size**0.5
+    e = positive(U.shape[1], seed + 1) * torch.tensor([1.0, -0.3, 2.0], dtype=f64)[: U.shape[1]]
+    dense = d.diag() + (U * e) @ U.mT
+    if torch.linalg.eigvalsh(dense)[0] < 0.1:
+        e, dense = e.abs(), d.diag() + (U * e.abs()) @ U.mT
+    return Case(DiagonalPlusLowRank(d, U, e, Space(((d_out, d_in), (d_out,)))), dense, eye(size))
+
+
 CASES = [
     kronecker,
     centered,
@@ -246,6 +258,7 @@ CASES = [
     kernel,
     scaled,
     low_rank,
+    diagonal_plus_low_rank,
 ]
 # Damped in centered coordinates they are other matrices.
 CENTERED = [centered, wide_output, wide, corrected_centered, wide_corrected, centered_by_hand, coordinates, rows]

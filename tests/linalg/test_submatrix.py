@@ -8,7 +8,7 @@ import natgrad
 from natgrad.linalg import BlockDiagonal, Dense, Diagonal
 from oracles import close, net, randn
 
-STRUCTURES = ["dense", "block", "kfac", "ekfac", "diagonal", "implicit"]
+STRUCTURES = ["dense", "block", "kfac", "ekfac", "low_rank", "diagonal", "implicit"]
 
 
 def matrix(structure):

@@ -71,8 +71,8 @@ class Odd(nn.Module):
     def forward(self, x):
         h = F.linear(F.linear(x, self.both).tanh(), self.both.T).tanh()
         h = F.linear(h, self.rows[:5]).tanh() * self.row(h).sigmoid()
-        h = torch.einsum("ni,oi->no", h, self.einsum)
-        return self.head(h.view(-1, 2, 5) * self.scale)
+        h = torch.einsum("ni,oi->on", h, self.einsum).T
+        return self.head(h.reshape(-1, 2, 5) * self.scale)
 
 
 def test_embeddings_tied_to_the_output_layer():

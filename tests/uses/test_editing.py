@@ -1,5 +1,6 @@
 """Pruning, merging, consolidation and projection, against least squares and dense eigenvectors."""
 
+import copy
 import inspect
 
 import pytest
@@ -229,3 +230,50 @@ def test_what_cannot_be_projected_is_said():
     model, data = net(4, 5, 3), (randn(20, 4), torch.arange(20) % 3)
     with pytest.raises(TypeError, match="has no eigenbasis by its structure"):
         natgrad.fisher(model, nn.CrossEntropyLoss(), data, "implicit").project(torch.ones(43, dtype=f64), 0.5)
+
+
+# Bad input ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision(dtype):
+    torch.manual_seed(0)
+    a, b = net(4, 5, 3).to(dtype), net(4, 5, 3).to(dtype)
+    data = randn(20, 4).to(dtype), torch.arange(20) % 3
+    F_a, F_b = (natgrad.fisher(m, nn.CrossEntropyLoss(), data) for m in (a, b))
+    merged = natgrad.merge([a, b], [F_a, F_b])
+    exact = natgrad.merge([copy.deepcopy(a).float(), copy.deepcopy(b).float()], [F_a, F_b])
+    for p, q in zip(merged.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(p, q.to(dtype))
+    penalty = natgrad.ewc(a, F_a)
+    with torch.no_grad():
+        a[0].weight.add_(1)
+    penalty().backward()
+    assert a[0].weight.grad.dtype == dtype
+    with pytest.warns(RuntimeWarning, match="F was computed at other weights: '0.weight' has changed"):
+        pruned = natgrad.prune(a, F_a, 0.5)
+    assert (a[0].weight == 0).sum() + (a[2].weight == 0).sum() == 18
+    assert pruned.increase > 0
+
+
+def test_a_penalty_that_would_reward_leaving_is_refused():
+    torch.manual_seed(0)
+    model, data = net(4, 5, 3), (randn(20, 4), torch.arange(20) % 3)
+    H = natgrad.hessian(model, nn.CrossEntropyLoss(), data, "dense")
+    e, U = torch.linalg.eigh(H.to_dense())
+    assert e[0] < 0
+    penalty = natgrad.ewc(model, H)
+    with torch.no_grad():
+        for p, step in zip(model.parameters(), H.space.unflatten(U[:, 0].contiguous()), strict=True):
+            p += step
+    with pytest.raises(ValueError, match="F is indefinite: its curvature is -"):
+        penalty()
+
+
+def test_matrices_of_the_other_model_are_warned_of():
+    torch.manual_seed(0)
+    data = randn(20, 4), torch.arange(20) % 3
+    models = [net(4, 5, 3) for _ in range(2)]
+    matrices = [natgrad.fisher(m, nn.CrossEntropyLoss(), data) for m in models]
+    with pytest.warns(RuntimeWarning, match=r"matrices\[[01]\] was computed at other weights"):
+        natgrad.merge(models, matrices[::-1])

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import natgrad
 from models import MODELS
@@ -12,7 +13,7 @@ from natgrad.uses.scores import Scores
 from oracles import close, dense_curvature, f64, net, randn
 
 DAMPING = 0.05
-STRUCTURES = ["dense", "block", "kfac", "ekfac", "diagonal", "implicit"]
+STRUCTURES = ["dense", "block", "kfac", "ekfac", "low_rank", "diagonal", "implicit"]
 
 
 def problem(loss=None):
@@ -277,3 +278,47 @@ def test_factors_that_do_not_fit_are_said():
         H = natgrad.hessian(model, loss, train, structure)
         with pytest.raises((ValueError, RuntimeError), match=r"indefinite|not positive definite"):
             natgrad.influence(model, loss, train, query, factors=H, damping=1e-6)
+
+
+def test_factors_of_other_weights_are_refused(tmp_path):
+    model, loss, train, query = problem()
+    for structure in ("kfac", "dense"):
+        F = natgrad.fisher(model, loss, train, structure)
+        F.save(tmp_path / "factors.safetensors")
+        other = net(4, 6, 3)  # of the same shapes
+        for factors in (F, natgrad.load(tmp_path / "factors.safetensors"), F.to("cpu")):
+            with pytest.raises(ValueError, match=r"computed at other weights of the model: '0.weight' has changed"):
+                natgrad.influence(other, loss, train, query, factors=factors)
+        assert natgrad.influence(other, loss, train, query, factors=1.0 * F).shape == (5, 20)
+    H = natgrad.hessian(model, loss, train, "dense")
+    with pytest.raises(ValueError, match="computed at other weights"):
+        natgrad.influence(other, loss, train, query, factors=H)
+
+
+class Shuffled:
+    """Batches in another order at each pass."""
+
+    def __init__(self, x, y):
+        self.batches = [(x[i : i + 5], y[i : i + 5]) for i in range(0, len(x), 5)]
+
+    def __iter__(self):
+        self.batches = self.batches[1:] + self.batches[:1]
+        return iter(self.batches)
+
+
+def test_data_in_a_random_order_are_refused():
+    model, loss, train, query = problem()
+    for many in (DataLoader(TensorDataset(*train), 4, shuffle=True), Shuffled(*train)):
+        with pytest.raises(ValueError, match=r"(first batch of train|train is a DataLoader that shuffles)"):
+            natgrad.influence(model, loss, many, query)
+        with pytest.raises(ValueError, match=r"(first batch of query|query is a DataLoader that shuffles)"):
+            natgrad.influence(model, loss, train, many)
+    found = natgrad.influence(model, loss, DataLoader(TensorDataset(*train), 7), query)
+    close(found, natgrad.influence(model, loss, train, query))
+
+
+def test_a_model_in_training_mode_is_warned_of():
+    _, loss, train, query = problem()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    with pytest.warns(RuntimeWarning, match="'1' \\(Dropout\\) is in training mode"):
+        natgrad.influence(model, loss, train, query)

@@ -14,7 +14,7 @@ from natgrad.uses.links import bridge
 from oracles import close, dense_curvature, f64, jacobian, net, randn, summed
 
 N = 30
-STRUCTURES = ["dense", "block", "kfac", "ekfac", "diagonal"]
+STRUCTURES = ["dense", "block", "kfac", "ekfac", "low_rank", "diagonal"]
 CASES = {
     "classes": (nn.CrossEntropyLoss(), lambda: torch.arange(N) % 3),
     "numbers": (nn.MSELoss(), lambda: randn(N, 3, seed=5)),
@@ -380,3 +380,54 @@ def test_a_prior_that_is_none_is_refused(value):
     )  # as it was
     with pytest.raises(ValueError, match=r"temperature=.* is not usable"):
         natgrad.laplace(model, loss, data, temperature=value)
+
+
+def own_probabilities(P, x):
+    """By the probit approximation, from the outputs and their variances."""
+    f, v = P.model(x).detach(), P.functional_variance(x, diagonal=True)
+    return f / (1 + pi / 8 * v).sqrt()
+
+
+@pytest.mark.parametrize("loss", [nn.SoftMarginLoss(), nn.MultiLabelSoftMarginLoss()])
+def test_other_logistic_losses_predict_probabilities(loss):
+    model, _, (x, y) = problem("yes or no")
+    P = natgrad.laplace(model, loss, (x, 2 * y - 1 if isinstance(loss, nn.SoftMarginLoss) else y), "dense")
+    close(P.predict(x), own_probabilities(P, x).sigmoid())
+    close(P.predict(x, link="mc", samples=20000), P.predict(x), 0.02)
+    assert 0 < P.predict(x, linearized=False).min() < P.sample(x, 3).max() < 1
+
+
+def test_log_probabilities_have_all_links():
+    model, _, (x, y) = problem()
+    P = natgrad.laplace(nn.Sequential(*model, nn.LogSoftmax(1)), nn.NLLLoss(), (x, y), "dense")
+    close(P.predict(x), own_probabilities(P, x).softmax(1))
+    for link in ("mc", "bridge", "bridge_norm"):
+        close(P.predict(x, link=link).sum(1), torch.ones(N, dtype=f64))
+
+
+WITHOUT_DISTRIBUTION = {
+    "L1Loss": (nn.L1Loss(), nn.Identity(), "numbers"),
+    "HuberLoss": (nn.HuberLoss(), nn.Identity(), "numbers"),
+    "SmoothL1Loss": (nn.SmoothL1Loss(), nn.Identity(), "numbers"),
+    "Convex": (natgrad.losses.Convex(lambda f, y: (f - y).pow(4).sum(1)), nn.Identity(), "numbers"),
+    "BCELoss": (nn.BCELoss(), nn.Sigmoid(), "yes or no"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_DISTRIBUTION)
+def test_a_loss_without_a_distribution_of_targets_is_named(name):
+    loss, last, case = WITHOUT_DISTRIBUTION[name]
+    model, _, data = problem(case)
+    P = natgrad.laplace(nn.Sequential(*model, last), loss, data).fit_prior()
+    for linearized in (True, False):
+        with pytest.raises(TypeError, match=rf"{name} gives no distribution of targets.*P.functional_variance\(x\)"):
+            P.predict(data[0], linearized=linearized)
+    assert P.functional_variance(data[0]).shape == (N, 3, 3)
+    assert P.sample(data[0], 2).shape == (2, N, 3)
+
+
+def test_data_without_a_target_are_said():
+    model, loss, (x, y) = problem()
+    P = natgrad.laplace(model, loss, (x, torch.full_like(y, -100)), "dense")
+    with pytest.raises(ValueError, match=r"the data do not depend on the weights: .* look for targets that are all"):
+        P.fit_prior()

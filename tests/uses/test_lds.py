@@ -115,3 +115,36 @@ def test_what_does_not_fit_is_said(tmp_path):
         natgrad.lds(randn(6, 40), retrain, path=tmp_path / "nowhere" / "results.jsonl")
     with pytest.raises(ValueError, match="is a folder; expected the name of a file"):
         natgrad.lds(randn(6, 40), retrain, path=tmp_path)
+
+
+def test_a_run_that_was_cut_off_anywhere_goes_on(tmp_path):
+    *_, retrain = ridge()
+    scores, path = randn(6, 40), tmp_path / "results.jsonl"
+    expected = natgrad.lds(scores, retrain, subsets=4, path=path)
+    whole = path.read_text()
+    for kept in (0, 3, 30, len(whole) // 2, len(whole) - 1):
+        path.write_text(whole[:kept])
+        assert torch.equal(natgrad.lds(scores, retrain, subsets=4, path=path).losses, expected.losses)
+        assert path.read_text().count("\n") == 5
+
+
+def test_lines_that_are_no_results_are_said(tmp_path):
+    *_, retrain = ridge()
+    scores, path = randn(6, 40), tmp_path / "results.jsonl"
+    natgrad.lds(scores, retrain, subsets=3, path=path)
+    whole = path.read_text()
+    for line in ('{"subset": 1}', "[1, 2]", '{"subset": 1, "losses": [1.0]}', '{"subset": "a", "losses": []}'):
+        path.write_text(f"{whole}{line}\n")
+        with pytest.raises(ValueError, match="has a line that is no result"):
+            natgrad.lds(scores, retrain, subsets=3, path=path)
+        assert path.read_text() == f"{whole}{line}\n"
+
+
+def test_scores_and_seeds_that_say_nothing_are_refused():
+    *_, retrain = ridge()
+    scores = randn(6, 40)
+    scores[2, 3] = torch.nan
+    with pytest.raises(ValueError, match="1 of 240 scores are not finite"):
+        natgrad.lds(scores, retrain)
+    with pytest.raises(ValueError, match="seed=-1 is not usable"):
+        natgrad.lds(randn(6, 40), retrain, seed=-1)

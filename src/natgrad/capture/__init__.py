@@ -1,1 +1,1 @@
-"""From a model's forward to cases: which parameter was used how, and what each layer's inputs and gradients are."""
+"""From a model's forward pass to cases: how each parameter is used, and the inputs and gradients of each layer."""

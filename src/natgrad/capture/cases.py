@@ -1,4 +1,4 @@
-"""The cases of a batch: what went into every layer, and column by column the gradients in what came out of it."""
+"""The cases of a batch: the inputs of every layer, and the gradients at its outputs, column by column."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, Rows
 
 FEW = 8
-"""Fewer rows than this are not thinned out."""
+"""Batches with fewer rows than this are not subsampled."""
 Present = tuple[Bool[Tensor, "_n _t"], Bool[Tensor, "_n _t"]]
-"""Which positions are there at all, where others fill up, and which depend on their case."""
+"""Which positions are not padding, and which depend on their case."""
 
 
 class Gradients(Mapping[Layer, list[Tensor]]):
     """The gradients of one column, `(n, t, o)` for every use of a layer. They are copied to `dtype` when they are read,
-    one layer after the other: all at once, a half-precision model's would take more memory than its training."""
+    one layer at a time. Copying all at once would take more memory than the training of a half-precision model."""
 
     def __init__(self, own: Mapping[Layer, list[Tensor]], dtype: torch.dtype | None):
         self.own, self.dtype = own, dtype
@@ -38,37 +38,37 @@ class Gradients(Mapping[Layer, list[Tensor]]):
 
 @dataclass
 class Cases:
-    """One batch: what went into every layer, and column by column the gradient in what came out of it.
+    """One batch: the inputs of every layer, and the gradients at its outputs, column by column.
 
-    A case is a row of the output, or several rows that see one another. Each entry is a list with an entry for every
-    use of the layer, `(n, t, ...)` for `n` cases with `t` positions. A layer without a weight has inputs of width zero,
-    and so has a scale: its gradients are those of its coordinates.
+    A case is a row of the output, or several rows that depend on one another. Each value is a list with an entry for
+    every use of the layer, `(n, t, ...)` for `n` cases with `t` positions. A layer without a weight has inputs of width
+    zero. So has a scale, whose gradients are those of its coordinates.
     """
 
     h: dict[Layer, list[Inputs]]
     columns: Iterable[Mapping[Layer, list[Tensor]]]
-    """The gradients `g`, `(n, t, o)` each: a dictionary for each column `s_k` of the output, each a backward pass when
-    it is read. Where layers differ in their cases, a dictionary has those of some of them."""
+    """The gradients `g`, `(n, t, o)` each: a dictionary for each column `s_k` of the output. Reading one takes a
+    backward pass. If layers have different cases, a dictionary has the gradients of some of the layers."""
     d_out: dict[Layer, int]
     mass: Tensor
-    """What the loss's mean divides by."""
+    """The divisor of the loss's mean."""
     examples: int
-    """How many rows the output has."""
+    """The number of rows of the output."""
     ignored: Mapping[Layer, Bool[Tensor, "_n _targets"]] = field(default_factory=dict)
-    """Which of the targets of every case take no part; of no layer: all do."""
+    """Which targets of every case are ignored. Without an entry, none are."""
     present: Mapping[Layer, list[Present | None]] = field(default_factory=dict)
-    """Of layers in which some positions fill up, which of them do not."""
+    """For layers with padded positions: which positions are not padding."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """The parameters' own, by name."""
+    """The shapes of the parameters, by name."""
     together: tuple[tuple[str, ...], ...] = ()
-    """The parameters of every use, which belong to one exact block."""
+    """The parameters of every use. Parameters of one use belong to one exact block."""
     mixed: tuple[Layer, ...] = ()
-    """The layers of which a row depends on several rows of the output, and is taken for a case all the same."""
+    """The layers in which a row depends on several rows of the output, but is still treated as a case."""
     term: str = ""
-    """The term of an objective that they are of, where it has several."""
+    """The term of the objective, if it has several."""
 
     def scaled(self, factor: float, term: str) -> Cases:
-        """Those of a term of an objective, with `factor` times its matrix."""
+        """The cases of a term of an objective, with `factor` times its matrix."""
         own = ({layer: [factor**0.5 * g for g in its] for layer, its in c.items()} for c in self.columns)
         return replace(self, columns=own, term=term)
 
@@ -78,24 +78,24 @@ class Cases:
         return self
 
     def rows(self) -> int:
-        """The length of the axis that can be thinned out: that of the output's examples, or of what they were flattened
-        from."""
+        """The length of the axis that can be subsampled: the output's examples, or the sequences from which its rows
+        were flattened."""
         lengths = (use.shape[0] for uses in self.h.values() for use in uses)
         return min((n for n in lengths if n >= FEW and self.examples % n == 0), default=self.examples)
 
     def fewest(self) -> int:
-        """How many cases the layer has that has the fewest, of those that are used on every row: a row at each of a
-        layer's positions is one."""
+        """The smallest number of cases of a layer, among the layers that are used on every row. Each position of a row
+        counts as a case."""
         rows = self.rows()
         used = (sum(t for n, t, _ in (use.shape for use in uses) if n == rows) for uses in self.h.values())
         return rows * min((t for t in used if t), default=1)
 
     def every(self, step: int, start: int) -> Cases:
-        """The cases of every `step`-th example alone, from `start` on: what is left of each sum is in proportion to
-        what is left of `mass`, on average over `start`.
+        """Only the cases of every `step`-th example, from `start` on. On average over `start`, each sum shrinks in
+        proportion to `mass`.
 
-        Layers that have not one case for each example, as what all examples share, are kept whole, with that share of
-        their gradients' squares.
+        Layers that do not have one case for each example, such as parameters that all examples share, keep all cases,
+        and the squares of their gradients are scaled by the same share.
         """
         whole = self.rows()
         left = len(range(start, whole, step))
@@ -113,7 +113,7 @@ class Cases:
             for column in self.columns:
                 own, dtype = (column.own, column.dtype) if isinstance(column, Gradients) else (column, None)
                 yield Gradients({layer: [thinned(layer, g) for g in uses] for layer, uses in own.items()}, dtype)
-                del column, own  # before the next one is made
+                del column, own  # frees memory before the next one is made
 
         h = {
             layer: [use.part(start, whole, step) for use in uses] if layer in thin else uses
@@ -125,7 +125,7 @@ class Cases:
         return replace(self, h=h, columns=columns(), mass=mass, examples=examples, ignored=ignored)
 
     def parted(self, known: Collection[Layer]) -> Cases:
-        """The same with layers that are not known parted to those of each of their parameters."""
+        """The same, but layers that are not known are split into one layer for each of their parameters."""
         parts = {layer: layer.apart() for layer in self.h if layer not in known and len(layer.names) > 1}
         if not parts:
             return self
@@ -152,7 +152,7 @@ class Cases:
         return replace(self, h=h, columns=columns(), d_out=d_out, ignored=ignored, present=present)
 
     def present_in(self, layer: Layer, reduced: bool) -> list[Bool[Tensor, "n t"]] | None:
-        """Which positions of every use are there at all, or (`reduced`) depend on their case; None: all."""
+        """Which positions of every use are not padding, or (`reduced`) depend on their case. None: all."""
         if layer not in self.present:
             return None
         both = zip(self.h[layer], self.present[layer], strict=True)
@@ -162,10 +162,11 @@ class Cases:
         ]
 
     def without_target(self, layer: Layer) -> list[Bool[Tensor, "n t"]] | None:
-        """Which positions of every use have an ignored target; None: none have.
+        """Which positions of every use have an ignored target. None: no position.
 
-        A position's target is its own where a use has as many positions as targets, or all uses together have (the
-        time steps of a recurrent layer); else those of its case are all ignored.
+        If a use has as many positions as there are targets, each position has its own target. The same holds if all
+        uses together do (the time steps of a recurrent layer). Otherwise a position counts as ignored if all targets
+        of its case are ignored.
         """
         ignored = self.ignored.get(layer)
         if ignored is None:

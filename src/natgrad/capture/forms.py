@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from natgrad.capture.layers import CASTS, SELECTIONS, VIEWS, View
+from natgrad.capture.layers import CASTS, OFFSETS, SELECTIONS, VIEWS, View
 
 
 @dataclass(frozen=True)
 class Form:
-    """A parameter as a function was given it: all of it or some rows, as it is or transposed; or, if not a `matrix`,
-    its entries in any other order. `select` gives their numbers in the parameter, which has `shape`."""
+    """A parameter in the form in which a function received it: all of it or some rows, possibly transposed; or, if it
+    is not a `matrix`, its entries in any other order. `select` gives the entries' indices in the parameter, which has
+    `shape`."""
 
     name: str
     select: Callable[[], Int[Tensor, ...]]
@@ -27,11 +28,11 @@ class Form:
     transposed: bool = False
     matrix: bool = True
     whole: bool = True
-    """Whether its entries are those of the parameter, in their order."""
+    """Whether it has the entries of the parameter in their order."""
 
 
 class Forms:
-    """Those that were met in a forward. Their tensors are kept alive, so that their ids stay theirs."""
+    """The forms that occurred in a forward pass. Their tensors are kept alive, so that their ids are not reused."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Tensor, Form]] = {}
@@ -48,10 +49,12 @@ class Forms:
         return None if held is None else held[1]
 
     def look_at(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> bool:
-        """Keeps the forms that a call gives, if it is a view of a parameter."""
+        """Stores the forms that a call returns, if it is a view of a parameter."""
         if func not in VIEWS and func not in SELECTIONS:
             return False
         source = args[0] if args else kwargs.get("input", kwargs.get("self"))
+        if func in OFFSETS and sum(isinstance(v, Tensor) for v in (*args, *kwargs.values())) > 1:
+            return False
         form = self.of(source)
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         if form is None or any(not isinstance(t, Tensor) for t in outs):
@@ -60,7 +63,9 @@ class Forms:
         keeps_order = view is not None and not view.transposed
         for i, (t, found) in enumerate(zip(outs, _forms(form, view, len(outs)), strict=True)):
             select = (
-                form.select if func in CASTS else partial(_select, func, form, args, kwargs, None if t is out else i)
+                form.select
+                if func in CASTS or func in OFFSETS
+                else partial(_select, func, form, args, kwargs, None if t is out else i)
             )
             whole = form.whole and keeps_order and t.numel() == prod(form.shape)
             self._known[id(t)] = t, replace(found, select=select, whole=whole)
@@ -68,7 +73,7 @@ class Forms:
 
 
 def _forms(form: Form, view: View | None, count: int) -> list[Form]:
-    """What each of the tensors is that a view of a form has returned."""
+    """The form of each of the tensors that a view of a form returned."""
     if not form.matrix or view is None or (form.transposed and (view.rows or not view.transposed)):
         return [replace(form, matrix=False, rows=None, transposed=False)] * count
     if not view.rows:
@@ -84,7 +89,7 @@ def _numbers(p: Tensor) -> Int[Tensor, ...]:
 def _select(
     func: Any, form: Form, args: Sequence[Any], kwargs: Mapping[str, Any], which: int | None
 ) -> Int[Tensor, ...]:
-    """The numbers of the entries that a call has chosen of a form's."""
+    """The indices of the entries of a form that a call selected."""
     others = {k: v for k, v in kwargs.items() if k not in ("input", "self")}
     numbers = func(form.select(), *args[1:], **others)
     return numbers if which is None else numbers[which]

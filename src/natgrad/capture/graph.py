@@ -1,4 +1,4 @@
-"""What an output's graph is made of."""
+"""The nodes of an output's autograd graph."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 REENTRANT = "CheckpointFunctionBackward"
-"""The node of a reentrant checkpoint, whose own graph is made by its backward alone."""
+"""The node of a reentrant checkpoint. Its inner graph is only made in its backward pass."""
 
 
 def nodes(output: Tensor) -> Iterator[Node]:
-    """Every node that leads from the output to leaves."""
+    """Every node between the output and the leaves."""
     seen, left = set[Node](), [get_gradient_edge(output).node] if output.requires_grad else []
     while left:
         node = left.pop()
@@ -23,11 +23,11 @@ def nodes(output: Tensor) -> Iterator[Node]:
 
 
 def refuse_reentrant(output: Tensor) -> None:
-    """Raises NotImplementedError if the forward had a reentrant checkpoint: gradients that are asked for by
-    `torch.autograd.grad` are not those of what is inside of it."""
+    """Raises NotImplementedError if the forward pass had a reentrant checkpoint: `torch.autograd.grad` does not compute
+    the gradients inside it."""
     if any(node.name() == REENTRANT for node in nodes(output)):
         raise NotImplementedError(
-            "the forward has a reentrant checkpoint, through which torch.autograd.grad takes no gradients; use "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), which a model of transformers has with "
+            "the forward has a reentrant checkpoint, through which torch.autograd.grad cannot compute gradients; use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), in a model of transformers by "
             "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
         )

@@ -1,4 +1,4 @@
-"""The parameters that share a block, and the uses of them."""
+"""The parameters that share a block, and their uses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from natgrad.linalg.layout import PLAIN, Layout
 class Layer:
     """The parameters that share a block: a weight, a bias, or a weight with its bias.
 
-    `layout` is that of the weight, and `rows` those of its matrix and of the bias that are meant (None: all). The
-    coordinates of a `scale` have no matrix; one parameter, be it used as scale or as shift, is the `weight`. `more` are
-    further parameters, of layers that share some. `function` is what torch calls a use of it.
+    `layout` is the layout of the weight. `rows` are the rows of its matrix and of the bias that belong to the layer
+    (None: all). The coordinates of a `scale` have no matrix. If there is one parameter only, scale or shift, it is the
+    `weight`. `more` are further parameters, if layers share some. `function` is torch's name of its use.
     """
 
     weight: str | None
@@ -37,7 +37,7 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """The name, with the rows that are meant."""
+        """The name, with the rows."""
         return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
 
     @property
@@ -45,7 +45,7 @@ class Layer:
         return (*(n for n in (self.weight, self.bias) if n is not None), *self.more)
 
     def apart(self) -> tuple[Layer, ...]:
-        """The layers of each of its parameters alone."""
+        """A separate layer for each of its parameters."""
         if len(self.names) == 1:
             return (self,)
         bias = replace(self, weight=self.bias, bias=None) if self.scale else replace(self, weight=None, layout=PLAIN)

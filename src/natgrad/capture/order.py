@@ -1,4 +1,4 @@
-"""Which rows make up a case: of the model's output, and of what a layer computes."""
+"""Which rows make up a case: rows of the model's output, and rows of a layer's output."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grouping:
-    """The rows of the output, parted into `cases` of `members` rows each.
+    """The rows of the output, split into `cases` of `members` rows each.
 
-    The rows of a case follow one another, or (`interleaved`) row `r` belongs to case `r % cases`.
+    The rows of a case are consecutive, or (`interleaved`) row `r` belongs to case `r % cases`.
     """
 
     cases: int
@@ -29,7 +29,7 @@ class Grouping:
         return t.unflatten(0, (self.cases, self.members))
 
     def parts(self, column: Tensor) -> Iterator[Tensor]:
-        """One column of the output for each member of a case: its rows alone. Those that are zero are left out."""
+        """Splits a column of the output into one column for each member of a case. Columns of zeros are left out."""
         if self.members == 1:
             yield column
             return
@@ -43,11 +43,12 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Order:
-    """How the rows of one use of a layer, which lie on a grid of axes, are the rows of cases.
+    """How the rows of one use of a layer, which lie on a grid of axes, belong to cases.
 
-    The cases are on one `axis` of the grid; or (`axis=None`) the rows of a case follow one another, or take turns
-    (`interleaved`); or they are listed: `index[c, i]` is the number of the i-th row of case `c` in the grid, and −1
-    fills up. `own` says which of the listed rows depend on their case: the others have no gradient.
+    The cases are on one `axis` of the grid. Or (`axis=None`) the rows of a case are consecutive, or `interleaved`. Or
+    they are listed: `index[c, i]` is the number in the grid of the i-th row of case `c`, and −1 is padding. `own` says
+    which of the listed rows depend on their case: the others have no gradient. With `crossed`, every row is a case:
+    rows and cases lie on the same two axes, in two orders; these are the lengths of the axes in the order of the rows.
     """
 
     grid: tuple[int, ...]
@@ -56,19 +57,20 @@ class Order:
     interleaved: bool = False
     index: Int[Tensor, "cases rows"] | None = None
     own: Tensor | None = None
+    crossed: tuple[int, int] | None = None
 
     @property
     def is_identity(self) -> bool:
-        """Whether the rows are in this order as they are."""
+        """Whether the rows are already in this order."""
         return self.axis == 0 or self.cases == prod(self.grid) == 1
 
     @property
     def rows(self) -> int:
-        """How many rows a case has."""
+        """The number of rows of a case."""
         return self.index.shape[1] if self.index is not None else prod(self.grid) // max(1, self.cases)
 
     def of(self, t: Tensor) -> Tensor:
-        """A tensor with the axes of the grid first, as `(cases, rows, ...)`. What fills up is zero."""
+        """A tensor with the axes of the grid first, as `(cases, rows, ...)`. Padding is zero."""
         axes = len(self.grid)
         if axes == 0:
             return t[None, None]
@@ -84,11 +86,11 @@ class Order:
         return flat.unflatten(0, (self.cases, self.rows))
 
     def numbers(self, device: torch.device) -> Int[Tensor, "cases rows"]:
-        """The number in the grid of every row of a case; −1 for what fills up."""
+        """The number in the grid of every row of a case; −1 for padding."""
         return self.of(torch.arange(1, prod(self.grid) + 1, device=device).view(self.grid)) - 1
 
     def case_of_row(self, device: torch.device) -> Int[Tensor, " rows"]:
-        """The case of every row of the grid; −1 for a row that depends on none."""
+        """The case of every row of the grid; −1 for a row that belongs to none."""
         found = torch.full((prod(self.grid),), -1, device=device)
         numbers = self.numbers(device)
         each = torch.arange(self.cases, device=device).unsqueeze(1).expand(numbers.shape)
@@ -97,7 +99,7 @@ class Order:
         return found
 
     def present(self, reduced: bool) -> Tensor | None:
-        """Which of the rows `(cases, rows)` are there at all, or (`reduced`) depend on their case; None: all."""
+        """Which of the rows `(cases, rows)` are not padding, or (`reduced`) depend on their case. None: all."""
         if self.index is None:
             return None
         assert self.own is not None
@@ -105,17 +107,18 @@ class Order:
 
 
 def together(grid: tuple[int, ...]) -> Order:
-    """All rows as those of one case."""
+    """All rows as one case."""
     return Order(grid, 1)
 
 
 def rows_apart(grid: tuple[int, ...]) -> Order:
-    """The first axis as that of cases."""
+    """The first axis as the axis of cases."""
     return Order(grid, grid[0], axis=0) if grid else together(grid)
 
 
 def apart(grids: Sequence[tuple[int, ...]], device: torch.device) -> list[Order]:
-    """For several uses together, the first axis as that of cases; or every row as one where those differ."""
+    """For several uses together: the first axis as the axis of cases, or every row as a case if the first axes
+    differ."""
     if len({grid[:1] for grid in grids}) == 1:
         return [rows_apart(grid) for grid in grids]
     most = max(map(prod, grids))
@@ -125,8 +128,8 @@ def apart(grids: Sequence[tuple[int, ...]], device: torch.device) -> list[Order]
 
 
 def assumed(grid: tuple[int, ...], examples: int) -> Order:
-    """What a shape suggests: the first axis as long as there are examples; else what was flattened, examples first;
-    else the first axis, whatever its length."""
+    """A guess from the shape: the first axis whose length is the number of examples; else an axis that was flattened
+    with the examples first; else the first axis, of any length."""
     for axis, size in enumerate(grid):
         if size == examples:
             return Order(grid, examples, axis=axis)
@@ -136,7 +139,7 @@ def assumed(grid: tuple[int, ...], examples: int) -> Order:
 
 
 def candidates(grid: tuple[int, ...], cases: int) -> Iterator[Order]:
-    """The orders without a list, the most usual first."""
+    """The orders without a list, the most common first."""
     for axis, size in enumerate(grid):
         if size == cases:
             yield Order(grid, cases, axis=axis)
@@ -145,8 +148,16 @@ def candidates(grid: tuple[int, ...], cases: int) -> Iterator[Order]:
         yield Order(grid, cases, interleaved=True)
 
 
+def crossed(grid: tuple[int, ...], lengths: tuple[int, int], device: torch.device) -> Order:
+    """Rows on two axes of these lengths. Each row is a case, and the cases are in transposed order: in the rows,
+    positions come first and were flattened, but the output has examples first."""
+    rows = torch.arange(prod(lengths), device=device).view(lengths).T.reshape(-1, 1)
+    return Order(grid, prod(lengths), index=rows, own=torch.ones_like(rows, dtype=torch.bool), crossed=lengths)
+
+
 def listed(grid: tuple[int, ...], case_of_row: Int[Tensor, " rows"], cases: int) -> Order:
-    """The order in which each row belongs to the case of that number; rows of none (−1) fill up where there is room."""
+    """The order in which each row belongs to the case with this number. Rows without a case (−1) fill up free
+    places."""
     rows = torch.arange(len(case_of_row), device=case_of_row.device)
     known = case_of_row >= 0
     counts = torch.bincount(case_of_row[known], minlength=cases)
@@ -163,7 +174,7 @@ def listed(grid: tuple[int, ...], case_of_row: Int[Tensor, " rows"], cases: int)
 
 
 def coarsened(order: Order, fine: Grouping, coarse: Grouping) -> Order:
-    """The order of rows by larger cases, from that by smaller ones within them."""
+    """The order of rows for larger cases, from the order for the smaller cases that they consist of."""
     if coarse.cases == 1:
         return together(order.grid)
     device = torch.device("cpu") if order.index is None else order.index.device

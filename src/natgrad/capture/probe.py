@@ -1,8 +1,9 @@
-"""The backward passes that tell which rows of every layer depend on which rows of the output.
+"""Backward passes that find out which rows of every layer affect which rows of the output.
 
-They take columns `v`, `s ∘ v` and `s' ∘ v` with a random `v` and powers of two `s`, one for each row of the output. A
-row of a layer that depends on the output's row `i` alone has gradients `g`, `s_i g` and `s'_i g`, to the last bit, as
-powers of two are multiplied without rounding; a row that several of them depend on has not.
+They use the columns `v`, `s ∘ v` and `s' ∘ v` with a random `v` and powers of two `s`, one for each row of the output.
+If a row of a layer affects only row `i` of the output, its gradients are `g`, `s_i g` and `s'_i g`. This is exact to
+the last bit, because multiplication by powers of two does not round. It does not hold for a row that affects several
+rows of the output.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.capture.order import Grouping, Order, candidates, listed, together
+from natgrad.capture.order import Grouping, Order, candidates, crossed, listed, together
 from natgrad.capture.use import Use
 
 SEED = 1729
-"""Of the probe's own random numbers: torch's own are left as they are."""
+"""Seed of the probe's own random numbers. Torch's random state does not change."""
 PASSES = 3
-"""The backward passes of a probe that is made in step with other processes."""
+"""The number of backward passes of a probe that runs in step with other processes."""
 LISTED_DIGITS = 4
-"""The digits by which rows in no usual order are told apart: 16⁴ of them."""
+"""The number of digits that identify rows in an unusual order: they distinguish 16⁴ rows."""
 
 
 def names_of(use: Use) -> tuple[str, ...]:
@@ -32,7 +33,7 @@ def names_of(use: Use) -> tuple[str, ...]:
 
 
 def connected(uses: Sequence[Use]) -> list[list[int]]:
-    """The uses that share parameters, also by way of others: lists of their numbers."""
+    """Groups of uses that share parameters, directly or through other uses: lists of their numbers."""
     group_of: dict[str, list[int]] = {}
     for i, use in enumerate(uses):
         joined = [i]
@@ -50,26 +51,26 @@ def _forms(uses: Sequence[Use]) -> list[tuple[int, Use]]:
 
 @dataclass(frozen=True)
 class Signal:
-    """What one backward pass leaves in the rows of a use: the gradients' norms, and their products with one random
-    vector. Of the passes with powers of two, `exponents` are those of every case of the grouping."""
+    """The result of one backward pass in the rows of a use: the norms of the gradients, and their products with one
+    random vector. For passes with powers of two, `exponents` has the exponent of every case of the grouping."""
 
     norms: Float[Tensor, " rows"]
     products: Float[Tensor, " rows"]
 
 
 class Probe:
-    """The backward passes through one batch, as many as are needed; `in_step` with other processes that make `PASSES`
-    of them, at once and no more."""
+    """The backward passes through one batch, as many as are needed. If it runs `in_step` with other processes, it makes
+    exactly `PASSES` of them, at once."""
 
     def __init__(self, uses: Sequence[Use], output: Tensor, in_step: bool = False):
         self.given, self.output, self.device = uses, output, output.device
-        # Of a use that was spread over examples both forms: as it was before, and as it is.
+        # A use that was spread over examples has two forms: before and after.
         self.forms = [[i for i, (j, _) in enumerate(_forms(uses)) if j == number] for number in range(len(uses))]
         self.uses = uses = [use for _, use in _forms(uses)]
         edges = {(u.edge.node, u.edge.output_nr): u.edge for u in uses}
         self._edges, self._places = list(edges.values()), {key: i for i, key in enumerate(edges)}
         halves = {torch.float16} & {output.dtype, *(u.a.dtype for u in uses)}
-        self.base = 4 if halves else 16  # a gradient in float16 has little room for factors
+        self.base = 4 if halves else 16  # float16 has too small a range for large factors
         self._generator = torch.Generator(self.device).manual_seed(SEED)
         by_row = self._random(len(output)).view(-1, *[1] * (output.ndim - 1))
         self._v = by_row * self._random(*output.shape[1:])
@@ -88,8 +89,8 @@ class Probe:
     # What is found -------------------------------------------------------------------------------------
 
     def found(self) -> tuple[list[Grouping], list[Order | None], list[int]]:
-        """For every use how the output's rows are grouped to cases, as many as can be; how its own rows are, or None
-        where they depend on several of the output's in any grouping; and in which of its forms that is."""
+        """For every use: the grouping of the output's rows into as many cases as possible; the order of its own rows,
+        or None if they affect several cases in any grouping; and the form of the use for which this holds."""
         finest = Grouping(len(self.output))
         groupings: list[Grouping] = [finest] * len(self.given)
         orders: list[Order | None] = [None] * len(self.given)
@@ -116,8 +117,8 @@ class Probe:
         return None, 0
 
     def _groupings(self) -> Iterator[Grouping]:
-        """Each row of the output by itself; then, as where the positions of sequences were flattened to rows, as many
-        cases as one of the first two axes of a use is long."""
+        """The groupings to try. First, each row of the output is a case. Then, in case the positions of sequences were
+        flattened to rows, as many cases as the length of one of the first two axes of a use."""
         n = len(self.output)
         yield Grouping(n)
         flattened = [use.grid[:2] for use in self.uses if len(use.grid) > 1 and prod(use.grid[:2]) == n]
@@ -126,23 +127,36 @@ class Probe:
             yield Grouping(size, n // size, interleaved=True)
 
     def _order(self, i: int, grouping: Grouping) -> Order | None:
-        """The order in which each row of a use depends on its own case alone; None where there is none."""
+        """The order in which each row of a use affects only its own case, or None if there is no such order."""
         use = self.uses[i]
-        if prod(use.grid) == 0:  # no row was chosen for this layer, as an expert may get none
+        if prod(use.grid) == 0:  # this layer got no row, such as an expert without tokens
             return listed(use.grid, torch.empty(0, dtype=torch.long, device=self.device), grouping.cases)
         if grouping.cases == 1:
             return together(use.grid)
         for order in candidates(use.grid, grouping.cases):
             if self._fits(i, grouping, order):
                 return order
+        for lengths in self._axes(use, grouping):
+            order = crossed(use.grid, lengths, self.device)
+            if self._fits(i, grouping, order):
+                return order
         return None if self._in_step else self._listed(i, grouping)
+
+    def _axes(self, use: Use, grouping: Grouping) -> list[tuple[int, int]]:
+        """The possible lengths of two axes on which the rows of a use may lie, in either order, if each row is a
+        case."""
+        if grouping.members > 1 or prod(use.grid) != grouping.cases:
+            return []
+        grids = dict.fromkeys(u.grid[:2] for u in self.uses if len(u.grid) > 1 and min(u.grid[:2]) > 1)
+        found = [grid for grid in grids if prod(grid) == grouping.cases]
+        return list(dict.fromkeys(pair for a, b in found for pair in ((a, b), (b, a))))
 
     def _fits(self, i: int, grouping: Grouping, order: Order) -> bool:
         case = order.case_of_row(self.device)
         return bool(self._in_proportion(i, grouping, case, self._digits(grouping)).all())
 
     def _listed(self, i: int, grouping: Grouping) -> Order | None:
-        """The order that is read from the gradients' norms."""
+        """The order that the norms of the gradients show."""
         plain, digits = self._signals()[i], self._digits(grouping, LISTED_DIGITS)
         if self.base**digits < grouping.cases:
             return None
@@ -162,13 +176,14 @@ class Probe:
     # Passes --------------------------------------------------------------------------------------------
 
     def _digits(self, grouping: Grouping, most: int = 0) -> int:
-        """How many passes tell the cases apart: all of 256 with two, and of more nearly all."""
+        """The number of passes that distinguish the cases: two passes distinguish all of 256 cases, and nearly all of
+        more."""
         needed = max(1, math.ceil(math.log(max(2, grouping.cases), self.base) - 1e-9))
         usual = 2 if self.base == 16 or self._in_step else 4
         return min(needed, most or usual)
 
     def _numbers(self, grouping: Grouping) -> Tensor:
-        """A number for each case, in random order, of whose digits the exponents are made."""
+        """A number for each case, in random order. Its digits give the exponents."""
         generator = torch.Generator().manual_seed(SEED)
         return torch.randperm(grouping.cases, generator=generator).to(self.device)
 
@@ -176,7 +191,7 @@ class Probe:
         return self._numbers(grouping) // self.base**digit % self.base
 
     def _in_proportion(self, i: int, grouping: Grouping, case: Tensor, digits: int) -> Tensor:
-        """Whether the gradients in each row are those of its case's factors."""
+        """Whether the gradients in each row are scaled by the factor of its case."""
         plain, alive = self._signals()[i], self._alive(i)
         tolerance = torch.finfo(self.uses[i].a.dtype).eps ** 0.5
         fits = torch.ones_like(alive)
@@ -187,13 +202,13 @@ class Probe:
         return fits | ~alive
 
     def _alive(self, i: int) -> Tensor:
-        """The rows whose gradient counts beside the largest."""
+        """The rows whose gradient is not negligible compared with the largest."""
         norms = self._signals()[i].norms
         smallest = min(torch.finfo(self.uses[i].a.dtype).eps ** 0.5, 1e-3)
         return norms > smallest * norms.max()
 
     def _signals(self, grouping: Grouping | None = None, digit: int = 0) -> list[Signal]:
-        """Those of all uses in one pass."""
+        """The signals of all uses in one pass."""
         if grouping is None:
             if self._plain is None:
                 self._plain = self._pass(self._v)

@@ -21,9 +21,9 @@ from natgrad.capture.separation import Separation
 from natgrad.capture.use import Use
 
 MOST_PASSES = 20_000
-"""The most backward passes that one batch may take whose rows see one another."""
+"""The largest number of backward passes for one batch whose rows depend on one another."""
 AT_ONCE = 1 << 24
-"""About how many numbers the gradients have that are computed at once."""
+"""The approximate number of gradient entries that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,21 @@ def read_cases(
     ignored: Tensor | None = None,
     sampled: bool = True,
 ) -> Cases:
-    """The cases of every layer on one batch. Each column takes a backward pass to the layers' outputs alone, or one for
-    each of the output's rows that make up a case.
+    """The cases of every layer on one batch. Each column takes one backward pass to the layers' outputs, or one for
+    each of the output's rows in a case.
 
     No weight gradient is computed. The graph behind `output` is kept.
 
     Args:
-        uses: what was recorded of the forward.
-        output: its output.
-        columns: gives the columns of a factor of `D`, as often as it is called.
-        mass: what the loss's mean divides by.
-        dtype: of the inputs and gradients. None: as they are.
+        uses: the uses recorded in the forward pass.
+        output: the output of the forward pass.
+        columns: returns the columns of a square root of `D`, at each call.
+        mass: the divisor of the loss's mean.
+        dtype: the dtype of the inputs and gradients. None: unchanged.
         separation: which rows of the uses, in their order, and of the output make up a case.
-        ignored: which of the targets take no part.
-        sampled: the columns of different rows of the output are independent and have mean zero, so that one pass may
-            take all of them at once.
+        ignored: which targets are ignored.
+        sampled: whether the columns of different rows of the output are independent and have mean zero. Then one pass
+            can take all of them at once.
 
     Raises:
         RuntimeError: if an input was changed in place after its use.
@@ -122,9 +122,9 @@ def read_cases(
 def example_gradients(
     output: Tensor, column: Tensor, parameters: Mapping[str, Tensor]
 ) -> Iterator[tuple[Float[Tensor, "examples ..."], ...]]:
-    """`Jᵀ s` of every example apart, in the parameters' shapes, some examples at a time, from autograd alone.
+    """`Jᵀ s` for every example separately, in the parameters' shapes, some examples at a time, by autograd.
 
-    An example whose entries of the column are zero takes no pass.
+    An example whose entries in the column are zero needs no pass.
     """
     leaves, n = list(parameters.values()), len(output)
     step = max(1, AT_ONCE // max(1, sum(p.numel() for p in leaves)))
@@ -140,17 +140,17 @@ def example_gradients(
 def by_autograd(
     output: Tensor, columns: Iterable[Tensor], parameters: Mapping[str, Tensor], mass: Tensor, dtype: torch.dtype
 ) -> Cases:
-    """The cases of a model whose layers are not seen, as where its forward takes derivatives itself.
+    """The cases of a model whose layers cannot be recorded, for example because its forward pass takes derivatives.
 
-    Each parameter is a layer of its own, without inputs, whose gradients are the rows of `Jᵀ s`. The graph behind
+    Each parameter is a separate layer without inputs, whose gradients are the rows of `Jᵀ s`. The graph behind
     `output` is kept.
 
     Args:
         output: with its graph.
-        columns: those of a factor of `D`.
-        parameters: by name.
-        mass: what the loss's mean divides by.
-        dtype: of the gradients.
+        columns: the columns of a square root of `D`.
+        parameters: the parameters by name.
+        mass: the divisor of the loss's mean.
+        dtype: the dtype of the gradients.
     """
     layers = [Layer(None, n, function="autograd") for n in parameters]
     found = []
@@ -165,7 +165,7 @@ def by_autograd(
 
 
 def read_inputs(layer: Layer, uses: Sequence[Use], dtype: torch.dtype) -> list[Inputs]:
-    """The inputs of a layer's uses alone, each row a case.
+    """Only the inputs of a layer's uses. Each row is a case.
 
     Raises:
         RuntimeError: if an input was changed in place after its use.
@@ -183,7 +183,7 @@ def _gradients(
     dtype: torch.dtype | None,
     sampled: bool,
 ) -> Iterator[Mapping[Layer, list[Tensor]]]:
-    """Column by column; where rows are to be taken one by one, for the layers of each grouping in turn."""
+    """The gradients, column by column. If rows need separate passes, the layers of each grouping come in turn."""
     if sampled:
         yield from _passes(layers, output, columns(), dtype)
         return
@@ -203,9 +203,10 @@ def _passes(
     dtype: torch.dtype | None,
     many: bool = False,
 ) -> Iterator[Mapping[Layer, list[Tensor]]]:
-    """The gradients of some layers, a backward pass for each column; `many` small ones at once."""
+    """The gradients of some layers, with a backward pass for each column, or one for `many` small columns at once."""
     readings = [reading for its in layers.values() for reading in its]
-    edges = {(r.use.edge.node, r.use.edge.output_nr): r.use.edge for r in readings}  # the groups of a convolution share
+    # The groups of a convolution share an edge.
+    edges = {(r.use.edge.node, r.use.edge.output_nr): r.use.edge for r in readings}
     if not edges:
         return
     places = {key: i for i, key in enumerate(edges)}
@@ -224,7 +225,7 @@ def _passes(
 def backward_passes(
     output: Tensor, inputs: Sequence[GradientEdge] | Sequence[Tensor], columns: Iterable[Tensor], step: int
 ) -> Iterator[Sequence[Tensor | None]]:
-    """The gradients of every column, `step` columns at a time where all functions allow it."""
+    """The gradients of every column, `step` columns at a time if all functions allow it."""
     it = iter(columns)
     while waiting := [column.to(output.dtype) for column in islice(it, step)]:
         together = None
@@ -233,7 +234,7 @@ def backward_passes(
                 together = torch.autograd.grad(
                     output, inputs, torch.stack(waiting), retain_graph=True, allow_unused=True, is_grads_batched=True
                 )
-            except (RuntimeError, NotImplementedError):  # a function without a rule for batches
+            except (RuntimeError, NotImplementedError):  # a function without a vmap rule
                 step = 1
         for i, column in enumerate(waiting):
             if together is not None:
@@ -249,10 +250,10 @@ def _check_passes(grouping: Grouping, columns: Iterable[Tensor], layer: Layer) -
         count += int(own.reshape(*own.shape[:2], -1).ne(0).any(2).any(0).sum())
         if count > MOST_PASSES:
             raise ValueError(
-                f"the rows of the batch see one another in layer {layer.name!r} (as where nodes of a graph, logits "
-                "within a batch or a batch's own averages are used), so that each of the output's "
-                f"{grouping.cases * grouping.members} rows takes backward passes of its own, more than "
-                f"{MOST_PASSES} in all; use estimator='mc', which takes one for each sample, or smaller batches"
+                f"the rows of the batch depend on one another in layer {layer.name!r} (for example through a graph, "
+                "logits within a batch or averages over the batch), so each of the output's "
+                f"{grouping.cases * grouping.members} rows needs its own backward passes, more than "
+                f"{MOST_PASSES} in all; use estimator='mc', which needs one for each sample, or smaller batches"
             )
 
 

@@ -1,4 +1,4 @@
-"""Which parameter was used, how, with what input and output: recorded from the torch functions themselves."""
+"""Records which parameters are used, how, and with which input and output, from the torch functions themselves."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from natgrad.capture.use import Use
 
 
 class Recorder(TorchFunctionMode):
-    """Records, while active, every use of the given parameters in a forward with gradients enabled.
+    """While active, records every use of the given parameters in a forward pass with gradients enabled.
 
-    `check(output)` raises for the parameters that the output depends on by any other way.
+    `check(output)` raises an error if the output depends on parameters in any other way.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
@@ -32,22 +32,22 @@ class Recorder(TorchFunctionMode):
         self._names: dict[int, str] = {}
         self._forms = Forms()  # other forms of a parameter: `W.T`, `W.chunk(3)`
         self.know(parameters)
-        # Outputs of uses that have no bias yet: `h @ W.T + b` adds it in a second call.
+        # The outputs of uses that have no bias yet: `h @ W.T + b` adds the bias in a second call.
         self._open: dict[int, Use] = {}
         self._spreading = Spreading()
-        # How parameters were used by functions of no kind, and with gradients disabled.
+        # Uses of parameters by functions of no known kind, and with gradients disabled.
         self._others: dict[str, str] = {}
         self._without_gradients: dict[str, str] = {}
 
     @property
     def others(self) -> dict[str, str]:
-        """The functions of no kind that parameters were given to, by the parameters' names; and those that were called
-        with gradients disabled, as in a reentrant checkpoint."""
+        """The functions of no known kind that received parameters, by the names of the parameters; and functions that
+        were called with gradients disabled, as in a reentrant checkpoint."""
         without = {n: f"{function} with gradients disabled" for n, function in self._without_gradients.items()}
         return without | self._others
 
     def know(self, parameters: Mapping[str, Tensor]) -> None:
-        """Records the uses of these from now on."""
+        """From now on, also records the uses of these parameters."""
         self._names |= {id(p): n for n, p in parameters.items()}
         self._forms.know(parameters)
 
@@ -60,9 +60,11 @@ class Recorder(TorchFunctionMode):
         given = [t for t in tensors if t in self._forms]
         if composite is not None and given and torch.is_grad_enabled():
             with self:
-                return composite(*args, **kwargs)
+                opened = composite(*args, **kwargs)
+            if opened is not NotImplemented:
+                return opened
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and _is_wrapped(out):  # within torch.func: the tensors are none that the graph has
+        if isinstance(out, Tensor) and _is_wrapped(out):  # within torch.func: these tensors are not in the graph
             return out
         if given:
             self._note(func, args, kwargs, out, given)
@@ -89,10 +91,10 @@ class Recorder(TorchFunctionMode):
                 others.setdefault(name, _name(func) + how)
 
     def _calls(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:
-        """The uses that a call is made of."""
+        """The uses that a call consists of."""
         if func in PARSERS:
             calls = PARSERS[func](*args, **kwargs)
-            if isinstance(calls, tuple):  # it may be read in several ways
+            if isinstance(calls, tuple):  # the call can be read in several ways
                 calls = next((call for call in calls if call.weight in self._forms), calls[0])
             return calls if isinstance(calls, list) else [calls] if calls is not None else []
         if func in ADDITIONS or func in PRODUCTS:
@@ -109,7 +111,7 @@ class Recorder(TorchFunctionMode):
         return []
 
     def _record(self, func: Any, call: Call, out: Tensor) -> set[str]:
-        """Keeps the use that a call is. Returns the names of the parameters it covers."""
+        """Stores the use in a call. Returns the names of the parameters that it covers."""
         if call.weight is None and self._add_bias(call, out):
             return {self._named(call.bias)}
         weight, bias = (self._forms.of(t) for t in (call.weight, call.bias))
@@ -154,14 +156,14 @@ class Recorder(TorchFunctionMode):
         return form.name
 
     def _fits(self, call: Call, bias: Form, a: Tensor) -> bool:
-        """Whether a bias has an entry for each of `a`'s features, or is spread over them."""
+        """Whether a bias has one entry for each feature of `a`, or is broadcast over them."""
         assert call.bias is not None
         if isinstance(call.kind, Scale):
             return True
         return bias.matrix and not bias.transposed and call.bias.shape == (a.shape[call.kind.features],)
 
     def _is_matrix(self, call: Call, weight: Form | None, kind: Kind) -> bool:
-        """Whether the weight is read as its layout says: rows of a matrix that is stored row by row, or all of it."""
+        """Whether the weight is used in its layout: some rows of a matrix that is stored row by row, or all of it."""
         if weight is None or isinstance(kind, Scale):
             return True
         assert call.weight is not None
@@ -170,7 +172,7 @@ class Recorder(TorchFunctionMode):
         return call.weight.ndim > 1
 
     def _add_bias(self, call: Call, out: Tensor) -> bool:
-        """Gives a use that has none the bias that a call adds to its output."""
+        """If a call adds a bias to the output of a use without one, gives this bias to the use."""
         use, bias = self._open.get(id(call.h)), self._forms.of(call.bias)
         if use is None or bias is None or call.bias is None or not use.a_intact or out.shape != use.a.shape:
             return False
@@ -195,7 +197,7 @@ class Recorder(TorchFunctionMode):
         return True
 
     def _spread_out(self, copied: Copied, out: Tensor) -> None:
-        """A use that is one for all examples, of which each has got a copy: it is a use for each."""
+        """Turns a use that is shared by all examples, and was copied for each, into a use for each example."""
         if copied.use not in self.uses or not copied.use.a_intact:
             return
         other = copied.other
@@ -210,7 +212,7 @@ class Recorder(TorchFunctionMode):
         return whole
 
     def let_go(self) -> None:
-        """Keeps no tensor that the forward has returned: aliases without a graph are in the place of all outputs."""
+        """Releases all tensors that the forward pass returned. Aliases without a graph replace them."""
         aliases: dict[int, Tensor] = {}
         for use in (part for whole in self.uses for part in _chain(whole)):
             if id(use.a) not in aliases:
@@ -220,13 +222,14 @@ class Recorder(TorchFunctionMode):
         self._spreading = Spreading()
 
     def check(self, output: Any, *, reached: bool = False) -> list[Use]:
-        """The uses, or those that `output` depends on if `reached`; it depends on the parameters by these alone.
+        """The uses, or (`reached`) only those that `output` depends on. Checks that it depends on the parameters in no
+        other way.
 
-        A use whose `W h` has gone elsewhere too, before the bias was added, is taken apart.
+        If `W h` is also used elsewhere before the bias is added, the use is split.
 
         Raises:
-            NotImplementedError: naming the parameters that were used in another way. Without an output to start
-                from, any other use counts, whether it matters or not.
+            NotImplementedError: if parameters were used in another way; the error names them. Without an output, any
+                other use counts, even if nothing depends on it.
         """
         missed, nodes = self._others, set[Node]()
         roots = [get_gradient_edge(t).node for t in _tensors(output) if t.requires_grad]
@@ -244,9 +247,10 @@ class Recorder(TorchFunctionMode):
         return [part for part in parts if part.edge.node in nodes] if reached and roots else parts
 
     def _walk(self, roots: list[Node]) -> tuple[dict[str, str], set[Node]]:
-        """The parameters that the graph leads to from `roots`, and the nodes on the way.
+        """The parameters that can be reached in the graph from `roots`, and the nodes on the way.
 
-        A recorded use leads to its `sources` alone; so what is found was used in another way, whatever the function.
+        From a recorded use, the search goes on to its `sources` only. So a parameter that is found was used in another
+        way.
         """
         uses = {part.edge.node: part for use in self.uses for part in _chain(use)}
         missed: dict[str, str] = {}
@@ -254,13 +258,13 @@ class Recorder(TorchFunctionMode):
         left = [("the output", node) for node in roots]
         while left:
             function, node = left.pop()
-            parameter = self._names.get(id(getattr(node, "variable", None)))  # of a leaf of the graph
+            parameter = self._names.get(id(getattr(node, "variable", None)))  # for a leaf of the graph
             if parameter is not None:
                 missed[parameter] = self._others.get(parameter, re.sub(r"Backward\d*$", "", function))
             elif node not in reached:
                 reached.add(node)
                 function = node.name()
-                if function == "CheckpointFunctionBackward":  # a reentrant one: the backward alone makes its graph
+                if function == "CheckpointFunctionBackward":  # reentrant: only its backward pass makes the graph
                     for n, f in self._without_gradients.items():
                         missed[n] = f"{f} in a checkpoint, which needs use_reentrant=False"
                 ahead = uses[node].sources if node in uses else [n for n, _ in node.next_functions if n is not None]
@@ -269,7 +273,7 @@ class Recorder(TorchFunctionMode):
 
 
 def _placed(kind: Scale, weight: Form | None, bias: Form | None) -> Scale:
-    """The kind, with the places of its coordinates in the parameters."""
+    """The kind, with the positions of its coordinates in the parameters."""
     entries, sizes = [], []
     for form in (weight, bias):
         chosen = None if form is None or form.whole else form.select().flatten()
@@ -280,20 +284,21 @@ def _placed(kind: Scale, weight: Form | None, bias: Form | None) -> Scale:
 
 
 def _edge(a: Tensor) -> GradientEdge:
-    """The edge of `a`. Where it is another shape of one tensor (`linear` with positions), the edge of that tensor:
-    an in-place function on a view gives the view a new node, and the old one leaves the graph."""
-    whole = a if a._base is None else a._base
+    """The edge of `a`. If `a` is a view of another tensor (`linear` with positions), the edge of that tensor, because
+    an in-place function on a view gives the view a new node and removes the old one from the graph. A reshaped
+    parameter has no node of its own."""
+    whole = a if a._base is None or a._base.is_leaf else a._base
     reshaped = whole.numel() == a.numel() and whole.is_contiguous() and a.is_contiguous()
     return get_gradient_edge(whole if reshaped else a)
 
 
 def _chain(use: Use | None) -> list[Use]:
-    """A use and what it was before."""
+    """A use and its earlier forms."""
     return [] if use is None else [use, *_chain(use.before)]
 
 
 def _within(outer: tuple[int, int] | None, inner: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Rows of rows."""
+    """The rows `inner` of the rows `outer`."""
     if outer is None or inner is None:
         return outer or inner
     return outer[0] + inner[0], outer[0] + inner[1]
@@ -318,5 +323,5 @@ def _name(func: Any) -> str:
 
 
 def _is_wrapped(t: Tensor) -> bool:
-    """Whether a tensor is one of a transform of `torch.func`."""
+    """Whether a tensor belongs to a transform of `torch.func`."""
     return torch._C._functorch.is_functorch_wrapped_tensor(t)

@@ -8,21 +8,21 @@ from math import prod
 
 from torch import Tensor
 
-from natgrad.capture.order import Grouping, Order, apart, assumed, coarsened, together
+from natgrad.capture.order import Grouping, Order, apart, assumed, coarsened, crossed, together
 from natgrad.capture.probe import Probe, connected
 from natgrad.capture.use import Use
 
 TRUSTED = 4
-"""After so many shapes that differ in lengths alone, and in which the rows were found alike, others are taken to be
-so too."""
+"""After this many shapes that differ only in lengths, with the same result, further lengths are not checked."""
 
 
 @dataclass(frozen=True)
 class Separation:
-    """What was found of one batch: for every use, how the output's rows are grouped to cases, and how its own are.
+    """The result for one batch: for every use, the grouping of the output's rows into cases, and the order of its own
+    rows.
 
-    `mixed` are the uses of which a row depends on several rows of the output, in any grouping; `narrow` those that are
-    to be read as they were before they were spread over examples.
+    `mixed` are the uses in which a row affects several cases in any grouping. `narrow` are the uses that have to be
+    read in the form that they had before they were spread over examples.
     """
 
     groupings: tuple[Grouping, ...]
@@ -31,24 +31,24 @@ class Separation:
     narrow: tuple[bool, ...]
 
     def chosen(self, uses: Sequence[Use]) -> list[Use]:
-        """The uses in the form that the orders are of."""
+        """The uses in the form that the orders belong to."""
         return [_as(use, narrow) for use, narrow in zip(uses, self.narrow, strict=True)]
 
     @property
     def is_listed(self) -> bool:
-        """Whether a row's case is a matter of the data, not of the shapes."""
+        """Whether the case of a row depends on the data, and not only on shapes."""
         both = zip(self.orders, self.mixed, strict=True)
-        return any(order.index is not None and not mixed for order, mixed in both)
+        return any(order.index is not None and order.crossed is None and not mixed for order, mixed in both)
 
     def whole(self) -> Separation:
-        """The same where uses whose rows cannot be told apart have the whole batch for one case."""
+        """The same, but for uses whose rows cannot be separated the whole batch is one case."""
         examples = _examples(self.groupings)
         groupings = [Grouping(1, examples) if m else g for g, m in zip(self.groupings, self.mixed, strict=True)]
         orders = [together(order.grid) if m else order for order, m in zip(self.orders, self.mixed, strict=True)]
         return replace(self, groupings=tuple(groupings), orders=tuple(orders))
 
     def in_common(self) -> Separation:
-        """The same with one grouping for all uses, the coarsest of theirs."""
+        """The same with one grouping for all uses: the coarsest of their groupings."""
         parted = self.whole()
         coarsest = min(parted.groupings, key=lambda g: g.cases)
         both = zip(parted.groupings, parted.orders, strict=True)
@@ -57,20 +57,20 @@ class Separation:
 
 
 class SeparationCheck:
-    """Looks at each shape of batch once, and remembers what it found. Whoever asks again and again keeps one."""
+    """Checks each batch shape once, and remembers the result. Keep one object for repeated checks."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Separation] = {}
         self._begun: set[Hashable] = set()
-        self._alike: dict[Hashable, list[tuple[Way, ...]]] = {}
+        self._alike: dict[Hashable, list[Ways]] = {}
 
     def of(self, uses: Sequence[Use], output: Tensor, mode: Hashable = None) -> Separation:
         """Which rows belong together.
 
         Args:
-            uses: what a forward was recorded to be made of.
-            output: what it returned, with its graph, which is kept.
-            mode: what else the answer may depend on: which of the modules are in training mode, say.
+            uses: the uses recorded in the forward pass.
+            output: the output of the forward pass, with its graph, which is kept.
+            mode: other things that the result may depend on, such as which modules are in training mode.
 
         Raises:
             RuntimeError: if an input was changed in place after its use.
@@ -87,30 +87,32 @@ class SeparationCheck:
             if known is not None:
                 return known
         found = _found(Probe(uses, output))
-        if found.is_listed:  # a matter of the data
+        if found.is_listed:  # depends on the data
             return found
         self._found[exact] = found
-        if all(grouping.members == 1 for grouping in found.groupings):
-            seen.append(_ways(found))
+        ways = _ways(found, uses)
+        if ways is not None:
+            seen.append(ways)
         return found
 
     def begin(self, of: Hashable = None) -> bool:
-        """Whether this is the first call `of` something for several processes in step."""
+        """Whether this is the first call with this key `of`, for several processes in step."""
         first = of not in self._begun
         self._begun.add(of)
         return first
 
     def in_step(self, uses: Sequence[Use], output: Tensor, mode: Hashable = None, *, of: Hashable = None) -> Separation:
-        """The same where other processes have to make as many passes at the same time: `PASSES` at the first call `of`
-        something, none later. What was not seen then is taken from what the shapes suggest."""
+        """The same, if other processes have to make the same number of passes at the same time: `PASSES` at the first
+        call with a key `of`, and none later. Anything not found then is guessed from the shapes."""
         if self.begin(of):
             self._found[_signature(uses, output, mode)] = found = _found(Probe(uses, output, in_step=True))
-            self._alike[_pattern(uses, output, mode)] = [_ways(found)]
+            ways = _ways(found, uses)
+            self._alike[_pattern(uses, output, mode)] = [] if ways is None else [ways]
             return found
         known = self._found.get(_signature(uses, output, mode))
-        ways = self._alike.get(_pattern(uses, output, mode))
-        if known is None and ways:
-            known = _of_ways(uses, len(output), ways[0])
+        seen = self._alike.get(_pattern(uses, output, mode))
+        if known is None and seen:
+            known = _of_ways(uses, len(output), seen[0])
         return known or assumed_of(uses, output)
 
 
@@ -132,7 +134,7 @@ def _found(probe: Probe) -> Separation:
 
 
 def assumed_of(uses: Sequence[Use], output: Tensor) -> Separation:
-    """What the shapes suggest, without a look."""
+    """A guess from the shapes, without backward passes."""
     orders = tuple(assumed(use.grid, len(output)) for use in uses)
     none = (False,) * len(uses)
     return Separation((Grouping(len(output)),) * len(uses), orders, none, none)
@@ -143,7 +145,7 @@ def _signature(uses: Sequence[Use], output: Tensor, mode: Hashable) -> Hashable:
 
 
 def _pattern(uses: Sequence[Use], output: Tensor, mode: Hashable) -> Hashable:
-    """The same but for lengths; which of them are those of the examples counts."""
+    """The same without lengths, except that it marks which lengths are the number of examples."""
     n = len(output)
     return (
         mode,
@@ -159,42 +161,92 @@ def _lengths(use: Use, examples: int) -> tuple[bool, ...]:
     return tuple(size == examples for size in use.grid)
 
 
-Way = tuple[str | int, bool]
-"""The axis of a use's cases, or how else its rows are those of cases; and whether it is narrow."""
+@dataclass(frozen=True)
+class Way:
+    """How the rows of a use belong to cases, without the lengths.
+
+    `cases`: the number of cases is the length of an axis, given by the number of a use and the axis of its grid. None:
+    each row of the output is a case. `order` is the axis of the cases, or a word for the order of the rows. For
+    `"crossed"` and `"crossed back"`, `axes` is the number of the use whose axes are meant.
+    """
+
+    order: str | int
+    cases: tuple[int, int] | None
+    interleaved: bool
+    narrow: bool
+    axes: int = -1
 
 
-def _ways(found: Separation) -> tuple[Way, ...]:
-    def way(order: Order, mixed: bool) -> str | int:
+Ways = tuple[Way, ...]
+
+
+def _ways(found: Separation, uses: Sequence[Use]) -> Ways | None:
+    """The way of each use; None if the lengths do not determine an axis."""
+    ways = []
+    each = zip(found.orders, found.groupings, found.mixed, found.narrow, strict=True)
+    for order, grouping, mixed, narrow in each:
+        kind: str | int = "in turns" if order.interleaved else "in a row"
+        cases, axes = None, -1
         if mixed:
-            return "mixed"
-        return order.axis if order.axis is not None else "in turns" if order.interleaved else "in a row"
+            kind = "mixed"
+        elif order.crossed is not None:
+            axes = next((i for i, use in enumerate(uses) if set(use.grid[:2]) == set(order.crossed)), -1)
+            if axes < 0 or len(set(order.crossed)) == 1:
+                return None
+            kind = "crossed" if uses[axes].grid[:2] == order.crossed else "crossed back"
+        elif order.axis is not None:
+            kind = order.axis
+        if grouping.members > 1 and not mixed:
+            cases = _axis_of(grouping, uses)
+            if cases is None:
+                return None
+        ways.append(Way(kind, cases, grouping.interleaved, narrow, axes))
+    return tuple(ways)
 
-    each = zip(found.orders, found.mixed, found.narrow, strict=True)
-    return tuple((way(order, mixed), narrow) for order, mixed, narrow in each)
+
+def _axis_of(grouping: Grouping, uses: Sequence[Use]) -> tuple[int, int] | None:
+    """The use, and which of its first two axes, that has the cases."""
+    lengths = {grouping.cases, grouping.members}
+    for i, use in enumerate(uses):
+        if len(lengths) == 2 and len(use.grid) > 1 and set(use.grid[:2]) == lengths:
+            return i, use.grid.index(grouping.cases)
+    return None
 
 
-def _of_ways(uses: Sequence[Use], examples: int, ways: Sequence[Way]) -> Separation | None:
+def _of_ways(uses: Sequence[Use], rows: int, ways: Ways) -> Separation | None:
     """What was found of other lengths, of these; None where they do not go into one another."""
-    uses = [_as(use, narrow) for use, (_, narrow) in zip(uses, ways, strict=True)]
-    mixed = {i for i, (way, _) in enumerate(ways) if way == "mixed"}
+    given, uses = uses, [_as(use, way.narrow) for use, way in zip(uses, ways, strict=True)]
+    mixed = {i for i, way in enumerate(ways) if way.order == "mixed"}
     own = apart_orders(uses, mixed)
-    orders = []
-    for i, (use, (way, _)) in enumerate(zip(uses, ways, strict=True)):
-        if i not in mixed and isinstance(way, str) and prod(use.grid) % examples:
+    orders, groupings = [], []
+    for i, (use, way) in enumerate(zip(uses, ways, strict=True)):
+        cases = rows
+        if way.cases is not None:
+            number, axis = way.cases
+            cases = given[number].grid[axis]
+        fits = use.grid[way.order] == cases if isinstance(way.order, int) else prod(use.grid) % max(1, cases) == 0
+        if rows % max(1, cases) or not (fits or i in mixed):
             return None
-        axis = way if isinstance(way, int) else None
-        orders.append(own.get(i) or Order(use.grid, examples, axis=axis, interleaved=way == "in turns"))
+        groupings.append(Grouping(cases, rows // max(1, cases), way.interleaved))
+        if way.axes >= 0:
+            a, b = given[way.axes].grid[:2]
+            if prod(use.grid) != rows or a * b != rows:
+                return None
+            orders.append(crossed(use.grid, (a, b) if way.order == "crossed" else (b, a), use.a.device))
+            continue
+        on_axis = way.order if isinstance(way.order, int) else None
+        orders.append(own.get(i) or Order(use.grid, cases, axis=on_axis, interleaved=way.order == "in turns"))
     return Separation(
-        (Grouping(examples),) * len(uses),
+        tuple(groupings),
         tuple(orders),
         tuple(i in mixed for i in range(len(uses))),
-        tuple(narrow for _, narrow in ways),
+        tuple(way.narrow for way in ways),
     )
 
 
 def apart_orders(uses: Sequence[Use], mixed: Collection[int]) -> dict[int, Order]:
-    """For uses whose rows are mixed: those of the first axis as cases, or every row where shared parameters are used on
-    different numbers of them."""
+    """For uses whose rows are mixed: the first axis as the axis of cases, or every row as a case if shared parameters
+    are used on different numbers of rows."""
     found: dict[int, Order] = {}
     for group in connected(uses):
         own = [i for i in group if i in mixed]

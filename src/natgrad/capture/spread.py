@@ -1,4 +1,4 @@
-"""Outputs that are one for all examples, as of positions, and the calls that give each example a copy of them."""
+"""Outputs that all examples share, such as those of positions, and the calls that copy them for each example."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from natgrad.capture.layers import ADDITIONS, RESHAPES, Kind, Scale
 from natgrad.capture.layers.affine import Affine
 from natgrad.capture.layers.embedding import Embedding
-from natgrad.capture.layers.scale import repeats_of
+from natgrad.capture.layers.scale import REPEATS, repeats_of
 from natgrad.capture.use import Use
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The output of a use as a call was given it: in the shape that it has there, and that `kind` is of."""
+    """The output of a use, in the shape in which a call received it, and the `kind` for this shape."""
 
     tensor: Tensor
     use: Use
@@ -26,7 +26,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Copied:
-    """A use with its output as many times as a call has copied it. `other` is what was added."""
+    """A use whose output was copied by a call, with the number of copies. `other` is the tensor that was added."""
 
     use: Use
     kind: Kind
@@ -45,12 +45,12 @@ class Spreading:
             self._seen.setdefault(id(use.a), []).append(Seen(use.a, use, use.kind))
 
     def forget(self, use: Use) -> None:
-        """No longer follows a use."""
+        """Stops following a use."""
         for key in [key for key, its in self._seen.items() if any(seen.use is use for seen in its)]:
             self._seen[key] = [seen for seen in self._seen[key] if seen.use is not use]
 
     def look_at(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> list[Copied]:
-        """The uses of which a call returns copies, if it does."""
+        """The uses of which a call returns copies, if any."""
         operands = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         known = [t for t in operands if id(t) in self._seen]
         if not known or not isinstance(out, Tensor):
@@ -61,7 +61,7 @@ class Spreading:
         adds = func in ADDITIONS
         if adds and (len(operands) != 2 or kwargs.get("alpha", 1) != 1):
             return []
-        times = repeats_of(args[1:], kwargs) if func is Tensor.repeat else None
+        times = repeats_of(args[1:], kwargs) if func in REPEATS else None
         found = []
         for t in known if adds else known[:1]:
             other = next(o for o in operands if o is not t) if adds and operands[0] is not operands[1] else None
@@ -78,7 +78,7 @@ class Spreading:
 
 
 def _kind_in(seen: Seen, out: Tensor) -> Kind | None:
-    """The kind of a use whose output has got, or lost, axes of length one; None where more was changed."""
+    """The kind of a use whose output gained or lost axes of length one; None if more was changed."""
     shape, new = tuple(seen.tensor.shape), tuple(out.shape)
     if [s for s in shape if s != 1] != [s for s in new if s != 1] or shape[-1:] != new[-1:]:
         return None

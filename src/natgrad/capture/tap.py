@@ -15,7 +15,7 @@ class Tap:
     """A forward pre-hook and hook of a model: `before(module, args, kwargs, compiled)` and
     `after(module, args, kwargs, output, compiled)`. `compiled` says whether `torch.compile` has compiled the forward.
 
-    A copied or pickled model does not carry it along: the copy's tap is inert.
+    A copy of the model, or a pickled model, has a tap that does nothing.
     """
 
     def __init__(self, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None):
@@ -40,7 +40,7 @@ class _Hook:
         self._apart = torch.compiler.disable(self._run, reason=NOT_WHOLE)
 
     def __call__(self, *args: Any) -> None:
-        # While the compiler traces this line it is a constant; what is called next runs as it is.
+        # This is a constant while the compiler traces this line. The next call is not compiled.
         self._apart(args, torch.compiler.is_dynamo_compiling())
 
     def _run(self, args: tuple[Any, ...], compiled: bool) -> None:

@@ -1,4 +1,4 @@
-"""One use of parameters in a forward."""
+"""One use of parameters in a forward pass."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from natgrad.capture.layers import Kind
 
 @dataclass(eq=False)
 class Use:
-    """One use of trainable parameters, named; `None` where there is none.
+    """One use of trainable parameters, by their names; `None` if there is no weight or no bias.
 
-    `kind` says how `a` came of `h` and the parameters. `rows` are the rows of the weight's matrix that are in use, and
-    `bias_rows` those of the bias (None: all).
-    `edge` stands for `a` in the autograd graph: its gradient is that of the pre-activation even if an in-place
-    function has since overwritten the tensor, with the entries of `a` in its own shape. `sources` are where the
-    graph goes on from `a` beside these parameters. `shapes` are the parameters' own.
-    `before` is the use as it was until a later call added the bias,
-    or (`is_spread`) gave each example a copy of what is one for all. `direct`: the function was given the parameters
-    themselves.
+    `kind` says how `a` was computed from `h` and the parameters. `rows` are the rows of the weight's matrix that are
+    used, and `bias_rows` those of the bias (None: all). `edge` represents `a` in the autograd graph. Its gradient is
+    that of the pre-activation, even if an in-place function overwrote the tensor later. `sources` are the other inputs
+    of `a` in the graph, apart from these parameters. `shapes` are the shapes of the parameters. `before` is the use
+    before a later call added the bias, or (`is_spread`) copied a shared output for each example. `direct`: the function
+    received the parameters themselves, not views of them.
     """
 
     weight: str | None
@@ -44,7 +42,7 @@ class Use:
     is_spread: bool = False
 
     def forget_output(self) -> None:
-        """Lets go of the memory of `a`; its shape stays."""
+        """Frees the memory of `a`. Its shape is kept."""
         self.a = self.a.new_empty(()).expand(self.a.shape)
         if self.narrow is not None:
             self.narrow.forget_output()
@@ -53,7 +51,7 @@ class Use:
 
     @property
     def narrow(self) -> Use | None:
-        """The use as it was before it was spread over examples, where it was."""
+        """The use before it was spread over examples, if it was."""
         return self.before if self.is_spread else None
 
     def check_input(self) -> None:
@@ -74,8 +72,8 @@ class Use:
         return self.kind.grid(self.a)
 
     def parts(self, reached: Set[Node]) -> list[Use]:
-        """The use itself; or, where the graph has reached what was `before`, that, and the bias added since with a
-        pre-activation of its own."""
+        """The use itself; or, if the graph also reaches its form `before`, that form and, as a second use with its own
+        pre-activation, the bias that was added later."""
         if self.before is None or self.before.edge.node not in reached:
             return [self]
         if self.is_spread:

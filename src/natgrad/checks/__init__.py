@@ -1,1 +1,1 @@
-"""What users give, checked: values, parameters of a model. And how they are warned."""
+"""Checks of what users pass (values, parameters of a model), and warnings."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writes files completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 
 def write_whole(path: str | PathLike[str], pieces: Iterable[bytes | memoryview]) -> None:
-    """Writes a file by way of another one beside it, which then takes its place: readers see the old or the new one.
+    """Writes to a temporary file in the same folder, which then replaces the file: readers see the old or the new file.
 
-    A symbolic link stays one, and what it points to is written. A device or a pipe is written to as it is.
+    If the path is a symbolic link, its target is written. Devices and pipes are written to directly.
 
     Raises:
-        OSError: if it cannot be written, for want of space say; what was there before is there still.
+        OSError: if the file cannot be written, for example for lack of space. The old file is then unchanged.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -34,7 +34,7 @@ def write_whole(path: str | PathLike[str], pieces: Iterable[bytes | memoryview])
             if not special:
                 os.fsync(file.fileno())
         if not special:
-            with contextlib.suppress(OSError):  # of a new file: there is no mode to keep
+            with contextlib.suppress(OSError):  # a new file has no mode to keep
                 os.chmod(part, stat.S_IMODE(target.stat().st_mode))
             os.replace(part, target)
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Which model, and which of its parameters: selected by name, and seen to be such as can be worked with."""
+"""Checks a model, selects parameters by name, and checks that they are supported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_model(model: Any) -> None:
-    """Raises TypeError unless it is a module."""
+    """Raises TypeError unless it is an `nn.Module`."""
     if isinstance(model, nn.Module):
         return
     mend = "write its parentheses" if isinstance(model, type) else "give the model itself"
@@ -30,8 +30,8 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, T
     """The trainable parameters that `params` names.
 
     Raises:
-        TypeError: if it holds something else than names.
-        ValueError: for unknown names, or for none, or if a parameter cannot be worked with.
+        TypeError: if `params` contains something other than names.
+        ValueError: if a name is unknown, no parameter is selected, or a parameter is not supported.
     """
     trainable: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if params is None:
@@ -51,7 +51,7 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, T
 
 
 def check_parameters(parameters: Mapping[str, Tensor]) -> None:
-    """Raises ValueError if one is not a dense tensor of real numbers, or they are on several devices."""
+    """Raises ValueError if a parameter is not a dense tensor of real numbers, or if they are on several devices."""
     first: tuple[str, torch.device] | None = None
     for n, p in parameters.items():
         if is_lazy(p):

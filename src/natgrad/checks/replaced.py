@@ -1,4 +1,4 @@
-"""A module's forward with other tensors in the places of its parameters and buffers."""
+"""A module's forward pass with other tensors in place of its parameters and buffers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.func import functional_call
 
 
 def call_with(model: nn.Module, values: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """`model(*args, **kwargs)` with `values` in the places of the tensors that have these names.
+    """`model(*args, **kwargs)` with `values` in place of the tensors with these names.
 
-    A tensor that is in several places is replaced in all of them. Each place is named once: torch itself names a module
-    that is registered twice, as in `nn.ModuleList([block] * 2)`, by both names, and leaves the new tensors in it.
+    A tensor that is registered in several places is replaced in all of them. Each place gets one name. (torch gives a
+    module that is registered twice, as in `nn.ModuleList([block] * 2)`, both names, and then does not restore it.)
     """
     owned = {id(t): n for n, t in chain(model.named_parameters(), model.named_buffers())}
     places = {}

@@ -1,4 +1,4 @@
-"""What users may choose: strings and numbers, each checked, and near names for those that are misspelt."""
+"""Checks of strings and numbers that users pass, with suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def described(value: Any) -> str:
-    """A value in a few words, for a message: its type, and the size of what has one.
+    """A value in a few words, for a message: its type, and its size if it has one.
 
     >>> described((1, 2)), described(None), described(torch.zeros(2, 3)), described(torch.nn.ReLU)
     ('a tuple of 2', 'None', 'a Tensor of shape (2, 3)', 'the class ReLU')
@@ -30,7 +30,7 @@ def described(value: Any) -> str:
 
 
 def did_you_mean(value: Any, known: Iterable[str], alike: float = 0.6) -> str:
-    """The end of a message: the name that is nearest to a misspelt one, or nothing if none is near.
+    """The end of a message: the known name that is most similar to a misspelt one, or nothing if none is similar.
 
     >>> did_you_mean("Kfca", ["dense", "kfac"]), did_you_mean("x", ["dense"])
     ("; did you mean 'kfac'?", '')
@@ -56,7 +56,7 @@ def check_choice(
 
 
 def unknown_layer(name: Any, known: Iterable[str]) -> KeyError:
-    """The error for a layer that is not there."""
+    """The error for an unknown layer."""
     known = list(known)
     return KeyError(
         f"no layer is called {name!r}; expected one of {', '.join(map(repr, known))}{did_you_mean(name, known)}"
@@ -64,7 +64,7 @@ def unknown_layer(name: Any, known: Iterable[str]) -> KeyError:
 
 
 class ByLayer(dict[str, Any]):
-    """A dictionary by the layers' names, which says what there is where a name is unknown."""
+    """A dictionary with layer names as keys. The error for an unknown name lists the known ones."""
 
     def __missing__(self, name: str) -> Any:
         raise unknown_layer(name, self)

@@ -17,7 +17,7 @@ PASSED_OVER = tuple(f"{folder}{os.sep}" for folder in BETWEEN)
 
 
 def warn(message: str) -> None:
-    """A RuntimeWarning at the nearest line that is not this library's, nor of those that wrap its functions."""
+    """A RuntimeWarning at the nearest line outside this library, and outside modules that wrap its functions."""
     frame: FrameType | None = sys._getframe(1)
     level = 2
     while frame is not None and frame.f_code.co_filename.startswith(PASSED_OVER):

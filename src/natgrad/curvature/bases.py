@@ -25,14 +25,14 @@ from natgrad.linalg.pieces import squares
 from natgrad.linalg.space import Parts
 
 Turn = Callable[[Tensor, factor.Basis, str], factor.Basis]
-"""A basis for a factor, from the one before, if there is one, and the factor's name."""
+"""Makes a basis for a factor, from the factor, the previous basis (if there is one) and the factor's name."""
 
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """Orthonormal bases of a layer's two factors; None for that of the identity, and where there is no such factor.
+    """Orthonormal bases of a layer's two factors. None is the standard basis, or means that there is no such factor.
 
-    `centered`: the input factor is the covariance, of a layer that has a weight and a bias.
+    `centered`: the layer has a weight and a bias, and the input factor is the covariance.
     """
 
     layer: Layer
@@ -70,7 +70,7 @@ class Eigenbasis:
         return example_squares(z, p.unsqueeze(1), bias=self.centered or not self.layer.weight)
 
     def kronecker_values(self, m: AffineMoments) -> Parts:
-        """What K-FAC takes the squares' sums for: the products of its factors' diagonals in these bases."""
+        """K-FAC's approximation of the sums of squares: the products of the diagonals of its factors in these bases."""
         f = _in_basis(m.B(is_mean=False), self.U_B)
         if not self.layer.weight:
             return (f,)
@@ -90,16 +90,16 @@ class Eigenbasis:
 
 
 def anew(F: Tensor, before: factor.Basis, what: str) -> factor.Basis:
-    """A factor's eigenvectors, whatever there was before."""
+    """A factor's eigenvectors, independent of the previous basis."""
     return factor.eigen(F, what)[1]
 
 
 def turned(F: Tensor, before: factor.Basis, what: str) -> factor.Basis:
-    """The basis before after one step of orthogonal iteration, a matrix product and a QR factorization: it follows a
-    factor that moves slowly. Without one before, eigenvectors.
+    """The previous basis after one step of orthogonal iteration: a matrix product and a QR factorization. This follows
+    a factor that changes slowly. Without a previous basis, the eigenvectors.
 
-    The largest eigenvalues' columns, which are last, go first: what rounding leaves of a null vector must be made
-    orthogonal to the others, and not they to it.
+    The columns of the largest eigenvalues are last, and are orthogonalized first. Columns of null vectors contain only
+    rounding errors: they must be made orthogonal to the other columns, and not the other way round.
     """
     if before is None or F.ndim == 1:
         return anew(F, before, what)
@@ -113,8 +113,8 @@ def bases_of(
     before: Mapping[Layer, Eigenbasis] | None = None,
     world: World | None = None,
 ) -> dict[Layer, Eigenbasis]:
-    """The bases of all layers but of scales, and of weights that are used both as `W` and as `Wᵀ`; each found by one of
-    the ranks."""
+    """The bases of all layers, except scales and weights that are used both as `W` and as `Wᵀ`. Each is computed by one
+    of the ranks."""
     before = before or {}
 
     def bases(layer: Layer, m: AffineMoments) -> dict[str, Any]:

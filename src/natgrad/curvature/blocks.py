@@ -1,4 +1,4 @@
-"""From moments to operators: K-FAC's block of every layer, and the matrix of them all."""
+"""From moments to operators: K-FAC's block of every layer, and the whole matrix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ELSE = "use structure='block', 'diagonal', 'dense' or 'implicit', or leave it ou
 
 
 def assemble(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tensor]) -> BlockDiagonal:
-    """The matrix of all layers, over the parameters that they have, in the parameters' order.
+    """The matrix of all layers over their parameters, in the order of the parameters.
 
     Raises:
         NotImplementedError: if some rows of a parameter are in no layer.
@@ -72,7 +72,7 @@ def named_blocks(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tens
 
 
 def kfac_blocks(moments: Mapping[Layer, Moments], is_mean: bool, centered: bool) -> dict[Layer, Operator]:
-    """K-FAC's operator of every whole layer."""
+    """K-FAC's operator of every layer, with all of its rows."""
     blocks: dict[Layer, Operator] = {}
     moments = reconciled(moments)
     for layers in groups(moments):
@@ -86,10 +86,10 @@ def kfac_blocks(moments: Mapping[Layer, Moments], is_mean: bool, centered: bool)
 
 
 def _vector(layers: Sequence[Layer], moments: Mapping[Layer, Moments], is_mean: bool) -> Operator:
-    """The matrix of a vector that is a bias and a scale: the sum of both uses' matrices.
+    """The matrix of a vector that is used as a bias and as a scale: the sum of the matrices of both uses.
 
     Raises:
-        NotImplementedError: for a matrix, which is a factor of a product and a scale.
+        NotImplementedError: for a matrix that is used in a product and as a scale.
     """
     first = layers[0]
     if any(layer.weight and not layer.scale for layer in layers) or any(len(layer.names) > 1 for layer in layers):
@@ -118,7 +118,7 @@ def kfac_block(layer: Layer, moments: Moments, is_mean: bool, centered: bool) ->
 
 
 def nearest_block(layer: Layer, exact: ExactBlock, m: AffineMoments, centered: bool) -> Operator:
-    """The Kronecker product that is nearest to a layer's exact block, of a layer with a weight."""
+    """The Kronecker product nearest to the exact block of a layer with a weight."""
     scale, apart = exact.scale, bool(centered and layer.bias)
     start = m.C if apart else homogeneous(m) if layer.bias else m.A
     if isinstance(exact, ColumnBlock):
@@ -141,12 +141,13 @@ def nearest_block(layer: Layer, exact: ExactBlock, m: AffineMoments, centered: b
 def pooled(moments: Mapping[Layer, Moments], is_mean: bool) -> Kronecker:
     """One Kronecker product for a weight that is used both as `W` and as `Wᵀ`.
 
-    Every use `u` is a product `L_u ⊗ R_u` of a factor of the rows and one of the columns. Their sum has no inverse of
-    this form; in its place stands the product with the same partial traces, and so the same trace:
-    `(Σ L_u tr R_u) ⊗ (Σ R_u tr L_u) / Σ tr L_u tr R_u`.
+    Every use `u` gives a product `L_u ⊗ R_u` of a factor for the rows and a factor for the columns. The inverse of the
+    sum of these products does not have this form. Therefore the sum is replaced by the product with the same partial
+    traces, and hence the same trace: `(Σ L_u tr R_u) ⊗ (Σ R_u tr L_u) / Σ tr L_u tr R_u`.
 
     Raises:
-        NotImplementedError: for the kernel of convolutions and of transposed ones, whose factors are of other axes.
+        NotImplementedError: for a kernel that is used in convolutions and in transposed convolutions, because their
+            factors belong to different axes.
     """
     if any(layer.layout.form == "deconvolution" for layer in moments):
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""Moments of several terms of an objective as those of one."""
+"""The moments of an objective of several terms, combined into one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from natgrad.linalg import factor
 
 
 def of_terms(parts: Sequence[Mapping[Layer, Moments]]) -> dict[Layer, Moments]:
-    """The moments of `Σ_t F_t`, from those of each `F_t`, which have the term's weight in their sums of gradients.
+    """The moments of `Σ_t F_t`, from those of each `F_t`. The sums of gradients of each term contain its weight.
 
-    Of a layer with factors `A_t ⊗ B_t` it is the product with the same partial traces,
+    For a layer with factors `A_t ⊗ B_t`, the result is the product with the same partial traces,
     `(Σ_t tr B_t A_t) / (Σ_t tr B_t) ⊗ Σ_t B_t`.
     """
     total: dict[Layer, Moments] = {}

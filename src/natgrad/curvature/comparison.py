@@ -9,8 +9,8 @@ import torch
 
 from natgrad.capture.layer import Layer
 from natgrad.curvature.matrices import of_layers
-from natgrad.curvature.moments import MAX_DIM
 from natgrad.curvature.problem import Problem
+from natgrad.curvature.structures import Options
 from natgrad.linalg import ExactBlock, Operator
 
 
@@ -21,7 +21,7 @@ def relative_errors(
     found: dict[str, dict[str, float]] = {layer.name: {} for layer in blocks}
     for name in structures:
         problem.same_labels()
-        M = of_layers(problem, name, centered, sharing, MAX_DIM)
+        M = of_layers(problem, name, Options(centered, sharing))
         for layer, block in blocks.items():
             own = M.layers.get(layer.name)
             if own is not None and own.names == layer.names:

@@ -1,4 +1,4 @@
-"""The exact block of layers that share parameters, held as its cases or as its columns."""
+"""The exact block of layers that share parameters, stored as the layers' cases or as the block's columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from natgrad.linalg.space import Parts
 
 
 class ExactStructure(Structure):
-    """The exact block of every group of layers that share parameters, held as its cases or as its columns."""
+    """The exact block of every group of layers that share parameters, stored as cases or as columns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class ExactStructure(Structure):
         self._g: dict[Layer, list[Tensor]] = {}
         self._columns: dict[Layer, list[Tensor]] = {}
         self._shapes: dict[Layer, tuple[tuple[int, ...], ...]] = {}
-        self._order: dict[str, None] = {}  # of the parameters, as they were used
+        self._order: dict[str, None] = {}  # of the parameters, in the order of their use
         self._own: dict[str, tuple[int, ...]] = {}  # shapes of the parameters
 
     def add(self, cases: Cases) -> None:
@@ -52,14 +52,14 @@ class ExactStructure(Structure):
                 self._add_columns(cases, layers, columns)
 
     def _as_cases(self, cases: Cases, layers: Sequence[Layer]) -> bool:
-        """Whether inputs and gradients are held, and not their products; as the batch before was."""
+        """Whether to keep inputs and gradients, and not their products. All batches are treated like the first."""
         (first, *others), uses = layers, cases.h[layers[0]]
         if others or first.scale or first.rows or not all(isinstance(use, Rows) for use in uses):
             return False
         if first in self._h or first in self._columns:
             return first in self._h
         n, t, d_in = uses[0].shape
-        return n == cases.examples or t <= d_in  # of a case of many rows the gradient itself is smaller
+        return n == cases.examples or t <= d_in  # for a case with many rows, the gradient itself is smaller
 
     def _add_cases(self, cases: Cases, layer: Layer, columns: Sequence[Mapping[Layer, list[Tensor]]]) -> None:
         h = joined(cases.h[layer]).dense()
@@ -91,7 +91,7 @@ class ExactStructure(Structure):
         scale = self._scale(is_mean)
         blocks: dict[Layer, Operator] = {}
         for layers in components([*self._h, *self._columns]):
-            if len(layers) > 1:  # used together with others in some batches only
+            if len(layers) > 1:  # used together with other layers in some batches only
                 columns, shapes = self._brought_together(layers)
                 blocks[united(layers)] = ColumnBlock.of_batches(columns, shapes, scale=scale)
             elif layers[0] in self._h:
@@ -104,7 +104,7 @@ class ExactStructure(Structure):
         return dict(sorted(blocks.items(), key=lambda item: min(order[n] for n in item[0].names)))
 
     def _brought_together(self, layers: Sequence[Layer]) -> tuple[list[Tensor], tuple[tuple[int, ...], ...]]:
-        """The columns of all batches in the parameters of several layers, each in its own shape."""
+        """The columns of all batches over the parameters of several layers, each parameter in its own shape."""
         names = united(layers).names
         columns = []
         for layer in layers:

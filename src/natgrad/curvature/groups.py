@@ -19,7 +19,7 @@ from natgrad.linalg.space import Parts
 
 
 def groups(layers: Iterable[Layer]) -> list[list[Layer]]:
-    """The layers by their parameters: one, or the rows of one weight, or one weight in several layouts."""
+    """Groups the layers by parameters: a single layer, the rows of one weight, or one weight in several layouts."""
     found: dict[tuple[str, ...], list[Layer]] = {}
     for layer in layers:
         found.setdefault(layer.names, []).append(layer)
@@ -27,7 +27,7 @@ def groups(layers: Iterable[Layer]) -> list[list[Layer]]:
 
 
 def components(layers: Iterable[Layer], together: Iterable[tuple[str, ...]] = ()) -> list[list[Layer]]:
-    """The layers that share parameters, or have some that are used together; also by way of others."""
+    """Groups of layers that share parameters or are used together, directly or through other layers."""
     found: list[tuple[set[str], list[Layer]]] = []
     for names, own in [*((set(names), []) for names in together), *((set(l.names), [l]) for l in layers)]:
         near = [group for group in found if group[0] & names]
@@ -37,13 +37,13 @@ def components(layers: Iterable[Layer], together: Iterable[tuple[str, ...]] = ()
 
 
 def has_rival(layer: Layer, layers: Iterable[Layer]) -> bool:
-    """Whether the layer's weight is used in another way too: as `W` and as `Wᵀ`, in a product and as a scale."""
+    """Whether the layer's weight is also used in another way: as `W` and as `Wᵀ`, or in a product and as a scale."""
     own = layer.layout, layer.scale
     return any(other.names == layer.names and (other.layout, other.scale) != own for other in layers)
 
 
 def is_simple(layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a component is one layer, or layers whose rows are all of their parameters', each once."""
+    """Whether a component is one layer, or several layers that use every row of their parameters once."""
     first = layers[0]
     if len(layers) == 1 and first.rows is None:
         return True
@@ -73,7 +73,7 @@ def whole(layers: Sequence[Layer]) -> Layer:
     """The layer of all the parameters that a group shares.
 
     Raises:
-        NotImplementedError: if the rows in use are not all, each once.
+        NotImplementedError: unless every row is used exactly once.
     """
     first = layers[0]
     function = " + ".join(dict.fromkeys(layer.function for layer in layers))
@@ -98,7 +98,7 @@ def whole(layers: Sequence[Layer]) -> Layer:
 
 
 def tiled(operators: Mapping[Layer, Operator]) -> dict[Layer, Operator]:
-    """The operators of whole layers: those of some rows each, one below the other."""
+    """The operators of whole layers, from those of some of the rows, one below the other."""
     return {
         whole(layers): Rows([operators[layer] for layer in layers]) if layers[0].rows else operators[layers[0]]
         for layers in groups(operators)
@@ -108,7 +108,7 @@ def tiled(operators: Mapping[Layer, Operator]) -> dict[Layer, Operator]:
 def example_gradients(cases: Cases, layers: Sequence[Layer], g: Mapping[Layer, list[Tensor]]) -> Parts:
     """The gradient of every case in the parameters of `united(layers)`, `(n, *form_of(shape))` each."""
     total: dict[str, Tensor] = {}
-    if len(layers) > 1 and is_simple(layers, cases.shapes):  # rows, one below the other
+    if len(layers) > 1 and is_simple(layers, cases.shapes):  # rows of one weight, one below the other
         ordered = sorted(layers, key=lambda layer: layer.rows or (0, 0))
         own = [single_gradients(cases, layer, g) for layer in ordered]
         found = [(replace(layers[0], rows=None), tuple(torch.cat(parts, 1) for parts in zip(*own, strict=True)))]
@@ -121,7 +121,7 @@ def example_gradients(cases: Cases, layers: Sequence[Layer], g: Mapping[Layer, l
 
 
 def form_of(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which an operator of several layers' parameters has one of them: a vector or a matrix."""
+    """The shape of a parameter in an operator of several layers' parameters: a vector or a matrix."""
     return shape if len(shape) == 1 else (shape[0], prod(shape[1:])) if shape else (1,)
 
 
@@ -158,7 +158,7 @@ def as_vectors(layer: Layer, values: Mapping[str, Tensor]) -> Parts:
 
 
 def single_gradients(cases: Cases, layer: Layer, g: Mapping[Layer, list[Tensor]]) -> Parts:
-    """The gradient of every case in one layer's parameters, `(n, *shape)` each, as its operator has them."""
+    """The gradient of every case in one layer's parameters, `(n, *shape)` each, in the shapes of its operator."""
     its = by_case(g[layer])
     if layer.scale:
         return coordinates(its.sum(1), layer)
@@ -180,10 +180,10 @@ def coordinates(values: Float[Tensor, "*n p"], layer: Layer) -> Parts:
 
 
 def by_case(uses: Sequence[Tensor]) -> Float[Tensor, "n t o"]:
-    """Gradients of all uses, one after the other along the positions."""
+    """The gradients of all uses, concatenated along the positions."""
     return uses[0] if len(uses) == 1 else torch.cat(list(uses), 1)
 
 
 def step_of(x: Inputs, budget: int = 1 << 25) -> int:
-    """How many examples are written out at a time."""
+    """The number of examples that are written out at a time."""
     return max(1, budget // max(1, x.shape[1] * x.shape[2]))

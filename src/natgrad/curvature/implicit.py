@@ -1,4 +1,4 @@
-"""Matrices of a model on data by their products alone."""
+"""Matrices of a model on data that are known only through matrix-vector products."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Vector = dict[str, Tensor]
 class Implicit(Operator):
     """A matrix whose product with a vector is a pass over the data.
 
-    `solve` and `inverse` use conjugate gradients, to a relative residual of `eps^¾`. The random numbers that the
-    model draws (dropout) and the buffers that it writes are the model's own affair: a matrix is best taken in
-    evaluation mode. Of a model on several ranks, all take each product together.
+    `solve` and `inverse` use conjugate gradients, to a relative residual of `eps^¾`. Use the matrix in evaluation mode:
+    in training mode, the random numbers of dropout may differ from product to product. With a model on several ranks,
+    all ranks compute each product together.
     """
 
     def __init__(self, problem: Problem):
@@ -40,10 +40,10 @@ class Implicit(Operator):
 
     @abstractmethod
     def _add_product(self, batch: Any, v: Vector, total: Vector) -> Tensor:
-        """Adds one batch's product with `v`, of the sum over cases, to `total`; returns what a mean divides by."""
+        """Adds one batch's product with `v`, for the sum over cases, to `total`. Returns the divisor of the mean."""
 
     def _matmul(self, parts: Parts) -> Parts:
-        if parts[0].ndim > len(self.space.shapes[0]):  # leading axes: one product after the other
+        if parts[0].ndim > len(self.space.shapes[0]):  # leading axes: one product at a time
             rows = [self._matmul(tuple(p[i] for p in parts)) for i in range(len(parts[0]))]
             return tuple(torch.stack(column) for column in zip(*rows, strict=True))
         assert self.space.names is not None
@@ -86,7 +86,7 @@ class Implicit(Operator):
 
 class ImplicitGaussNewton(Implicit):
     """`E[Jᵀ D J]`: each product is a forward-mode and a reverse-mode pass over the data (Schraudolph 2002), or three
-    backward passes where forward mode is another derivative than the backward's."""
+    backward passes if forward mode disagrees with the backward pass."""
 
     def __init__(self, problem: Problem):
         super().__init__(problem)
@@ -119,7 +119,8 @@ class ImplicitGaussNewton(Implicit):
 
 
 class ImplicitSampled(ImplicitGaussNewton):
-    """`E[Jᵀ S Sᵀ J]` for the columns `S` of random labels or of the given targets: the same at every product."""
+    """`E[Jᵀ S Sᵀ J]`, with columns `S` from random labels or from the given targets. They are the same in every
+    product."""
 
     def __init__(self, problem: Problem):
         super().__init__(problem)
@@ -140,15 +141,15 @@ class ImplicitSampled(ImplicitGaussNewton):
         return total
 
     def _check_same(self, norm: float) -> None:
-        """Raises ValueError if a batch gives another output than in the first pass: its labels would be of other
+        """Raises ValueError if a batch gives another output than in the first pass: its labels would belong to other
         examples."""
         if self._at == len(self._norms):
             self._norms.append(norm)
         if not math.isclose(norm, self._norms[self._at], rel_tol=1e-4):
             raise ValueError(
-                f"the outputs of batch {self._at} are others than in the first pass over the data, and the labels with "
-                "them; give the data in a fixed order, put the model in evaluation mode, and make the matrix again "
-                "after a training step"
+                f"the outputs of batch {self._at} differ from those in the first pass over the data, so its labels no "
+                "longer fit; give the data in a fixed order, put the model in evaluation mode, and make the matrix "
+                "again after a training step"
             )
         self._at += 1
 
@@ -163,7 +164,7 @@ class ImplicitHessian(Implicit):
         return mass
 
     def _gradients(self, batch: Any) -> tuple[Vector, Vector, Tensor]:
-        """Leaves for the parameters, the gradient of the summed loss in them with its graph, and the batch's mass."""
+        """New leaf tensors for the parameters, the gradient of the summed loss in them with its graph, and the mass."""
         model, curvature = self.problem.model, self.problem.curvature
         owned = dict(model.named_parameters())
         leaves: Vector = {n: owned[n] for n in self.space.names or ()}
@@ -182,7 +183,7 @@ class ImplicitHessian(Implicit):
         return Dense(self._formed(self.space), self.space)
 
     def block_diagonal(self) -> BlockDiagonal:
-        """Each module's own block, formed."""
+        """The block of each module, as a dense matrix."""
         shapes = dict(zip(self.space.names or (), self.space.shapes, strict=True))
         blocks = {}
         for group, names in self.space.groups().items():
@@ -191,7 +192,7 @@ class ImplicitHessian(Implicit):
         return BlockDiagonal(blocks, self.space)
 
     def _formed(self, space: Space) -> Tensor:
-        """The rows and columns of some parameters, each row one gradient of an entry of the gradient."""
+        """The rows and columns of some parameters. Each row is the gradient of one entry of the gradient."""
         if space.size > DENSE_LIMIT:
             raise ValueError(
                 f"the Hessian has {space.size} rows, above the limit of {DENSE_LIMIT}; use structure='implicit'"
@@ -217,7 +218,7 @@ class ImplicitHessian(Implicit):
         if (H - H.mT).norm() > max(1e-6, 10 * torch.finfo(H.dtype).eps ** 0.5) * H.norm():
             raise NotImplementedError(
                 "the second derivatives are not symmetric: the backward of some function in the model is not its "
-                "derivative, so that there is no Hessian. Use natgrad.gauss_newton, or freeze what comes before it"
+                "derivative, so there is no Hessian. Use natgrad.gauss_newton, or freeze what comes before it"
             )
         return (H + H.mT) / 2
 
@@ -232,7 +233,7 @@ def shapes(value: Any) -> Hashable:
 
 
 def _vjp(gradients: Vector, leaves: Vector, names: list[str], v: list[Tensor], batched: bool = False) -> Vector:
-    """The gradient of `⟨gradients, v⟩` in the leaves: for every row of `v` if `batched`."""
+    """The gradient of `⟨gradients, v⟩` in the leaves; if `batched`, for every row of `v`."""
     reached = [(gradients[n], vn) for n, vn in zip(names, v, strict=True) if n in gradients]
     found: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if reached:
@@ -248,7 +249,7 @@ def _vjp(gradients: Vector, leaves: Vector, names: list[str], v: list[Tensor], b
 
 
 def _unit_rows(space: Space, like: Tensor, budget: int = 1 << 25) -> Iterator[tuple[int, Tensor]]:
-    """The rows of the identity, some at a time, each with the index of its first."""
+    """The rows of the identity in blocks, each with the index of its first row."""
     step = max(1, budget // space.size)
     for start in range(0, space.size, step):
         rows = like.new_zeros(min(step, space.size - start), space.size)

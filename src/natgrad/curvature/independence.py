@@ -1,4 +1,4 @@
-"""How far a layer's inputs and output curvature are from independent: HSIC, from kernels alone."""
+"""How strongly a layer's inputs and output curvature depend on each other: HSIC, from kernels."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 FEW_COLUMNS = 4
-"""The matrices are formed where they have no more rows than so many times the columns that they are made of."""
+"""The matrices are formed if they have at most this many times as many rows as columns that they are made of."""
 SMALLEST_CHUNK = 8
-"""Cases are parted evenly, so that with this no part has fewer than the 4 that the unbiased estimate needs."""
+"""Cases are split evenly. With this size, every part has the 4 cases that the unbiased estimate needs."""
 
 
 class Kernel:
-    """`k(i, j) = ⟨Z_i, Z_j⟩ = Σ_kq (z_ik·z_jq)²` of the matrices `Z_i = Σ_k z_ik z_ikᵀ`, which are formed only where
-    they take little more room than the `z_ik`.
+    """`k(i, j) = ⟨Z_i, Z_j⟩ = Σ_kq (z_ik·z_jq)²` of the matrices `Z_i = Σ_k z_ik z_ikᵀ`, which are formed only if they
+    take little more memory than the `z_ik`.
 
     With the mean `M` of the `Z_i` the kernel is centered in closed form, one block at a time:
     `⟨Z_i − M, Z_j − M⟩ = k(i, j) − r(i) − r(j) + ‖M‖²`, where `r(i) = Σ_k z_ikᵀ M z_ik` is the mean of row i.
@@ -51,7 +51,7 @@ def _formed(z: Float[Tensor, "a k d"]) -> Float[Tensor, "a dd"]:
 
 @dataclass(frozen=True)
 class Dependence:
-    """What n pairs of positive semidefinite matrices `(X_i, Y_i)` say about the independence of X and Y."""
+    """Figures of the dependence of X and Y, from n pairs of positive semidefinite matrices `(X_i, Y_i)`."""
 
     second_moment: float
     """`‖E[X ⊗ Y]‖`."""
@@ -65,17 +65,17 @@ class Dependence:
     cka: float
     """HSIC over the geometric mean of HSIC(X, X) and HSIC(Y, Y)."""
     p_value: float
-    """Of the permutation test of independence."""
+    """The p-value of the permutation test of independence."""
 
 
 def dependence(
     x: Kernel, y: Kernel, *, chunk: int, permutations: int, generator: torch.Generator | None = None
 ) -> Dependence:
-    """HSIC and its kin of `n` cases, `chunk` x `chunk` kernel values at a time.
+    """HSIC and related figures of `n` cases, with `chunk` x `chunk` kernel values at a time.
 
-    More than `chunk` cases are parted at random: the unbiased estimate is then the mean of the parts' own,
-    weighted by size, and the test is made on the first part. Undefined figures are NaN: the unbiased estimate
-    of fewer than 4 cases, CKA where a spread is zero to rounding, the p-value of no permutations.
+    More than `chunk` cases are split at random. The unbiased estimate is then the mean of the estimates of the parts,
+    weighted by size, and the test uses the first part. Undefined figures are NaN: the unbiased estimate
+    of fewer than 4 cases, CKA if a spread is zero up to rounding, and the p-value of no permutations.
     """
     n = len(x.z)
     cases = permutation(n, generator, x.z.device) if n > chunk else torch.arange(n, device=x.z.device)
@@ -101,7 +101,7 @@ def dependence(
     x_spread, y_spread = _spread(diagonals[0], diagonals[2], n), _spread(diagonals[1], diagonals[3], n)
     return Dependence(
         second_moment=float(moment.sqrt()) / n,
-        covariance=float(xy.clamp_min(0).sqrt()) / n,  # a sum of squares, below zero by rounding alone
+        covariance=float(xy.clamp_min(0).sqrt()) / n,  # a sum of squares: below zero only by rounding
         unbiased=unbiased,
         x_spread=x_spread,
         y_spread=y_spread,
@@ -115,7 +115,8 @@ def unbiased_hsic(K: Float[Tensor, "m m"], L: Float[Tensor, "m m"]) -> float:
 
         (tr K L + 1ᵀK1 1ᵀL1 / ((m − 1)(m − 2)) − 2/(m − 2) 1ᵀK L1) / (m (m − 3))
 
-    It is a U-statistic, the same for kernels centered around any point; those around the mean cancel least.
+    It is a U-statistic, and does not depend on the point around which the kernels are centered. Centering around the
+    mean causes the least cancellation.
 
     Reference: Song, Smola, Gretton, Bedo & Borgwardt (2012), "Feature Selection via Dependence Maximization", eq. 5.
     """
@@ -135,8 +136,8 @@ def permutation_p_value(
     rounding: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> float:
-    """The share of permutations of the second kernel's cases, the identity among them, whose HSIC is at least the
-    observed one, or less by `rounding` alone: `(1 + #) / (1 + permutations)`.
+    """The share of permutations of the second kernel's cases (including the identity) whose HSIC is at least the
+    observed one, up to `rounding`: `(1 + #) / (1 + permutations)`.
 
     Reference: Gretton et al. (2008), "A Kernel Statistical Test of Independence"; Phipson & Smyth (2010),
     arXiv:1603.05766, for the 1 added.
@@ -151,15 +152,15 @@ def permutation_p_value(
 
 
 def permutation(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """A random order of `n` cases, drawn where the generator lives."""
+    """A random order of `n` cases, drawn on the generator's device."""
     return torch.randperm(n, generator=generator, device=generator.device if generator else device).to(device)
 
 
 def inner(K: Tensor, L: Tensor) -> Tensor:
-    """The Frobenius inner product, without a third matrix."""
+    """The Frobenius inner product, without a temporary matrix."""
     return K.flatten() @ L.flatten()
 
 
 def _spread(centered: Tensor, raw: Tensor, n: int) -> float:
-    """`(Σ_i ‖Z_i − M‖² / n)^½`; zero where that is no more than the rounding of `Σ_i ‖Z_i‖²`."""
+    """`(Σ_i ‖Z_i − M‖² / n)^½`; zero if it is within the rounding of `Σ_i ‖Z_i‖²`."""
     return float((centered / n).sqrt()) if centered > 64 * torch.finfo(raw.dtype).eps * raw else 0.0

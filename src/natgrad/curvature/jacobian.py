@@ -1,8 +1,8 @@
-"""Products `J v`, by forward mode where that is the derivative that a backward pass takes, else by two backward passes.
+"""Products `J v`, by forward mode if it agrees with the backward pass, else by two backward passes.
 
-The two modes differ where a forward holds something constant for one of them alone: inside of `torch.no_grad()`, for
-the padding of an embedding, in a function with a backward of its own. Then the derivative is the backward's, which is
-what an optimizer's gradients are.
+The two modes differ if the forward pass treats something as constant for only one of them: inside `torch.no_grad()`,
+for the padding of an embedding, or in a function with its own backward. Then the backward pass counts, because it gives
+the gradients of the optimizer.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from natgrad.capture.graph import refuse_reentrant
 from natgrad.capture.layers.embedding import can_be_opened, embedding_bag
 
 SEED = 1729
-"""Of the check's own random vectors: torch's own numbers are left as they are."""
+"""Seed of the check's own random vectors. Torch's random state does not change."""
 TRUSTED = 4
-"""After so many shapes of batch that differ in lengths alone, with one answer, others are taken to have the same."""
+"""After this many batch shapes that differ only in lengths and gave the same answer, further ones are not checked."""
 Vector = Mapping[str, Tensor]
 Forward = Callable[[Vector], tuple[Tensor, Tensor]]
 
 
 class Jacobian:
-    """Looks at each kind of batch once: whether `⟨u, J v⟩ = ⟨Jᵀ u, v⟩` for random vectors, `J v` by forward mode."""
+    """Checks each kind of batch once: whether `⟨u, J v⟩ = ⟨Jᵀ u, v⟩` for random vectors, with `J v` by forward mode."""
 
     def __init__(self) -> None:
         self._by_reverse: dict[Hashable, bool] = {}
@@ -41,11 +41,11 @@ class Jacobian:
         """The output and `J d`.
 
         Args:
-            key: what the answer may depend on: shapes, and which modules are in training mode.
+            key: what the result of the check may depend on: shapes, and which modules are in training mode.
             model: the module that owns the parameters.
             call: `call(model)` runs it on the batch and returns the output, with the same random numbers each time.
             direction: `d`, by parameter name.
-            forward: gives both by forward mode.
+            forward: computes both by forward mode.
 
         Raises:
             NotImplementedError: if the model has neither a forward mode nor a second backward pass.
@@ -58,7 +58,7 @@ class Jacobian:
     def by_reverse(
         self, key: Hashable, model: nn.Module, call: Callable[[Any], Tensor], direction: Vector, forward: Forward
     ) -> bool:
-        """Whether backward passes are to be taken in place of forward mode."""
+        """Whether to use backward passes instead of forward mode."""
         if key in self._by_reverse:
             return self._by_reverse[key]
         seen = self._alike.setdefault(_but_for_lengths(key), [])
@@ -87,8 +87,8 @@ def graph(model: nn.Module, call: Callable[[Any], Tensor], direction: Vector) ->
 
 @contextlib.contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Within, functions whose backward cannot be differentiated are computed by others: fused attention, cuDNN's
-    recurrent networks, bags of embeddings."""
+    """Within this context, functions with a backward that cannot be differentiated are replaced: fused attention,
+    cuDNN's recurrent networks, embedding bags."""
     with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _Opened():
         yield
 
@@ -123,7 +123,7 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
     fault: Exception | None = None
     with same_numbers(first.device) as again:
         Jv = first.detach()
-        for _ in range(2):  # an error that comes once has another cause
+        for _ in range(2):  # an error that occurs only once has another cause
             try:
                 _, Jv = forward(v)
                 fault = None
@@ -140,7 +140,7 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
         if not output.requires_grad:
             return fault is not None
         if not torch.isfinite(output).all():
-            return False  # which the product itself says
+            return False  # the product itself will raise this error
         refuse_reentrant(output)
         u = _random(output, generator)
         gradients = torch.autograd.grad(output, [owned[n] for n in names], u, allow_unused=True)
@@ -153,20 +153,20 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
             output, leaves = graph(model, call, v)
             if _agree(u, through_graph(output, leaves, v), terms, max(eps)):
                 return True
-            why = "its backward is no linear function of the gradient that it is given"
+            why = "its backward is not linear in the incoming gradient"
         except (RuntimeError, TypeError) as error:
             why = str(error).strip().split("\n")[0].rstrip(".")
-    if fault is not None and "; use " in str(fault):  # it names its mend
+    if fault is not None and "; use " in str(fault):  # it says what to do
         raise fault
     raise NotImplementedError(
-        "a product with this model's Jacobian needs forward mode, which is not the derivative that its backward takes "
-        f"or does not exist, or a second backward pass, which fails: {why}. Use structure='dense' or 'block', which "
-        "take one backward alone; in an optimizer give lr, momentum and damping as numbers"
+        "a product with this model's Jacobian needs forward mode, which does not exist or disagrees with its backward "
+        f"pass, or a second backward pass, which fails: {why}. Use structure='dense' or 'block', which need only one "
+        "backward pass; in an optimizer give lr, momentum and damping as numbers"
     ) from fault
 
 
 class _Precision(TorchFunctionMode):
-    """Takes note of the precision of all that is computed: autocast may have lowered it."""
+    """Records the precision of all computations, which autocast may have lowered."""
 
     def __init__(self, eps: list[float]):
         super().__init__()
@@ -180,7 +180,7 @@ class _Precision(TorchFunctionMode):
 
 
 def _agree(u: Tensor, Jv: Tensor, terms: list[Tensor], eps: float) -> bool:
-    """Whether `⟨u, J v⟩` is `⟨Jᵀ u, v⟩`, the sum of the terms, up to rounding by `eps`."""
+    """Whether `⟨u, J v⟩` equals `⟨Jᵀ u, v⟩`, the sum of the terms, up to rounding errors of size `eps`."""
     if not (Jv.shape == u.shape and torch.isfinite(Jv).all()):
         return False
     forward, reverse = (u.double() * Jv.double()).flatten(), torch.cat(terms) if terms else u.new_zeros(1).double()
@@ -195,13 +195,13 @@ def _random(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _size(p: Tensor) -> float:
-    """The root mean square of a parameter's entries; of one that is zero, 1."""
+    """The root mean square of a parameter's entries, or 1 if they are all zero."""
     return float(p.detach().double().square().mean().sqrt()) or 1.0
 
 
 @contextlib.contextmanager
 def same_numbers(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Within, what is called sets torch's random numbers back; afterwards they are as they were before."""
+    """Within this context, the returned function rewinds torch's random numbers. Afterwards they are restored."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         own = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]

@@ -14,14 +14,15 @@ from natgrad.capture.graph import refuse_reentrant
 from natgrad.capture.layer import Layer
 from natgrad.capture.reading import example_gradients
 from natgrad.checks.parameters import Selection
-from natgrad.checks.values import check_choice, check_flag, check_max_dim
+from natgrad.checks.values import check_choice, check_count, check_flag, check_max_dim
 from natgrad.curvature.blocks import assemble
 from natgrad.curvature.implicit import ImplicitGaussNewton, ImplicitHessian, ImplicitSampled
+from natgrad.curvature.low_rank import RANK
 from natgrad.curvature.mixed import MixedStructure
 from natgrad.curvature.moments import MAX_DIM, SHARING
 from natgrad.curvature.problem import Forward, Problem, check_mass
 from natgrad.curvature.structure import Structure
-from natgrad.curvature.structures import STRUCTURES
+from natgrad.curvature.structures import STRUCTURES, Options
 from natgrad.curvature.terms import Losses, Terms
 from natgrad.distributed.gathering import jointly
 from natgrad.linalg import BlockDiagonal, Dense, Operator, Space
@@ -41,6 +42,7 @@ def fisher(
     centered: bool = True,
     sharing: str = "expand",
     max_dim: int = MAX_DIM,
+    rank: int = RANK,
     params: Selection = None,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
@@ -50,49 +52,53 @@ def fisher(
 ) -> Operator:
     """The Fisher information `F = E[Jᵀ D J]` of a model on data, as an operator on its parameters.
 
-    The expectation is the objective's own, over the whole of `data`: a mean for `reduction="mean"`, a sum
-    for `"sum"`. The model runs in the mode it is in (`train` or `eval`), once over the data.
+    The matrix has the scale of the loss over the whole of `data`: a mean for `reduction="mean"`, a sum for `"sum"`. The
+    mode of the model (`train` or `eval`) is not changed. The model runs once over the data.
 
     With a model in `DistributedDataParallel` every rank calls this with its own part of the data, which may be empty on
-    some, and gets the matrix of all of it; `"block"` then holds the cases of all ranks on each, and products with
-    `"implicit"` are taken by all ranks together. What one rank raises all raise.
+    some ranks, and gets the matrix of all the data. With `"block"` every rank holds the cases of all ranks. With
+    `"implicit"` all ranks must compute a product together. If one rank raises an error, all ranks raise it.
 
     Args:
-        model: any module; its trainable parameters are those of the matrix.
+        model: any module. The matrix is over its trainable parameters.
         loss: an instance of one of torch's losses (`docs/losses.md` lists them; for `nn.GaussianNLLLoss` the model
             returns `(mean, var)`), `natgrad.losses.Likelihood` or `natgrad.losses.Convex`. Or a dictionary of such
-            losses: the terms of a sum. Outputs and targets are then dictionaries of the same keys.
-        data: one `(input, target)` pair, or an iterable of such batches. A tuple of tensors is one batch. A list is one
-            of batches; two tensors in a list are a pair without `forward`, as a `DataLoader` collates one, and two
-            batches with it.
+            losses: the terms of a sum. Outputs and targets are then dictionaries with the same keys.
+        data: one `(input, target)` pair, or an iterable of such batches. A tuple of tensors is one batch. A list is a
+            list of batches. A list of two tensors is one pair if `forward` is not given, because a `DataLoader`
+            collates pairs into lists, and two batches if it is given.
         structure: `"kfac"` (a Kronecker product for each layer), `"ekfac"` (its eigenbases with corrected
-            eigenvalues), `"kfoc"` (the Kronecker product nearest to the exact block), `"diagonal"`, `"block"` (the
-            exact block of each layer, held as its cases), `"dense"` (the full matrix), or `"implicit"` (products only).
-            A dict gives each layer its own, by names of layers or patterns: `{"head": "block", "*": "kfac"}`.
-        estimator: `"exact"` (every column of a factor of `D`), `"mc"` (`samples` random labels for each
+            eigenvalues), `"kfoc"` (the Kronecker product nearest to the exact block), `"low_rank"` (the largest
+            eigenvalues of the exact block, plus a diagonal), `"diagonal"`, `"block"` (the exact block of each layer,
+            stored as inputs and output gradients of the cases), `"dense"` (the full matrix), or `"implicit"` (products
+            only). A dict gives each layer its own structure, by names of layers or patterns:
+            `{"head": "block", "*": "kfac"}`.
+        estimator: `"exact"` (all columns of a square root of `D`), `"mc"` (`samples` random labels for each
             case), or `"empirical"` (the gradients at the given targets).
-        samples: how many labels are drawn for each case, for `"mc"`.
-        centered: hold weight and bias apart, with the covariance of the inputs (K-FAC and EKFAC of layers with a bias).
-        max_dim: K-FAC's factors of more rows than this are kept as their diagonals (K-FAC and EKFAC).
-        sharing: where a layer is used at several positions, each is a case (`"expand"`), or inputs are
-            averaged and gradients summed first (`"reduce"`) (Eschenhagen et al. 2023).
-        params: the names of the parameters to take, or a predicate on names. Default: all trainable ones.
-        forward: `forward(model, batch)` returns `(output, target)`, for batches of any other form.
+        samples: the number of labels that `"mc"` draws for each case.
+        centered: treat weight and bias separately, with the covariance of the inputs as the input factor (K-FAC and
+            EKFAC of layers with a bias).
+        max_dim: for factors with more rows than this, only the diagonal is kept (K-FAC and EKFAC).
+        rank: the number of eigenvalues of each layer that `"low_rank"` keeps.
+        sharing: for layers that are used at several positions: each position is a case (`"expand"`), or inputs are
+            averaged and gradients summed over the positions first (`"reduce"`) (Eschenhagen et al. 2023).
+        params: the names of the parameters of the matrix, or a predicate on names. Default: all trainable ones.
+        forward: `forward(model, batch)` returns `(output, target)`. Needed if batches are not `(input, target)` pairs.
         generator: the source of the random labels of `"mc"`.
-        dtype: that of the matrix and of its sums, float32 or float64. Default: that of the parameters, and float32 for
-            a model in half precision.
+        dtype: the dtype of the matrix and of its sums, float32 or float64. Default: that of the parameters, and float32
+            for a model in half precision.
         progress: show a progress bar over the batches.
-        weights: of the terms, where there are several, by name. Default: 1 for each.
+        weights: weights of the terms by name, if there are several losses. Default: 1 for each.
 
     Returns:
         An operator with `@`, `quadratic`, `solve`, `inverse`, `trace`, `diagonal`, `to_dense`, ...
 
     Raises:
         TypeError: if the loss is not supported.
-        ValueError: if shapes do not fit, the data is empty, or something is not finite.
-        NotImplementedError: if `"kfac"` does not cover a parameter, which is named; if the model is under
-            `fully_shard`.
-        RuntimeError: inside of `torch.inference_mode()`.
+        ValueError: if shapes do not fit, the data is empty, or a value is not finite.
+        NotImplementedError: if the structure does not support the use of a parameter, which is named; or if the model
+            is under `fully_shard`.
+        RuntimeError: inside `torch.inference_mode()`.
 
     Example:
         >>> import torch, natgrad
@@ -121,7 +127,7 @@ def fisher(
         dtype=dtype,
         progress=progress,
     )
-    return _matrix(problem, structure, centered, sharing, max_dim)
+    return _matrix(problem, structure, Options(centered, sharing, max_dim, rank))
 
 
 def gauss_newton(
@@ -133,6 +139,7 @@ def gauss_newton(
     centered: bool = True,
     sharing: str = "expand",
     max_dim: int = MAX_DIM,
+    rank: int = RANK,
     params: Selection = None,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
@@ -142,25 +149,26 @@ def gauss_newton(
     samples: int = 1,
     weights: Mapping[str, float] | None = None,
 ) -> Operator:
-    """The generalized Gauss-Newton matrix `G = E[Jᵀ D J]`, `D` the Hessian of the loss in the output.
+    """The generalized Gauss-Newton matrix `G = E[Jᵀ D J]`, where `D` is the Hessian of the loss in the output.
 
-    It is the Fisher information for losses of canonical links (Martens 2014, section 9): cross-entropy, squared
+    For losses with a canonical link it equals the Fisher information (Martens 2014, section 9): cross-entropy, squared
     error, logistic loss, Poisson with log rates. For Poisson with rates, `nn.GaussianNLLLoss` and
-    `natgrad.losses.Likelihood` it is another matrix, which has no estimator but `"exact"`, and which for the last
-    two may be indefinite: then `"dense"` and `"implicit"` give it, and the other structures raise ValueError, as
-    they are built from a factor `S Sᵀ = D`.
+    `natgrad.losses.Likelihood` the two matrices differ. Gauss-Newton then has the estimator `"exact"` only. For the
+    last two losses it may be indefinite: then use `"dense"` or `"implicit"`. The other structures raise ValueError,
+    because they are built from a factor `S Sᵀ = D`.
 
     Args:
-        model, loss, data, structure, centered, sharing, max_dim, params, forward, generator: as for `fisher`.
+        model, loss, data, structure, centered, sharing, max_dim, rank: as for `fisher`.
+        params, forward, generator: as for `fisher`.
         dtype, progress, weights: as for `fisher`.
-        estimator, samples: as for `fisher`, where the two matrices are one.
+        estimator, samples: as for `fisher`, if the two matrices are equal.
 
     Returns:
         An operator, as `fisher` does.
 
     Raises:
         TypeError: as `fisher` does.
-        ValueError: as `fisher` does; if `D` is indefinite; and for an `estimator` that `D` does not have.
+        ValueError: as `fisher` does; if `D` is indefinite; and for an `estimator` that this `D` does not support.
         NotImplementedError: as `fisher` does.
         RuntimeError: as `fisher` does.
 
@@ -188,7 +196,7 @@ def gauss_newton(
         dtype=dtype,
         progress=progress,
     )
-    return _matrix(problem, structure, centered, sharing, max_dim)
+    return _matrix(problem, structure, Options(centered, sharing, max_dim, rank))
 
 
 def hessian(
@@ -205,11 +213,11 @@ def hessian(
 ) -> Operator:
     """The Hessian of the objective in the parameters. It need not be positive semidefinite.
 
-    Nothing is asked of the layers: autograd does it all.
+    It works for any layers, because it is computed by autograd alone.
 
     Args:
-        model, loss, data, params, forward, dtype, progress, weights: as for `fisher`; any of its losses.
-        structure: `"implicit"` (products only), `"dense"`, or `"block"` (each module's own parameters, dense).
+        model, loss, data, params, forward, dtype, progress, weights: as for `fisher`.
+        structure: `"implicit"` (products only), `"dense"`, or `"block"` (one dense block for each module).
 
     Returns:
         An operator, as `fisher` does.
@@ -234,7 +242,9 @@ def hessian(
         implicit = ImplicitHessian(own)
         if structure == "implicit":
             return implicit
-        return implicit.formed() if structure == "dense" else implicit.block_diagonal()
+        matrix: Operator = implicit.formed() if structure == "dense" else implicit.block_diagonal()
+        matrix.fingerprint = _norms(own.parameters)
+        return matrix
 
     return _sum(problem, of) if isinstance(problem, Terms) else of(problem)
 
@@ -251,14 +261,14 @@ def _problem(
         return Terms(model, loss, data, forward, weights, **options)
     if weights is not None:
         raise ValueError(
-            f"weights={weights!r} are of several terms, and loss is one; expected loss to be a dictionary of losses, "
+            f"weights={weights!r} need several losses, and loss is one; expected loss to be a dictionary of losses, "
             "or no weights"
         )
     return Problem(model, loss, data, forward=forward, **options)
 
 
 def _sum(terms: Terms, matrix: Callable[[Problem], Operator]) -> Operator:
-    """The weighted sum of every term's own matrix."""
+    """The weighted sum of the matrices of all terms."""
     each = (terms.weights[name] * matrix(problem) for name, problem in terms.problems.items())
     return reduce(operator.add, each)
 
@@ -272,30 +282,37 @@ def _check_structure(structure: Any) -> None:
         check_choice("structure", structure, ALL_STRUCTURES)
 
 
-def _matrix(problem: Problem | Terms, structure: Chosen, centered: bool, sharing: str, max_dim: int) -> Operator:
-    check_flag("centered", centered)
-    check_choice("sharing", sharing, SHARING)
-    check_max_dim(max_dim)
+def _matrix(problem: Problem | Terms, structure: Chosen, options: Options) -> Operator:
+    check_flag("centered", options.centered)
+    check_choice("sharing", options.sharing, SHARING)
+    check_max_dim(options.max_dim)
+    check_count("rank", options.rank, "eigenvalues")
     if structure == "implicit":
         return _sum(problem, _implicit) if isinstance(problem, Terms) else _implicit(problem)
-    with torch.autocast(problem.device.type, enabled=False):  # the model's own precision is the problem's affair
+    with torch.autocast(problem.device.type, enabled=False):  # Problem sets the model's own precision
         if structure != "dense":
-            matrix: Operator = of_layers(problem, structure, centered, sharing, max_dim)
+            matrix: Operator = of_layers(problem, structure, options)
         else:
             matrix = _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
     matrix.notes = problem.notes
+    matrix.fingerprint = _norms(problem.parameters)
     return matrix
+
+
+def _norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    norms = torch.stack([p.detach().double().norm() for p in parameters.values()])
+    return dict(zip(parameters, norms.tolist(), strict=True))
 
 
 def _implicit(problem: Problem) -> Operator:
     return ImplicitGaussNewton(problem) if problem.estimator == "exact" else ImplicitSampled(problem)
 
 
-def of_layers(problem: Problem | Terms, structure: Chosen, centered: bool, sharing: str, max_dim: int) -> BlockDiagonal:
-    """The matrix of a structure that goes by layers."""
+def of_layers(problem: Problem | Terms, structure: Chosen, options: Options) -> BlockDiagonal:
+    """The matrix of a structure that is made layer by layer."""
 
     def make(name: str) -> Structure:
-        return STRUCTURES[name](centered, sharing, max_dim)
+        return STRUCTURES[name](options)
 
     parts = make(structure) if isinstance(structure, str) else MixedStructure(structure, make, STRUCTURES)
     with jointly(problem.world, "the cases") as agree:
@@ -317,7 +334,7 @@ def of_layers(problem: Problem | Terms, structure: Chosen, centered: bool, shari
 
 
 def _dense(problem: Problem) -> Dense:
-    """`Σ ± (Jᵀ s)(Jᵀ s)ᵀ` over every example and column, from autograd's rows alone: no layer is looked at."""
+    """`Σ ± (Jᵀ s)(Jᵀ s)ᵀ` over all examples and columns, from autograd's gradients alone, for any layers."""
     parameters, curvature = problem.parameters, problem.curvature
     space = Space(tuple(tuple(p.shape) for p in parameters.values()), tuple(parameters))
     G = torch.zeros(space.size, space.size, dtype=problem.dtype, device=problem.device)
@@ -343,7 +360,7 @@ def check_covered(parameters: Mapping[str, Tensor], layers: Mapping[Layer, Opera
     missing = [n for n in parameters if n not in covered]
     if missing:
         raise NotImplementedError(
-            f"{missing[0]!r} was not used in the forward, or not for the output"
+            f"{missing[0]!r} was not used in the forward pass, or the output does not depend on it"
             + (f" (nor were {len(missing) - 1} others)" if len(missing) > 1 else "")
             + ", so no layer kind covers it. Freeze it with requires_grad_(False), or leave it out with params="
         )

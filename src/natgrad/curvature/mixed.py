@@ -1,4 +1,4 @@
-"""Another structure for each layer."""
+"""A structure for each layer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ REST = "*"
 
 
 class MixedStructure(Structure):
-    """The structures of some layers each: the first pattern that a layer's name or a parameter's fits is the one.
+    """Several structures, each for some of the layers. The first pattern that fits the name of a layer or of one of its
+    parameters decides.
 
     Args:
-        choice: from patterns, as of file names, to the structures' names.
-        make: what makes a structure of its name.
+        choice: a mapping from patterns (as for file names) to names of structures.
+        make: makes a structure from its name.
         known: the structures that can be chosen.
     """
 
@@ -32,7 +33,7 @@ class MixedStructure(Structure):
             raise ValueError("structure is an empty dict; expected a structure for each layer: {'*': 'kfac'}")
         for pattern, name in choice.items():
             if not isinstance(pattern, str):
-                raise TypeError(f"structure has {described(pattern)} for a key; expected names of layers, or patterns")
+                raise TypeError(f"structure has the key {described(pattern)}; expected names of layers, or patterns")
             check_choice(f"structure[{pattern!r}]", name, known)
         self.choice = dict(choice)
         self.parts = {name: make(name) for name in dict.fromkeys(choice.values())}
@@ -73,7 +74,7 @@ class MixedStructure(Structure):
         return blocks
 
     def _active(self) -> dict[str, Structure]:
-        """Those that this pass is for."""
+        """The structures that use this pass."""
         return {name: part for name, part in self.parts.items() if part.passes > self._at}
 
     def _structure_of(self, layer: Layer) -> str:
@@ -89,7 +90,7 @@ class MixedStructure(Structure):
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Whether a name is the pattern, is inside of the module of that name, or is like it.
+    """Whether a name equals the pattern, is inside the module of that name, or matches it as a wildcard pattern.
 
     >>> fits("net.0.weight", "net"), fits("net.0", "net.*"), fits("network", "net")
     (True, True, False)
@@ -98,7 +99,7 @@ def fits(name: str, pattern: str) -> bool:
 
 
 def only(cases: Cases, layers: Collection[Layer]) -> Cases:
-    """The cases of some layers; the columns must be kept in memory."""
+    """The cases of some of the layers. The columns must be kept in memory."""
 
     def part(of: Mapping[Layer, Any]) -> dict[Layer, Any]:
         return {layer: its for layer, its in of.items() if layer in layers}

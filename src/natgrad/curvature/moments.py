@@ -1,4 +1,4 @@
-"""Sums over cases of one layer. Microbatches, epochs and running averages merge by the same `+`."""
+"""Sums over the cases of one layer. The operator `+` merges microbatches, epochs and running averages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from natgrad.linalg.space import Parts
 
 SHARING = ("expand", "reduce")
 MAX_DIM = 8192
-"""The default width beyond which a factor is kept as its diagonal."""
+"""Default: for wider factors only the diagonal is kept."""
 
 
 class KnownSums:
-    """The sums of inputs that several layers share, as query, key and value do: each is computed once."""
+    """The sums of inputs that several layers share, such as query, key and value. Each sum is computed once."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], tuple[Inputs, InputSums]] = {}
@@ -32,17 +32,17 @@ class KnownSums:
             return inputs.sums(None, diagonal)
         key = (place, diagonal)
         if key not in self._found:
-            # The inputs are kept, so that no others can come to lie in their place.
+            # The inputs are kept, so that their memory is not reused for other inputs.
             self._found[key] = inputs, inputs.sums(None, diagonal)
         return self._found[key][1]
 
 
 @dataclass
 class AffineMoments:
-    """What K-FAC keeps of a layer's cases.
+    """The sums that K-FAC needs of a layer's cases.
 
-    The input side is held as count, mean and scatter around the mean, which merge without cancellation
-    however far the inputs are from zero (Chan, Golub & LeVeque 1979). A factor that is a diagonal has one axis.
+    The input side is stored as count, mean and scatter around the mean. These merge without cancellation, even
+    if the inputs are far from zero (Chan, Golub & LeVeque 1979). A factor that is a diagonal has one axis.
     """
 
     count: Tensor
@@ -60,14 +60,14 @@ class AffineMoments:
     def empty(
         cls, d_in: int, d_out: int, mass: Tensor, *, diagonal: tuple[bool, bool] = (False, False)
     ) -> AffineMoments:
-        """Of no cases yet; `diagonal`: whether the input factor is one, and the output factor."""
+        """Moments without cases. `diagonal`: whether the input factor and the output factor are diagonals."""
         scatter, output = (mass.new_zeros([d] * (2 - alone)) for d, alone in zip((d_in, d_out), diagonal, strict=True))
         return cls(mass.new_zeros(()), mass.new_zeros(d_in), scatter, output, mass)
 
     def add_inputs(
         self, inputs: Inputs, kept: Bool[Tensor, "n t"] | None = None, known: KnownSums | None = None
     ) -> None:
-        """Takes in the inputs of all cases, or of those that are kept."""
+        """Adds the inputs of all cases, or of those that are kept."""
         diagonal = self.scatter.ndim == 1
         sums = inputs.sums(kept, diagonal) if known is None or kept is not None else known.of(inputs, diagonal)
         zero = torch.zeros_like
@@ -75,12 +75,12 @@ class AffineMoments:
         self.count, self.mean, self.scatter = whole.count, whole.mean, whole.scatter
 
     def add_gradients(self, g: Float[Tensor, "n t o"]) -> None:
-        """Takes in one column's gradients: every position is a case."""
+        """Adds one column's gradients: every position is a case."""
         g = g.to(self.output.dtype)
         if self.output.ndim == 1:
             self.output.add_(g.square().sum((0, 1)))
         elif g.shape[1] > 1 and g.stride(2) != 1 and g.device.type == "cpu":
-            # A convolution's: its features are not side by side in memory. On a GPU this is one product an example.
+            # Of a convolution: its features are not contiguous in memory. On a GPU this is one product per example.
             self.output.addbmm_(g.mT, g)
         else:
             rows = g.flatten(0, 1)
@@ -117,7 +117,7 @@ class AffineMoments:
         return self.C + (self.mean.square() if self.scatter.ndim == 1 else torch.outer(self.mean, self.mean))
 
     def B(self, is_mean: bool) -> Float[Tensor, "*outputs"]:
-        """The output factor of the objective: of its mean, or of its sum."""
+        """The output factor of the objective, which is a mean or a sum."""
         return self.output / self.mass if is_mean else self.output
 
     @property
@@ -133,7 +133,8 @@ class AffineMoments:
 
 @dataclass
 class ScaleMoments:
-    """Sums over examples of the gradients of a layer's scales `w` and shifts `c`, coordinate by coordinate."""
+    """Sums over examples of squares and products of the gradients of a layer's scales `w` and shifts `c`, for each
+    coordinate."""
 
     products: Float[Tensor, "k d"]
     """`Σ g_w²`, `Σ g_w g_c` and `Σ g_c²` over examples and columns; the one square where there is one parameter."""
@@ -141,7 +142,7 @@ class ScaleMoments:
     """What the loss's mean divides by, summed over batches: a scalar."""
 
     def add_gradients(self, g: Float[Tensor, "n 1 o"]) -> None:
-        """Takes in one column's gradients in the coordinates, summed over the places of an example."""
+        """Adds one column's gradients in the coordinates, summed over the places of an example."""
         g = g.squeeze(1).to(self.products.dtype)
         if len(self.products) == 1:
             self.products[0] += g.square().sum(0)
@@ -157,7 +158,7 @@ class ScaleMoments:
         return ScaleMoments(factor * self.products, factor * self.mass)
 
     def means(self, is_mean: bool) -> Float[Tensor, "k d"]:
-        """The products of the objective: of its mean, or of its sum."""
+        """The products for the objective, which is a mean or a sum."""
         return self.products / self.mass if is_mean else self.products
 
     def is_finite(self) -> Tensor:
@@ -195,7 +196,7 @@ Moments = AffineMoments | ScaleMoments | DiagonalMoments
 def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM) -> dict[Layer, Moments]:
     """The moments of every layer on one batch, in one pass over its columns.
 
-    A position whose target is ignored is no case, unless other targets depend on it.
+    A position with an ignored target does not count as a case, unless other targets depend on it.
     """
     with torch.no_grad():
         moments: dict[Layer, AffineMoments | ScaleMoments] = {layer: _empty(cases, layer, max_dim) for layer in cases.h}
@@ -216,7 +217,7 @@ def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM)
 
 
 def input_moments(cases: Cases, layers: Iterable[Layer], sharing: str, max_dim: int) -> dict[Layer, Moments]:
-    """The moments of some affine layers' inputs alone; the output factors are zero, and diagonals."""
+    """Only the input moments of some affine layers. The output factors are zero diagonals."""
     moments: dict[Layer, Moments] = {}
     known = KnownSums()
     with torch.no_grad():
@@ -229,7 +230,7 @@ def input_moments(cases: Cases, layers: Iterable[Layer], sharing: str, max_dim: 
 
 
 def _one_by_one(layer: Layer, uses: Sequence[Tensor]) -> bool:
-    """Whether a scale's uses are summed for each example, as the exact block has them."""
+    """Whether the uses of a scale are summed for each example, as in the exact block."""
     return layer.scale and len({len(use) for use in uses}) == 1
 
 
@@ -295,7 +296,8 @@ def merge(parts: Iterable[Mapping[Layer, Moments]]) -> dict[Layer, Moments]:
 
 
 def reconciled(moments: Mapping[Layer, Moments]) -> dict[Layer, Moments]:
-    """The moments of layers, apart by parameter where some batches have used them with others than others have."""
+    """The moments of layers. They are split by parameter if different batches used a parameter together with different
+    others."""
     users: dict[str, set[tuple[str, ...]]] = {}
     for layer in moments:
         for n in layer.names:
@@ -309,7 +311,7 @@ def reconciled(moments: Mapping[Layer, Moments]) -> dict[Layer, Moments]:
 
 
 def _apart(m: Moments) -> tuple[Moments, Moments]:
-    """The moments of a weight alone, and of its bias."""
+    """The moments of a weight and those of its bias, separately."""
     if isinstance(m, ScaleMoments):
         return ScaleMoments(m.products[:1], m.mass), ScaleMoments(m.products[2:], m.mass)
     if isinstance(m, DiagonalMoments):
@@ -336,5 +338,5 @@ def _names(kind: type[Moments]) -> set[str]:
 
 
 def shared(uses: Sequence[Tensor], sharing: str) -> list[Tensor]:
-    """Gradients of all uses, `(n, t, o)`: as they are (`expand`), or positions and uses summed (`reduce`)."""
+    """The gradients of all uses, `(n, t, o)`: unchanged (`expand`), or summed over positions and uses (`reduce`)."""
     return list(uses) if sharing == "expand" else [torch.cat(list(uses), 1).sum(1, keepdim=True)]

@@ -1,4 +1,4 @@
-"""What a matrix is of: a model, a loss, data, and the parameters that are looked at."""
+"""What a matrix is computed from: a model, a loss, data, and the selected parameters."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 class Problem:
     """A model, a loss and data: batch after batch as `(output, target)`, or as the cases of every layer.
 
-    Iterating gives the batches as they are. The arguments are those of `natgrad.fisher`. With `reached` the cases are
-    of those layers alone that the output depends on, and there may be none. Of a model in
-    `DistributedDataParallel` they are this rank's batches, of which there may be none.
+    Iterating gives the batches unchanged. The arguments are those of `natgrad.fisher`. With `reached`, there are cases
+    only for layers that the output depends on, possibly for none. For a model in `DistributedDataParallel`, the batches
+    are those of this rank, possibly none.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Problem:
         check_dtype(dtype)
         if dtype is not None and torch.promote_types(dtype, torch.float32) != dtype:
             raise ValueError(
-                f"dtype={dtype} is of too few digits to sum many batches in; expected torch.float32 or torch.float64"
+                f"dtype={dtype} is too imprecise to sum many batches; expected torch.float32 or torch.float64"
             )
         check_function("forward", forward, "of the model and a batch that returns (output, target)")
         self.model, self.world = unwrapped(model)
@@ -79,8 +79,8 @@ class Problem:
     def __iter__(self) -> Iterator[Any]:
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "inside of torch.inference_mode() nothing can be differentiated; expected to be called outside of "
-                "it, or under torch.no_grad() in its place"
+                "nothing can be differentiated inside torch.inference_mode(); expected a call outside of it, or "
+                "torch.no_grad() in its place"
             )
         data: Iterable[Any] = self._data
         if self.progress:
@@ -99,8 +99,8 @@ class Problem:
             )
 
     def run(self, model: Any, batch: Any) -> tuple[Tensor, Any]:
-        """The model's output on a batch, in the precision that was in force when the matrix was asked for. Its buffers,
-        the running averages of batch normalization among them, stay as they were."""
+        """The model's output on a batch, in the precision (autocast) that was active when the matrix was requested. The
+        model's buffers, such as the running averages of batch normalization, do not change."""
         lowered = torch.autocast(self.device.type, self._precision, enabled=self._precision is not None)
         with lowered, buffers_kept(self.model), without_cudnn(self.model):
             return self._run(model, batch)
@@ -131,25 +131,25 @@ class Problem:
         return self.curvature.columns(output, target, self.estimator, self.samples, self._labels)
 
     def hold_labels(self) -> None:
-        """From here on `same_labels` has each pass draw the same random labels."""
+        """From here on, `same_labels` makes each pass draw the same random labels."""
         source, own = self.labels(), torch.Generator(self.device)
         own.set_state(source.get_state())
         torch.rand((), generator=source, device=self.device)  # another matrix draws others
         self._labels, self._held = own, own.get_state()
 
     def same_labels(self) -> None:
-        """Goes back to the first of the labels that are held."""
+        """Rewinds to the first of the held labels."""
         if self._labels is not None:
             self._labels.set_state(self._held)
 
     def signed_columns(self, output: Tensor, target: Any) -> Iterator[tuple[int, Tensor]]:
-        """The columns with their signs: all positive, but where `D` is indefinite."""
+        """The columns with their signs, which are all positive unless `D` is indefinite."""
         if self.estimator == "exact":
             return self.curvature.signed_columns(output.detach(), target)
         return ((1, column) for column in self.columns(output, target))
 
     def recorded(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Recorder, Tensor, Tensor]]:
-        """Each batch's output and target, with what was recorded of the given parameters on the way."""
+        """Each batch's output and target, with the recorded uses of the given parameters."""
         for batch in self:
             recorder = Recorder(parameters)
             # Compiled code has no function modes.
@@ -184,13 +184,13 @@ class Problem:
             )
 
     def labels(self) -> torch.Generator:
-        """The source of random labels, from now on one that can be set back."""
+        """The source of random labels, which can be rewound from now on."""
         if self._labels is None:
             self._labels = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
         return self._labels
 
     def mass(self) -> Tensor:
-        """What a mean over all data, and all ranks, divides by."""
+        """The divisor of a mean over all data and all ranks."""
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         with jointly(self.world, "the losses' normalizers"), torch.no_grad():
             for batch in self:
@@ -199,16 +199,16 @@ class Problem:
 
     @property
     def is_mean(self) -> bool:
-        """Whether the objective is a mean over the data, by which the sums over cases are divided."""
+        """Whether the objective is a mean over the data. The sums over cases are then divided by `mass`."""
         return self.curvature.is_mean
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What users should know of the matrix, of what has been seen of the data."""
+        """Notes for the user about the matrix, from the data seen so far."""
         return self.curvature.notes
 
     def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]:
-        """The cases, `count` times over, with the same random labels each time. One batch alone is kept in memory."""
+        """The cases in `count` passes, with the same random labels in each. Only one batch is kept in memory."""
         if count == 1:
             yield from self.cases()
             return
@@ -224,10 +224,10 @@ class Problem:
 
 
 def _is_one_batch(data: Any, has_forward: bool) -> bool:
-    """Whether the data are one batch: a tuple of tensors, or two in a list where batches have to be pairs.
+    """Whether the data are one batch: a tuple of tensors, or a list of two tensors if batches have to be pairs.
 
     Raises:
-        ValueError: for a list of two tensors of which neither can be told, with a `forward`.
+        ValueError: for a list of two tensors with a `forward`, if it may be one batch or two.
     """
     if not isinstance(data, (tuple, list)) or not data or not isinstance(data[0], Tensor):
         return False
@@ -246,7 +246,7 @@ def _is_one_batch(data: Any, has_forward: bool) -> bool:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Within, the model writes to copies of its buffers."""
+    """Within this context, the model writes to copies of its buffers."""
     own = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     copies = {id(b): b.clone() for _, _, b in own}
     for m, name, b in own:
@@ -260,8 +260,8 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_cudnn(model: nn.Module) -> Iterator[None]:
-    """Within, a recurrent network on a GPU is torch's own, not cuDNN's: the gradients of that one cannot be taken in
-    evaluation mode, for many outputs at once, or again."""
+    """Within this context, recurrent networks on a GPU use torch's own code, not cuDNN. cuDNN cannot compute their
+    gradients in evaluation mode, for many outputs at once, or twice."""
     if not any(isinstance(m, nn.RNNBase) for m in model.modules()):
         yield
         return
@@ -280,7 +280,7 @@ def check_output(output: Tensor) -> None:
 
 
 def check_mass(mass: Tensor, is_mean: bool) -> None:
-    """Raises ValueError if the mean has nothing to divide by."""
+    """Raises ValueError if the divisor of the mean is zero or not finite."""
     if is_mean and not torch.isfinite(mass):
         raise ValueError(f"the loss's mean divides by {float(mass):g}; look for NaN or inf in its class weights")
     if is_mean and not mass > 0:

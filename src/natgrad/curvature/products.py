@@ -28,8 +28,8 @@ from natgrad.linalg.precision import linear
 
 @dataclass(frozen=True)
 class Duals:
-    """What is to be called in place of a model for a forward with tangents, and which parameter each tensor (by its
-    id) then is."""
+    """What to call instead of the model for a forward pass with tangents, and the parameter's name of each tensor (by
+    its id)."""
 
     forward: Callable[..., Any]
     names: dict[int, str]
@@ -63,12 +63,12 @@ def tangent(
         model: the module that owns the parameters.
         call: `call(forward)` runs `forward` (in place of `model`) on the batch and returns the output.
         direction: `d`, by parameter name.
-        uses: what a recorder noted in a forward on the same batch and parameters. Their outputs are taken
-            from there, which leaves two products a layer instead of three.
-        duals: how the model's parameters get their tangents, where they are not in their places.
+        uses: what a recorder recorded in a forward pass on the same batch and parameters. The layers' outputs are taken
+            from there, which leaves two products per layer instead of three.
+        duals: how the model's parameters get their tangents, if they are not in their usual places.
     """
     give = duals or partial(duals_in_place, model)
-    # The fused kernels of attention have no forward mode.
+    # The fused attention kernels have no forward mode.
     with torch.no_grad(), forward_ad.dual_level(), give(direction) as own:
         with _Replay(own.names, uses), sdpa_kernel(SDPBackend.MATH), _without_savers():
             output = call(own.forward)
@@ -78,7 +78,7 @@ def tangent(
 
 @contextlib.contextmanager
 def _without_savers() -> Iterator[None]:
-    """Before torch 2.12, checkpointed blocks keep their inputs also where there are no gradients, by a function without
+    """Before torch 2.12, checkpointed blocks save their inputs even without gradients, by a function that has no
     forward mode."""
     saver = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
     if saver is None:
@@ -101,17 +101,17 @@ REPLAYED = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 class _Replay(TorchFunctionMode):
-    """Takes the outputs of linear maps and convolutions from recorded uses, and computes their tangents alone."""
+    """Takes the outputs of linear maps and convolutions from recorded uses, and computes only their tangents."""
 
     def __init__(self, names: Mapping[int, str], uses: Sequence[Use]):
         super().__init__()
         self._names = names
-        calls = {id(first.a): first for first in map(_first, uses)}  # one of each: groups of channels have a use each
+        calls = {id(first.a): first for first in map(_first, uses)}  # one per call: each group of channels is a use
         self._left = [first for first in calls.values() if first.function in REPLAYED and first.direct]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in COMPOSITES:  # fused ones have no forward mode
+        if func in COMPOSITES:  # fused functions have no forward mode
             with self:
                 return COMPOSITES[func](*args, **kwargs)
         rule = tangent_rule(func, args)
@@ -119,9 +119,9 @@ class _Replay(TorchFunctionMode):
             return found
         if func is F.embedding:
             return _embedding(*args, **kwargs)
-        if func is F.embedding_bag:  # nor has this
+        if func is F.embedding_bag:  # it has no forward mode
             return embedding_bag(*args, **kwargs)
-        if func is torch._cudnn_rnn_flatten_weight:  # nor this, for which there is no use
+        if func is torch._cudnn_rnn_flatten_weight:  # it has no forward mode, and is not needed
             return None
         if func in REPLAYED and self._left:
             out = self._replayed(func, *args, **kwargs)
@@ -137,10 +137,10 @@ class _Replay(TorchFunctionMode):
             return None
         use = self._left[0]
         if (use.function, use.weight, use.bias) != (func, *names):
-            self._left = []  # another path than the recorded one: compute it all
+            self._left = []  # not the recorded path: compute everything
             return None
         del self._left[0]
-        if not use.a_intact:  # a function in place, as that of ReLU
+        if not use.a_intact:  # an in-place function such as ReLU
             return None
         h, h_dot = forward_ad.unpack_dual(input)
         W, W_dot = forward_ad.unpack_dual(weight)
@@ -154,7 +154,7 @@ class _Replay(TorchFunctionMode):
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *how: Any, **also: Any) -> Tensor:
-    """`F.embedding` whose padding has no tangent, as it has no gradient."""
+    """`F.embedding` whose padding has no tangent, because it has no gradient."""
     W, W_dot = forward_ad.unpack_dual(weight)
     if padding_idx is not None and W_dot is not None:
         W_dot = W_dot.clone()
@@ -166,12 +166,12 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *h
 def _tangent_of_linear(
     h: Tensor, h_dot: Tensor | None, W: Tensor, W_dot: Tensor | None, b_dot: Tensor | None
 ) -> Tensor | None:
-    """`Ẇ h + W ḣ + ḃ`, as `Ẇ (h − m) + W ḣ + (ḃ + Ẇ m)` with the first case for `m`: where products are computed in few
-    digits, inputs far from zero would leave none of them."""
+    """`Ẇ h + W ḣ + ḃ`, computed as `Ẇ (h − m) + W ḣ + (ḃ + Ẇ m)` with the first case as `m`. In low precision, inputs
+    far from zero would otherwise lose all digits of the result."""
     terms = []
     if W_dot is not None:
         m = h.reshape(-1, h.shape[-1])[:1].sum(0)
-        c = torch.linalg.vecdot(W_dot, m)  # a product of matrices may be in few digits
+        c = torch.linalg.vecdot(W_dot, m)  # a matrix product may have low precision
         b_dot = c if b_dot is None else c + b_dot
         terms.append((h - m, W_dot))
     if h_dot is not None:
@@ -201,7 +201,7 @@ def _tangent_of_convolution(
 
 
 def _first(use: Use) -> Use:
-    """A use as the first of the calls that make it has it."""
+    """The use as it was after the first of its calls."""
     return use if use.before is None else _first(use.before)
 
 
@@ -212,8 +212,8 @@ def gauss_newton_product(
     curve: Callable[[Tensor, Tensor], Tensor],
     by_reverse: bool = False,
 ) -> dict[str, Tensor]:
-    """`Jᵀ D J d` on one batch; `curve(output, v)` is `D v`. Forward mode and a backward, or (`by_reverse`) three
-    backward passes. Both run with the same random numbers."""
+    """`Jᵀ D J d` on one batch, where `curve(output, v)` is `D v`. It takes a forward-mode and a backward pass, or
+    (`by_reverse`) three backward passes. All of them run with the same random numbers."""
     if by_reverse:
         out, leaves = graph(model, call, direction)
         DJd = curve(out.detach(), through_graph(out, leaves, direction))

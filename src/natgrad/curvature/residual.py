@@ -1,4 +1,4 @@
-"""What K-FAC leaves out, layer by layer: `R = G_l − A ⊗ B`, and how far inputs and curvature are from independent."""
+"""The error of K-FAC, layer by layer: `R = G_l − A ⊗ B`, and how strongly inputs and curvature depend on each other."""
 
 from __future__ import annotations
 
@@ -49,41 +49,42 @@ def residual(
     chunk: int = 2000,
     compare: Iterable[str] = (),
 ) -> ResidualReport:
-    """How good K-FAC is on a model and data: for each layer `R = G − A ⊗ B`, its norm and what it comes from.
+    """How good K-FAC is on a model and data: for each layer the residual `R = G − A ⊗ B`, its norm and its causes.
 
-    `G = E[x xᵀ ⊗ Σ_k g_k g_kᵀ]` is the layer's block of `fisher(..., "block")` and `A ⊗ B` that of
-    `fisher(..., "kfac")`. So `R` is the covariance of `X = x xᵀ` and `Y = Σ_k g_k g_kᵀ`, and its squared norm their
-    HSIC, which needs the cases' kernels only:
+    `G = E[x xᵀ ⊗ Σ_k g_k g_kᵀ]` is the layer's block of `fisher(..., "block")`, and `A ⊗ B` is its block of
+    `fisher(..., "kfac")`. So `R` is the covariance of `X = x xᵀ` and `Y = Σ_k g_k g_kᵀ`. Its squared norm is their
+    HSIC, which is computed from two kernels between cases:
 
         ‖R‖² = E_ij[k̃_x(i, j) k̃_y(i, j)],   k_x(i, j) = (x_i·x_j)²,   k_y(i, j) = Σ_kq (g_ik·g_jq)²
 
     with each kernel centered, `k̃(i, j) = ⟨X_i − A, X_j − A⟩`. No block is formed. Sums are in float64.
 
     **Cases** are what K-FAC averages over: each position of each example for `sharing="expand"`, each example for
-    `"reduce"`. Where examples have several positions, `R` is still against the true block `G`, which has the terms
-    between positions. Its norm is then `(‖G‖² − 2⟨G, A ⊗ B⟩ + ‖A ⊗ B‖²)^½`, good to about 1e-8 of `‖G‖`; the spreads,
-    CKA, the unbiased estimate and the p-value are over cases, and know nothing of those terms: there is no `bound`,
-    and as the positions of an example are seldom independent of one another, the p-value is too small.
+    `"reduce"`. If examples have several positions, `R` is still the difference from the true block `G`, which contains
+    the terms between positions. Its norm is then computed as `(‖G‖² − 2⟨G, A ⊗ B⟩ + ‖A ⊗ B‖²)^½`, accurate to about
+    1e-8 of `‖G‖`. The spreads, CKA, the unbiased estimate and the p-value use the cases, without the terms between
+    positions. Therefore there is no `bound`. The p-value is too small, because the positions of an example are seldom
+    independent of one another.
 
-    Of a model on several ranks, every rank gives its own part of the data, as for `fisher`, holds the cases of all, and
-    gets the same report.
+    With a model on several ranks, every rank gives its own part of the data, as for `fisher`. Every rank holds the
+    cases of all ranks and gets the same report.
 
-    **Memory**: the cases of all batches are held, n (d_in + K d_out) numbers a layer for n cases and K columns (one a
-    class for `"exact"` and cross-entropy, one an output for squared error, `samples` for `"mc"`), and twice that
-    while they are put together. **Time**: n² (d_in + K² d_out) for each layer.
+    **Memory**: the cases of all batches are kept, n (d_in + K d_out) numbers per layer for n cases and K columns (one
+    per class for `"exact"` and cross-entropy, one per output for squared error, `samples` for `"mc"`), and twice that
+    while they are concatenated. **Time**: n² (d_in + K² d_out) for each layer.
 
     Args:
         model, loss, data, estimator, samples, sharing, params, forward, progress: as for `fisher`.
         centered: as for `fisher`; the matrix `A ⊗ B` is the same either way, and so is the report.
-        generator: the source of the labels of `"mc"`, which are those that `fisher` draws, and after them of the
-            permutations and the parts.
-        dtype: that in which cases are held. Default: that of the parameters.
-        permutations: of the test of independence, which gives a p-value of at least 1/(1 + permutations); 0 leaves
-            it out.
-        chunk: how many cases are compared with how many at a time, at least 8. Of more cases than this, the unbiased
-            estimate is the mean over random parts of at most `chunk` cases, and the test takes one such part.
-        compare: other structures, such as `["ekfac", "kfoc", "diagonal"]`, whose errors `‖G − M‖ / ‖G‖` the report has
-            in `.others` of each layer, good to about 1e-8. Each takes passes of its own over the data.
+        generator: the source of the labels of `"mc"` (the same labels as in `fisher`), and then of the permutations and
+            the random subsets.
+        dtype: the dtype in which cases are kept. Default: that of the parameters.
+        permutations: the number of permutations in the test of independence. The p-value is at least
+            1/(1 + permutations). 0 leaves the test out.
+        chunk: kernels are computed in blocks of `chunk` x `chunk` cases; at least 8. With more cases than this, the
+            unbiased estimate is the mean over random subsets of at most `chunk` cases, and the test uses one subset.
+        compare: other structures, such as `["ekfac", "kfoc", "diagonal"]`. Their errors `‖G − M‖ / ‖G‖` are in
+            `.others` of each layer, accurate to about 1e-8. Each structure takes extra passes over the data.
 
     Returns:
         A mapping from the layer's name to its `LayerResidual`, with `table()`, `to_dict()` and `plot(path)`.
@@ -184,7 +185,7 @@ def _of_several(component: Layer, factors: Mapping[Layer, Operator], parameters:
 
 
 def _in_order(factors: Iterable[Layer], blocks: Iterable[Layer], report: Collection[str]) -> list[str]:
-    """The report's names in the order in which the layers were used."""
+    """The names of the report, in the order in which the layers were used."""
     whole = {n: layer.name for layer in blocks for n in layer.names}
     return list(dict.fromkeys(whole[n] for layer in factors for n in layer.names if whole[n] in report))
 
@@ -234,7 +235,7 @@ def _of_layer(
 
 
 def _condition(layer: Layer, moments: Moments | None) -> Condition:
-    """The condition numbers of a layer's input factors, where it has one and it is a matrix."""
+    """The condition numbers of a layer's input factors, if it has such a factor and the factor is a matrix."""
     if not isinstance(moments, AffineMoments) or not layer.weight or moments.scatter.ndim == 1:
         return Condition(None, None)
     A = homogeneous(moments) if layer.bias else moments.A
@@ -242,8 +243,8 @@ def _condition(layer: Layer, moments: Moments | None) -> Condition:
 
 
 def _of_columns(block: ColumnBlock, kfac: Operator, condition: Condition) -> LayerResidual:
-    """Of a layer that is no plain affine map of its inputs, from the columns `s_ik` of its exact block `G = S Sᵀ`:
-    `‖R‖² = ‖G‖² − 2 Σ_ik s_ikᵀ K s_ik + ‖K‖²`, `K` K-FAC's block, which is in float64."""
+    """The residual of a layer that is not a plain affine map of its inputs, from the columns `s_ik` of its exact block
+    `G = S Sᵀ`: `‖R‖² = ‖G‖² − 2 Σ_ik s_ikᵀ K s_ik + ‖K‖²`, where `K` is K-FAC's block in float64."""
     S = kfac.space.unflatten(block.S.flatten(0, 1).double())
     inner = block.scale * torch.stack([(s * Ks).sum() for s, Ks in zip(S, kfac._matmul(S), strict=True)]).sum()
     G = float(block.norm())
@@ -268,8 +269,8 @@ def _of_columns(block: ColumnBlock, kfac: Operator, condition: Condition) -> Lay
 
 
 class Positions:
-    """Which positions are an example's own cases: where batches have different numbers of them, the exact block has
-    its shorter examples filled with zeros, and positions without a target are no cases."""
+    """Which positions of an example are cases. If batches have different numbers of positions, the exact block fills
+    shorter examples with zeros. These positions, and positions without a target, are not cases."""
 
     def __init__(self) -> None:
         self._own: dict[Layer, list[Tensor]] = {}
@@ -283,7 +284,7 @@ class Positions:
             self._own.setdefault(layer, []).append(torch.cat(kept, 1))
 
     def merge_ranks(self, world: World) -> None:
-        """Takes in those of the other ranks."""
+        """Adds the positions of the other ranks."""
         self._own = of_all_ranks(world.exchanged(self._own, "the positions"))
 
     def cases(
@@ -300,8 +301,8 @@ class Positions:
 
 
 def condition_number(M: Float[Tensor, "d d"]) -> float:
-    """The largest over the smallest eigenvalue of a positive semidefinite matrix; infinite where it is singular to
-    rounding.
+    """The largest divided by the smallest eigenvalue of a positive semidefinite matrix; infinite if the matrix is
+    singular up to rounding.
 
     >>> condition_number(torch.diag(torch.tensor([2.0, 8.0]))), condition_number(torch.ones(2, 2))
     (4.0, inf)
@@ -321,10 +322,10 @@ def _norms(
 ) -> tuple[float, float]:
     """`‖G − A ⊗ B‖` and `‖G‖` for examples with several positions.
 
-    `G = scale Σ_ik s_ik s_ikᵀ` with `s_ik = Σ_t x_it ⊗ g_ikt`. `‖G‖²` is that of the Gram matrix,
-    `s_ik·s_jq = Σ_tu (x_it·x_ju)(g_ikt·g_jqu)`, of which at most `chunk` x `chunk` terms, or those of two examples,
-    are held at a time; and `⟨G, A ⊗ B⟩ = scale Σ_ik s_ikᵀ (A ⊗ B) s_ik`. Where `G` has no more rows than there are
-    columns, nor than `chunk`, it is formed.
+    `G = scale Σ_ik s_ik s_ikᵀ` with `s_ik = Σ_t x_it ⊗ g_ikt`. `‖G‖²` is the squared norm of the Gram matrix,
+    `s_ik·s_jq = Σ_tu (x_it·x_ju)(g_ikt·g_jqu)`. At most `chunk` x `chunk` terms of it, or those of two examples, are in
+    memory at a time. `⟨G, A ⊗ B⟩ = scale Σ_ik s_ikᵀ (A ⊗ B) s_ik`. `G` is formed if it has at most `chunk` rows, and
+    not more rows than columns.
     """
     n, K, t, o = g.shape
     size = x.shape[2] * o

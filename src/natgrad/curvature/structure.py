@@ -1,4 +1,4 @@
-"""What every structure does with the cases of a batch."""
+"""The interface of all structures: what they do with the cases of a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from natgrad.linalg import Operator
 
 
 class Structure(ABC):
-    """What a block-diagonal matrix sums over batches. `passes` over the data are needed."""
+    """The sums over batches from which a block-diagonal matrix is built, in `passes` passes over the data."""
 
     passes = 1
 
@@ -23,18 +23,18 @@ class Structure(ABC):
 
     @abstractmethod
     def add(self, cases: Cases) -> None:
-        """Takes in one batch of the current pass."""
+        """Adds one batch of the current pass."""
 
     def next_pass(self) -> None:  # noqa: B027
         """What is to be done between two passes."""
 
     @abstractmethod
     def merge_ranks(self, world: World) -> None:
-        """Takes in what the other ranks have summed in the current pass."""
+        """Adds the sums of the other ranks in the current pass."""
 
     @abstractmethod
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
-        """Every layer's operator: of the objective's mean, or of its sum."""
+        """The operator of every layer, for an objective that is a mean or a sum."""
 
     def _add_mass(self, cases: Cases) -> None:
         self.mass = cases.mass if self.mass is None else self.mass + cases.mass

@@ -1,9 +1,9 @@
-"""From cases to operators: each structure sums what it needs of every batch, then builds the matrix of all."""
+"""From cases to operators: each structure sums what it needs over the batches, and then builds the matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from natgrad.curvature.groups import (
     tiled,
     united,
 )
+from natgrad.curvature.low_rank import RANK, LowRankStructure
 from natgrad.curvature.moments import (
     MAX_DIM,
     AffineMoments,
@@ -70,7 +71,7 @@ class KfacStructure(Structure):
         return kfac_blocks(self._of_all_data(), is_mean, self.centered)
 
     def _of_all_data(self) -> dict[Layer, Moments]:
-        """The moments per unit of the whole mass: a layer may have been used in some batches only."""
+        """The moments per unit of the whole mass, because a layer may have been used in some batches only."""
         assert self.mass is not None
         return {layer: replace(m, mass=self.mass) for layer, m in reconciled(self.moments).items()}
 
@@ -78,9 +79,9 @@ class KfacStructure(Structure):
 class EkfacStructure(KfacStructure):
     """K-FAC's eigenbases, with the second moments of the gradients in them (George et al. 2018, arXiv:1806.03884).
 
-    The first pass is K-FAC's. In the second, with `z = U_Cᵀ (h − m)` and `p = U_Bᵀ g`, the values are
-    `E[Σ_k (Σ_t p z)²]`, over the positions `t` of an example whatever the sharing: the best in this basis. Scales, and
-    weights that are used both as W and as Wᵀ, keep K-FAC's blocks.
+    The first pass is K-FAC's. In the second, with `z = U_Cᵀ (h − m)` and `p = U_Bᵀ g`, the values are `E[Σ_k (Σ_t p
+    z)²]`. The sum is over the positions `t` of an example for both kinds of `sharing`: this is the best diagonal in the
+    basis. Scales, and weights that are used both as W and as Wᵀ, keep K-FAC's blocks.
     """
 
     passes = 2
@@ -120,7 +121,7 @@ class DiagonalStructure(Structure):
 
     def __init__(self) -> None:
         super().__init__()
-        self._values: dict[Layer, Tensor] = {}  # of every parameter alone
+        self._values: dict[Layer, Tensor] = {}  # of each parameter separately
         self._layers: dict[Layer, None] = {}
 
     def add(self, cases: Cases) -> None:
@@ -147,12 +148,12 @@ class DiagonalStructure(Structure):
 
 
 class KfocStructure(KfacStructure):
-    """The Kronecker product nearest to each layer's exact block, in Frobenius norm (Koroko et al. 2022; Schnaus et al.
-    2021), found on the cases, which are held.
+    """The Kronecker product nearest to each layer's exact block, in the Frobenius norm (Koroko et al. 2022; Schnaus et
+    al. 2021). It is computed from the cases, which are kept in memory.
 
-    Centered, it is the nearest to the weight's block in centered coordinates, beside the bias's exact one. Scales,
-    embeddings, factors that are diagonals, and weights of which several layers use a part or a transpose, keep K-FAC's
-    blocks.
+    With `centered=True` it is the nearest to the weight's block in centered coordinates, and the bias has its exact
+    block. Scales, embeddings, factors that are diagonals, and weights of which several layers use a part or a
+    transpose, keep K-FAC's blocks.
     """
 
     def __init__(self, centered: bool = True, sharing: str = "expand", max_dim: int = MAX_DIM):
@@ -179,7 +180,7 @@ class KfocStructure(KfacStructure):
 
 
 class _MatricesAlone(ExactStructure):
-    """The exact blocks of those layers that a Kronecker product is to be near to."""
+    """The exact blocks of the layers for which a nearest Kronecker product is computed."""
 
     def _add_columns(
         self, cases: Cases, layers: Sequence[Layer], columns: Sequence[Mapping[Layer, list[Tensor]]]
@@ -190,12 +191,23 @@ class _MatricesAlone(ExactStructure):
             super()._add_columns(cases, layers, columns)
 
 
-STRUCTURES: dict[str, Callable[[bool, str, int], Structure]] = {
-    "block": lambda centered, sharing, max_dim: ExactStructure(),
-    "kfac": KfacStructure,
-    "ekfac": EkfacStructure,
-    "kfoc": KfocStructure,
-    "diagonal": lambda centered, sharing, max_dim: DiagonalStructure(),
+@dataclass(frozen=True)
+class Options:
+    """What structures are made by: as for `natgrad.fisher`."""
+
+    centered: bool = True
+    sharing: str = "expand"
+    max_dim: int = MAX_DIM
+    rank: int = RANK
+
+
+STRUCTURES: dict[str, Callable[[Options], Structure]] = {
+    "block": lambda o: ExactStructure(),
+    "kfac": lambda o: KfacStructure(o.centered, o.sharing, o.max_dim),
+    "ekfac": lambda o: EkfacStructure(o.centered, o.sharing, o.max_dim),
+    "kfoc": lambda o: KfocStructure(o.centered, o.sharing, o.max_dim),
+    "low_rank": lambda o: LowRankStructure(o.rank),
+    "diagonal": lambda o: DiagonalStructure(),
 }
 
 

@@ -1,9 +1,10 @@
 """Tangents of attention and of normalizations, by the reverse mode of their fused kernels.
 
-Torch has no forward mode for fused attention, and makes that of normalizations of many functions, over tensors that the
-fused kernels never write out. Their Jacobians are such that one product from the left is one from the right, too.
+Torch has no forward mode for fused attention. Its forward mode of normalizations consists of many functions, on tensors
+that the fused kernels never write to memory. For these functions, a product with the Jacobian can be written as a
+product with its transpose, which reverse mode computes.
 
-Each rule takes a function's arguments, with or without tangents, and returns its output with a tangent; None where the
+Each rule takes a function's arguments, with or without tangents, and returns its output with a tangent, or None if the
 rule does not apply.
 """
 
@@ -23,7 +24,7 @@ from natgrad.capture.layers.scale import PARSERS, Scale
 
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MANY_KEYS = 8
-"""On a CPU, the rule of attention is the faster one where there are so many times as many keys as a key has entries."""
+"""On a CPU, the rule of attention is faster if the number of keys is at least this many times the size of a key."""
 
 
 def attention(
@@ -40,8 +41,8 @@ def attention(
 
         Ȯ = P V̇ + s dS V,    dS = P ∘ (G Uᵀ − rows of ⟨P, G Uᵀ⟩),    G = [Q̇, Q],  U = [K, K̇].
 
-    `s dS K` is the gradient in `Q` of attention with the values `U`, where that in the output is `G`. With `[Q, 0]` for
-    queries and `[K, V]` for keys, `P` is the same, and this gradient is `s dS [K, V]`.
+    If the gradient in the output is `G`, the gradient in `Q` of attention with the values `U` is `s dS K`. With the
+    queries `[Q, 0]` and the keys `[K, V]`, `P` does not change, and this gradient is `s dS [K, V]`.
     """
     if dropout_p > 0 or _tangent(attn_mask) is not None or key.shape[:-1] != value.shape[:-1]:
         return None
@@ -76,7 +77,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """The rule of `F.batch_norm` where it takes the batch's own averages; the running ones stay as they are."""
+    """The rule of `F.batch_norm` with the averages of the batch. The running averages do not change."""
     if not training:
         return None
     return normalization(F.batch_norm, input, None, None, weight, bias, training, eps=eps)
@@ -84,7 +85,7 @@ def batch_norm(
 
 def normalization(function: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`w x̂ + b`, with the tangent `w S ẋ + ẇ x̂ + ḃ`: the Jacobian of `x̂ = (x − mean) / deviation`, which is
-    `S = (I − 1 1ᵀ/n − x̂ x̂ᵀ/n) / deviation`, is symmetric, so that reverse mode is forward mode."""
+    `S = (I − 1 1ᵀ/n − x̂ x̂ᵀ/n) / deviation`, is symmetric, so reverse mode also gives the forward-mode product."""
     call = PARSERS[function](*args, **kwargs)
     assert call is not None
     kind = call.kind
@@ -106,7 +107,7 @@ def normalization(function: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _affine(x: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """`w x + b` of what there is."""
+    """`w x + b`, where `w` or `b` may be missing."""
     if x is None:
         return b
     if w is None:
@@ -115,7 +116,7 @@ def _affine(x: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor | No
 
 
 def _spread(t: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """A parameter as it multiplies the input, in this precision, and its tangent likewise."""
+    """A parameter in the shape in which it multiplies the input, in this precision, and its tangent likewise."""
     if t is None:
         return None, None
     primal, tangent = forward_ad.unpack_dual(t.view(shape))
@@ -133,8 +134,8 @@ def _with_zeros(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tangent_rule(function: Any, args: Sequence[Any]) -> Callable[..., Tensor | None] | None:
-    """The function's rule where it pays: on CPUs normalizations take no longer by torch's own forward mode, and short
-    attention takes less."""
+    """The function's rule, if it is faster. On CPUs, torch's own forward mode is as fast for normalizations, and faster
+    for short attention."""
     rule = RULES.get(function)
     if rule is None or not args or not isinstance(args[0], Tensor):
         return None

@@ -16,7 +16,7 @@ Losses = nn.Module | Mapping[str, nn.Module]
 
 
 class Terms:
-    """`Σ_t ω_t L_t` of a model on data: for every term a problem of its own, with the term's output and target.
+    """`Σ_t ω_t L_t` of a model on data: a separate problem for every term, with the term's output and target.
 
     Args:
         model: the module that returns a mapping of outputs.
@@ -27,11 +27,11 @@ class Terms:
         options: of `Problem`.
 
     Raises:
-        ValueError: for no term, or a weight of no term, or one that is negative or not finite.
+        ValueError: if there is no term, or if a weight is for an unknown term, negative or not finite.
         TypeError: for losses that are not supported.
     """
 
-    is_mean = False  # the weights have it in them
+    is_mean = False  # the divisor is part of the weights
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Terms:
         if not losses:
             raise ValueError("loss is an empty dictionary; expected a loss for every term of the objective, by name")
         self.weights = _checked(weights or {}, losses)
-        data = list(data) if isinstance(data, Iterator) else data  # it is read once for each term
+        data = list(data) if isinstance(data, Iterator) else data  # every term reads it once
         self.problems = {
             name: Problem(model, loss, data, forward=_of_term(name, tuple(losses), forward), reached=True, **options)
             for name, loss in losses.items()
@@ -60,12 +60,12 @@ class Terms:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What users should know of the matrix, of what has been seen of the data."""
+        """Notes for the user about the matrix, from the data seen so far."""
         return tuple(f"{name!r}: {note}" for name, its in self.problems.items() for note in its.notes)
 
     def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]:
-        """The cases of all terms, `count` times over, with the same random labels each time. They are in units of the
-        objective; the normalizers of means take a pass over the data before."""
+        """The cases of all terms in `count` passes, with the same random labels in each, in units of the objective. If
+        a term is a mean, its divisor takes an extra pass over the data at the start."""
         factors = {}
         for name, problem in self.problems.items():
             mass = problem.mass() if problem.is_mean else None

@@ -13,6 +13,7 @@ from natgrad.linalg.coordinates import CoordinateBlocks
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.density import SpectralDensity
 from natgrad.linalg.diagonal import Diagonal
+from natgrad.linalg.diagonal_plus import DiagonalPlusLowRank
 from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.external import External
 from natgrad.linalg.files import load
@@ -36,6 +37,7 @@ __all__ = [
     "CoordinateBlocks",
     "Dense",
     "Diagonal",
+    "DiagonalPlusLowRank",
     "Eigenpairs",
     "Estimate",
     "ExactBlock",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from os import PathLike
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,8 @@ class Operator(Spectral, ABC):
     """Whether `coordinates` are centered ones, `(W, b + W m)`, and not the parameters themselves."""
     notes: tuple[str, ...] = ()
     """What `coverage()` says beside its table."""
+    fingerprint: Mapping[str, float] = MappingProxyType({})
+    """Of a model's matrix: the norms of the parameters that it was computed at. A sum or a multiple has none."""
 
     # What a subclass supplies --------------------------------------------------------------------------
 

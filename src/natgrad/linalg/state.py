@@ -14,6 +14,7 @@ from natgrad.linalg.combination import Scaled, Sum
 from natgrad.linalg.coordinates import CoordinateBlocks, CoordinateInverse
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
+from natgrad.linalg.diagonal_plus import DiagonalPlusLowRank
 from natgrad.linalg.exact import ExactBlock, ExactPower
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.krylov import IterativeInverse
@@ -36,6 +37,7 @@ _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     CenteredPower: {"rows": "rows", "exponent": "exponent", "damping": "damping"},
     Dense: {"matrix": "matrix", "space": "space"},
     Diagonal: {"values": "values", "space": "space"},
+    DiagonalPlusLowRank: {"d": "d", "U": "U", "values": "values", "space": "space"},
     ExactBlock: {"h": "h", "g": "g", "bias": "bias", "scale": "scale"},
     ExactPower: {"block": "block", "exponent": "exponent", "damping": "damping"},
     BlockDiagonal: {"layers": "layers", "space": "space"},
@@ -73,7 +75,8 @@ def dump(value: Any) -> Any:
     """
     kind = type(value)
     if kind in _ARGUMENTS:
-        return {"kind": kind.__name__} | {a: dump(getattr(value, name)) for a, name in _ARGUMENTS[kind].items()}
+        own = {"kind": kind.__name__} | {a: dump(getattr(value, name)) for a, name in _ARGUMENTS[kind].items()}
+        return own | ({"fingerprint": dict(value.fingerprint)} if value.fingerprint else {})
     if isinstance(value, Operator):
         raise TypeError(
             f"{value._label()} holds a model and data, not a matrix, and cannot be saved; use structure='kfac', "
@@ -118,10 +121,13 @@ def restore(state: Any) -> Any:
     kind = state.get("kind")
     if kind == "dict":
         return {k: restore(v) for k, v in state["items"]}
-    arguments = {a: restore(v) for a, v in state.items() if a != "kind"}
+    arguments = {a: restore(v) for a, v in state.items() if a not in ("kind", "fingerprint")}
     if kind not in _KINDS:
         raise ValueError(
             f"the saved operator is of kind {kind!r}, which this version of natgrad does not know; load it with the "
             "version that saved it"
         )
-    return _KINDS[kind](**arguments)
+    restored = _KINDS[kind](**arguments)
+    if isinstance(restored, Operator):
+        restored.fingerprint = dict(state.get("fingerprint", {}))
+    return restored

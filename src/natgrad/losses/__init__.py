@@ -1,7 +1,7 @@
-"""The output-space curvature `D` of losses: its products, its factors `S Sᵀ = D`, its samples.
+"""The curvature `D` of losses in the output: products, factors `S Sᵀ = D`, and samples.
 
-Torch's own loss modules have closed forms; `Likelihood` takes any distribution of `torch.distributions`, `Convex` any
-function.
+Torch's own loss modules have closed forms. `Likelihood` accepts any distribution of `torch.distributions`, and `Convex`
+accepts any function.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ _MEANT = {
     "soft_margin_loss": "SoftMarginLoss",
     "multilabel_soft_margin_loss": "MultiLabelSoftMarginLoss",
 }
-"""What is meant by torch's functions, and by a loss that another one computes, too."""
+"""The loss class to suggest for torch's loss functions, and for losses that another class also computes."""
 
 
 def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
@@ -63,12 +63,12 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
     Args:
         loss: an instance of one of torch's losses (`docs/losses.md` lists them), `natgrad.losses.Likelihood` or
             `natgrad.losses.Convex`.
-        kind: `"fisher"`: `D = E[s sᵀ]`, `s` the loss's gradient in the output at a label drawn from the model.
-            `"gauss_newton"`: the loss's Hessian in the output at the target. They are one for canonical links:
+        kind: `"fisher"`: `D = E[s sᵀ]`, where `s` is the loss's gradient in the output at a label drawn from the model.
+            `"gauss_newton"`: the loss's Hessian in the output at the target. The two are equal for canonical links:
             cross-entropy, squared error, logistic losses, Poisson with log rates.
 
     Raises:
-        TypeError: if the loss is not an instance of a supported class, or has a forward of its own.
+        TypeError: if the loss is not an instance of a supported class, or overrides its `forward`.
         ValueError: if the kind is unknown, or the loss's reduction is neither `"mean"` nor `"sum"`.
 
     Example:
@@ -88,7 +88,7 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
             return curvature(loss, kind)
     came = described(loss)
     if isinstance(loss, tuple(_KNOWN)):
-        came += ", which computes another loss in a forward of its own"
+        came += ", a subclass that may compute another loss in a forward of its own"
     names = [f"nn.{k.__name__}()" for k in _KNOWN if k not in _OWN]
     raise TypeError(
         f"loss is {came}; expected an instance of one of {', '.join(names)}, or natgrad.losses.Likelihood(fn) for a "
@@ -97,7 +97,7 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
 
 
 def _in_its_place(loss: Any) -> str:
-    """The end of the message: which supported loss is meant by one that is not."""
+    """The end of the message: the supported loss that was probably meant."""
     known = {k.__name__: k.__name__ for k in _KNOWN if k not in _OWN} | _MEANT
     name = getattr(loss, "__name__", type(loss).__name__)
     return f"; did you mean nn.{known[name]}()?" if name in known else ""

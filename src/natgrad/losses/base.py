@@ -1,4 +1,4 @@
-"""What every loss says of its curvature in the output."""
+"""The interface of all losses: their curvature in the output."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from natgrad.checks.values import check_choice, described
 
 ESTIMATORS = ("exact", "mc", "empirical")
-"""Where the columns `S` come from: a factor of `D`, labels drawn from the model, or the targets as they are."""
+"""Where the columns `S` come from: a square root of `D`, labels drawn from the model, or the given targets."""
 KINDS = ("fisher", "gauss_newton")
 
 
 class OutputCurvature(ABC):
-    """`D(f, y)` of one loss module, on outputs of the module's own shapes. Axis 0 of the output is the example.
+    """`D(f, y)` of one loss module, for outputs in the shapes of this module. Axis 0 of the output is the example.
 
-    `kind="fisher"`: `E[s sᵀ]`, `s` the loss's gradient in `f` at a label drawn from the model. `"gauss_newton"`: the
-    loss's Hessian in `f` at the target, which may be indefinite. Everything here belongs to the *sum* over cases;
-    `normalizer` is what the loss's mean divides by.
+    `kind="fisher"`: `E[s sᵀ]`, where `s` is the loss's gradient in `f` at a label drawn from the model.
+    `"gauss_newton"`: the loss's Hessian in `f` at the target, which may be indefinite. All methods are for the *sum*
+    over cases; `normalizer` is the divisor of the loss's mean.
 
     Args:
         module: the loss, with `reduction` `"mean"` or `"sum"`.
         kind: `"fisher"` or `"gauss_newton"`.
 
     Raises:
-        ValueError: if the kind or the reduction is another.
+        ValueError: if the kind or the reduction is unknown.
 
     Example:
         >>> import torch, natgrad
@@ -44,11 +44,11 @@ class OutputCurvature(ABC):
     """
 
     canonical = True
-    """Whether the Hessian is the Fisher information whatever the target, as for canonical links."""
+    """Whether the Hessian equals the Fisher information for every target, as for canonical links."""
     nonnegative = False
-    """Whether the loss is zero at the least, whatever the output."""
+    """Whether the loss is never negative."""
     reductions: tuple[str, ...] = ("mean", "sum")
-    """Those of the module that make one number."""
+    """The module's reductions that give one number."""
 
     def __init__(self, module: nn.Module, kind: str = "fisher"):
         self.module: Any = module
@@ -67,23 +67,23 @@ class OutputCurvature(ABC):
 
     @property
     def is_fisher(self) -> bool:
-        """Whether `D` is the Fisher information, asked for or because the two coincide."""
+        """Whether `D` is the Fisher information, by `kind` or because the two are equal."""
         return self.canonical or self.kind == "fisher"
 
     def check_estimator(self, estimator: str) -> None:
-        """Raises ValueError if the estimator is unknown, or not one of this `D`."""
+        """Raises ValueError if the estimator is unknown, or if this `D` does not support it."""
         check_choice("estimator", estimator, ESTIMATORS)
         if estimator != "exact" and not self.is_fisher:
             raise ValueError(
-                f"estimator={estimator!r} is one of the Fisher information, and the Gauss-Newton matrix of "
+                f"estimator={estimator!r} estimates the Fisher information, and the Gauss-Newton matrix of "
                 f"{type(self.module).__name__} is another; use natgrad.fisher, or estimator='exact'"
             )
 
     def join(self, output: Any) -> Tensor:
-        """What the model returned, as the one tensor that all of the following take.
+        """Joins what the model returned into one tensor, the `output` of the other methods.
 
         Raises:
-            ValueError: if it is not what the loss takes.
+            ValueError: if the loss does not accept it.
         """
         if not isinstance(output, Tensor):
             raise ValueError(
@@ -98,8 +98,8 @@ class OutputCurvature(ABC):
         return value
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Raises TypeError if the target is no tensor, ValueError if the two do not fit this loss: their devices and
-        shapes, the target's dtype and classes."""
+        """Raises TypeError if the target is not a tensor, and ValueError if output and target do not fit this loss:
+        their devices and shapes, the target's dtype and classes."""
         if not isinstance(target, Tensor):
             raise TypeError(
                 f"{type(self.module).__name__}: target is {described(target)}; expected a Tensor, as by "
@@ -114,11 +114,11 @@ class OutputCurvature(ABC):
 
     @abstractmethod
     def _check(self, output: Tensor, target: Tensor) -> None:
-        """Raises ValueError if the two do not fit this loss."""
+        """Raises ValueError if output and target do not fit this loss."""
 
     @abstractmethod
     def normalizer(self, output: Tensor, target: Tensor) -> Tensor:
-        """What `reduction="mean"` divides the sum by: a scalar."""
+        """The divisor of the sum for `reduction="mean"`: a scalar."""
 
     @abstractmethod
     def product(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class OutputCurvature(ABC):
         """
 
     def signed_columns(self, output: Tensor, target: Any) -> Iterator[tuple[int, Tensor]]:
-        """Columns with signs, `Σ_k ± s_k s_kᵀ = D`: also where `D` is indefinite."""
+        """Columns with signs, `Σ_k ± s_k s_kᵀ = D`. They also exist if `D` is indefinite."""
         for s in self.exact_columns(output, target):
             yield 1, s
 
@@ -142,16 +142,16 @@ class OutputCurvature(ABC):
         """One random column `s` with `E[s sᵀ] = D`: the loss's gradient at a label drawn from the model."""
 
     def ignored(self, output: Tensor, target: Any) -> Tensor | None:
-        """Which targets take no part in the loss, of the target's shape; None if all do."""
+        """Which targets the loss ignores, in the target's shape; None if it ignores none."""
         return None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What users should know of the matrix, beside what it is."""
+        """Notes for the user about the matrix."""
         return ()
 
     def stand_in(self, output: Tensor) -> Tensor:
-        """A target of the form that this loss takes, where `D` does not depend on it.
+        """Some target of the form that this loss accepts, for a `D` that does not depend on the target.
 
         Raises:
             TypeError: if `D` depends on the target.
@@ -179,11 +179,11 @@ class OutputCurvature(ABC):
     ) -> Iterator[Tensor]:
         """The columns `S` of the chosen estimator.
 
-        Monte Carlo columns carry `1/√samples`, so that any number of them has the same expectation `D`.
-        The empirical column is the loss's own gradient, its case weight counted once.
+        Monte Carlo columns contain the factor `1/√samples`, so the expectation is `D` for any number of them.
+        The empirical column is the loss's own gradient, in which the case weight counts once.
 
         Raises:
-            ValueError: if the estimator is not one of this `D`, or `D` is indefinite.
+            ValueError: if this `D` does not support the estimator, or is indefinite.
         """
         self.check_estimator(estimator)
         output = output.detach()
@@ -201,7 +201,7 @@ class OutputCurvature(ABC):
             yield torch.where(weight > 0, gradient / weight.sqrt(), 0.0)
 
     def indefinite(self) -> ValueError:
-        """The error of a `D` that has no factor; it is returned, not raised."""
+        """Returns the error for a `D` without a factor `S Sᵀ`."""
         return ValueError(
             f"the Gauss-Newton matrix of {type(self.module).__name__} is indefinite: the loss's Hessian in the output "
             "has negative eigenvalues, so it has no factor S Sᵀ. Use natgrad.fisher, which is semidefinite, or "
@@ -225,7 +225,7 @@ class OutputCurvature(ABC):
 
 
 def one_by_one(root: Tensor, axes: int = 0) -> Iterator[Tensor]:
-    """For every entry of an example, the column that has that entry of `root` alone; the last `axes` make one entry."""
+    """For every entry of an example, the column with only this entry of `root`. The last `axes` count as one entry."""
     entries = root.reshape(len(root), -1, *root.shape[root.ndim - axes :])
     for j in range(entries.shape[1]):
         column = root.new_zeros(entries.shape)

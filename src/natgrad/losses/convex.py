@@ -1,4 +1,4 @@
-"""A loss of the user's own: its Hessian in the output, by autograd, where that is positive."""
+"""A user-defined loss: the positive part of its Hessian in the output, by autograd."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from natgrad.checks.values import check_choice, described
 from natgrad.losses.base import OutputCurvature
 
 MOST_ENTRIES = 4096
-"""Of an example's output, whose Hessian is formed."""
+"""The largest number of entries of an example's output, because its Hessian is formed."""
 TOLERANCE = 1e-5
 
 
 class Convex(nn.Module):
-    """The loss `fn(output, target)`, of which `D` is the Hessian in the output, by autograd.
+    """The loss `fn(output, target)`. `D` is its Hessian in the output, computed by autograd.
 
-    Where the Hessian is indefinite (focal loss, robust losses without convexity), `D` is its positive part: negative
+    If the Hessian is indefinite (focal loss, robust losses that are not convex), `D` is its positive part: negative
     eigenvalues count as zero. `F.coverage()` and `opt.diagnostics` then say so.
 
     Args:
-        fn: takes output and target to one number for each example, `(examples,)`. It must be twice differentiable, and
-            the number of an example must depend on that example's output alone.
+        fn: a function of output and target that returns one number for each example, `(examples,)`. It must be twice
+            differentiable, and the number of an example must depend only on the output of this example.
         reduction: `"mean"` over the examples, or their `"sum"`.
 
     Raises:
@@ -80,7 +80,7 @@ class ConvexCurvature(OutputCurvature):
     def __init__(self, module: Convex, kind: str = "fisher"):
         super().__init__(module, kind)
         self.clipped = 0.0
-        """The largest share of examples in a batch so far whose Hessian had negative eigenvalues."""
+        """The largest share of examples with negative eigenvalues of the Hessian, over the batches so far."""
         self._separate: set[torch.Size] = set()
 
     @property
@@ -101,7 +101,7 @@ class ConvexCurvature(OutputCurvature):
         self._separate.add(output.shape)
 
     def check(self, output: Tensor, target: Any) -> None:
-        """Targets are the function's own affair, whatever they are."""
+        """Checks only the output: `fn` decides which targets it accepts."""
         self._check(output, target)
 
     def _check_apart(self, output: Tensor, target: Any) -> None:
@@ -115,9 +115,9 @@ class ConvexCurvature(OutputCurvature):
             (g,) = torch.autograd.grad(values[chosen].sum(), f, materialize_grads=True)
         if len(f) > 1 and float(g[~chosen].abs().max()) > TOLERANCE * float(g.abs().max()):
             raise ValueError(
-                "Convex: the number of one example depends on the outputs of others; expected examples apart. Let the "
-                "model return what a loss of single examples takes (of in-batch contrasts, the logits, with "
-                "nn.CrossEntropyLoss)"
+                "Convex: the number of one example depends on the outputs of others; expected independent ones. Let "
+                "the model return the input of a loss of single examples (for a contrastive loss within a batch, the "
+                "logits for nn.CrossEntropyLoss)"
             )
 
     def normalizer(self, output: Tensor, target: Any) -> Tensor:
@@ -141,7 +141,7 @@ class ConvexCurvature(OutputCurvature):
         return (U @ (e.sqrt() * signs).unsqueeze(-1)).to(output.dtype).view(output.shape)
 
     def _eigen(self, output: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-        """Positive eigenvalues (zeros in place of others) and eigenvectors of every example's Hessian, in float64."""
+        """The eigenvalues (with zeros for negative ones) and eigenvectors of every example's Hessian, in float64."""
         D = self._blocks(output, target)
         e, U = torch.linalg.eigh(D.double())
         rounding = e.abs().amax(1, keepdim=True) * torch.finfo(D.dtype).eps * 8 * e.shape[1]

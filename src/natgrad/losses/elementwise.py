@@ -1,4 +1,4 @@
-"""Losses that sum over the output's entries, each with a curvature of its own."""
+"""Losses that are sums over the entries of the output, so that `D` is diagonal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from natgrad.losses.base import OutputCurvature, one_by_one
 
 
 class Elementwise(OutputCurvature):
-    """A loss that sums over the output's entries: `D = diag(d)`."""
+    """A loss that is a sum over the entries of the output: `D = diag(d)`."""
 
     def _check(self, output: Tensor, target: Tensor) -> None:
         self._same_shape(output, target)
@@ -55,7 +55,7 @@ class SquaredError(Elementwise):
 class Bernoulli(Elementwise):
     """`nn.BCEWithLogitsLoss`: `D = diag(w (1 + (pos_weight − 1) y) p (1 − p))`, `p = σ(f)`.
 
-    For labels in {0, 1} this is the loss's Hessian; `weight` and `pos_weight` enter as case weights.
+    For labels in {0, 1} this is the loss's Hessian. `weight` and `pos_weight` act as case weights.
     """
 
     nonnegative = True
@@ -85,7 +85,7 @@ class Bernoulli(Elementwise):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether all cases weigh the same."""
+        """Whether all cases have the same weight."""
         return self.module.weight is None and self.module.pos_weight is None
 
     def case_weight(self, output: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Gaussian whose mean and variance are both outputs of the model."""
+"""The Gaussian likelihood for models that return both mean and variance."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from natgrad.losses.base import OutputCurvature, one_by_one
 
 
 class Gaussian(OutputCurvature):
-    """`nn.GaussianNLLLoss` of a model that returns `(mean, var)`: joined, `f = (μ, v)` along a last axis of two.
+    """`nn.GaussianNLLLoss` of a model that returns `(mean, var)`. They are joined to `f = (μ, v)` along a last axis of
+    two.
 
     The Fisher information is `D = diag(1/v, 1/(2v²))`. The Hessian, with `r = y − μ`, is indefinite at every target:
 
         D = [[1/v, r/v²], [r/v², r²/v³ − 1/(2v²)]] = c cᵀ − e eᵀ,    c = (1, r/v)/√v,    e = (0, 1)/(√2 v)
 
-    `v` is the larger of the variance and the loss's `eps`. As in torch, gradients pass this limit unchanged.
+    `v` is the larger of the variance and the loss's `eps`. As in torch, this limit does not change gradients.
     """
 
     canonical = False

@@ -1,4 +1,4 @@
-"""The negative log-likelihood of any distribution of `torch.distributions` as a loss, and its curvature."""
+"""The negative log-likelihood of any distribution in `torch.distributions` as a loss, and its curvature."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from natgrad.losses.base import OutputCurvature
 class Likelihood(nn.Module):
     """The loss `−log p(target)` of the distribution `p = fn(output)`.
 
-    A batch of outputs makes a batch of distributions, `p.batch_shape` of them, each over events of `p.event_shape`:
-    `Normal(f, 1)` has one for every entry of `f`, `Independent(Normal(f, 1), 1)` one for every row.
+    A batch of outputs gives a batch of distributions of shape `p.batch_shape`, each over events of shape
+    `p.event_shape`: `Normal(f, 1)` has a distribution for every entry of `f`, and `Independent(Normal(f, 1), 1)` has
+    one for every row.
 
     Args:
-        fn: takes the model's output, one tensor, to a `torch.distributions.Distribution` whose `batch_shape` starts
-            with the examples. It must act on each example by itself, and be twice differentiable.
+        fn: a function of the model's output (one tensor) that returns a `torch.distributions.Distribution`. Its
+            `batch_shape` must start with the examples. It must treat each example separately, and be twice
+            differentiable.
         reduction: `"mean"` over the distributions of the batch, or their `"sum"`.
 
-    It is called with the output, which `fn` takes, and a target of shape `batch_shape + event_shape`.
+    Call the loss with the output and a target of shape `batch_shape + event_shape`.
 
     Raises:
         TypeError: if `fn` does not return a distribution.
@@ -87,10 +89,11 @@ def check_target(p: Distribution, target: Tensor) -> None:
 
 
 class LikelihoodCurvature(OutputCurvature):
-    """`D` as the Hessian at `f₀ = output` of a function of `f` that adds up over examples.
+    """`D` is the Hessian at `f₀ = output` of a function of `f` that is a sum over examples.
 
-    Gauss-Newton: of `−log p_f(y)` at the targets. Fisher: of the cross-entropy `−Σ_y p_f₀(y) log p_f(y)` where the
-    distribution can enumerate its support, else of the divergence `KL(p_f₀ ‖ p_f)` where torch knows one.
+    For Gauss-Newton this function is `−log p_f(y)` at the targets. For Fisher it is the cross-entropy
+    `−Σ_y p_f₀(y) log p_f(y)` if the distribution can enumerate its support, else the divergence `KL(p_f₀ ‖ p_f)` if
+    torch has one.
     """
 
     canonical = False
@@ -122,12 +125,13 @@ class LikelihoodCurvature(OutputCurvature):
         for sign, s in self.signed_columns(output, target):
             if sign > 0:
                 columns.append(s)
-            elif self.kind == "gauss_newton":  # what is negative in a Fisher information is rounding
+            elif self.kind == "gauss_newton":  # negative eigenvalues of a Fisher information are rounding errors
                 raise self.indefinite()
         yield from columns or [torch.zeros_like(output)]
 
     def signed_columns(self, output: Tensor, target: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Eigenvectors times the root of their eigenvalue's size, in float64. Those of rounding alone are left out."""
+        """Eigenvectors times the square root of `|eigenvalue|`, in float64. Those within rounding errors are left
+        out."""
         D = self._blocks(output, target)
         e, U = torch.linalg.eigh(D.double())
         rounding = e.abs().max() * torch.finfo(D.dtype).eps * 8 * len(e[0])
@@ -178,7 +182,7 @@ class LikelihoodCurvature(OutputCurvature):
             return -q.log_prob(target).sum()
         with torch.no_grad():
             p = self.module.distribution(f.detach())
-        # Binomials of unequal counts cannot be enumerated; they have a divergence.
+        # Binomials with different counts cannot be enumerated, but have a divergence.
         with contextlib.suppress(NotImplementedError):
             if p.has_enumerate_support:
                 support = p.enumerate_support()
@@ -202,8 +206,8 @@ class LikelihoodCurvature(OutputCurvature):
 def _is_smooth(q: Distribution) -> bool:
     """Whether torch's KL divergence is twice differentiable in what `q` depends on.
 
-    It is not where a kink or an end of the density moves; and it takes a transform that moves for one that stands
-    still, but for Gumbel, which has a divergence of its own.
+    It is not, if a kink or an end of the density depends on the output. It is also wrong for transforms that depend on
+    the output, because torch treats them as constant. Gumbel is an exception, because it has its own divergence.
     """
     if isinstance(q, Gumbel):
         return True
@@ -227,7 +231,8 @@ def _moves(part: Any) -> bool:
 
 @contextlib.contextmanager
 def _drawing_from(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """Within, torch's global generator is this one, which moves on: distributions take no generator."""
+    """Within this context, torch's global generator is replaced by this one, because distributions accept no generator.
+    The given generator advances."""
     if generator is None:
         yield
         return

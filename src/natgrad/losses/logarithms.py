@@ -1,4 +1,4 @@
-"""Losses of log-probabilities and of probabilities: what comes out of `log_softmax` and `sigmoid`."""
+"""Losses of log-probabilities and of probabilities, the outputs of `log_softmax` and `sigmoid`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class LogProbabilities(Softmax):
 
         D = w diag(q).
 
-    Carried back through `log_softmax`, whose Jacobian is `I − 1 qᵀ`, it is `w (diag q − q qᵀ)`: that of
-    `nn.CrossEntropyLoss` on the logits, in Fisher and Gauss-Newton alike.
+    Propagated back through `log_softmax`, whose Jacobian is `I − 1 qᵀ`, it becomes `w (diag q − q qᵀ)`. This is `D` of
+    `nn.CrossEntropyLoss` on the logits, for Fisher and for Gauss-Newton.
     """
 
     nonnegative = False
@@ -33,7 +33,7 @@ class LogProbabilities(Softmax):
         u = torch.rand(output.shape, dtype=output.dtype, device=output.device, generator=generator)
         noise = -(-u.clamp_min(torch.finfo(output.dtype).tiny).log()).log()
         label = (output + noise).argmax(1, keepdim=True)
-        # The score of a label, −1 at its place, has a mean: with random signs positions and examples do not mix.
+        # The score of a label, −1 at its index, has a nonzero mean. Random signs keep positions and examples separate.
         signs = 2 * torch.randint(2, label.shape, generator=generator, device=output.device).to(output.dtype) - 1
         return torch.zeros_like(output).scatter_(1, label, signs) * self.case_weight(output, target).sqrt()
 
@@ -47,7 +47,7 @@ class LogProbabilities(Softmax):
 class Divergence(Elementwise):
     """`nn.KLDivLoss`: `Σ t (log t − f)` for log-probabilities `f = log q` and a distribution `t` on the classes' axis.
 
-    `D = diag(q)`, with the mass of the targets: for distributions over classes it is that of `nn.NLLLoss`.
+    `D = diag(q)`, times the mass of the targets. For distributions over classes it equals that of `nn.NLLLoss`.
     """
 
     reductions = ("mean", "batchmean", "sum")
@@ -77,8 +77,8 @@ class Divergence(Elementwise):
 
 
 class Probabilities(Elementwise):
-    """`nn.BCELoss` on probabilities `p`: `D = diag(w / (p (1 − p)))`. Carried back through `sigmoid` it is
-    `w p (1 − p)`, that of `nn.BCEWithLogitsLoss`, in Fisher and Gauss-Newton alike."""
+    """`nn.BCELoss` on probabilities `p`: `D = diag(w / (p (1 − p)))`. Propagated back through `sigmoid` it becomes `w p
+    (1 − p)`, as for `nn.BCEWithLogitsLoss`, for Fisher and for Gauss-Newton."""
 
     nonnegative = True
 
@@ -98,7 +98,7 @@ class Probabilities(Elementwise):
 
     def second_derivative(self, output: Tensor, target: Tensor) -> Tensor:
         eps = torch.finfo(output.dtype).eps
-        p = output.clamp(eps, 1 - eps)  # at the ends themselves nothing moves
+        p = output.clamp(eps, 1 - eps)  # at exactly 0 and 1 the gradient of sigmoid is zero
         return (self.case_weight(output, target) / (p * (1 - p))).expand_as(output)
 
     def sampled_column(self, output: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:

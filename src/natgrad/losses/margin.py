@@ -1,4 +1,4 @@
-"""Losses of signed labels and of several labels: logistic ones under other names."""
+"""Losses for labels ±1 and for several labels: logistic losses under other names."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class SoftMargin(Elementwise):
 
 
 class MultiLabelSoftMargin(SoftMargin):
-    """`nn.MultiLabelSoftMarginLoss`: the mean over classes, on the last axis, of the logistic loss, with the classes'
-    weights: `D = diag(w p (1 − p))`, divided by the number of classes."""
+    """`nn.MultiLabelSoftMarginLoss`: the mean of the weighted logistic losses of all classes, which are on the last
+    axis. `D = diag(w p (1 − p))`, divided by the number of classes."""
 
     def _check(self, output: Tensor, target: Tensor) -> None:
         self._same_shape(output, target)

@@ -1,4 +1,4 @@
-"""Which loss a model's own is, told by its value and its slope on a batch."""
+"""Finds out which loss a model computes itself, from its value and its gradient on a batch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from natgrad.losses import OutputCurvature, output_curvature
 from natgrad.losses.reading import IGNORED, Given, Reading, ignoring, part, readings, sources
 
 VALUE = 1e-5
-"""By how much of itself a value may differ from another one of the same loss."""
+"""The largest relative difference between two values of the same loss."""
 SLOPE = 1e-3
-"""By how much of its norm a gradient may."""
+"""The largest relative difference between two gradients of the same loss."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loss with a way to read a batch."""
+    """A loss, and a way to get its input and target from a batch."""
 
     reading: Reading
     curvature: OutputCurvature
@@ -31,7 +31,7 @@ class Candidate:
         return self.reading.read(returned, given, self._ignored)
 
     def ignoring(self, target: Tensor) -> Tensor:
-        """A target whose ignored labels are those that the loss ignores."""
+        """The target, with ignored labels marked as this loss expects."""
         return ignoring(target, self._ignored)
 
     @property
@@ -39,7 +39,7 @@ class Candidate:
         return int(getattr(self.curvature.module, "ignore_index", IGNORED))
 
     def fits_shapes(self, returned: Any, given: Given) -> bool:
-        """Whether output and target are of the form that the loss takes."""
+        """Whether output and target have shapes that the loss accepts."""
         try:
             output, target = self.read(returned, given)
             self.curvature.check(output.detach(), target)
@@ -48,7 +48,7 @@ class Candidate:
         return True
 
     def mean(self, returned: Any, given: Given) -> tuple[Tensor, Tensor]:
-        """The loss's mean, whatever its reduction, and what a mean divides by."""
+        """The mean of the loss, for any reduction, and the divisor of the mean."""
         output, target = self.read(returned, given)
         with torch.autocast(output.device.type, enabled=False):
             value = self.curvature.loss(output, target)
@@ -61,8 +61,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Compared:
-    """What a candidate's mean is on the batch of a model's own loss. `rule`: by which of `RULES` the own loss is made
-    of it; None: by none that was asked for."""
+    """The mean of a candidate on the batch of a model's own loss. `rule`: the one of `RULES` that gives the own loss
+    from this mean; None: none of the rules tried."""
 
     candidate: Candidate
     value: float
@@ -75,22 +75,22 @@ RULES: dict[str, Callable[[float, int, float | None], float]] = {
     "per example": lambda mass, examples, count: mass / examples,
     "sum": lambda mass, examples, count: mass,
 }
-"""By what a model may divide its loss, as a factor of the mean: `mass` is what the mean divides by, `count` the number
+"""How a model may normalize its loss, as factors of the mean. `mass` is the divisor of the mean, and `count` the number
 of labels in several batches."""
 
 
 class Own:
     """A model's own loss on one batch.
 
-    Its gradient in what the model returned tells more than its value: where all classes are equally probable, as with a
-    head that starts at zero, the losses of all labels are one. There is no such gradient where no graph leads from one
-    to the other.
+    Its gradient with respect to what the model returned says more than its value: if all classes are equally probable,
+    as with an output layer that starts at zero, all labels have the same loss. There is no gradient if the loss is not
+    connected to the returned tensors in the graph.
 
     Args:
-        loss: of which candidates are looked for.
+        loss: the loss that is to be identified.
         returned: what the model returned with it.
         given: the batch.
-        count: by how many labels the loss is divided, where that is said.
+        count: the number of labels by which the loss is divided, if it is known.
     """
 
     def __init__(self, loss: Tensor, returned: Any, given: Given, count: float | None = None):
@@ -101,7 +101,7 @@ class Own:
 
     @cached_property
     def slopes(self) -> list[Tensor] | None:
-        """The loss's gradient in what the model returned; None where no graph leads there."""
+        """The loss's gradient in what the model returned; None if they are not connected in the graph."""
         return _slopes(self._loss, list(self._sources.values()))
 
     def compare(self, candidate: Candidate, rules: Iterable[str] = ("mean",)) -> Compared:
@@ -115,15 +115,15 @@ class Own:
         return Compared(candidate, value, next(found, None))
 
     def agrees(self, mean: Tensor) -> bool:
-        """Whether another number, computed of what the model returned, is this loss."""
+        """Whether another number, computed from what the model returned, equals this loss."""
         return self._is(float(mean.detach()), _slopes(mean, list(self._sources.values())), 1.0)
 
     def factor(self, rule: str, mass: Tensor) -> float:
-        """The loss over a candidate's mean."""
+        """The loss divided by a candidate's mean, by this rule."""
         return float(RULES[rule](float(mass), self._examples, self._count))
 
     def is_near(self, value: float) -> bool:
-        """Whether a value is the loss's, up to rounding."""
+        """Whether a value equals the loss up to rounding."""
         tolerance = max(VALUE, 4 * self._eps)
         return abs(value - self.value) <= tolerance * max(abs(self.value), abs(value)) + 1e-7
 
@@ -138,7 +138,7 @@ class Own:
 
 
 def _slopes(loss: Tensor, of: Sequence[Tensor]) -> list[Tensor] | None:
-    """The gradient of a loss; None where no graph leads to all of it."""
+    """The gradient of a loss; None if some tensors are not connected to it in the graph."""
     if not of or not loss.requires_grad or not all(t.requires_grad for t in of):
         return None
     found = torch.autograd.grad(loss, of, retain_graph=True, allow_unused=True)
@@ -146,13 +146,14 @@ def _slopes(loss: Tensor, of: Sequence[Tensor]) -> list[Tensor] | None:
 
 
 def candidates(returned: Any, given: Given, curvatures: Iterable[OutputCurvature]) -> list[Candidate]:
-    """Every loss of these with every reading that its shapes allow."""
+    """Every one of these losses, with every reading that the shapes allow."""
     found = [Candidate(r, c) for c in curvatures for r in readings(returned, given)]
     return [c for c in found if c.fits_shapes(returned, given)]
 
 
 def plain(curvature: OutputCurvature) -> list[OutputCurvature]:
-    """A loss as it is; and without weights, smoothing and other ignored labels, which are not the model's to know."""
+    """The loss itself; and the loss without weights, label smoothing and other ignored labels, which a model does not
+    know of."""
     for kind in (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss):
         if isinstance(curvature.module, kind):
             return [curvature, output_curvature(kind())]
@@ -160,7 +161,7 @@ def plain(curvature: OutputCurvature) -> list[OutputCurvature]:
 
 
 def usual(model: nn.Module) -> list[OutputCurvature]:
-    """The losses that a model's own may be: those that are modules of its own, and torch's usual ones."""
+    """Candidates for a model's own loss: loss modules in the model, and torch's common losses."""
     found = []
     for module in [m for m in model.modules() if isinstance(m, nn.modules.loss._Loss)]:
         try:
@@ -172,12 +173,12 @@ def usual(model: nn.Module) -> list[OutputCurvature]:
 
 
 def named(compared: Sequence[Compared], most: int = 2) -> str:
-    """The values that some candidates have, in words."""
+    """The values of some candidates, in words."""
     return "; ".join(f"{c.value:.6g} ({c.candidate})" for c in compared[:most])
 
 
 def what_else(returned: Any, own: float, compared: Sequence[Compared]) -> str:
-    """What a model's own loss may have beside a candidate, where that can be told, in words."""
+    """What a model's own loss may contain in addition to a candidate, in words, if this can be found out."""
     auxiliary = part(returned, "aux_loss")
     if isinstance(auxiliary, Tensor) and auxiliary.numel() == 1 and any(c.value < own for c in compared):
         return (

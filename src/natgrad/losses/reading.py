@@ -1,4 +1,4 @@
-"""How a loss's input and target come about from what a model returned and the labels that it was given."""
+"""Ways to get a loss's input and target from what a model returned and the labels that it received."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 
 IGNORED = -100
-"""The label that takes no part, as in `nn.CrossEntropyLoss`."""
+"""The label that is ignored, as in `nn.CrossEntropyLoss`."""
 IGNORED_PIXEL = 255
-"""The label of pixels that take no part."""
+"""The label of ignored pixels."""
 
 Given = Mapping[str, Any]
-"""A batch: the arguments of a forward by name, labels among them."""
+"""A batch: the arguments of a forward pass by name, including labels."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a batch. `words` say it, in a sentence.
+    """One way to read a batch. `words` describe it.
 
-    `output(returned, given)` makes the loss's input of what the model returned. `target(given, shape)` makes the target
-    of the batch, for logits of this shape; for None, one with as many labels that are not ignored.
+    `output(returned, given)` makes the loss's input from what the model returned. `target(given, shape)` makes the
+    target from the batch, for logits of this shape; for None, a target with the same number of labels that are not
+    ignored.
     """
 
     words: str
@@ -31,7 +32,7 @@ class Reading:
     target: Callable[[Given, torch.Size | None], Tensor]
 
     def read(self, returned: Any, given: Given, ignored: int = IGNORED) -> tuple[Tensor, Tensor]:
-        """The loss's input, at least in float32, and its target, for a loss that leaves the label `ignored` out."""
+        """The loss's input, at least in float32, and its target, for a loss that ignores the label `ignored`."""
         output = self.output(returned, given)
         output = output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
         shape = next(iter(sources(returned).values())).shape
@@ -42,18 +43,18 @@ class Reading:
 
 
 def ignoring(target: Tensor, ignored: int) -> Tensor:
-    """A target of classes in which another number says that a label takes no part."""
+    """A target of class indices, with another number for ignored labels."""
     return target if ignored == IGNORED else torch.where(target == IGNORED, ignored, target)
 
 
 def part(returned: Any, name: str) -> Any:
-    """What is called so in a dictionary or an object; None if there is no such thing."""
+    """The entry or attribute of this name in a dictionary or an object; None if there is none."""
     return returned.get(name) if isinstance(returned, Mapping) else getattr(returned, name, None)
 
 
 def logits_of(returned: Any) -> Tensor | None:
-    """The logits in what a model returned: what is called so; the tensor itself; the first tensor with axes of a tuple,
-    where a loss may come before."""
+    """The logits in what a model returned: the part of this name; the tensor itself; or the first tensor of a tuple
+    that is not a scalar, because a loss may come first."""
     if isinstance(returned, Tensor):
         return returned
     if isinstance(returned, (tuple, list)) and not hasattr(returned, "logits"):
@@ -63,7 +64,7 @@ def logits_of(returned: Any) -> Tensor | None:
 
 
 def loss_of(returned: Any) -> Tensor | None:
-    """A model's own loss in what it returned: what is called so, or the first number of a tuple."""
+    """A model's own loss in what it returned: the part named loss, or the first scalar of a tuple."""
     if isinstance(returned, (tuple, list)) and not hasattr(returned, "loss"):
         found = returned[0] if returned and getattr(returned[0], "ndim", 1) == 0 else None
     else:
@@ -72,7 +73,7 @@ def loss_of(returned: Any) -> Tensor | None:
 
 
 def sources(returned: Any) -> dict[str, Tensor]:
-    """The tensors that readings are made of, by name."""
+    """The tensors that the readings use, by name."""
     logits = logits_of(returned)
     if logits is not None:
         return {"logits": logits}
@@ -81,7 +82,7 @@ def sources(returned: Any) -> dict[str, Tensor]:
 
 
 def readings(returned: Any, given: Given) -> Iterator[Reading]:
-    """Every way to read a batch that its shapes allow, the most usual first."""
+    """Every way to read a batch that the shapes allow, the most common first."""
     found = sources(returned)
     if "start_logits" in found and isinstance(given.get("start_positions"), Tensor):
         yield Reading("start and end positions together", _ends, _positions)
@@ -97,7 +98,7 @@ def readings(returned: Any, given: Given) -> Iterator[Reading]:
 
 
 def _classes(labels: Tensor, logits: Tensor, given: Given) -> Iterator[Reading]:
-    """For labels that are numbers of classes."""
+    """Readings for labels that are class indices."""
     shape = logits.shape
     shifted = given.get("shift_labels")
     if isinstance(shifted, Tensor) and shifted.shape == shape[:-1]:
@@ -155,7 +156,7 @@ def _next_masked(given: Given, shape: torch.Size | None) -> Tensor:
 
 
 def _last(given: Given, shape: torch.Size | None) -> Tensor:
-    """Labels of the last positions, where a prompt or an image came before: at least one position."""
+    """Labels of the last positions, if a prompt or an image of at least one position came before."""
     labels = given["labels"]
     before = 1 if shape is None else shape[1] - labels.shape[1]
     return nn.functional.pad(labels, (before, 0), value=IGNORED)
@@ -203,7 +204,7 @@ def _ends(returned: Any, given: Given) -> Tensor:
 
 
 def _positions(given: Given, shape: torch.Size | None) -> Tensor:
-    """Where the answers begin and end; those outside of what the model sees are ignored."""
+    """The positions where the answers begin and end. Positions outside the model's input are ignored."""
     both = torch.stack([given[name].reshape(-1) for name in ("start_positions", "end_positions")], -1).clamp_min(0)
     ids = given.get("input_ids")
     length = shape[1] if shape is not None else ids.shape[1] if isinstance(ids, Tensor) else None

@@ -1,4 +1,4 @@
-"""Losses that grow linearly far from the target: absolute error, Huber's, smooth absolute error."""
+"""Losses that grow linearly far from the target: absolute error, Huber loss, smooth absolute error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from natgrad.losses.elementwise import Elementwise
 class Robust(Elementwise):
     """`ρ(f − y)` for an even, convex `ρ` with bounded slope.
 
-    Their Hessian in the output is zero far from the target, where most of the gradient is, so that it is no use as a
+    The Hessian in the output is zero far from the target, where most of the gradient comes from, so it is not a useful
     metric. The Fisher information of the density `p(y) ∝ exp(−ρ(f − y))` is the same for all outputs,
 
         D = i I,    i = E[ρ'(r)²] = E[ρ''(r)],
@@ -43,7 +43,7 @@ class Robust(Elementwise):
 
 
 class AbsoluteError(Robust):
-    """`nn.L1Loss`: `ρ(r) = |r|`, of the Laplace density: `i = 1`, and a Hessian of zero."""
+    """`nn.L1Loss`: `ρ(r) = |r|`, with the Laplace density. `i = 1`, and the Hessian is zero."""
 
     def _information(self) -> float:
         return 1.0
@@ -70,11 +70,12 @@ class Huber(Robust):
 
 
 class SmoothAbsoluteError(Robust):
-    """`nn.SmoothL1Loss`: `ρ(r) = r²/(2β)` for `|r| < β`, else `|r| − β/2`. `i` is the probability of `|r| < β`, over β,
+    """`nn.SmoothL1Loss`: `ρ(r) = r²/(2β)` for `|r| < β`, else `|r| − β/2`. `i` is the probability of `|r| < β`, divided
+    by β,
 
         i = a / (β (a + 2 exp(−β/2))),    a = √(2πβ) erf(√(β/2)),
 
-    and 1 for `β = 0`, which is the absolute error.
+    and 1 for `β = 0`, where the loss is the absolute error.
     """
 
     def _information(self) -> float:

@@ -14,7 +14,7 @@ class Softmax(OutputCurvature):
     """`nn.CrossEntropyLoss`: `D = w (diag p − p pᵀ)`, `p = softmax(f)`, classes on axis 1.
 
     The case weight is `w = Σ_c t_c weight_c` for the (smoothed) target distribution `t`, and zero where the
-    target is `ignore_index`. Label smoothing alone leaves `D` as it is.
+    target is `ignore_index`. Label smoothing alone does not change `D`.
     """
 
     nonnegative = True
@@ -37,7 +37,7 @@ class Softmax(OutputCurvature):
                 raise self._wrong_dtype(target, "class indices of dtype torch.int64 (target.long()) for this shape")
             self._same_shape(output, target)
             return
-        # torch takes bytes too, but not at positions.
+        # torch also accepts bytes, but not for positions.
         if target.dtype not in (torch.int64, torch.uint8) or (target.dtype == torch.uint8 and output.ndim > 2):
             raise self._wrong_dtype(target, "class indices of dtype torch.int64 (target.long()), or probabilities")
         if target.shape != (output.shape[0], *output.shape[2:]):
@@ -56,8 +56,8 @@ class Softmax(OutputCurvature):
             )
 
     def _classes(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Which targets are not ignored, and the class of each: 0 for those that are."""
-        target = target.long()  # bytes would index as a mask
+        """Which targets are not ignored, and the class of each target: 0 for ignored targets."""
+        target = target.long()  # bytes would index like a mask
         kept = target != self.module.ignore_index
         return kept, torch.where(kept, target, 0)
 
@@ -78,14 +78,14 @@ class Softmax(OutputCurvature):
         """The `C − 1` columns of the Cholesky factor of `D`, for each position (Tanabe & Sagae 1992).
 
         With the tails `q_j = Σ_{i>j} p_i`, column `j` has `√(p_j q_j / q_{j−1})` at `j` and `−p_i/q_j` times that
-        at every `i > j`. The tails are summed as they are: one minus the rest would cancel where they are small.
+        at every `i > j`. The tails are summed directly, because `1 − Σ_{i≤j} p_i` would cancel for small tails.
         """
         examples, C = output.shape[:2]
         p = output.softmax(1).reshape(examples, C, -1)
         q = torch.cat([p.flip(1).cumsum(1).flip(1)[:, 1:], torch.zeros_like(p[:, :1])], 1)
         weight = self.case_weight(output, target).reshape(examples, 1, -1)
         before = p + q
-        # Where a tail underflows to zero, so do the probabilities in it, and the column is zero.
+        # If a tail underflows to zero, so do its probabilities, and the column is zero.
         pivot = (weight * p).sqrt() * torch.where(before > 0, q / before, 0.0).sqrt()
         if C == 1:
             yield torch.zeros_like(output)

@@ -1,4 +1,4 @@
-"""Averages of the iterates, which are better than the last of them where gradients are noisy."""
+"""Averages of the iterates. With noisy gradients they are better than the last iterate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 RECENCY = 9
-"""The larger, the faster the first iterates are forgotten."""
+"""With a larger number, the first iterates are forgotten faster."""
 
 
 def take_in(parameters: Mapping[str, Tensor], state_of: Callable[[str], dict[str, Any]], decay: float) -> None:
-    """Moves the averages towards the parameters: by `10 / (10 + t)` at the `t`-th time, and from then on by
-    `1 − decay`, whichever is more.
+    """Moves the averages towards the parameters: at the `t`-th update by the larger of `10 / (9 + t)` and `1 − decay`.
 
     Reference: Shamir & Zhang (2013), "Stochastic Gradient Descent for Non-smooth Optimization", section 4.
     """
@@ -33,7 +32,7 @@ def take_in(parameters: Mapping[str, Tensor], state_of: Callable[[str], dict[str
 
 @contextlib.contextmanager
 def swapped(parameters: Mapping[str, Tensor], state_of: Callable[[str], dict[str, Any]]) -> Iterator[None]:
-    """Within, the parameters are their averages; afterwards what they were."""
+    """Within this context, the parameters are their averages. Afterwards they are restored."""
     averaged = {n: p for n, p in parameters.items() if "average" in state_of(n)}
     before = {n: p.detach().clone() for n, p in averaged.items()}
     try:

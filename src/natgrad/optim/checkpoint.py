@@ -18,20 +18,20 @@ BY_LAYER = ("moments", "squares", "bases", "inverse")
 
 
 def load_checkpoint(opt: CurvatureOptimizer | NewtonMuon, path: str | PathLike[str], key: str = "optimizer") -> None:
-    """Resumes from `torch.distributed.checkpoint.save({key: opt.state_dict(), ...}, checkpoint_id=path)`, which may
-    have been on another number of ranks, with the parameters sharded or whole.
+    """Resumes from `torch.distributed.checkpoint.save({key: opt.state_dict(), ...}, checkpoint_id=path)`. The
+    checkpoint may be from another number of ranks, with sharded or whole parameters.
 
-    It is called on all ranks. The model's own parameters are loaded as always.
+    Call it on all ranks. Load the model's parameters as usual.
 
     Args:
-        opt: an optimizer as it was saved, on the model that is to be trained further.
+        opt: an optimizer with the same settings as the saved one, made for the model to be trained further.
         path: the folder of the checkpoint.
-        key: the optimizer's in what was saved.
+        key: the key of the optimizer's state in the checkpoint.
 
     Raises:
-        TypeError: if it is another library's optimizer.
+        TypeError: if `opt` is another library's optimizer.
         FileNotFoundError: if there is no checkpoint in the folder.
-        ValueError: if it has no such key, or is of another optimizer or model.
+        ValueError: if the checkpoint has no such key, or belongs to another optimizer or model.
 
     Example:
         >>> import tempfile, torch, natgrad, torch.distributed.checkpoint as dcp
@@ -41,7 +41,7 @@ def load_checkpoint(opt: CurvatureOptimizer | NewtonMuon, path: str | PathLike[s
         >>> _ = dcp.save({"optimizer": opt.state_dict()}, checkpoint_id=folder, no_dist=True)
         >>> natgrad.load_checkpoint(natgrad.KFAC(model, torch.nn.CrossEntropyLoss()), folder)
     """
-    # These take longer to import than all of this library.
+    # Importing these takes longer than importing all of this library.
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -88,12 +88,12 @@ def load_checkpoint(opt: CurvatureOptimizer | NewtonMuon, path: str | PathLike[s
 
 
 def _layer_of(path: Path) -> str | None:
-    """The key of the layer that something is of."""
+    """The key of the layer that an entry belongs to."""
     return next((str(path[i + 1]) for i, k in enumerate(path[:-1]) if k in BY_LAYER), None)
 
 
 def _room(opt: CurvatureOptimizer | NewtonMuon, what: Any, path: Path) -> Any:
-    """A tensor to read one into; nothing, for what is not a tensor."""
+    """An empty tensor to read a tensor into; None for anything else."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     if not isinstance(what, TensorStorageMetadata):
@@ -107,7 +107,7 @@ def _room(opt: CurvatureOptimizer | NewtonMuon, what: Any, path: Path) -> Any:
 
 
 def _nested(values: Mapping[Path, Any]) -> dict[str, Any]:
-    """Dictionaries and lists from the ways to their leaves."""
+    """Nested dictionaries and lists, from the paths to their leaves."""
     tree: dict[Any, Any] = {}
     for path, value in values.items():
         at = tree

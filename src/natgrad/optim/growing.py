@@ -1,4 +1,4 @@
-"""Batches that grow: small ones while gradients are large, large ones when what is left of them is noise."""
+"""Batches that grow: small while gradients are large, and large when gradients are mostly noise."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from natgrad.checks.values import check_count, check_generator
 
 
 class GrowingBatches(Sampler[list[int]]):
-    """Batches of indices for `torch.utils.data.DataLoader(dataset, batch_sampler=...)`, each a little larger than the
-    last, over passes through the data in random order.
+    """Batches of indices for `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. Each batch is a little larger
+    than the last. The data are passed through in random order.
 
-    The `k`-th batch has `first · (last / first)^(k / steps)` indices, and from `steps` batches on `last`: an
-    exponential schedule, as that of Martens & Grosse (2015), section 13. An iteration is one pass; the size goes on
-    from pass to pass. What does not fill a batch at the end of a pass is left for a later one, so that all batches of
-    a size weigh the same.
+    The `k`-th batch has `first · (last / first)^(k / steps)` indices, and after `steps` batches the size is `last`: an
+    exponential schedule like that of Martens & Grosse (2015), section 13. One iteration is one pass over the data, and
+    the size continues to grow from pass to pass. If the last indices of a pass do not fill a batch, they are left out
+    of this pass, so that all batches of a size have equal weight.
 
     Args:
         data: the data set, or anything with a length.
         first: the size of the first batch.
         last: the size that batches grow to.
-        steps: after how many batches.
-        generator: the source of the order. Default: one seeded from torch's own.
+        steps: the number of batches until this size is reached.
+        generator: the source of the random order. Default: one seeded from torch's generator.
 
     Raises:
-        ValueError: if a number is not a whole one above zero, or `first`, `last` and the data's length are not in
+        ValueError: if a number is not a positive integer, or if `first`, `last` and the data's length are not in
             ascending order.
         TypeError: if the data has no length.
 
@@ -85,6 +85,6 @@ class GrowingBatches(Sampler[list[int]]):
         return {"taken": self._taken, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after the batches that were taken when `state_dict` gave this."""
+        """Continues after the batches that were taken when `state_dict` was called."""
         self._taken = state["taken"]
         self.generator.set_state(state["generator"])

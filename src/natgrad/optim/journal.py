@@ -1,4 +1,4 @@
-"""What a run has come to: steps, rejections, faults, the losses that matter; and what users are told of it."""
+"""Records of a run: steps, rejections, faults and losses; and the warnings to users about them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from natgrad.checks.warning import warn
 
 EXPLODED = 9.0
-"""How many times the first loss a loss has risen by in a run that has exploded."""
+"""A run counts as exploded if its loss has risen by more than this many times the first loss."""
 HOPELESS = 8
-"""How many of the last twice as many steps are rejected in an exploded run before it ends."""
+"""An exploded run ends if this many of the last twice as many steps were rejected."""
 MEND = "give max_kl=0.01, which bounds a step, a larger damping, or a smaller lr; or leave all three out"
 
 
 class Journal:
-    """Counts and figures of a run; `figures` are those of the last step, what `opt.diagnostics` is."""
+    """Counts and figures of a run. `figures` are those of the last step, and become `opt.diagnostics`."""
 
     def __init__(self, optimizer: str):
         self.optimizer = optimizer
@@ -34,8 +34,8 @@ class Journal:
         self.figures |= {"loss": None, "lr": None, "momentum": None, "predicted_change": None}
 
     def see_loss(self, loss: float, *, given: bool) -> None:
-        """Takes note of a step's loss. An explosion is told once in a run with numbers of the user's own, `given`:
-        there nothing is undone."""
+        """Records a step's loss. If all numbers are `given` by the user, no step is undone, and one warning is given
+        when the loss explodes."""
         self.figures["loss"] = loss
         if self.first_loss is None:
             self.first_loss = loss
@@ -59,10 +59,10 @@ class Journal:
         self.rejections = 0
 
     def end(self, damping: float | None, more: Counter[str]) -> None:
-        """The step is over. Rejections are told from the second in a row on, and seldom.
+        """Ends the step. Warns at the second, fourth, eighth, ... rejection in a row.
 
         Raises:
-            ValueError: if the run has exploded and its steps are rejected, one after the other or again and again.
+            ValueError: if the run has exploded and too many of the last steps were rejected.
         """
         accepted = self.figures["accepted"]
         self.figures |= {"damping": damping, "faults": dict(self.faults + more)}

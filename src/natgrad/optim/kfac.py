@@ -24,7 +24,7 @@ from natgrad.optim.tracking.returned import Way
 RELATIVE_DAMPING = 0.3
 """`ε` of the one-sided structure, in units of the mean eigenvalue of a layer's input factor."""
 TOLERATED_RISE = 0.5
-"""A step after which the loss is higher by more than this share is taken back."""
+"""A step that raises the loss by more than this share is undone."""
 
 
 class KFAC(CurvatureOptimizer):
@@ -39,68 +39,72 @@ class KFAC(CurvatureOptimizer):
     Args:
         model: the module to train. Every trainable parameter must belong to a layer of some kind (`docs/layers.md`).
         loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss` or
-            `natgrad.losses.Likelihood`. Or `"model"`: the loss that the model computes of its labels itself and
-            returns as `loss`, beside `logits`, as Hugging Face's do. It takes the place of `opt.loss`:
-            `model(**batch).loss.backward()`, then `opt.step()`. Its value and its gradient tell which loss it is.
-        params: which parameters to train: None for all that are trainable, names, a predicate on names, tensors, or a
+            `natgrad.losses.Likelihood`. Or `"model"`, for models that compute a loss from labels and return it as
+            `loss`, with `logits`, as Hugging Face's models do. This loss replaces `opt.loss`:
+            `model(**batch).loss.backward()`, then `opt.step()`. The optimizer finds out from the value and the gradient
+            which loss it is.
+        params: the parameters to train: None for all that are trainable, names, a predicate on names, tensors, or a
             list of groups, `{"params": ..., "lr": ..., "momentum": ..., "weight_decay": ...}`.
-        lr: the step size `α`; None: from the quadratic model, at every step.
-        momentum: `μ`; None: from the quadratic model, at every step. Where `lr` and `momentum` are both numbers, the
+        lr: the step size `α`. None: the quadratic model gives it at every step.
+        momentum: `μ`. None: the quadratic model gives it at every step. If `lr` and `momentum` are both numbers, the
             step is that of `torch.optim.SGD` on a preconditioned gradient, `v ← μ v + ∇`, `θ ← θ − α F⁻¹ v`.
-        damping: `λ`, in units of the loss's mean whatever the reduction; None: calibrated on the first batch,
-            then Levenberg-Marquardt. With `structure="input"` it is `ε`, in units of the inputs' second moment; None:
-            in units of its mean eigenvalue, 0.3 where `lr` and `momentum` are numbers, else adapted likewise. Or
-            `natgrad.Damping(value, decay=, floor=, style=)`, in place of the options `damping_...` below.
-        weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it.
-        decoupled_weight_decay: multiply by `1 − α η` at each step instead, as AdamW does.
-        structure: `"kfac"`; `"ekfac"`: K-FAC's eigenbases, every `bases_every` steps, with the second moments of the
-            gradients in them; `"diagonal"`; `"input"`: `C ⊗ I`, which needs no backward pass of its own,
-            `ΔW = (∇_W − ∇_b mᵀ)(C + εI)⁻¹`, and plain gradients for parameters of no such layer; `"identity"`: no
-            preconditioning.
-        orthogonalize: of `structure="input"`, replace every `ΔW` by the nearest orthogonal matrix, times
-            `0.2 √max(d_out, d_in)`, which makes it as long as AdamW's; all that has no input factor, biases and
-            embeddings, takes Adam's step. A group may have its own `"orthogonalize"`. `natgrad.NewtonMuon` takes
-            such steps without a loss, and finds out by itself which parameters are for them.
-        centered: hold weight and bias apart, with the covariance of the inputs.
-        bias_update: `"exact"`, or `"simple"`: `Δb = B⁻¹ ∇_b`, whatever the weights do.
-        damping_style: `"factored"` (two Cholesky factorizations a layer) or `"exact"` (two eigenbases, twice the
-            products). None: factored where centered; else exact, as the homogeneous factors then damp the bias
-            by the weight's share and stall it.
-        max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step, which is shortened to keep it.
-        average: keep averages of the parameters, whose weights fall by this factor a step (and faster at first), for
-            evaluation within `with opt.averaged():`; None: none.
+        damping: `λ`, in units of the mean loss, also for `reduction="sum"`. None: it is calibrated on the first batch
+            and then adapted by Levenberg-Marquardt. With `structure="input"` it is `ε`, in units of the inputs' second
+            moment. None then means: in units of the mean eigenvalue of the input factor, 0.3 if `lr` and `momentum` are
+            numbers, else adapted as above. Or `natgrad.Damping(value, decay=, floor=, style=)`, instead of the options
+            `damping_...` below.
+        weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective, for both reductions.
+        decoupled_weight_decay: multiply the parameters by `1 − α η` at each step instead, as AdamW does.
+        structure: the preconditioner. `"kfac"`. `"ekfac"`: K-FAC's eigenbases, updated every `bases_every` steps, with
+            the second moments of the gradients in them. `"diagonal"`. `"input"`: `C ⊗ I`, with the step `ΔW = (∇_W −
+            ∇_b mᵀ)(C + εI)⁻¹`; it needs no extra backward pass, and parameters without an input factor get plain
+            gradients. `"identity"`: no preconditioning.
+        orthogonalize: only with `structure="input"`. Replaces every `ΔW` by the nearest orthogonal matrix, times
+            `0.2 √max(d_out, d_in)`, which makes it as long as a step of AdamW. Parameters without an input factor
+            (biases, embeddings) get Adam steps. A group may have its own `"orthogonalize"`. `natgrad.NewtonMuon`
+            takes such steps without a loss, and chooses the parameters for them itself.
+        centered: treat weight and bias separately, with the covariance of the inputs as the input factor.
+        bias_update: `"exact"`, or `"simple"`: `Δb = B⁻¹ ∇_b`, independent of `ΔW`.
+        damping_style: `"factored"` (two Cholesky factorizations per layer) or `"exact"` (two eigendecompositions, and
+            twice as many matrix products). None: factored with `centered=True`, else exact. With homogeneous factors,
+            the factored style damps the bias as strongly as the weights, which stalls the bias.
+        max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step. A longer step is shortened to it.
+        average: keep an exponential average of the parameters, with this decay (smaller at first), for
+            evaluation within `with opt.averaged():`. None: no average.
         estimator: `"mc"` (labels drawn from the model), `"exact"` or `"empirical"`.
         sharing: `"expand"` or `"reduce"`, for layers used at several positions.
-        intervals: `natgrad.Intervals(statistics=, inverses=, bases=, adapt=)`, in place of the options
+        intervals: `natgrad.Intervals(statistics=, inverses=, bases=, adapt=)`, instead of the options
             `..._every` below.
-        statistics_every: steps between updates of the moments. None: 10 where centered or for `"input"`, else 5, as the
-            homogeneous input factor holds the mean of the inputs, which moves faster than their covariance; and where
-            `lr` or `momentum` is adaptive, at first fewer, a tenth of the steps so far.
-        statistics_share: the share of a batch's examples that the moments are of, as one of every two, three, and so
-            on, in turn. None: a quarter, or more where that would be fewer than 250 cases of some layer, examples times
-            positions, or fewer than two examples.
-        inverses_every: steps between updates of the inverses. None: 20 where centered or for `"input"`, else 5; at
-            first fewer, likewise.
-        bases_every: steps between new bases of `"ekfac"`. None: 100.
+        statistics_every: steps between updates of the factors. None: 10 with `centered=True` or `"input"`, else 5,
+            because the homogeneous input factor contains the mean of the inputs, which changes faster than their
+            covariance. If `lr` or `momentum` is adaptive, the interval is shorter at first: a tenth of the steps so
+            far.
+        statistics_share: the share of a batch's examples that is used for the factors: one of every two, three, and so
+            on, different ones each time. None: a quarter, or more if a quarter has fewer than two examples, or fewer
+            than 250 cases (examples times positions) in some layer.
+        inverses_every: steps between updates of the inverses. None: 20 with `centered=True` or `"input"`, else 5;
+            shorter at first, as for `statistics_every`.
+        bases_every: steps between updates of the bases of `"ekfac"`. None: 100.
         adapt_every: steps between updates of the damping and of the ratio of `α` and `μ`. None: 8.
-        damping_decay: the least factor per step by which the damping may fall. None: 0.8.
-        damping_floor: the damping falls no further than this times a typical curvature: the mean of a layer's diagonal,
-            in centered coordinates where it is centered, and the median of that over the parameters. None: 1 where
-            centered, else 0.03, as the means of the inputs count in it.
-        decay: the weight of the past in the moving average of the moments, each time they are updated.
-        max_dim: factors of more rows than this are kept as their diagonals.
-        matmul_precision: of the float32 products of the direction and of the quadratic model, as in
-            `torch.set_float32_matmul_precision`: a direction from sampled factors, and the length of a step, need few
-            digits. `"medium"` is bfloat16 on CPUs that multiply it, TF32 on GPUs. The moments' own are `"high"` then.
-            None: as torch is set.
-        output: how the loss's input is made of what the model returns, say `lambda r: r.logits.transpose(1, 2)`;
-            needed where that is neither one of the tensors returned nor a view of one.
+        damping_decay: the damping falls at most by this factor per step. None: 0.8.
+        damping_floor: the damping does not fall below this number times the typical curvature: the mean diagonal entry
+            of each layer (in centered coordinates if it is centered), and then the median over the parameters. None: 1
+            with `centered=True`, else 0.03, because the typical curvature then contains the means of the inputs.
+        decay: the weight of the past in the moving averages of the factors, at each update.
+        max_dim: for factors with more rows than this, only the diagonal is kept.
+        matmul_precision: precision of the float32 matrix products for the direction and the quadratic model, as in
+            `torch.set_float32_matmul_precision`. Low precision is enough there, because the factors are sampled
+            anyway. `"medium"` is bfloat16 on CPUs with bfloat16 instructions, and TF32 on GPUs. Products for the
+            factors then use `"high"`. None: torch's own setting.
+        output: a function that makes the loss's input from what the model returns, such as
+            `lambda r: r.logits.transpose(1, 2)`. Needed if the loss's input is neither a returned tensor nor a view of
+            one.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
 
     Raises:
         TypeError: if the loss is not supported, or is of a model that returns two tensors (`nn.GaussianNLLLoss`).
         ValueError: if an option is out of range.
-        NotImplementedError: by `loss`, if a parameter is not part of an affine map; it is named.
+        NotImplementedError: by `opt.loss`, if a parameter is used in an unsupported way; the error names it.
 
     Example:
         >>> import torch, natgrad
@@ -230,11 +234,11 @@ class KFAC(CurvatureOptimizer):
 
     @property
     def _inverse(self) -> dict[str, Block] | None:
-        """The layers' inverses, as they are applied."""
+        """The inverses that the step multiplies by, by layer."""
         return self._blocks.inverse
 
     def curvature(self) -> BlockDiagonal:
-        """The running matrix, per unit of the loss's mean and without damping.
+        """The current curvature matrix, from the moving averages: of the mean loss, without damping.
 
         Raises:
             RuntimeError: before the first step.
@@ -244,13 +248,13 @@ class KFAC(CurvatureOptimizer):
 
 
 def _interval(name: str, every: int | None, default: int) -> Interval:
-    """So many steps, at the user's word; or so many by default, and fewer at the start."""
+    """The user's number of steps, or the default, which is smaller at the start."""
     check_count(name, default if every is None else every, "steps")
     return Interval(default, True) if every is None else Interval(every, False)
 
 
 def _check(options: Options) -> None:
-    """Raises ValueError for one that is out of range."""
+    """Raises ValueError for an option that is out of range."""
     check_choice("bias_update", options.bias_update, ("exact", "simple"))
     check_choice("sharing", options.sharing, SHARING)
     check_choice("damping_style", options.damping_style, ("exact", "factored"))

@@ -16,7 +16,7 @@ from natgrad.optim.terms import Loss
 from natgrad.optim.tracking.returned import Way
 
 TOLERATED_RISE = 1e-3
-"""A step after which the loss is higher by more than this share is taken back."""
+"""A step that raises the loss by more than this share is undone."""
 TRIES = 12
 """How often a step is tried, with more damping each time."""
 
@@ -26,50 +26,50 @@ class NaturalGradient(CurvatureOptimizer):
 
         Δ = (F + λI)⁻¹ ∇        F = E[Jᵀ D J] = S Sᵀ        θ ← θ − α Δ
 
-    Every case and column of `D` gives a column of `S`, `nk` in all. What is inverted is the smaller of `F` and the
-    Gram matrix `SᵀS`, by `(F + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v)/λ`; or neither, by conjugate gradients with the
-    products of `F`, where both are large. For squared error this is the Levenberg-Marquardt method. Meant for small
-    networks and deterministic batches: physics-informed networks, regression to high accuracy.
+    Each case and each column of a square root of `D` give one column of `S`, `nk` in all. The optimizer inverts the
+    smaller of `F` and the Gram matrix `SᵀS`, by `(F + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v)/λ`. If both are large, it
+    uses conjugate gradients with products of `F`. For squared error this is the Levenberg-Marquardt method. It is meant
+    for small networks and deterministic batches: physics-informed networks, regression to high accuracy.
 
     Args:
         model: the module to train. Unless the solver is `"cg"`, every trainable parameter must belong to an affine
             map, and axis 0 of every layer's input must be the example.
         loss: an instance of one of torch's losses that `natgrad.fisher` takes, or `"model"`, as for `KFAC`.
         params: which parameters to train, as for `KFAC`.
-        lr: the step size `α`; None: 1 with the exact estimator, else that of the quadratic model.
-        momentum: `μ`, from 0 to below 1. The direction is `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)` with `Δ₋` the direction
-            before: what the last step knew of directions that this batch says nothing about is kept (SPRING). None:
-            the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
-        damping: `λ`, in units of the loss's mean whatever the reduction; None: calibrated on the first batch,
-            then Levenberg-Marquardt at every step. Or `natgrad.Damping(value, decay=)`.
-        min_damping: the least `λ`, where it adapts; None: what rounding allows. With new points at every step, and
-            fewer of them than parameters, every step fits its own points, and the damping would fall until it fits
-            nothing else: give the level of what cannot be fitted, say 1e-4 for 500 residuals.
-        weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective as the user evaluates it; the same in all groups, unless
-            decoupled.
-        decoupled_weight_decay: multiply by `1 − α η` at each step instead.
-        max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step, which is shortened to keep it.
-        max_norm: a bound on the length `‖δ‖` of a step, which is shortened to keep it.
+        lr: the step size `α`. None: 1 with the exact estimator, else that of the quadratic model.
+        momentum: `μ`, from 0 to below 1. The direction is `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)`, where `Δ₋` is the previous
+            direction. In directions that the batch does not determine, this keeps what earlier steps found (SPRING).
+            None: the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
+        damping: `λ`, in units of the mean loss, also for `reduction="sum"`. None: it is calibrated on the first batch
+            and then adapted by Levenberg-Marquardt at every step. Or `natgrad.Damping(value, decay=)`.
+        min_damping: the smallest `λ` where it is adapted; once there, it stays. None: the limit of rounding. Use it with
+            new points at every step and fewer of them than parameters, say 1e-4 for 500 residuals: such a step can fit
+            its own points whatever they are, so its own loss says little about the damping.
+        weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective, for both reductions. It must be the same in all groups,
+            unless it is decoupled.
+        decoupled_weight_decay: multiply the parameters by `1 − α η` at each step instead.
+        max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step. A longer step is shortened to it.
+        max_norm: a bound on the length `‖δ‖` of a step. A longer step is shortened to it.
         accelerate: add the acceleration `a = −½ (F + λI)⁻¹ Jᵀ D f''` to a step `δ`, where `f''` is the second
-            derivative of the outputs along it. It costs one forward and one solve. Only where `lr` is None and the
-            matrix is held as columns: not with `solver="cg"`.
-        average: keep averages of the parameters, whose weights fall by this factor a step (and faster at first), for
-            evaluation within `with opt.averaged():`; None: none.
+            derivative of the outputs along the step. It costs one forward pass and one solve. It requires `lr=None`,
+            and does not work with `solver="cg"`.
+        average: keep an exponential average of the parameters, with this decay (smaller at first), for
+            evaluation within `with opt.averaged():`. None: no average.
         estimator: `"exact"`, `"mc"` (one label for each case, drawn from the model) or `"empirical"`.
-        solver: `"dual"` (by `SᵀS`), `"primal"` (by `F`), `"cg"`; None: the smaller of the first two, or the last
-            where both are larger than `max_size`.
-        max_size: the most rows of a matrix that is factorized.
-        tolerance: the relative residual of conjugate gradients. None: `eps^¾`.
-        max_iterations: their most products; what they have by then is the direction, with the residual in
-            `diagnostics`.
+        solver: `"dual"` (factorizes `SᵀS`), `"primal"` (factorizes `F`) or `"cg"` (conjugate gradients). None: the
+            cheaper of the first two, or `"cg"` if both matrices are larger than `max_size`.
+        max_size: the largest number of rows of a matrix that is factorized.
+        tolerance: the relative residual at which conjugate gradients stop. None: `eps^¾`.
+        max_iterations: the largest number of products in conjugate gradients. If it is reached, the current result is
+            the direction, and `diagnostics` has the residual.
         damping_decay: the factor of the damping after a step that the quadratic model predicted well. None: 0.3.
-        output: how the loss's input is made of what the model returns, as for `KFAC`.
+        output: a function that makes the loss's input from what the model returns, as for `KFAC`.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
 
     Raises:
         TypeError: if the loss is not supported.
         ValueError: if an option is out of range.
-        NotImplementedError: by `loss`, if a parameter is not part of an affine map; it is named.
+        NotImplementedError: by `opt.loss`, if a parameter is used in an unsupported way; the error names it.
 
     Example:
         >>> import torch, natgrad
@@ -171,7 +171,7 @@ class NaturalGradient(CurvatureOptimizer):
             tolerance=eps**0.75 if tolerance is None else tolerance,
             max_iterations=max_iterations,
         )
-        # Below eps · tr F the damping is lost in rounding.
+        # A damping below eps · tr F is lost in rounding.
         rule = Eager(factor, eps * min(matrix.size(), max_size))
         projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
         control = DampingControl(damped.value, rule, min_damping or 0.0)

@@ -1,4 +1,4 @@
-"""NewtonMuon: hidden matrices take an orthogonalized step on whitened inputs, all else takes AdamW's."""
+"""NewtonMuon: orthogonalized steps on whitened inputs for hidden matrices, AdamW steps for all other parameters."""
 
 from __future__ import annotations
 
@@ -37,51 +37,54 @@ from natgrad.optim.vectors import Vector, check_dense
 
 
 class NewtonMuon(torch.optim.Optimizer):
-    """Whitened, orthogonalized steps for hidden matrices, and AdamW's for all else. It needs no loss and no change to
-    the training loop.
+    """Whitened, orthogonalized steps for hidden matrices, and AdamW steps for all other parameters. It needs no loss
+    and no change to the training loop.
 
     A hidden matrix with gradient `∇` and inputs `h` moves by
 
         `W ← (1 − α η) W − α 0.2 √max(d_out, d_in) orth(M (A / ā + ρ I)⁻¹)`
 
     with `M` the momentum of `∇`, `A` the average of `h hᵀ` over the layer's inputs, `ā` the mean of its eigenvalues,
-    `ρ` the ridge, `α` the learning rate and `η` the weight decay. `orth` replaces the singular values by ones, roughly:
-    five steps of a Newton-Schulz iteration. The factor `0.2 √max` makes the step as long as AdamW's. Without `A` this
-    is Muon. With `sides="both"` the output side is whitened, too: `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ I)⁻¹)`, with
-    `B` the average of `∇ A⁻¹ ∇ᵀ`.
+    `ρ` the ridge, `α` the learning rate and `η` the weight decay. `orth` sets all singular values to about one, by five
+    Newton-Schulz iterations. The factor `0.2 √max` makes the step as long as a step of AdamW. Without `A` this is Muon.
+    With `sides="both"` the output side is whitened, too: `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ I)⁻¹)`, with `B` the
+    average of `∇ A⁻¹ ∇ᵀ`.
 
-    Which parameter is a hidden matrix is read off the first forward in training mode: a weight that multiplies inputs,
-    and on whose output another matrix works. Kernels are matrices over patches; query, key and value that are used as
-    rows of one weight are three. Output layers, embeddings, norms, scales and biases take AdamW's step, with the
-    learning rate `rest_lr`. `routing()` shows it, `steps` overrides it.
+    The first forward pass in training mode shows which parameters are hidden matrices: weights that multiply inputs,
+    and whose output is an input of another matrix. A convolution kernel is a matrix over patches. Query, key and value
+    that are rows of one weight count as three matrices. Output layers, embeddings, norms, scales and biases get AdamW
+    steps, with the learning rate `rest_lr`. `routing()` shows the choice, and `steps` overrides it.
 
-    Inputs are read in forwards of `model` in training mode with gradients enabled. On several ranks the optimizer is
-    made of the `DistributedDataParallel` or `fully_shard` model, and every rank makes the same step.
+    The inputs are recorded in forward passes of `model` in training mode with gradients enabled. On several ranks, make
+    the optimizer for the `DistributedDataParallel` or `fully_shard` model. Every rank then takes the same step.
 
     Args:
         model: the network.
         lr: learning rate of hidden matrices. Schedulers change `rest_lr` in proportion.
-        params: which parameters: names, a predicate on names, groups of them, or torch's groups; None: all. A group may
-            have its own `lr`, `rest_lr`, `weight_decay`, `cautious`, `momentum`, `nesterov`, `betas` and `eps`.
-        rest_lr: learning rate of AdamW's steps; None: 0.15 of `lr`.
-        weight_decay: decoupled, of all parameters: each step multiplies them by `1 − lr weight_decay`, or
+        params: the parameters to train: names, a predicate on names, groups of them, or torch's groups. None: all. A
+            group may have its own `lr`, `rest_lr`, `weight_decay`, `cautious`, `momentum`, `nesterov`, `betas` and
+            `eps`.
+        rest_lr: learning rate of the AdamW steps. None: 0.15 of `lr`.
+        weight_decay: decoupled weight decay of all parameters: each step multiplies them by `1 − lr weight_decay`, or
             `1 − rest_lr weight_decay`.
-        cautious: only entries that the step moves towards zero decay (Chen et al. 2025, arXiv:2510.12402).
-        momentum: of hidden matrices.
-        nesterov: whether the momentum looks a step ahead.
-        betas: AdamW's.
-        eps: AdamW's.
+        cautious: decay only the entries that the step moves towards zero (Chen et al. 2025, arXiv:2510.12402).
+        momentum: momentum of hidden matrices.
+        nesterov: whether to use Nesterov momentum.
+        betas: those of AdamW.
+        eps: that of AdamW.
         sides: `"input"`, `"both"`, or `"none"`: without whitening, which is Muon.
-        ridge: `ρ`, in units of the mean eigenvalue. A large one makes the step Muon's.
-        refresh_every: `A` takes in new inputs, and is inverted, every so many steps; more often in the first ones.
-        decay: what a refresh leaves of the weight of earlier inputs.
-        average: of the parameters over steps, for `averaged()`; None: none is kept.
+        ridge: `ρ`, in units of the mean eigenvalue. With a large ridge the step becomes that of Muon.
+        refresh_every: steps between two updates of `A` and of its inverse; fewer at the start.
+        decay: the weight of earlier inputs is multiplied by this at each update.
+        average: decay of an average of the parameters over the steps, for `averaged()`. None: no average.
         steps: the step of parameters by name, `"whitened"`, `"orthogonal"` or `"adamw"`: a dictionary whose keys may be
-            patterns such as `"blocks.*.out.weight"`, or a function of the name; None: by their use.
-        max_dim: of matrices with more columns the diagonal of `A` is kept; with more rows, that of `B`.
+            patterns such as `"blocks.*.out.weight"`, or a function of the name. None: the use of a parameter decides.
+        max_dim: for matrices with more columns than this, only the diagonal of `A` is kept; with more rows, only that
+            of `B`.
 
     Raises:
-        TypeError, ValueError: if a setting is none of these; `params` or `steps` name what is no parameter.
+        TypeError, ValueError: if a setting has a wrong type or is out of range, or if `params` or `steps` has a name
+            that is not a parameter.
 
     Example:
         >>> import torch, natgrad
@@ -144,7 +147,7 @@ class NewtonMuon(torch.optim.Optimizer):
         self.parameters = Parameters(self, place)
         self.diagnostics: dict[str, Any] = {}
         self._steps = 0
-        self._refreshed: int | None = None  # at which step
+        self._refreshed: int | None = None  # the step of the last update
         self._interval = Interval(refresh_every, growing=True)
         chosen = chooser(steps, {n: p.shape for n, p in self.parameters.items()})
         outputs = OutputSide(ridge, decay, max_dim) if sides == "both" else None
@@ -156,10 +159,10 @@ class NewtonMuon(torch.optim.Optimizer):
     # Groups --------------------------------------------------------------------------------------------
 
     def _groups(self, params: Groups) -> list[dict[str, Any]]:
-        """All parameters if none are named, frozen ones too: they may be trained later."""
+        """All parameters if none are named. This includes frozen ones, because they may be trained later."""
         if params is not None:
             return parameter_groups(self.model, params)
-        select_parameters(self.model)  # there is something to train
+        select_parameters(self.model)  # raises an error if nothing is trainable
         own = {n: p for n, p in self.model.named_parameters() if p.requires_grad or p.is_floating_point()}
         check_parameters(own)
         return [{"params": list(own.values())}]
@@ -168,7 +171,7 @@ class NewtonMuon(torch.optim.Optimizer):
         """Adds a group of the model's parameters.
 
         Raises:
-            ValueError: if one is not the model's, is in a group already, or a setting is out of range.
+            ValueError: if a parameter is not the model's or is already in a group, or if a setting is out of range.
         """
         group = as_group(self.model, param_group)
         if "rest_lr" in group:
@@ -186,8 +189,8 @@ class NewtonMuon(torch.optim.Optimizer):
             self._arm()
 
     def routing(self) -> Routing:
-        """Which step each parameter takes, and why: a mapping of names to routes, which prints as a table. It is known
-        after the first step.
+        """The step that each parameter gets, and why: a mapping of names to routes, which prints as a table. It is
+        known after the first step.
 
         Example:
             >>> import torch, natgrad
@@ -202,7 +205,7 @@ class NewtonMuon(torch.optim.Optimizer):
     # The step ------------------------------------------------------------------------------------------
 
     def _due(self) -> bool:
-        """Whether the next step takes in what a forward has shown."""
+        """Whether the next step uses what the last forward pass recorded."""
         return self._refreshed is None or self._steps - self._refreshed >= self._interval.steps(self._steps)
 
     def _arm(self) -> None:
@@ -246,7 +249,7 @@ class NewtonMuon(torch.optim.Optimizer):
         warn(f"{type(self).__name__} rejected step {self._steps}: {reason}")
 
     def _refresh(self, gradients: Vector) -> None:
-        """Takes in what the last forwards have shown: routes of parameters that had none, and the inputs' moments."""
+        """Uses what the last forward passes recorded: routes of parameters that had none, and the inputs' moments."""
         if self.parameters.place.shards is None:
             self._unchanged.check(self.model, self.parameters)
         shown = self._forwards.take()
@@ -280,7 +283,7 @@ class NewtonMuon(torch.optim.Optimizer):
             averaging.take_in({n: values[n] for n in g}, self.parameters.state_of, self.average)
 
     def _momentum(self, g: Vector) -> Vector:
-        """The averages of the gradients after they have taken in the new ones; with Nesterov's, one average further."""
+        """The momentum after it was updated with the new gradients; with Nesterov, the look-ahead."""
         out: Vector = {}
         for group, names in self.parameters.by_group(g):
             mu, new, states = group["momentum"], [g[n] for n in names], [self.parameters.state_of(n) for n in names]
@@ -297,7 +300,8 @@ class NewtonMuon(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the parameters are their averages over the steps, for evaluation; afterwards what they were.
+        """Within this context, the parameters are their averages over the steps, for evaluation. Afterwards they are
+        restored.
 
         Raises:
             RuntimeError: if the optimizer was made without `average`.
@@ -315,7 +319,7 @@ class NewtonMuon(torch.optim.Optimizer):
             place.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on beside the parameters: they resume bit for bit.
+        """Everything that the next steps depend on, apart from the parameters. Training resumes bit for bit.
 
         As in torch, tensors are not copied.
         """
@@ -323,12 +327,12 @@ class NewtonMuon(torch.optim.Optimizer):
         return saved.joined(self, super().state_dict(), own | saved.named(self.parameters))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes from what `state_dict` gave, for a model of the same parameters. Nothing is changed where an error is
-        raised.
+        """Resumes from the result of `state_dict`, for a model with the same parameters. If an error is raised, nothing
+        is changed.
 
         Raises:
-            TypeError: if it is no dictionary.
-            ValueError: if it is not of such an optimizer, or of other parameters.
+            TypeError: if `state_dict` is not a dictionary.
+            ValueError: if it is from another kind of optimizer, or has other parameters.
         """
         own, whole = saved.state_of(state_dict, self._key, type(self).__name__), saved.torchs_own(state_dict, self._key)
         missing = [k for k in ("steps", "refreshed", "routes", "owners", "moments", "names", "dtypes") if k not in own]
@@ -339,7 +343,7 @@ class NewtonMuon(torch.optim.Optimizer):
         saved.check_parameters(self, self.parameters, own, whole)
         self._matrices.check_state(own)
         place, device, params = self.parameters.place, self.parameters.device, saved.by_index(self)
-        # torch casts to the parameter's precision, which may be less than that of the state.
+        # torch casts to the parameter's dtype, which may have a lower precision than the state.
         state = saved.copied({i: _local(place, its) for i, its in whole["state"].items()}, device)
         super().load_state_dict({"state": {}, "param_groups": whole["param_groups"]})
         index = [i for group in whole["param_groups"] for i in group["params"]]
@@ -352,7 +356,7 @@ class NewtonMuon(torch.optim.Optimizer):
         self._arm()
 
     def adopt(self, sizes: Mapping[str, Sequence[torch.Size]]) -> tuple[Callable[[str], bool], dict[str, Any]]:
-        """For a state saved on any number of ranks: which matrices' moments are to be here, and what else differs."""
+        """For a state saved on any number of ranks: the matrices whose moments belong here, and what else differs."""
         return self._matrices.adopt(sizes)
 
     def __getstate__(self) -> dict[str, Any]:

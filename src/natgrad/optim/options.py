@@ -8,15 +8,15 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True)
 class Damping:
-    """How an optimizer is damped: the number `λ`, and how it moves.
+    """How an optimizer is damped: the number `λ`, and how it changes.
 
     Args:
-        value: `λ`, as the optimizer's `damping`. None: calibrated on the first batch, then adapted.
-        decay: as `damping_decay`.
-        floor: as `damping_floor`.
-        style: as `damping_style`.
+        value: `λ`, like the optimizer's option `damping`. None: calibrated on the first batch, then adapted.
+        decay: like `damping_decay`.
+        floor: like `damping_floor`.
+        style: like `damping_style`.
 
-    Fields that are None are the optimizer's defaults.
+    For fields that are None, the optimizer's defaults are used.
 
     Example:
         >>> import torch, natgrad
@@ -32,7 +32,7 @@ class Damping:
 
     @classmethod
     def of(cls, damping: Any, **alone: Any) -> Damping:
-        """`damping`, a number, None or a Damping, with what was given beside it by other names.
+        """`damping` (a number, None or a Damping), joined with the options that were passed by their own names.
 
         Raises:
             ValueError: if it is something else, or an option was given twice.
@@ -46,15 +46,15 @@ class Damping:
 
 @dataclass(frozen=True)
 class Intervals:
-    """How many steps apart an optimizer renews what is expensive.
+    """Refresh intervals: the numbers of steps between updates of what is expensive to compute.
 
     Args:
-        statistics: as `statistics_every`, the moments.
-        inverses: as `inverses_every`.
-        bases: as `bases_every`, the eigenbases of `structure="ekfac"`.
-        adapt: as `adapt_every`, the damping and the ratio of step size and momentum.
+        statistics: like `statistics_every`, for the factors.
+        inverses: like `inverses_every`.
+        bases: like `bases_every`, for the eigenbases of `structure="ekfac"`.
+        adapt: like `adapt_every`, for the damping and the ratio of step size and momentum.
 
-    Fields that are None are the optimizer's defaults.
+    For fields that are None, the optimizer's defaults are used.
 
     Example:
         >>> import torch, natgrad
@@ -69,7 +69,7 @@ class Intervals:
 
     @classmethod
     def of(cls, intervals: Any, **alone: int | None) -> Intervals:
-        """`intervals`, None or Intervals, with what was given beside it by other names.
+        """`intervals` (None or Intervals), joined with the options that were passed by their own names.
 
         Raises:
             ValueError: if it is something else, or an option was given twice.

@@ -28,7 +28,7 @@ from natgrad.optim.vectors import check_dense, finite
 
 @dataclass(frozen=True)
 class Whitening:
-    """`U = (C + εI)^{-1/2}` of a layer's inputs, its inverse, and their mean `m`, zero where nothing is centered.
+    """`U = (C + εI)^{-1/2}` of a layer's inputs, its inverse, and their mean `m`, which is zero without centering.
 
     The coordinates are those of `a = V U (h − m) + c`: `W = V U` and `b = c − W m`.
     """
@@ -51,30 +51,30 @@ class Whitening:
 class PRONG(torch.optim.Optimizer):
     """Projected natural gradient descent: plain descent, with momentum and weight decay, in whitened coordinates.
 
-    Every layer `a = W h + b` is seen as `a = V U (h − m) + c` with `U = (C + εI)^{-1/2}`, `m = E[h]`, `C = cov(h)`, and
-    `(V, c)` descend:
+    Every layer `a = W h + b` is treated as `a = V U (h − m) + c` with `U = (C + εI)^{-1/2}`, `m = E[h]`, `C = cov(h)`.
+    Gradient descent acts on `(V, c)`:
 
         V ← V − α (∇_W − ∇_b mᵀ) U        c ← c − α ∇_b
 
-    which moves `W` by `−α (∇_W − ∇_b mᵀ)(C + εI)⁻¹` and the mean pre-activation `b + W m` by `−α ∇_b`: the centered
-    K-FAC step with `B = I`. The model keeps its own `W` and `b`, and the change is mapped back to them. So the forward
-    costs nothing more, the state dict stays the model's, and new statistics change no weight and no output at all; a
-    reparametrized model would have to be written anew. Momentum stays in the coordinates: its buffers are of `V` and
-    `c`, as the buffers of a reparametrized model are.
+    This moves `W` by `−α (∇_W − ∇_b mᵀ)(C + εI)⁻¹` and the mean pre-activation `b + W m` by `−α ∇_b`: it is the
+    centered K-FAC step with `B = I`. The model keeps its own `W` and `b`, and the change is mapped back to them.
+    Therefore the forward pass costs nothing extra, the state dict of the model does not change, and new statistics
+    change no weight and no output. The momentum buffers belong to `V` and `c`, as in a reparametrized model.
 
-    A layer without a bias has no centering: `U = (E[h hᵀ] + εI)^{-1/2}`. Parameters that belong to no layer with inputs
-    (scales, shifts, a weight that is used as `W` and as `Wᵀ`) take plain steps; `diagnostics["plain"]` names them.
+    A layer without a bias has no centering: `U = (E[h hᵀ] + εI)^{-1/2}`. Parameters of other kinds (scales, shifts, a
+    weight that is used as `W` and as `Wᵀ`) get plain gradient steps; `diagnostics["plain"]` names them.
 
     Args:
         model: the module to train.
-        lr: the step size `α`, a number; torch's schedulers work.
+        lr: the step size `α`. Torch's schedulers work.
         momentum: as in `torch.optim.SGD`, without dampening.
         weight_decay: `η`, adds `η (V, c)` to the gradient.
         epsilon: `ε`, in units of the inputs' variance.
-        every: steps between new statistics, which are taken from the last forward in training mode before the step.
+        every: steps between updates of the statistics. They come from the last forward pass in training mode before the
+            step.
         decay: the weight of the past in the moving average of the statistics.
-        centered: hold weight and bias apart. Not centered, `U` is of `E[h hᵀ]` and `m` zero.
-        max_dim: inputs wider than this are whitened one by one.
+        centered: treat weight and bias separately. With False, `U` is computed from `E[h hᵀ]`, and `m` is zero.
+        max_dim: if a layer has more inputs than this, each input is whitened separately.
 
     Raises:
         ValueError: if an option is out of range.
@@ -130,9 +130,9 @@ class PRONG(torch.optim.Optimizer):
         refuse_ranks(type(self).__name__, placed(around))
 
     def remove(self) -> None:
-        """Lets go of the model: afterwards it has no hook of this optimizer, and `step` raises RuntimeError.
+        """Removes the optimizer's hooks from the model. Afterwards `step` raises RuntimeError.
 
-        The model's weights are its own all along; there is nothing to undo.
+        The weights of the model do not change.
         """
         if self._watch is not None:
             self._watch.detach()
@@ -140,12 +140,12 @@ class PRONG(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of the parameters from their gradients. What was done is in `diagnostics`.
+        """One update of the parameters from their gradients. `diagnostics` describes it.
 
-        A gradient that is not finite leaves the parameters as they are, and warns.
+        If a gradient is not finite, the parameters do not change, and a warning is given.
 
         Raises:
-            RuntimeError: if new statistics are due and no forward in training mode came before, or after `remove`.
+            RuntimeError: if new statistics are due and no forward pass in training mode came before, or after `remove`.
         """
         if self._watch is None:
             raise RuntimeError("this optimizer was removed from its model; make a new one to train on")
@@ -180,7 +180,7 @@ class PRONG(torch.optim.Optimizer):
             self._watch.recording = self._steps % self.every == 0 or not self._whitenings
 
     def _refresh(self, recorder: Recorder) -> None:
-        """New statistics and with them new coordinates, in which the parameters are what they are."""
+        """Updates the statistics, and with them the coordinates. The parameters do not change."""
         self.diagnostics["refreshed"] = True
         like = next(iter(self._parameters.values()))
         for layer, uses in layers_of(recorder.uses).items():
@@ -204,7 +204,7 @@ class PRONG(torch.optim.Optimizer):
         }
 
     def _descend(self, gradients: Mapping[str, Tensor]) -> None:
-        """`(V, c) ← (V, c) − α (momentum of their gradients)`, and what that is for `(W, b)`."""
+        """`(V, c) ← (V, c) − α (momentum of their gradients)`, mapped back to `(W, b)`."""
         group = self.param_groups[0]
         covered = {n for layer in self._whitenings for n in layer.names if layer.weight in gradients}
         self.diagnostics["plain"] = [n for n in gradients if n not in covered]
@@ -257,7 +257,7 @@ class PRONG(torch.optim.Optimizer):
     def _momentum(
         self, name: str, gradient: Tensor, group: dict[str, Any], rows: slice, shape: torch.Size | None = None
     ) -> Tensor:
-        """The buffer of some rows after it has taken in their gradient; the gradient itself without momentum."""
+        """The momentum buffer of some rows, updated with their gradient; without momentum, the gradient itself."""
         if group["momentum"] == 0:
             return gradient
         state = self.state[self._parameters[name]]
@@ -270,16 +270,16 @@ class PRONG(torch.optim.Optimizer):
     # Saving --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on beside the parameters: they resume bit for bit."""
+        """Everything that the next steps depend on, apart from the parameters. Training resumes bit for bit."""
         own = {"steps": self._steps, "centered": self.centered, **named(self._parameters)}
         own["moments"] = state_of_moments(self._moments)
         return super().state_dict() | {"prong": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes from what `state_dict` gave, for a model of the same parameters.
+        """Resumes from the result of `state_dict`, for a model with the same parameters.
 
         Raises:
-            ValueError: if it is not of such an optimizer, or of other parameters.
+            ValueError: if it is from another kind of optimizer, or has other parameters.
         """
         saved = state_of(state_dict, "prong", type(self).__name__)
         for key in ("steps", "centered", "names", "dtypes", "moments"):

@@ -1,4 +1,4 @@
-"""The step that KFAC and NaturalGradient share: a recipe over parts that know nothing of one another."""
+"""The step of KFAC and NaturalGradient, as a sequence of calls of parts that do not depend on one another."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from natgrad.optim.whole import ONE_AT_A_TIME, restored_on_error, states_restore
 
 
 class Recipe:
-    """From gradients and the losses that they are of to new parameters.
+    """Computes new parameters from the losses and their gradients.
 
     Args:
-        parameters: those that move.
-        tracker: follows the model's forwards and the losses made of them.
-        preconditioner: holds the curvature `F` and the inverse of `F + λI`.
-        damping: `λ`, which moves by how well the quadratic model predicts the loss.
-        journal: counts, and tells users what went wrong.
+        parameters: the parameters to train.
+        tracker: records the model's forward passes and the losses computed from them.
+        preconditioner: has the curvature `F` and the inverse of `F + λI`.
+        damping: `λ`, and how it adapts to the reduction ratio.
+        journal: counts failures, and warns users.
         labels: the source of random labels.
         tolerated: the share of the loss by which a step may raise it on its own batch.
         tries: how often a step is tried, with more damping each time and the same curvature.
         adapt_every: steps between changes of the damping, and of the ratio of step size and momentum.
         max_kl: a bound on the predicted KL divergence of a step.
-        average: by how much the weight of an iterate in the averages falls each step; None: there are no averages.
-        precision: of the products of the quadratic model.
-        projected: the step rule where momentum is given, if it is another one.
+        average: decay of the average of the parameters. None: no average.
+        precision: the precision of the products of the quadratic model.
+        projected: another step rule for a given momentum, if there is one.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Recipe:
         tracker.arm()
 
     def run(self, parts: list[Batch | Penalty], gradients: Vector) -> None:
-        """One step. `parts` are what the gradients are of."""
+        """One step. `parts` are the losses and penalties whose gradients are given."""
         device = self.parameters.device
         with (
             ONE_AT_A_TIME,
@@ -104,7 +104,7 @@ class Recipe:
             self.tracker.arm()
 
     def _step(self, parts: list[Batch | Penalty], gradients: Vector) -> None:
-        """The recipe. Raises Rejection where there is no step to take."""
+        """The recipe. Raises Rejection if no step can be taken."""
         figures, now = self.journal.figures, self.journal.steps
         objective = self._objective(parts, gradients)
         self.untold.look(objective, gradients, now)
@@ -133,7 +133,7 @@ class Recipe:
                 self.damping.raise_(tries, self.preconditioner.scale())
 
     def _look_at_loss(self, stage: Stage) -> None:
-        """Calibrates the damping on the first loss. Raises Rejection if the last step has raised the loss too much."""
+        """Calibrates the damping on the first loss. Raises Rejection if the last step raised the loss too much."""
         objective = stage.objective
         self.journal.see_loss(stage.loss, given=self.rule.fixed and not self.damping.adaptive)
         if self.damping.value is None:
@@ -143,14 +143,14 @@ class Recipe:
         self.journal.loss_before = objective.loss
 
     def _was_too_far(self, objective: Objective) -> bool:
-        """Whether the last step has raised this batch's loss by too much; it is then undone."""
+        """Whether the last step raised this batch's loss too much. It is then undone."""
         share = ON_ANOTHER_BATCH if self.damping.adaptive else FAR
         if self.damping.given or not self.trials.too_far(objective.loss, self.journal.loss_before, share):
             return False
         return self.trials.undo_last(objective, objective.loss, share)
 
     def _try(self, stage: Stage) -> Taken:
-        """The step of this damping, taken. Raises Rejection if the loss would rise by it, or there is none."""
+        """Takes the step with the current damping. Raises Rejection if the loss would rise, or if there is none."""
         damping, figures, due = self.damping.value, self.journal.figures, self._adaptation_due()
         measures = self._measures() and stage.objective.measurable
         assert damping is not None
@@ -163,7 +163,8 @@ class Recipe:
             if self.damping.given:
                 raise
             raise Rejection(f"{self.preconditioner.inverted} could not be inverted: {error}") from error
-        # Where the model promises most of the loss, it may be wrong: saturated outputs have next to no curvature.
+        # If the model predicts that most of the loss vanishes, it may be wrong: saturated outputs have almost no
+        # curvature.
         doubtful = self.damping.adaptive and stage.objective.measurable and -change > 0.5 * abs(stage.loss)
         if not (measures or doubtful):
             return self.trials.take(step)
@@ -184,7 +185,7 @@ class Recipe:
         return found
 
     def _commit(self, taken: Taken) -> None:
-        """Notes what was taken: for momentum, for taking it back, for averages."""
+        """Stores the step that was taken: for the momentum, for undoing it, and for the averages."""
         with uninterrupted():
             for n, d in taken.step.delta.items():
                 self.parameters.state_of(n)["delta"] = d
@@ -203,7 +204,7 @@ class Recipe:
     # What the recipe is made of ------------------------------------------------------------------------
 
     def _objective(self, parts: list[Batch | Penalty], gradients: Vector) -> Objective:
-        """What the gradients are of. Raises Rejection if it is not finite."""
+        """The objective whose gradients are given. Raises Rejection if it is not finite."""
         objective = Objective(self.parameters, parts, self.tracker.terms, self.precision, self.jacobian)
         if objective.idle:
             gradients |= self._from_others(gradients)
@@ -226,7 +227,7 @@ class Recipe:
         return objective
 
     def _stage(self, objective: Objective, gradients: Vector, moving: list[str]) -> Stage:
-        """The gradient per unit of the objective, and what else the step starts from."""
+        """What the step starts from: the gradient per unit of the objective, and more."""
         own, decay = self.parameters.local(), self._decay(objective.scale)
         values = [gradients[n] if n in gradients else torch.zeros_like(own[n]) for n in moving]
         g = dict(zip(moving, torch._foreach_mul(values, 1 / objective.scale) if values else [], strict=True))
@@ -266,7 +267,7 @@ class Recipe:
         return Decay(eta)
 
     def _from_others(self, gradients: Vector) -> Vector:
-        """The gradients, for a rank that has none as it has run out of data, from the first that has."""
+        """The gradients. A rank that has run out of data has none, and gets them from the first rank that has."""
         place, own = self.parameters.place, self.parameters.local()
         if place.shards is not None:
             return gradients
@@ -282,7 +283,7 @@ class Recipe:
         return found
 
     def _check_parameters(self, fault: str) -> None:
-        """Raises ValueError if parameters are not finite, so that no step can be taken ever again."""
+        """Raises ValueError if parameters are not finite: then no further step is possible."""
         bad = [n for n, p in self.parameters.local().items() if not torch.isfinite(p).all()]
         if bad and self.journal.rejections >= 1:
             raise ValueError(
@@ -292,7 +293,7 @@ class Recipe:
 
     @contextlib.contextmanager
     def _as_a_whole(self) -> Iterator[None]:
-        """Within, an exception puts everything back but what a step has put back itself."""
+        """Within this context, an exception restores everything that the step has not restored itself."""
         parts = (self.journal, self.damping, self.adaptive, self.preconditioner, *self.preconditioner.parts())
         before = list(self.tracker.pending)
         generator = self.labels.generator.get_state()
@@ -308,14 +309,14 @@ class Recipe:
 
     @property
     def rule(self) -> StepRule:
-        """The step rule: whether step size and momentum are given or adapted."""
+        """The step rule, which depends on whether step size and momentum are given or adaptive."""
         if self.projected is not None and all(group["momentum"] is not None for group in self.parameters.groups):
             return self.projected
         given = (group[name] is not None for group in self.parameters.groups for name in ("lr", "momentum"))
         return self.fixed if all(given) else self.adaptive
 
     def _measures(self) -> bool:
-        """Whether this step's loss is measured, whatever the model promises."""
+        """Whether the loss after this step is measured in any case, independent of the predicted decrease."""
         if not self.damping.adaptive:
             return False
         return self._adaptation_due() or self.journal.rejections > 0 or self.damping.value is None

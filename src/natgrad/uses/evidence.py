@@ -136,17 +136,23 @@ class Evidence:
 
     def _check_maximum(self, groups: Mapping[str, tuple[str, ...]], noise: bool) -> None:
         trace = self._traces()
+        or_one = ", or use per='one'"
         for g, names in groups.items():
-            what = f"{g!r}" if g != "all" else "all weights"
+            what, coarser = (f"the weights of {g!r}", True) if g != "all" else ("the weights", False)
             if not any(self.weights[n].any() for n in names):
                 raise ValueError(
-                    f"the weights of {what} are all zero, and the marginal likelihood grows with their precision "
-                    "without bound; give their prior_precision, or use per='one'"
+                    f"{what} are all zero, and the marginal likelihood grows with their precision without bound; give "
+                    f"their prior_precision{coarser * or_one}"
                 )
             if not sum(trace[n] for n in names) > 0:
                 raise ValueError(
-                    f"the data do not depend on the weights of {what}: their curvature is zero, and the marginal "
-                    "likelihood has no maximum in their precision; use per='one', or leave them out with subset="
+                    f"the data do not depend on {what}: their curvature is zero, and the marginal likelihood has no "
+                    "maximum in their precision; "
+                    + (
+                        "use per='one', or leave them out with subset="
+                        if coarser
+                        else "look for targets that are all ignored"
+                    )
                 )
         if noise and not self.loss > 0:
             raise ValueError("the model fits all targets exactly, so the noise has no estimate; give sigma_noise=")

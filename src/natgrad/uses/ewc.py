@@ -69,10 +69,20 @@ class EWC:
         self.model, self.F, self.strength = model, F, strength
 
     def __call__(self, model: nn.Module | None = None) -> Tensor:
-        """The penalty, a scalar with the gradient `strength F (θ − θ*)`. It has no second derivative."""
-        parameters = parameters_of(model or self.model, self.F)
-        d = self.F.space.flatten(tuple(parameters.values())) - self.anchor
+        """The penalty, a scalar with the gradient `strength F (θ − θ*)`. It has no second derivative.
+
+        Raises:
+            ValueError: if `F` is indefinite, and the weights have gone where its curvature is negative.
+        """
+        F = self.F
+        parameters = parameters_of(model or self.model, F, as_then=False)
+        d = F.space.flatten(tuple(p.to(F.dtype) for p in parameters.values())) - self.anchor
         with torch.no_grad():
-            Fd = self.F @ d.detach()
+            Fd = F @ d.detach()
+            if d @ Fd < -(torch.finfo(F.dtype).eps ** 0.5) * d.norm() * Fd.norm():
+                raise ValueError(
+                    f"F is indefinite: its curvature is {float(d @ Fd / d.square().sum()):.3g} along the way that the "
+                    "weights have gone, which the penalty would reward; use the Fisher information, natgrad.fisher"
+                )
         # F d is held constant, so that the gradient is F d, and not half of it.
         return self.strength * (d @ Fd - 0.5 * (d.detach() @ Fd))

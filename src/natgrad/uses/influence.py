@@ -15,9 +15,11 @@ from natgrad.curvature.problem import Forward, Problem
 from natgrad.linalg import BlockDiagonal, Operator
 from natgrad.linalg.operator import check_damping
 from natgrad.uses.covariance import output_covariance
+from natgrad.uses.order import rows_in_order
 from natgrad.uses.refined import ByCases, refined
-from natgrad.uses.rows import Rows, loss_columns, measure_columns, rows_of
+from natgrad.uses.rows import Rows, loss_columns, measure_columns
 from natgrad.uses.scores import Queries, Scores
+from natgrad.uses.subset import moved, warn_in_training
 
 PER = {"example": "one score for each training example", "token": "one for each position of its inputs"}
 TOLERANCE = 1e-3
@@ -59,7 +61,8 @@ def influence(
     Args:
         model: a trained model, in evaluation mode.
         loss: its loss, any that `natgrad.fisher` takes.
-        train: the training data, as for `natgrad.fisher`: a pair, or an iterable of batches that can be read twice.
+        train: the training data, as for `natgrad.fisher`: a pair, or an iterable of batches that can be read twice, in
+            a fixed order.
         query: data of the same form. None: the influence of every training example on itself, `(training examples,)`.
         structure: any of `natgrad.fisher`.
         damping: `λ`. It should be about the weight decay of the training, and not far below a tenth of the mean of
@@ -79,7 +82,8 @@ def influence(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `natgrad.fisher` does.
-        ValueError: also if a query has no gradient, or `factors` are of another model.
+        ValueError: also if a query has no gradient, data are shuffled, or `factors` are of another model or of other
+            weights.
         RuntimeError: if the damped matrix is not positive definite.
 
     Example:
@@ -107,6 +111,7 @@ def influence(
         return Problem(model, loss, data, params=params, forward=forward, dtype=dtype, progress=progress)
 
     training = problem(train)
+    warn_in_training(training.model)
     F = _checked(factors, training)
     if F is None:
         F = fisher(
@@ -120,18 +125,21 @@ def influence(
         x = inverse @ b
         return x if exact is None else refined(exact, damping, inverse, b, x, refine, TOLERANCE)
 
-    own = loss_columns(training)
+    def trained() -> Iterator[Rows]:
+        return rows_in_order("train", training, train, loss_columns(training))
+
     if query is None:
-        found = [_with_itself(rows, inverse, None if exact is None else solved) for rows in rows_of(training, own)]
-        return Scores(torch.cat(found))
+        refine_by = None if exact is None else solved
+        return Scores(torch.cat([_with_itself(rows, inverse, refine_by) for rows in trained()]))
+    query = list(query) if isinstance(query, Iterator) else query
     asked = problem(query)
     columns = measure_columns(measure) if measure else loss_columns(asked)
-    gradients = _gradients(rows_of(asked, columns))
+    gradients = _gradients(rows_in_order("query", asked, query, columns))
     space = F.space
     v = dict(zip(space.names or (), space.unflatten(solved(gradients)), strict=True))
     queries = Queries(v, rank)
     score = queries.position_scores if per == "token" else queries.scores
-    each = [score(rows) for rows in rows_of(training, own)]
+    each = [score(rows) for rows in trained()]
     return Scores(torch.cat(each, 1))
 
 
@@ -148,6 +156,11 @@ def _checked(factors: Any, problem: Problem) -> Operator | None:
         raise ValueError(
             f"factors are of another model or of other parameters: {other!r} has shape {theirs.get(other)} there and "
             f"{own.get(other)} here; give the matrix of this model, and the same params="
+        )
+    if changed := moved(factors, problem.parameters):
+        raise ValueError(
+            f"factors were computed at other weights of the model: {changed!r} has changed since; compute them at the "
+            "weights of now, or load those of then. To use them as they are, pass 1.0 * factors"
         )
     if factors.dtype != problem.dtype or factors.device != problem.device:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice
+from natgrad.curvature.low_rank import RANK
 from natgrad.curvature.matrices import fisher
 from natgrad.curvature.problem import Forward, Problem
 from natgrad.linalg import BlockDiagonal, Operator, Space
@@ -36,6 +37,7 @@ def laplace(
     samples: int = 1,
     centered: bool = False,
     sharing: str = "expand",
+    rank: int = RANK,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
@@ -65,7 +67,7 @@ def laplace(
         sigma_noise: the standard deviation of targets under `nn.MSELoss`. None: 1, until `fit_prior` estimates it.
         temperature: `T`; below 1 the posterior is sharper.
         bias: `"coupled"` holds a layer's weight and bias in one block, `"apart"` in one each (K-FAC and EKFAC).
-        estimator, samples, centered, sharing, forward, generator, dtype, progress: as for `natgrad.fisher`.
+        estimator, samples, centered, sharing, rank, forward, generator, dtype, progress: as for `natgrad.fisher`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `natgrad.fisher` does.
@@ -91,8 +93,8 @@ def laplace(
     def matrix(names: list[str]) -> Operator:
         F = fisher(
             model, summed(problem.curvature).module, data, structure, estimator=estimator, samples=samples,
-            centered=centered, sharing=sharing, params=names, forward=forward, generator=generator, dtype=dtype,
-            progress=progress,
+            centered=centered, sharing=sharing, rank=rank, params=names, forward=forward, generator=generator,
+            dtype=dtype, progress=progress,
         )  # fmt: skip
         return 0.5 * F if isinstance(problem.curvature, SquaredError) else F
 

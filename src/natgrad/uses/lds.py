@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from natgrad.checks.files import write_whole
 from natgrad.checks.values import check_count, check_flag, check_function, check_within, described
 
 Retrain = Callable[[Tensor, Any], Tensor]
@@ -77,7 +78,7 @@ def lds(
             sorted `LongTensor`, and returns the loss of every query, `(queries,)`. None: all results are in the file.
         subsets: how many.
         fraction: the share of the training examples in each.
-        seed: of the draw of the subsets. The `k`-th is trained with the seed `seed + k`.
+        seed: of the draw of the subsets, `>= 0`. The `k`-th is trained with the seed `seed + k`.
         path: a file for the results, made if it is not there.
         at_once: how many subsets `retrain` takes in one call, as an ensemble under `torch.vmap` does: it is then given
             `(at_once, kept)` indices and a list of seeds, and returns `(at_once, queries)`. The last call may have
@@ -102,7 +103,13 @@ def lds(
     """
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         raise ValueError(f"scores is {described(scores)}; expected a Tensor of shape (queries, training examples)")
+    if not torch.isfinite(scores).all():
+        raise ValueError(
+            f"{int((~torch.isfinite(scores)).sum())} of {scores.numel()} scores are not finite; look for a damping "
+            "that is too small, or for NaN in the model"
+        )
     check_count("subsets", subsets, "subsets", least=2)
+    check_count("seed", seed, least=0)
     check_within("fraction", fraction, "(0, 1)")
     check_count("at_once", at_once, "subsets")
     check_flag("progress", progress)
@@ -145,20 +152,32 @@ class Results:
         if self.path.is_dir() or not self.path.parent.is_dir():
             what = "is a folder" if self.path.is_dir() else f"is in no folder, as there is no {self.path.parent}"
             raise ValueError(f"path={str(self.path)!r} {what}; expected the name of a file in a folder that is there")
-        if not self.path.exists():
-            self.path.write_text(json.dumps({"natgrad lds": of}) + "\n", encoding="utf-8")
+        title = json.dumps({"natgrad lds": of})
+        found_there = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        if title.startswith(found_there):  # a new file, or one that was cut off in its first line
+            self._write([title])
             return
-        first, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        first, *lines = found_there.split("\n")
         theirs = _read(first)
         if not isinstance(theirs, dict) or theirs.get("natgrad lds") != of:
             found = theirs.get("natgrad lds", "other things") if isinstance(theirs, dict) else "other things"
             raise ValueError(f"{self.path} holds results of {found}, and these are of {of}; give another path")
+        whole = [first]
         for line in lines:
-            row = _read(line)  # one that was cut off is trained again
-            if isinstance(row, dict):
-                self.losses[row["subset"]] = row["losses"]
-        whole = [first, *(line for line in lines if _read(line) is not None)]
-        self.path.write_text("\n".join(whole) + "\n", encoding="utf-8")
+            if not line or (row := _read(line)) is None:  # one that was cut off is trained again
+                continue
+            if not _is_result(row, of["queries"]):
+                raise ValueError(
+                    f"{self.path} has a line that is no result, {line[:60]!r}; expected those that natgrad.lds wrote. "
+                    "Take the line out, or give another path"
+                )
+            self.losses[row["subset"]] = row["losses"]
+            whole.append(line)
+        self._write(whole)
+
+    def _write(self, lines: list[str]) -> None:
+        assert self.path is not None
+        write_whole(self.path, ["".join(f"{line}\n" for line in lines).encode()])
 
     def add(self, subsets: list[int], losses: Float[Tensor, "subsets queries"]) -> None:
         """Keeps the losses of some subsets, in the file before anything else is done."""
@@ -189,6 +208,13 @@ def _read(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
+
+
+def _is_result(row: Any, queries: int) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("subset"), int):
+        return False
+    losses = row.get("losses")
+    return isinstance(losses, list) and len(losses) == queries and all(isinstance(one, float) for one in losses)
 
 
 def _checked(losses: Any, shape: tuple[int, ...]) -> Tensor:

@@ -13,9 +13,12 @@ from natgrad.losses.base import OutputCurvature
 from natgrad.losses.elementwise import Bernoulli, Poisson, SquaredError
 from natgrad.losses.gaussian import Gaussian
 from natgrad.losses.likelihood import LikelihoodCurvature
+from natgrad.losses.margin import SoftMargin
 from natgrad.losses.softmax import Softmax
 from natgrad.uses.links import bridge, draws, probit
 
+Logistic = (Bernoulli, SoftMargin)
+"""Losses whose outputs are log-odds."""
 LINKS = {
     "probit": "closed form, from the variances of the outputs",
     "mc": "the mean over draws of the outputs",
@@ -67,10 +70,18 @@ class Outputs:
 
 
 def check_link(curvature: OutputCurvature, link: str | None) -> str:
-    """The link that holds: `"probit"` by default. ValueError for one that the loss does not have."""
+    """The link that holds: `"probit"` by default. ValueError for one that the loss does not have, TypeError for a loss
+    that no distribution of targets belongs to."""
+    if not isinstance(curvature, (Softmax, *Logistic, SquaredError, Poisson, Gaussian, LikelihoodCurvature)):
+        raise TypeError(
+            f"{type(curvature.module).__name__} gives no distribution of targets at the model's outputs, so there is "
+            "nothing to predict with; use P.functional_variance(x) and P.sample(x, n), or a posterior of "
+            "nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.MSELoss or natgrad.losses.Likelihood"
+        )
     if link is None:
         return "mc" if isinstance(curvature, LikelihoodCurvature) else "probit"
-    known = {Softmax: tuple(LINKS), Bernoulli: ("probit", "mc"), LikelihoodCurvature: ("mc",)}.get(type(curvature))
+    by_loss = ((Softmax, tuple(LINKS)), (Logistic, ("probit", "mc")), (LikelihoodCurvature, ("mc",)))
+    known = next((its for kind, its in by_loss if isinstance(curvature, kind)), None)
     if known is None:
         raise ValueError(
             f"link={link!r} is for probabilities, and {type(curvature.module).__name__} predicts a mean and a variance"
@@ -82,7 +93,7 @@ def check_link(curvature: OutputCurvature, link: str | None) -> str:
 
 def needs_covariance(curvature: OutputCurvature, link: str) -> bool:
     """Whether a prediction takes the covariances between an example's outputs, not their variances alone."""
-    return link in ("bridge", "bridge_norm") or (link == "mc" and not isinstance(curvature, Bernoulli))
+    return link in ("bridge", "bridge_norm") or (link == "mc" and not isinstance(curvature, Logistic))
 
 
 def predicted(
@@ -106,7 +117,7 @@ def predicted(
                 "use 'probit' or 'mc'"
             )
         return bridge(mean, outputs.covariance, normalized=link == "bridge_norm")
-    if isinstance(curvature, Bernoulli):
+    if isinstance(curvature, Logistic):
         if link == "probit":
             return probit(mean, variance).sigmoid()
         z = torch.randn(samples, *mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
@@ -136,7 +147,7 @@ def moments(curvature: OutputCurvature, drawn: Tensor, variance: Tensor) -> Tens
 def of_draws(curvature: OutputCurvature, drawn: Tensor, sigma: float) -> Tensor | Prediction:
     """The prediction from draws of the outputs, `(samples, *output)`, of networks with drawn weights."""
     variance = drawn.var(0, correction=0)
-    if isinstance(curvature, (Softmax, Bernoulli)):
+    if isinstance(curvature, (Softmax, *Logistic)):
         return probabilities(curvature, drawn).mean(0)
     if isinstance(curvature, SquaredError):
         return Prediction(drawn.mean(0), variance + sigma**2, variance)
@@ -153,4 +164,4 @@ def probabilities(curvature: OutputCurvature, drawn: Tensor) -> Tensor:
     """Each draw's probabilities; the outputs as they are where the loss has no classes."""
     if isinstance(curvature, Softmax):
         return drawn.softmax(2)
-    return drawn.sigmoid() if isinstance(curvature, Bernoulli) else drawn
+    return drawn.sigmoid() if isinstance(curvature, Logistic) else drawn

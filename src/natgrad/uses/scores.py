@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,10 @@ class Scores(Tensor):
     def top(self, k: int = 10, against: bool = False) -> Top:
         """The `k` training examples that speak most for each query; or `against` it, the lowest scores first."""
         most = self.shape[-1]
-        if not 1 <= k <= most:
-            raise ValueError(f"k={k} is not usable: expected at least 1, and at most the {most} training examples")
+        if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= most:
+            raise ValueError(
+                f"k={k} is not usable: expected a whole number, at least 1 and at most the {most} training examples"
+            )
         values, indices = self.as_subclass(Tensor).topk(k, -1, largest=not against)
         return Top(values, indices)
 

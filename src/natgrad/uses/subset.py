@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import inf, isclose
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -15,6 +15,7 @@ from natgrad.capture.layers.scale import Scale
 from natgrad.checks.parameters import Selection
 from natgrad.checks.warning import warn
 from natgrad.curvature.problem import Forward, Problem
+from natgrad.linalg import Operator
 
 
 def chosen(model: nn.Module, loss: nn.Module, data: Any, subset: Selection, forward: Forward | None) -> Selection:
@@ -40,6 +41,12 @@ def last_layer(problem: Problem) -> list[str]:
                 return [n for n in (use.weight, use.bias) if n]
         break
     raise ValueError("the forward uses no weight of a linear layer, so there is no last layer; use subset= with names")
+
+
+def moved(F: Operator, parameters: Mapping[str, Tensor]) -> str | None:
+    """A parameter that has changed since the matrix was computed, if that is known of any."""
+    norms = {n: float(parameters[n].detach().double().norm()) for n in F.fingerprint if n in parameters}
+    return next((n for n, size in norms.items() if not isclose(F.fingerprint[n], size, rel_tol=1e-9)), None)
 
 
 def warn_in_training(model: nn.Module) -> None:

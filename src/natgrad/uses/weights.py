@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from natgrad.checks.values import described
+from natgrad.checks.warning import warn
 from natgrad.linalg import Operator
+from natgrad.uses.subset import moved
 
 
-def parameters_of(model: nn.Module, F: Any, name: str = "F") -> dict[str, nn.Parameter]:
-    """The model's parameters in the order of the matrix's vectors.
+def parameters_of(model: nn.Module, F: Any, name: str = "F", as_then: bool = True) -> dict[str, nn.Parameter]:
+    """The model's parameters in the order of the matrix's vectors. A RuntimeWarning says if they have changed since the
+    matrix was computed, unless they need not be `as_then`.
 
     Raises:
         TypeError: if it is no matrix of named parameters.
@@ -29,14 +33,20 @@ def parameters_of(model: nn.Module, F: Any, name: str = "F") -> dict[str, nn.Par
                 f"{name} is of another model: {n!r} has shape {shape} there, and this model has {has}; give the matrix "
                 "of this model"
             )
-        if own[n].dtype != F.dtype or own[n].device != F.device:
+        wanted = torch.promote_types(own[n].dtype, torch.float32)  # of parameters in half precision: float32
+        if wanted != F.dtype or own[n].device != F.device:
             raise ValueError(
-                f"{name} is {F.dtype} on {F.device}, and {n!r} is {own[n].dtype} on {own[n].device}; expected the "
-                f"same: F.to({str(own[n].device)!r}, {own[n].dtype})"
+                f"{name} is {F.dtype} on {F.device}, and {n!r} is {own[n].dtype} on {own[n].device}; expected "
+                f"{name}.to({str(own[n].device)!r}, {wanted})"
             )
+    if as_then and (other := moved(F, own)):
+        warn(
+            f"{name} was computed at other weights: {other!r} has changed since; expected it at the model's "
+            "weights of now"
+        )
     return {n: own[n] for n in F.space.names}
 
 
 def flat(F: Operator, parameters: dict[str, nn.Parameter]) -> Tensor:
     """Their values as one vector."""
-    return F.space.flatten(tuple(p.detach() for p in parameters.values()))
+    return F.space.flatten(tuple(p.detach().to(F.dtype) for p in parameters.values()))

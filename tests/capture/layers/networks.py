@@ -1,6 +1,7 @@
 """Small networks, each around one kind of layer: `first` is the layer in question, examples are on axis 0."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from oracles import f64, randn
@@ -34,6 +35,20 @@ class Elementwise(nn.Module):
     def forward(self, x):
         x = x if self.c is None else x + self.c
         return x if self.w is None else self.w * x
+
+
+class Offset(nn.Module):
+    """Parameters that are used with a number added to them: a scale around one, a weight matrix."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(width) / 3)
+        self.matrix = nn.Parameter(torch.randn(width, width))
+        self.bias = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        scaled = F.rms_norm(x, x.shape[-1:]) * (1.0 + self.scale.to(x.dtype))
+        return F.linear(scaled, self.matrix.t() - 0.5, self.bias.add(2))
 
 
 class ClassToken(nn.Module):
@@ -150,6 +165,7 @@ SCALES = {
     "group norm": lambda: (Around(nn.GroupNorm(2, 4), 4, 1), image(4)),
     "instance norm": lambda: (Around(nn.InstanceNorm1d(3, affine=True), 3, 1), image(3, dimensions=1)),
     "scale and shift": lambda: (Around(Elementwise(4), 4), sequence()),
+    "offsets": lambda: (Around(Offset(4), 4), sequence()),
     "scale by one number": lambda: (Around(Elementwise(shift=False), 4), sequence()),
     "shift by place": lambda: (Around(Elementwise(1, 5, 4, scale=False), 4), sequence()),
     "scale of channels": lambda: (Around(Elementwise(1, 3, 1, 1), 3, 1), image(3)),

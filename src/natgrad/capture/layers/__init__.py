@@ -1,11 +1,11 @@
-"""Kinds of layers: which calls of torch use a parameter, and the cases that each use gives."""
+"""Kinds of layers: which torch functions use a parameter, and the cases of each use."""
 
 from natgrad.capture.layers import affine, convolution, embedding, scale
 from natgrad.capture.layers.composite import COMPOSITES
 from natgrad.capture.layers.inputs import Inputs, InputSums, Rows, Sparse, joined, stacked
 from natgrad.capture.layers.kind import Call, Kind, View
 from natgrad.capture.layers.scale import ADDITIONS, PRODUCTS, SPREADS, Scale
-from natgrad.capture.layers.views import CASTS, RESHAPES, SELECTIONS, VIEWS
+from natgrad.capture.layers.views import CASTS, OFFSETS, RESHAPES, SELECTIONS, VIEWS
 
 # How each function's arguments are read.
 PARSERS = {**affine.PARSERS, **convolution.PARSERS, **embedding.PARSERS, **scale.PARSERS}
@@ -14,6 +14,7 @@ __all__ = [
     "ADDITIONS",
     "CASTS",
     "COMPOSITES",
+    "OFFSETS",
     "PARSERS",
     "PRODUCTS",
     "RESHAPES",

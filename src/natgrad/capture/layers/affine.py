@@ -1,4 +1,4 @@
-"""The affine map `a = W h + b`: the calls that make one, the views of a weight that they take."""
+"""The affine map `a = W h + b`: the torch functions that compute one, and the views of a weight that they accept."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from natgrad.linalg.layout import Layout
 
 @dataclass(frozen=True)
 class Affine(Kind):
-    """`a = W h + b`, the weight stored as `(d_out, d_in)`, or as `(d_in, d_out)` where it is `transposed`.
+    """`a = W h + b`, with the weight stored as `(d_out, d_in)`, or as `(d_in, d_out)` if it is `transposed`.
 
-    Exact in the cases; K-FAC takes each position of an example as a case (`sharing="expand"`), or averages them.
+    The cases are exact. K-FAC treats each position of an example as a case (`sharing="expand"`), or averages them.
     """
 
     transposed: bool = False

@@ -1,4 +1,4 @@
-"""Functions that hide affine maps inside of them, and what computes the same in the open."""
+"""Fused functions with affine maps inside, and equivalent functions whose affine maps can be recorded."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
+from natgrad.capture.layers.einsum import affine_map
 from natgrad.capture.layers.recurrent import UNROLLED
+from natgrad.capture.layers.scale import joined, stacked
 
 
 def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A Python function of torch whose body runs where a function mode would be handed the call as a whole."""
+    """Runs the body of a Python function of torch, so that a function mode sees its inner calls."""
     assert isinstance(function, FunctionType)
     scope = {**function.__globals__, "has_torch_function": lambda *_: False}
     opened = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
@@ -20,8 +23,11 @@ def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
     return opened
 
 
-# For each fused function one that does the same by functions of torch's own.
+# For each fused function, an equivalent one made of plain torch functions. It may return NotImplemented.
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
+    torch.einsum: affine_map,
+    torch.stack: stacked,
+    **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], joined),
     **UNROLLED,
 }

@@ -18,18 +18,18 @@ from natgrad.capture.order import Order
 from natgrad.linalg.layout import Layout
 
 CHUNK = 1 << 23
-"""About how many numbers of the unfolded input are held at a time: what fits a processor's caches."""
+"""The approximate number of entries of the unfolded input in memory at a time, so that they fit the CPU caches."""
 GPU_CHUNK = 1 << 27
-"""The same on a GPU, which wants large products."""
+"""The same on a GPU, where large products are efficient."""
 
 
 @dataclass(frozen=True)
 class Convolution(Kind):
     """One group of a convolution: `a[:, p] = W · patch(h, p) + b` at every output position `p`.
 
-    `kernel`, `stride`, `padding` (before and after), `dilation` have an entry for each spatial axis; `channels` are
-    the group's input channels and `features` its output channels, first and last plus one. Exact in the cases; K-FAC
-    takes each position as a case (Grosse & Martens 2016, arXiv:1602.01407), and each group as a layer of its own.
+    `kernel`, `stride`, `padding` (before and after), `dilation` have an entry for each spatial axis; `channels` are the
+    group's input channels and `features` its output channels: the first, and the last plus one. The cases are exact.
+    K-FAC treats each position as a case (Grosse & Martens 2016, arXiv:1602.01407), and each group as a layer.
     """
 
     kernel: tuple[int, ...]
@@ -40,7 +40,7 @@ class Convolution(Kind):
     outputs: tuple[int, int]
     groups: int = 1
     stuffing: tuple[int, ...] | None = None
-    """Of a transposed convolution its stride: `stuffing − 1` zeros go between the inputs."""
+    """The stride of a transposed convolution: `stuffing − 1` zeros are inserted between the inputs."""
 
     features = 1
 
@@ -74,9 +74,10 @@ class Convolution(Kind):
 
 
 class Patches(Inputs):
-    """The patches of a convolution's input, `(example, position, channels · kernel)`, written out only if need be.
+    """The patches of a convolution's input, `(example, position, channels · kernel)`, written to memory only if
+    necessary.
 
-    An example may have several `images`, which follow one another in `h`.
+    An example may have several `images`, which are consecutive in `h`.
     """
 
     def __init__(
@@ -99,7 +100,8 @@ class Patches(Inputs):
         return F.pad(h, [side for sides in reversed(self.convolution.padding) for side in sides])
 
     def _unfolded(self, h: Tensor, first: int) -> Tensor:
-        """Windows along the spatial axes from `first` on: their positions in place, their kernels as last axes."""
+        """Windows along the spatial axes from `first` on. The positions replace the axes, and the kernels are the last
+        axes."""
         for axis, (k, s, _, d) in enumerate(zip(*self._geometry(), strict=True)):
             if axis >= first:
                 h = h.unfold(axis + 2, d * (k - 1) + 1, s)[..., ::d]
@@ -112,12 +114,12 @@ class Patches(Inputs):
         return patches if self.images == 1 else patches.reshape(self.shape)
 
     def sums(self, kept: Tensor | None = None, diagonal: bool = False) -> InputSums:
-        """The scatter of the patches, without writing them out.
+        """The scatter of the patches, without writing the patches to memory.
 
-        The input is unfolded along all axes but the first, `X` of rows `y`. The block of the kernel's rows `u` and
-        `v` is then `M(u, v) = Σ_p X[s p + d u]ᵀ X[s p + d v]`. With stride 1 it depends on `v − u` but for the ends:
-        `M(u+1, v+1)` lacks the first `d` terms of `M(u, v)` and has `d` more after the last. Channels are shifted to
-        mean zero first, so that taking off the mean of the patches cancels no digits.
+        The input is unfolded along all axes except the first, which gives `X` with rows `y`. The block of the kernel
+        rows `u` and `v` is then `M(u, v) = Σ_p X[s p + d u]ᵀ X[s p + d v]`. With stride 1 it depends only on `v − u`,
+        except at the ends: `M(u+1, v+1)` lacks the first `d` terms of `M(u, v)` and has `d` more terms after the last.
+        The channels are first shifted to mean zero, so that subtracting the mean of the patches causes no cancellation.
         """
         if kept is not None or diagonal or not len(self.h):
             return Rows(self.dense()).sums(kept, diagonal)
@@ -193,7 +195,7 @@ class Patches(Inputs):
     def arranged(self, order: Order) -> Inputs:
         if order.is_identity:
             return self
-        if not order.rows:  # of no image
+        if not order.rows:  # a case without images
             return Rows(self.h.new_zeros(order.cases, 0, self.shape[2]), self.dtype)
         h = order.of(self.h)  # (cases, images, c, ...)
         return Patches(h.flatten(0, 1), self.convolution, self.dtype, h.shape[1])
@@ -239,7 +241,7 @@ def _transposed_convolution(space: int) -> Callable[..., list[Call] | None]:
         groups: int = 1,
         dilation: Any = 1,
     ) -> list[Call]:
-        """A convolution of the input with zeros between its entries, with the kernel turned round."""
+        """A convolution with the flipped kernel, of the input with zeros between its entries."""
         kernel = tuple(weight.shape[2:])
         steps, pads, extra, spread = (_tuple(v, space) for v in (stride, padding, output_padding, dilation))
         sides = tuple(
@@ -262,7 +264,7 @@ def _groups(d_in: int, d_out: int, groups: int) -> Iterator[tuple[tuple[int, int
 
 
 def _stuffed(h: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """`stride − 1` zeros between neighbours along every spatial axis."""
+    """Inserts `stride − 1` zeros between neighbours along every spatial axis."""
     sizes = [s * (size - 1) + 1 for s, size in zip(stride, h.shape[2:], strict=True)]
     out = h.new_zeros(*h.shape[:2], *sizes)
     places = (slice(None), slice(None), *(slice(None, None, s) for s in stride))

@@ -1,4 +1,4 @@
-"""Embeddings: the input is one-hot, so that its factor is diagonal and never formed."""
+"""Embeddings: the input is one-hot, so its factor is diagonal and is not formed as a matrix."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from natgrad.linalg.layout import Layout
 class Embedding(Kind):
     """`a = Wᵀ e(h)` for token indices `h`, `W` of shape `(tokens, d_out)`.
 
-    Its input factor, the tokens' frequencies, is diagonal without any approximation (`sharing="expand"`). Padding
-    (`padding_idx`) has no gradient and counts as no token.
+    Its input factor contains the tokens' frequencies and is exactly diagonal (`sharing="expand"`). Padding
+    (`padding_idx`) has no gradient and does not count as a token.
     """
 
     tokens: int
@@ -47,8 +47,8 @@ class Embedding(Kind):
 class EmbeddingBag(Kind):
     """The sum or mean of a bag's embeddings, with weights for a sum; bags are examples.
 
-    The input counts the tokens of a bag. Its second moment is kept as a diagonal: that two tokens come in one bag is
-    left out of the factor (not of the exact block).
+    The input counts the tokens of a bag. Only the diagonal of its second moment is kept: the factor leaves out that two
+    tokens occur in one bag. The exact block does not.
     """
 
     tokens: int
@@ -74,7 +74,7 @@ class EmbeddingBag(Kind):
         return Sparse(row, index, value, (bags, 1, self.tokens))
 
     def _bags(self, h: Tensor) -> tuple[Int[Tensor, " e"], int]:
-        """For each token its bag, and the number of bags."""
+        """The bag of each token, and the number of bags."""
         if self.offsets is None:
             return torch.arange(len(h), device=h.device).repeat_interleave(h.shape[1]), len(h)
         sizes = torch.tensor([*self.offsets[1:], h.numel()]) - torch.tensor(self.offsets)
@@ -94,7 +94,7 @@ def _embedding(
     sparse: bool = False,
 ) -> Call | None:
     if max_norm is not None or scale_grad_by_freq:
-        return None  # gradients that are not the function's
+        return None  # its gradients are not those of the function
     return Call(Embedding(len(weight), _index(padding_idx, len(weight))), input, weight)
 
 
@@ -129,12 +129,12 @@ def _getitem(input: Tensor, index: Any) -> Call | None:
 
 
 def can_be_opened(*args: Any, **kwargs: Any) -> bool:
-    """Whether `embedding_bag` computes what `F.embedding_bag` does."""
+    """Whether `embedding_bag` supports these arguments of `F.embedding_bag`."""
     return _embedding_bag(*args, **kwargs) is not None
 
 
 def embedding_bag(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`F.embedding_bag` by functions that have a forward mode.
+    """`F.embedding_bag`, computed by functions that have a forward mode.
 
     Raises:
         NotImplementedError: for the maximum of a bag, or renormalized embeddings.

@@ -1,4 +1,4 @@
-"""What goes into a layer, example by example and position by position, in the form that costs least."""
+"""The inputs of a layer, for each example and position, in the cheapest form."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from natgrad.capture.order import Order
 
 DENSE_BUDGET = 1 << 28
-"""The most numbers that sparse inputs are written out to."""
+"""The largest number of entries of sparse inputs that are written out as a dense tensor."""
 
 
 @dataclass
 class InputSums:
-    """Count, mean and scatter around the mean of inputs; the scatter's diagonal alone where that is asked for."""
+    """Count, mean and scatter around the mean of inputs, or only the diagonal of the scatter."""
 
     count: Tensor
     mean: Float[Tensor, " i"]
@@ -32,11 +32,11 @@ class Inputs(ABC):
 
     shape: tuple[int, int, int]
     diagonal = False
-    """Whether the second moment is kept as a diagonal whatever its size."""
+    """Whether only the diagonal of the second moment is kept, for any size."""
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "n t i"]:
-        """Written out."""
+        """The inputs as a dense tensor."""
 
     @abstractmethod
     def sums(self, kept: Bool[Tensor, "n t"] | None = None, diagonal: bool = False) -> InputSums:
@@ -48,18 +48,19 @@ class Inputs(ABC):
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Inputs:
-        """The same in another precision. Nothing large is copied before it is needed, nor kept for longer."""
+        """The same in another precision. Large copies are made only when they are needed, and are not kept."""
 
     @abstractmethod
     def part(self, start: int, stop: int, step: int = 1) -> Inputs:
-        """Some of the examples, in the memory of the whole where that can be."""
+        """Some of the examples, as a view if possible."""
 
     @abstractmethod
     def arranged(self, order: Order) -> Inputs:
-        """Those of cases, from those of the rows of a grid; what fills up is zero."""
+        """The inputs of cases, from the inputs of the rows of a grid. Padding is zero."""
 
     def place(self) -> tuple[Any, ...] | None:
-        """Where the inputs lie in memory, the same for the same inputs of another layer; None if that is not known."""
+        """An identifier of the inputs' memory, equal for another layer with the same inputs. None if it is not
+        known."""
         return None
 
     @abstractmethod
@@ -69,7 +70,7 @@ class Inputs(ABC):
 
 @dataclass
 class Rows(Inputs):
-    """Inputs as they are; of precision `dtype` where one is given."""
+    """Plain inputs, converted to `dtype` if one is given."""
 
     x: Float[Tensor, "n t i"]
     dtype: torch.dtype | None = None
@@ -120,10 +121,10 @@ class Rows(Inputs):
 
 @dataclass
 class Sparse(Inputs):
-    """Inputs with few entries that are not zero: entry `e` adds `value[e]` at `column[e]` of case `row[e]`.
+    """Inputs with few nonzero entries: entry `e` adds `value[e]` at `column[e]` of case `row[e]`.
 
-    Rows are cases, counted example by example. Their second moment is kept as a diagonal: it is one for one-hot
-    inputs, and else its other entries are left out.
+    Rows are cases, counted example by example. Only the diagonal of their second moment is kept. For one-hot inputs
+    this is exact; for others the off-diagonal entries are left out.
     """
 
     row: Int[Tensor, " e"]
@@ -145,7 +146,7 @@ class Sparse(Inputs):
         return out.view(n, t, d)
 
     def merged(self) -> Sparse:
-        """The same with one entry for each place."""
+        """The same with at most one entry for each row and column."""
         place, which = torch.unique(self.row * self.shape[2] + self.column, return_inverse=True)
         value = self.value.new_zeros(len(place)).index_add_(0, which, self.value)
         return Sparse(place // self.shape[2], place % self.shape[2], value, self.shape)
@@ -186,7 +187,7 @@ class Sparse(Inputs):
             return self
         n, t, d = self.shape
         numbers = torch.arange(1, n * t + 1, device=self.row.device).view(n, t, 1)
-        rows = order.of(_on_grid(numbers, order.grid)).flatten(1)  # of every case, counted from 1
+        rows = order.of(_on_grid(numbers, order.grid)).flatten(1)  # the rows of every case, counted from 1
         place = torch.zeros(n * t + 1, dtype=torch.long, device=self.row.device)
         place[rows.flatten()] = torch.arange(rows.numel(), device=self.row.device)
         return Sparse(place[self.row + 1], self.column, self.value, (*rows.shape, d))
@@ -209,7 +210,7 @@ def _on_grid(t: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 def joined(inputs: Sequence[Inputs]) -> Inputs:
-    """Several uses on the same examples, one after the other along the positions."""
+    """Several uses on the same examples, concatenated along the positions."""
     if len(inputs) == 1:
         return inputs[0]
     if all(isinstance(i, Sparse) for i in inputs):
@@ -230,7 +231,7 @@ def _joined_sparse(inputs: Sequence[Sparse]) -> Sparse:
 
 
 def stacked(inputs: Sequence[Inputs]) -> list[Inputs]:
-    """Uses as cases of their own, plain ones in one tensor."""
+    """Several uses as separate cases. Plain inputs are put into one tensor."""
     plain = [i for i in inputs if isinstance(i, Rows)]
     rest: list[Inputs] = [i for i in inputs if not isinstance(i, Rows)]
     if not plain:

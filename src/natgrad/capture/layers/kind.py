@@ -1,4 +1,4 @@
-"""What every kind of use has in common: how a call is read, and what cases it gives."""
+"""The interface of all kinds of uses: how a call is read, and the cases that it gives."""
 
 from __future__ import annotations
 
@@ -13,51 +13,52 @@ from natgrad.linalg.layout import Layout
 
 
 class Kind(ABC):
-    """How one use of parameters is read."""
+    """Defines how one use of parameters is read."""
 
     name: str
-    """What a table of coverage calls it."""
+    """Its name in the table of coverage."""
     layout = Layout()
     features = -1
-    """The axis of the output that the bias has an entry for each of."""
+    """The axis of the output along which the bias lies."""
 
     @abstractmethod
     def inputs(self, h: Tensor) -> Inputs:
-        """What the weight's matrix is multiplied with."""
+        """The inputs that the weight's matrix multiplies."""
 
     @abstractmethod
     def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid t o"]:
-        """The gradient in what comes out of the matrix, from that in the output: for each row of the grid, and
-        each position that a row has by itself."""
+        """The gradient at the output of the matrix, from the gradient `g` at the output of the use: for each row of the
+        grid, and each position within a row."""
 
     def grid(self, a: Tensor) -> tuple[int, ...]:
-        """The axes of the output on which different examples may lie."""
+        """The axes of the output that may hold different examples."""
         return tuple(a.shape[:-1])
 
     def positions(self, a: Tensor) -> int:
-        """How many positions each row of the grid has by itself."""
+        """The number of positions within each row of the grid."""
         return 1
 
     def rows(self, a: Tensor) -> Tensor:
-        """What a tensor of the output's shape has in each row of the grid, flat: `(rows, numbers)`."""
+        """The entries of a tensor of the output's shape in each row of the grid, flattened: `(rows, numbers)`."""
         return a.reshape(-1, a.shape[-1])
 
     def width(self, a: Tensor) -> int:
-        """How many features its gradients have."""
+        """The number of features of its gradients."""
         return a.shape[self.features]
 
     def kept(self, weight: bool, bias: bool) -> Kind:
-        """This kind where only the weight, or only the bias, is looked at."""
+        """This kind restricted to the weight, or to the bias."""
         return self
 
     def oriented(self, transposed: bool) -> Kind | None:
-        """This kind for the transpose of its weight; None where there is none."""
+        """This kind for the transpose of its weight, or None if there is no such kind."""
         return None if transposed else self
 
 
 @dataclass
 class Call:
-    """A torch call read as one use `weight · input + bias`, or of some rows of the weight and of the bias."""
+    """A torch call, read as one use `weight · input + bias`, possibly with only some rows of the weight and the
+    bias."""
 
     kind: Kind
     h: Tensor
@@ -65,13 +66,13 @@ class Call:
     bias: Tensor | None = None
     rows: tuple[int, int] | None = None
     others: tuple[Tensor, ...] = ()
-    """What else the output depends on, beside input, weight and bias."""
+    """Other tensors that the output depends on, apart from input, weight and bias."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What a torch call gave of a tensor: some rows of it (one entry for each tensor that it returned), or its
-    transpose, or the same entries in another shape."""
+    """What a torch call returned from a tensor: some of its rows (one entry for each returned tensor), its transpose,
+    or the same entries in another shape."""
 
     of: Tensor
     rows: tuple[tuple[int, int], ...] | None = None

@@ -1,4 +1,4 @@
-"""Recurrent networks step by step: what torch's fused functions compute, as affine maps that can be seen."""
+"""Recurrent networks step by step: the computation of torch's fused functions, as affine maps that can be recorded."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def _recurrent(weights: Weights) -> tuple[Any, Any]:
 
 
 def _network(step: Callable[..., State]) -> Callable[..., Any]:
-    """`torch._VF.lstm` and its like for padded sequences: all layers and directions, one time step after the other."""
+    """`torch._VF.lstm` and similar functions for padded sequences: all layers and directions, one time step at a
+    time."""
 
     def run(
         input: Tensor,
@@ -59,7 +60,7 @@ def _network(step: Callable[..., State]) -> Callable[..., Any]:
     ) -> Any:
         if isinstance(hidden, Tensor) and not hidden.is_floating_point():  # the sizes of a packed sequence's batches
             raise NotImplementedError(
-                "a recurrent layer was given a PackedSequence, which is not followed; expected padded sequences: pad "
+                "a recurrent layer was given a PackedSequence, which is not supported; expected padded sequences: pad "
                 "them, and leave the padding out of the loss with ignore_index"
             )
         states = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
@@ -99,7 +100,7 @@ def _layer(
 
 
 def _cell(step: Callable[..., State]) -> Callable[..., Any]:
-    """`torch._VF.lstm_cell` and its like."""
+    """`torch._VF.lstm_cell` and similar functions."""
 
     def run(input: Tensor, hidden: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
         single = isinstance(hidden, Tensor)

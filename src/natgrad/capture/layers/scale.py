@@ -1,4 +1,4 @@
-"""Scales and shifts `y = w ∘ z + c`, of normalization layers and of plain products and sums."""
+"""Scales and shifts `y = w ∘ z + c`, in normalization layers and in plain products and sums."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from natgrad.capture.layers.kind import Call, Kind
 
 @dataclass(frozen=True)
 class Scale(Kind):
-    """`y = w ∘ z + c` with parameters spread over the output as tensors of shape `spread` would be.
+    """`y = w ∘ z + c` with parameters that are broadcast over the output like tensors of shape `spread`.
 
-    A case is an example, with `Σ g z` and `Σ g` over the places of the example that a coordinate is used at. K-FAC
-    keeps for each coordinate the exact block `E[(Σ g z, Σ g)(Σ g z, Σ g)ᵀ]` of scale and shift, and nothing between
-    coordinates.
+    A case is an example, with `Σ g z` and `Σ g` over all places of the example where a coordinate is used. For each
+    coordinate, K-FAC keeps the exact block `E[(Σ g z, Σ g)(Σ g z, Σ g)ᵀ]` of scale and shift. Blocks between
+    coordinates are zero.
     """
 
     name: str
@@ -31,23 +31,23 @@ class Scale(Kind):
     has_shift: bool
     normalize: Callable[[Tensor], Tensor] | None = None
     entries: tuple[Int[Tensor, " o"] | None, Int[Tensor, " o"] | None] = field(default=(None, None), compare=False)
-    """Where the coordinates of scale and of shift are in their parameters; None: in their own order."""
+    """The positions of the coordinates of scale and shift in their parameters. None: in order."""
     sizes: tuple[int, int] = (0, 0)
-    """Of the parameters, where entries are given."""
+    """The sizes of the parameters, if entries are given."""
     is_one: bool = False
     """Whether scale and shift are one parameter."""
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether no average over other entries is taken first."""
+        """Whether it is applied without a normalization."""
         return self.normalize is None
 
     def inputs(self, h: Tensor) -> Rows:
-        """Nothing: a scale's input is part of its gradient."""
+        """Inputs of width zero, because a scale's input is part of its gradient."""
         return Rows(h.new_zeros(1, 1, 0))
 
     def gradients(self, h: Tensor, g: Tensor) -> Float[Tensor, "*grid 1 o"]:
-        """`(g z, g)` in every row, one after the other."""
+        """`(g z, g)` in every row, concatenated."""
         parts = []
         if self.has_scale:
             z = h if self.normalize is None else self.normalize(h)
@@ -57,7 +57,7 @@ class Scale(Kind):
         return torch.cat(parts, -1).unsqueeze(-2)
 
     def placed(self, g: Float[Tensor, "n 1 o"]) -> Float[Tensor, "n 1 p"]:
-        """The coordinates' gradients where they are in the parameters; zero for what is not used."""
+        """The gradients of the coordinates at their positions in the parameters; zero for unused entries."""
         own = [i for i, has in enumerate((self.has_scale, self.has_shift)) if has]
         placed = []
         for i, part in zip(own, g.chunk(len(own), -1), strict=True):
@@ -83,12 +83,12 @@ class Scale(Kind):
         return self if self.is_one else replace(self, has_scale=weight, has_shift=bias)
 
     def _axes(self, ndim: int) -> tuple[list[int], list[int]]:
-        """The axes along which the parameters are the same, and those along which they are not."""
+        """The axes along which the parameters are constant, and those along which they vary."""
         spread = (1,) * (ndim - len(self.spread)) + self.spread
         return [i for i, s in enumerate(spread) if s == 1], [i for i, s in enumerate(spread) if s != 1]
 
     def _coordinates(self, t: Tensor) -> Float[Tensor, "*grid o"]:
-        """A tensor of the output's shape with the grid first and the coordinates last, flat."""
+        """A tensor of the output's shape, with the grid first and the flattened coordinates last."""
         grid, own = self._axes(t.ndim)
         moved = t.permute(*grid, *own)
         return moved.flatten(len(grid)) if own else moved.unsqueeze(-1)
@@ -190,16 +190,37 @@ def _expand(input: Tensor, *_: Any, **__: Any) -> Call:
 def _repeat(input: Tensor, *repeats: Any, **named: Any) -> Call | None:
     """A parameter that is repeated along new axes, or axes of length 1."""
     times = repeats_of(repeats, named)
+    times = (1,) * (input.ndim - len(times)) + times
     own = (1,) * (len(times) - input.ndim) + tuple(input.shape)
     return _expand(input) if all(size == 1 or n == 1 for size, n in zip(own, times, strict=True)) else None
 
 
 def repeats_of(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[int, ...]:
-    """How often `repeat` or `tile` was asked to repeat every axis."""
+    """The number of repetitions of every axis in a call of `repeat` or `tile`."""
     given = next(iter(named.values())) if named else args[0] if len(args) == 1 else args
     return (given,) if isinstance(given, int) else tuple(given)
 
 
+def stacked(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """`torch.stack` of copies of one tensor, computed by `expand`; NotImplemented for different tensors."""
+    if len(tensors) == 0 or any(t is not tensors[0] for t in tensors):
+        return NotImplemented
+    one = tensors[0].unsqueeze(dim)
+    sizes = list(one.shape)
+    sizes[dim] = len(tensors)
+    return one.expand(sizes)
+
+
+def joined(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """`torch.cat` of copies of one tensor, whose length there is 1, computed by `expand`; NotImplemented otherwise."""
+    if len(tensors) == 0 or any(t is not tensors[0] for t in tensors) or tensors[0].shape[dim] != 1:
+        return NotImplemented
+    sizes = list(tensors[0].shape)
+    sizes[dim] = len(tensors)
+    return tensors[0].expand(sizes)
+
+
+REPEATS = {Tensor.repeat, Tensor.tile, torch.tile}
 PARSERS: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
@@ -209,13 +230,13 @@ PARSERS: dict[Any, Callable[..., Any]] = {
     torch.addcmul: _addcmul,
     Tensor.addcmul: _addcmul,
     **dict.fromkeys([Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to], _expand),
-    Tensor.repeat: _repeat,
+    **dict.fromkeys(REPEATS, _repeat),
 }
 
 ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 SPREADS = {
-    *(Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to, Tensor.repeat),
+    *(Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to, *REPEATS),
     *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__),
 }
-"""Functions that give every example a copy of what is one for all."""
+"""Functions that copy a shared tensor for every example."""

@@ -1,4 +1,4 @@
-"""Functions that give the entries of a tensor in another form."""
+"""Functions that return the entries of a tensor in another form."""
 
 from __future__ import annotations
 
@@ -46,13 +46,18 @@ def _same(input: Tensor, *_: Any, **__: Any) -> View:
     return View(input)
 
 
-# Those that leave the entries in their order.
+# Functions that keep the order of the entries.
 CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.contiguous, Tensor.clone, torch.clone}
+# Functions that add a number to all entries, as in `x * (1 + w)`. The derivatives do not change.
+OFFSETS = {
+    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__),
+    *(torch.subtract, Tensor.subtract),
+}
 RESHAPES = {
     *(torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten, Tensor.unflatten),
     *(Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze),
 }
-# What each makes of a matrix.
+# What each function does to a matrix.
 VIEWS: dict[Any, Callable[..., View | None]] = {
     torch.t: _transpose,
     Tensor.t: _transpose,
@@ -65,9 +70,9 @@ VIEWS: dict[Any, Callable[..., View | None]] = {
     torch.split: _split,
     Tensor.split: _split,
     Tensor.__getitem__: _getitem,
-    **dict.fromkeys([*RESHAPES, *CASTS], _same),
+    **dict.fromkeys([*RESHAPES, *CASTS, *OFFSETS], _same),
 }
-# Those that choose entries, or put them in another order; others than matrices may be used in it.
+# Functions that select entries or reorder them. Only parameters that are not used as matrices may have this form.
 SELECTIONS = {
     *(Tensor.narrow, torch.narrow, Tensor.select, torch.select, Tensor.unbind, torch.unbind),
     *(Tensor.permute, torch.permute, Tensor.movedim, torch.movedim, Tensor.swapaxes, torch.swapaxes),

@@ -1,4 +1,4 @@
-"""What every preconditioner does."""
+"""The interface of all preconditioners."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Sizes = Mapping[str, Sequence[torch.Size]]
 
 
 class Preconditioner(ABC):
-    """A matrix `F`, kept from step to step or made for one, and the inverse of `F + λI`.
+    """A matrix `F`, kept from step to step or made for one step, and the inverse of `F + λI`.
 
-    A step calls `observe` for each batch (before the backward), `take_in`, `prepare`, and `apply`. An implementation is
-    a subclass in a file of its own. What it keeps it replaces, and does not change in place: a step that is interrupted
-    goes back to what there was.
+    A step calls `observe` for each batch (before the backward pass), then `take_in`, `prepare` and `apply`. An
+    implementation is a subclass in its own file. It must replace its attributes and not change them in place, so that
+    an interrupted step can be undone.
     """
 
     inverted: str
-    """What is inverted, for messages."""
+    """The name of what is inverted, for messages."""
     nesterov = False
-    """Whether the momentum of given numbers is Nesterov's."""
+    """Whether a given momentum is Nesterov momentum."""
     runs_again = False
     """Whether it runs the model again in a step."""
 
@@ -44,66 +44,66 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def due(self, step: int) -> bool:
-        """Whether the statistics of the next batches are wanted."""
+        """Whether the next batches should be observed."""
 
     def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
-        """The uses that the output depends on. Raises NotImplementedError for a parameter that is used in a way that is
-        not covered."""
+        """The uses that the output depends on. Raises NotImplementedError if a parameter is used in an unsupported
+        way."""
         return recorder.check(output, reached=True)
 
     @abstractmethod
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int, step: int) -> None:
-        """Takes the statistics of a batch, or notes its fault; it is the `draw`-th of the step."""
+        """Computes the statistics of a batch, the `draw`-th of the step, or records its fault."""
 
     def follow_along(  # noqa: B027
         self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int
     ) -> None:
-        """Takes part in bringing together the shards for other ranks' statistics, of which this rank has none."""
+        """Helps to gather the shards for the statistics of other ranks. This rank has no statistics."""
 
     def share(self, pending: list[Batch]) -> None:  # noqa: B027
-        """Begins to bring the ranks' statistics of these batches together."""
+        """Starts the sum of these batches' statistics over the ranks."""
 
     @abstractmethod
     def take_in(self, objective: Objective, gradients: Vector, figures: Figures, step: int) -> set[str]:
-        """Makes the curvature of the pending batches a part of `F`. Returns the names of parameters that have a
-        gradient and no curvature yet: they are not to move.
+        """Adds the curvature of the pending batches to `F`. Returns the names of parameters that have a gradient but no
+        curvature yet: the step must not change them.
 
         Raises:
             NotImplementedError: for a gradient that comes from no loss that the optimizer has seen.
         """
 
     def prepare(self, damping: float, decay: Decay, figures: Figures, step: int) -> None:
-        """Sees to it that there is an inverse for this step."""
+        """Makes sure that there is an inverse for this step."""
         self.refresh(damping, decay, figures)
 
     @abstractmethod
     def refresh(self, damping: float, decay: Decay, figures: Figures) -> None:
-        """Inverts the damped curvature. Raises ValueError where that cannot be done."""
+        """Inverts the damped curvature. Raises ValueError if it cannot be inverted."""
 
     @abstractmethod
     def apply(self, v: Vector) -> Vector:
-        """`(F + λI)⁻¹ v`, by the inverse as it is."""
+        """`(F + λI)⁻¹ v`, with the current inverse."""
 
     @abstractmethod
     def scale(self) -> float:
-        """The mean of the diagonal of `F`: what a damping is large or small against."""
+        """The mean of the diagonal of `F`, as the unit of the damping."""
 
     def expire(self) -> None:  # noqa: B027
-        """The inverse is not to be used again."""
+        """Marks the inverse as outdated."""
 
     def parts(self) -> Sequence[Any]:
-        """The objects in which it keeps what it has, beside itself."""
+        """The other objects in which it keeps its state."""
         return ()
 
     def end_step(self) -> None:  # noqa: B027
-        """Lets go of what is of one step."""
+        """Frees what is needed for one step only."""
 
     def moves(self, gradients: Vector) -> Sequence[str]:
-        """The parameters that move."""
+        """The parameters that the step changes."""
         return list(gradients)
 
     def see_gradient(self, g: Vector) -> None:  # noqa: B027
-        """Takes note of the step's gradient."""
+        """Receives the step's gradient."""
 
     def damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
         """What the damping adds to the quadratic model: this rank's share of `λ d_iᵀ d_j`."""
@@ -112,11 +112,11 @@ class Preconditioner(ABC):
     # How it is shown -----------------------------------------------------------------------------------
 
     def chosen(self) -> dict[str, Any]:
-        """The options that say which kind of curvature it is."""
+        """The options that define the kind of curvature."""
         return {}
 
     def layers_known(self) -> list[str]:
-        """The layers that the curvature has blocks of, as far as they are known."""
+        """The layers that have blocks in the curvature, as far as they are known."""
         return []
 
     # Saving --------------------------------------------------------------------------------------------
@@ -126,12 +126,12 @@ class Preconditioner(ABC):
         return {}
 
     def load(self, saved: dict[str, Any]) -> None:  # noqa: B027
-        """Takes what `state` gave."""
+        """Loads the result of `state`."""
 
     def check_state(self, saved: dict[str, Any]) -> None:  # noqa: B027
-        """Raises ValueError if it is of another curvature or of other parameters."""
+        """Raises ValueError if the state belongs to another kind of curvature or to other parameters."""
 
     def adopt(self, sizes: Sizes) -> tuple[Callable[[str], bool], dict[str, Any]]:
-        """For the state of layers with moments of these sizes, saved on any number of ranks: which layers' is to be
-        here, and what else is not as it was saved."""
+        """For a state saved on any number of ranks, with layers whose moments have these sizes: which layers belong on
+        this rank, and which other parts of the state change."""
         return lambda layer: True, {}

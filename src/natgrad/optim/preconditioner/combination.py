@@ -1,4 +1,4 @@
-"""Statistics of several terms of an objective as those of one."""
+"""The statistics of an objective of several terms, combined into one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _combined(parts: Sequence[tuple[float, Mapping[Layer, Moments]]]) -> dict[La
 
 
 def _weighted(weight: float, m: Moments, mass: Tensor, of: int) -> Moments:
-    """A term's moments with `ω_t` in their sums of gradients, as one of so many with a mass of their own in all."""
+    """A term's moments with `ω_t` in their sums of gradients; `of` is the number of terms, each with its own mass."""
     scale = torch.where(m.mass > 0, weight * mass / m.mass, 0.0)
     if isinstance(m, AffineMoments):
         return replace(m, output=scale * m.output, mass=mass / of)

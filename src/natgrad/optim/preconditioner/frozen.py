@@ -1,4 +1,4 @@
-"""What is left of a layer's statistics where some of its parameters are frozen."""
+"""The statistics that remain of a layer if some of its parameters are frozen."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, S
 
 
 def without(layer: Layer, frozen: Collection[str]) -> Layer | None:
-    """The layer of the parameters that are left; None if none is."""
+    """The layer of the remaining parameters; None if there are none."""
     weight = None if layer.weight in frozen else layer.weight
     bias = None if layer.bias in frozen else layer.bias
     return replace(layer, weight=weight, bias=bias) if weight or bias else None
 
 
 def left_of(moments: Mapping[Layer, Moments], frozen: Collection[str]) -> dict[Layer, Moments]:
-    """The moments of what is left of each layer: the block of a weight alone is `E[h hᵀ] ⊗ B`, of a bias alone `B`."""
+    """The remaining moments of each layer. The block of a weight without bias is `E[h hᵀ] ⊗ B`, that of a bias is
+    `B`."""
     found: dict[Layer, Moments] = {}
     for layer, m in moments.items():
         left = without(layer, frozen)

@@ -1,4 +1,4 @@
-"""The exact matrix of one step's batches, from the cases that were taken of them."""
+"""The exact matrix of one step's batches, from their cases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from natgrad.linalg.joint import Joint
 from natgrad.linalg.layout import PLAIN
 
 Form = tuple[Inputs, int]
-"""Inputs of a layer as they are in some batch, and the width of its gradients."""
+"""A layer's inputs in one of the batches, and the width of its gradients."""
 
 
 def from_cases(
@@ -26,14 +26,14 @@ def from_cases(
     """`F` over the given parameters, from the cases of every batch.
 
     Args:
-        every: the batches' cases.
+        every: the cases of the batches.
         shares: the factor of each batch's sum over cases.
-        parameters: by name.
-        memory: how many bytes are taken for columns that are written out at a time.
+        parameters: the parameters by name.
+        memory: the number of bytes for columns that are written out at a time.
 
     Raises:
         NotImplementedError: if a parameter is in no layer.
-        ValueError: if a batch counts negatively.
+        ValueError: if a batch has a negative factor.
     """
     parts = _parts(every, parameters)
     _check_covered(parts, parameters)
@@ -50,9 +50,9 @@ def from_cases(
 
 
 def _parts(every: Sequence[Cases], parameters: Mapping[str, Tensor]) -> dict[Layer, Form]:
-    """What is left of the layers with the given parameters, and its form in some batch.
+    """The parts of the layers with the given parameters, and their form in one of the batches.
 
-    A weight and a bias stay together if they are so in all batches; else each is a part of its own.
+    A weight and a bias are one part if they are used together in all batches, else two.
     """
     layers: dict[Layer, Form] = {}
     for cases in every:
@@ -72,7 +72,7 @@ def _parts(every: Sequence[Cases], parameters: Mapping[str, Tensor]) -> dict[Lay
 
 
 def _part(layer: Layer, names: Sequence[str]) -> Layer:
-    """The layer with some of its parameters alone."""
+    """The layer with only some of its parameters."""
     weight, bias = (n if n in names else None for n in (layer.weight, layer.bias))
     return replace(layer, weight=weight, bias=bias, layout=layer.layout if weight else PLAIN)
 
@@ -110,7 +110,7 @@ def _has(layer: Layer, part: Layer) -> bool:
 
 
 def _coordinates(part: Layer, layer: Layer, g: Tensor) -> Tensor:
-    """The gradients of a part: of a scale's coordinates, those of the scale or of the shift."""
+    """The gradients of a part. For a scale layer's coordinates: those of the scale or of the shift."""
     if not layer.scale or part.names == layer.names:
         return g
     return g.chunk(2, -1)[0 if part.weight else 1]

@@ -1,4 +1,4 @@
-"""What is tried, one after the other, where a layer's factor cannot be inverted."""
+"""The fallbacks that are tried, one after the other, if a layer's factor cannot be inverted."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ MORE = (10.0, 100.0, 1000.0)
 
 
 class Ladder:
-    """The damped inverse of a layer's operator, or else what comes nearest to it:
+    """The damped inverse of a layer's operator. If it cannot be computed, these are tried:
 
-    1. with more damping, ten to a thousand times (factorizations try float64 themselves);
+    1. the inverse with ten to a thousand times the damping (factorizations try float64 themselves);
     2. the last good inverse;
-    3. where memory has run out and there is none, the inverse of the diagonal.
+    3. the inverse of the diagonal, if memory has run out and there is no last inverse.
 
-    Every rung below the first is counted in `faults`, and warned of.
+    Every such fallback is counted in `faults`, and a warning is given.
     """
 
     def __init__(self, invert: Callable[[Operator, float], Operator], faults: Counter[str]):
         self._invert, self._faults = invert, faults
 
     def inverse(self, name: str, operator: Operator, damping: float, last: Operator | None) -> Operator:
-        """Raises ValueError where nothing helps."""
+        """Raises ValueError if all of them fail."""
         try:
             return self._invert(operator, damping)
         except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
@@ -64,5 +64,5 @@ class Ladder:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, on whatever device: torch has an error of its own for accelerators alone."""
+    """Whether memory has run out on any device: torch has a special error only for accelerators."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)

@@ -42,9 +42,9 @@ class LayerBlocks(Preconditioner):
 
     Args:
         optimizer: its name, for messages.
-        parameters: those that are trained.
+        parameters: the trained parameters.
         labels: the source of random labels.
-        options: what kind of blocks.
+        options: the kind of blocks.
     """
 
     inverted = "a factor"
@@ -92,12 +92,12 @@ class LayerBlocks(Preconditioner):
         missing = self.statistics.take_in(objective, gradients, figures, step)
         frozen = frozenset(n for n, p in self.parameters.items() if not p.requires_grad)
         if not known.issuperset(self.running.layers) or frozen != self.frozen:
-            self.expire()  # the inverse is of other layers
+            self.expire()  # the inverse belongs to other layers
         self.frozen = frozen
         return missing
 
     def moves(self, gradients: Vector) -> Sequence[str]:
-        """Those that have a gradient, and the others of their layers: a layer moves as a whole, or not at all."""
+        """The parameters with a gradient, and the others of their layers: a layer moves as a whole, or not at all."""
         partners = {n for names in self._layers() if any(m in gradients for m in names) for n in names}
         return [n for n in self.parameters if n in gradients or n in partners]
 
@@ -146,9 +146,9 @@ class LayerBlocks(Preconditioner):
             self.inverse = None
 
     def damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
-        """Of the coordinates that the inverse is damped in, so that a step's length, too, does not depend on a shift of
-        a layer's inputs."""
-        if self.options.structure == "input":  # there the damping is in units of the inputs
+        """In the coordinates in which the inverse is damped. Then a step's length does not depend on a shift of a
+        layer's inputs either."""
+        if self.options.structure == "input":  # its damping is in units of the inputs
             return torch.zeros(len(directions), len(directions), dtype=torch.float64)
         precision = self.parameters.precision
         cast = [{n: t.to(precision) for n, t in d.items()} for d in directions]
@@ -173,30 +173,31 @@ class LayerBlocks(Preconditioner):
         rest = self._rest(v, usable)
         blocks = [b for b in (self.inverse or {}).values() if b.names in usable]
         out = rest | self.ranks.applied(self._by_block, blocks, v, self._also(rest), usable)
-        # In the parameters' order, by which sums over them are the same to the last bit whatever that of the layers.
+        # In the order of the parameters, so that sums over them do not depend on the order of the layers.
         return {n: out[n].to(p.dtype) for n, p in self.parameters.items() if n in out and p.requires_grad}
 
     def _rest(self, v: Vector, usable: Names) -> Vector:
-        """The direction of what no block gives one."""
+        """The direction of parameters without a block."""
         return {} if self.running.reads_gradients else dict(v)
 
     def _also(self, rest: Vector) -> Vector:
-        """What the blocks need of it."""
+        """The part of it that the blocks need."""
         return {}
 
     def _by_block(self, blocks: list[Block], v: Vector, rest: Vector) -> Vector:
-        """The directions of whole layers; `rest` are those of their parts that have no factor, where that is so."""
+        """The directions of whole layers. `rest` has the directions of parts without a factor, if there are any."""
         out: Vector = {}
         for block in blocks:
             with matmul_precision(self.options.matmul_precision):
                 parts = block.operator.apart(block.parts(v))
-            # The mean pre-activation moves as it should in all digits: with inputs far from zero, there are few left.
+            # The move of the mean pre-activation is computed in full precision, because inputs far from zero cost many
+            # digits.
             simple = self.options.bias_update == "simple"
             out |= block.named(parts if simple else block.operator.from_coordinates(parts))
         return out
 
     def curvature(self) -> BlockDiagonal:
-        """The running matrix, per unit of the loss's mean and without damping."""
+        """The current matrix from the moving averages, for the mean loss and without damping."""
         if self.options.structure == "identity":
             raise TypeError("structure='identity' keeps no curvature; choose another structure")
         if not self.running.layers:
@@ -205,7 +206,7 @@ class LayerBlocks(Preconditioner):
         return assemble(self.ranks.everywhere(blocks) if self.running.elsewhere else blocks, self.parameters)
 
     def _own_blocks(self) -> dict[str, Block]:
-        """Of the layers whose averages are here."""
+        """The blocks of the layers whose averages are on this rank."""
         return named_blocks(self.running.blocks(self.frozen), self.parameters)
 
     def scale(self) -> float:
@@ -266,7 +267,7 @@ class LayerBlocks(Preconditioner):
 def _check_fits(
     layer: Layer, size: int, shapes: Any, dtype: torch.dtype, parameters: Mapping[str, Tensor] | Parameters
 ) -> None:
-    """Raises ValueError if a layer's operator is not of parameters like these."""
+    """Raises ValueError if a layer's operator does not fit these parameters."""
     for n in layer.names:
         if n not in parameters:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What kind of blocks layers get, and how often they are new."""
+"""The kind of blocks of the layers, and the refresh intervals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from natgrad.optim.preconditioner.interval import Interval
 
 @dataclass(frozen=True)
 class Options:
-    """`KFAC` says what each means."""
+    """The docstring of `KFAC` explains each option."""
 
     structure: str = "kfac"
     centered: bool = True

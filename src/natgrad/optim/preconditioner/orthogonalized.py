@@ -1,4 +1,4 @@
-"""One-sided blocks whose directions are orthogonalized, and Adam's step for all else."""
+"""One-sided blocks whose directions are orthogonalized, and Adam steps for all other parameters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from natgrad.optim.vectors import Vector
 
 
 class Orthogonalized(LayerBlocks):
-    """Every `ΔW = (∇_W − ∇_b mᵀ)(C + εI)⁻¹` is replaced by the nearest orthogonal matrix, as long as AdamW's steps; all
-    that has no input factor takes Adam's step."""
+    """Every `ΔW = (∇_W − ∇_b mᵀ)(C + εI)⁻¹` is replaced by the nearest orthogonal matrix, scaled to the length of an
+    AdamW step. Parameters without an input factor get Adam steps."""
 
     nesterov = True
 

@@ -1,4 +1,4 @@
-"""The exact matrix of one step's batches, by its products alone."""
+"""The exact matrix of one step's batches, known only through matrix-vector products."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from natgrad.optim.objective import Objective
 
 
 class ByProducts(Operator):
-    """`F` by a forward-mode and a reverse-mode pass over the pending batches for each product.
+    """`F`, where each product takes a forward-mode and a reverse-mode pass over the pending batches.
 
-    The inverse is by conjugate gradients, to a relative residual of `tolerance` or `max_iterations` products.
+    The inverse uses conjugate gradients, until the relative residual is `tolerance`, or for at most `max_iterations`
+    products.
     """
 
     def __init__(self, objective: Objective, parameters: Mapping[str, Tensor], tolerance: float, max_iterations: int):
@@ -37,7 +38,8 @@ class ByProducts(Operator):
 
 
 class TruncatedInverse(Operator):
-    """`(F + λI)⁻¹` as far as conjugate gradients have come; `solution` tells of the last time."""
+    """`(F + λI)⁻¹`, approximated by a limited number of conjugate gradient iterations. `solution` describes the last
+    solve."""
 
     solution: Solution
 

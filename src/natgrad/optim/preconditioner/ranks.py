@@ -1,4 +1,4 @@
-"""The layers of a preconditioner over several ranks: who sums, who inverts, who multiplies."""
+"""The layers of a preconditioner over several ranks: which rank sums, inverts and multiplies."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from natgrad.optim.vectors import Vector
 Work = Mapping[str, Callable[[], dict[str, Any]]]
 Names = set[tuple[str, ...]]
 Own = Callable[[list[Block], Vector, Vector], Vector]
-"""From the blocks of some layers, a vector, and a direction that is there already, to the layers' directions."""
+"""Computes the directions of some layers, from their blocks, a vector, and an existing direction."""
 
 
 class Ranks:
-    """One rank, or several that have all of the parameters: every rank has every layer's averages and inverse, and the
-    inversions are shared out."""
+    """One rank, or several ranks that each have all parameters: every rank has the averages and inverses of all layers,
+    and the inversions are distributed over the ranks."""
 
     spread = False
-    """Whether each layer's averages and inverse are on one rank alone."""
+    """Whether each layer's averages and inverse are on one rank only."""
 
     def __init__(self, place: Whole):
         self.place = place
 
     def share(self, pending: list[Batch]) -> None:
-        """The sums go on their way before the backward, so that they travel while it runs."""
+        """Starts the sums over ranks before the backward pass, so that communication overlaps with it."""
         world = self.place.world
         if world.size == 1:
             return
@@ -53,7 +53,7 @@ class Ranks:
             b.sharing = Sharing(fresh, result)
 
     def summed(self, batches: list[Batch], own: Statistics, idle: bool, running: Running) -> list[Statistics]:
-        """Those of all ranks' batches of one term."""
+        """The statistics of all ranks' batches, for one term."""
         world = self.place.world
         if world.size == 1:
             return [b.statistics for b in batches if b.statistics is not None]
@@ -61,7 +61,7 @@ class Ranks:
         return [self.reduced(own.completed(world) if idle else own, running)] if arrived is None else arrived
 
     def _arrived(self, batches: list[Batch]) -> list[Statistics] | None:
-        """The ranks' statistics of these batches, if they are under way on all ranks."""
+        """The statistics of these batches, if their sums were started on all ranks."""
         world = self.place.world
         sharings = list({id(s): s for b in batches if (s := b.sharing) is not None}.values())
         sent = [id(b) for s in sharings if s.result is not None for b in s.batches]
@@ -74,47 +74,47 @@ class Ranks:
         return own.reduced(self.place.world)
 
     def done(self, work: Work, blocks: Mapping[str, Block]) -> dict[str, Any]:
-        """The results of all pieces of work that are to be here, one for each layer."""
+        """The results of the work that are needed on this rank, one for each layer."""
         costs = {name: cost(t.shape for t in leaves(dump(block.operator), Tensor)) for name, block in blocks.items()}
         return self.place.world.share(work, costs, "the inverses")
 
     def union(self, layers: set[Layer]) -> set[Layer]:
-        """Those of all ranks, where each knows some."""
+        """The layers of all ranks, if each rank knows some."""
         return layers
 
     def means(self, own: list[tuple[float, float]]) -> list[tuple[float, float]]:
-        """Those of all ranks, where each has some."""
+        """The means of all ranks, if each rank has some."""
         return own
 
     def applied(self, of: Own, blocks: list[Block], v: Vector, rest: Vector, usable: Names) -> Vector:
-        """What `of` makes of whole layers, from and to what this rank has of the parameters; `usable` are the
-        parameters of all layers that are in use, the same on all ranks."""
+        """Applies `of` to whole layers. Input and result are this rank's parts of the parameters. `usable` are the
+        parameters of all layers in use, the same on all ranks."""
         return of(blocks, v, rest)
 
     def coordinates(self, blocks: list[Block], d: Vector, usable: Names) -> Vector:
-        """A vector with the parts of some layers in the layers' own coordinates: this rank's share of it."""
+        """A vector with the parts of some layers in the coordinates of these layers: this rank's share of it."""
         for block in blocks:
             d = d | block.named(block.operator.coordinates(block.parts(d)))
         return d
 
     def everywhere(self, own: dict[Layer, Operator]) -> dict[Layer, Operator]:
-        """The operators of all layers, from those that are here."""
+        """The operators of all layers, from those on each rank."""
         return own
 
     def state(self) -> dict[str, Any]:
         return {"owners": []}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Takes what `state` gave."""
+        """Loads the result of `state`."""
 
     def adopt(self, sizes: Sizes) -> tuple[Callable[[str], bool], dict[str, Any]]:
-        """Which layers of a checkpoint are to be here, and what of the state is not as it was saved."""
+        """Which layers of a checkpoint belong on this rank, and which parts of the state change."""
         return lambda key: True, {"owners": []}
 
 
 class Spread(Ranks):
-    """Ranks with a shard of the parameters each: every layer has an owner, which has the layer's averages and inverse;
-    or, if the averages `can` not be on one rank alone, its inverse only."""
+    """Ranks with a shard of the parameters each. Every layer has an owner, which has the layer's averages and inverse;
+    or only its inverse, if the averages `can` not be on one rank only."""
 
     def __init__(self, place: Whole, can: bool):
         super().__init__(place)
@@ -158,7 +158,7 @@ class Spread(Ranks):
         return [mean for its in self.shards.world.gather(own, "the traces of the curvature") for mean in its]
 
     def applied(self, of: Own, blocks: list[Block], v: Vector, rest: Vector, usable: Names) -> Vector:
-        """Each layer's on the rank that has its inverse."""
+        """Computes each layer's direction on the rank that has its inverse."""
         shards, owners = self.shards, self._owners_of(usable)
         shapes = self._shapes(owners)
         among = {n: rank for n, rank in owners.items() if n in rest}
@@ -166,7 +166,7 @@ class Spread(Ranks):
         return shards.scattered(found, owners, shapes, next(iter(v.values())))
 
     def coordinates(self, blocks: list[Block], d: Vector, usable: Names) -> Vector:
-        """Owners have all of their layers' parts, and others nothing."""
+        """Owners have all parts of their layers, and other ranks have none."""
         owners = self._owners_of({names for names in usable if len(names) > 1})
         whole = self.shards.gathered(d, owners, self._shapes(owners))
         left = {n: t for n, t in d.items() if n not in owners}
@@ -177,7 +177,7 @@ class Spread(Ranks):
         return [block for block in blocks if owner[block.names[0]] == self.shards.rank]
 
     def _owners_of(self, usable: Names) -> dict[str, int]:
-        """By parameter, in an order that is the same on all ranks."""
+        """The owner of each parameter, in an order that is the same on all ranks."""
         wanted = {n for names in usable for n in names}
         return {n: rank for names, rank in self.owners.items() for n in names if n in wanted}
 

@@ -1,4 +1,4 @@
-"""Moving averages of statistics, and the matrix that they make."""
+"""Moving averages of statistics, and the matrix that is made from them."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class Statistics:
         return Statistics(merge([self.moments, other.moments]), merge([self.squares, other.squares]))
 
     def completed(self, world: World) -> Statistics:
-        """With zeros for what other ranks have statistics of and this one has not."""
+        """Adds zeros for layers that only other ranks have statistics of."""
         return Statistics(completed(self.moments, world), completed(self.squares, world))
 
     def reduced(self, world: World, keep: Keep | None = None) -> Statistics:
-        """Those of all ranks' batches, from one rank's own; with `keep`, of the layers that are this rank's."""
+        """The statistics summed over all ranks; with `keep`, only for the layers of this rank."""
         moments = reduced(self.moments, world, "the moments", keep)
         return Statistics(moments, reduced(self.squares, world, "the squares", keep))
 
     def begun(self, world: World) -> Callable[[], Statistics]:
-        """`reduced`, under way: what is returned waits for it."""
+        """Starts `reduced`. The returned function waits for its result."""
         moments = Reduction(self.moments, world, "the moments")
         squares = Reduction(self.squares, world, "the squares") if self.squares else None
         return lambda: Statistics(moments.result(), {} if squares is None else squares.result())
@@ -66,7 +66,7 @@ class Statistics:
         return not every or bool(torch.stack([m.is_finite() for m in every]).all())
 
     def decayed(self, decay: float, new: Statistics) -> Statistics:
-        """The moving average with a new batch in it. Layers that are not in the batch stay as they are."""
+        """The moving average, updated with a new batch. Layers that are not in the batch do not change."""
         return Statistics(_decayed(self.moments, decay, new.moments), _decayed(self.squares, decay, new.squares))
 
 
@@ -76,11 +76,10 @@ def _decayed(past: Mapping[Layer, Moments], decay: float, new: Mapping[Layer, Mo
 
 
 class Running(ABC):
-    """The moving averages of one structure, over the layers that were seen; those of layers `elsewhere` are on other
-    ranks."""
+    """The moving averages of one structure, for the layers seen so far. Layers `elsewhere` are on other ranks."""
 
     reads_gradients = True
-    """Whether the statistics are of the gradients `g` too, or of the layers' inputs alone."""
+    """Whether the statistics include the gradients `g`, or only the layers' inputs."""
     can_be_elsewhere = True
     """Whether a rank can do without the averages of a layer."""
 
@@ -95,14 +94,14 @@ class Running(ABC):
 
     @abstractmethod
     def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
-        """Every whole layer's operator, per unit of the loss's mean; that of the parameters that are not frozen."""
+        """The operator of every layer with all its rows, for the mean loss, over the parameters that are not frozen."""
 
     def inverse(self, operator: Operator, damping: float, style: str) -> Operator:
         """One layer's damped inverse."""
         return operator.inverse(damping, damping_style=style)
 
     def take_in(self, new: Iterable[Statistics], decay: float) -> bool:
-        """Whether there was anything to take in."""
+        """Updates the averages. Returns whether there was anything new."""
         found = list(new)
         if not found:
             return False
@@ -113,7 +112,7 @@ class Running(ABC):
         return True
 
     def _drop_replaced(self, new: Iterable[Layer]) -> None:
-        """Forgets layers whose parameters are now in layers of other parameters, as where a weight was frozen."""
+        """Forgets layers whose parameters now belong to other layers, for example because a weight was frozen."""
         of = {n: layer.names for layer in new for n in layer.names}
         gone = {layer for layer in self.layers if any(of.get(n, layer.names) != layer.names for n in layer.names)}
         if gone:
@@ -127,14 +126,14 @@ class Running(ABC):
         self.elsewhere = [layer for layer in self.elsewhere if layer not in gone]
 
     def drop_spoiled(self) -> set[Layer]:
-        """Forgets averages that have come to be not finite. The layers that they were of."""
+        """Forgets averages that are not finite. Returns their layers."""
         sound = Statistics(_finite(self.total.moments), _finite(self.total.squares))
         spoiled = (self.total.moments.keys() - sound.moments) | (self.total.squares.keys() - sound.squares)
         self.total = sound
         return spoiled
 
     def turn(self, world: World) -> None:  # noqa: B027
-        """New bases, where there are any."""
+        """Updates the eigenbases, if there are any."""
 
     @property
     def layers(self) -> list[Layer]:
@@ -157,7 +156,7 @@ def _finite(moments: dict[Layer, Moments]) -> dict[Layer, Moments]:
 
 
 class RunningKfac(Running):
-    """`A ⊗ B`, or `C ⊗ B` centered."""
+    """`A ⊗ B`, or, if centered, `C ⊗ B`."""
 
     def observe(self, cases: Cases) -> Statistics:
         return Statistics(layer_moments(cases, self.sharing, self.max_dim))
@@ -167,10 +166,10 @@ class RunningKfac(Running):
 
 
 class RunningEkfac(RunningKfac):
-    """K-FAC's eigenbases, seldom new, with the second moments of the gradients in them, often new.
+    """K-FAC's eigenbases, updated rarely, with the second moments of the gradients in them, updated often.
 
-    New bases start with K-FAC's own values, which count as much as the moments do. Every rank has the bases of all
-    layers: the second moments of its own batch are in them.
+    After an update of the bases, the second moments start from K-FAC's eigenvalues, with the weight of the factors.
+    Every rank has the bases of all layers, because it computes the second moments of its own batch in them.
     """
 
     can_be_elsewhere = False
@@ -205,7 +204,7 @@ class RunningEkfac(RunningKfac):
         own: dict[Layer, Operator] = {}
         alike = reconciled(self.total.moments)
         for layer, basis in self._bases.items():
-            if layer not in alike:  # used with a bias in some batches, and without in others
+            if layer not in alike:  # used with a bias in some batches only
                 continue
             squares, m = self.total.squares.get(layer), self.total.moments.get(layer)
             if squares is not None and m is not None and without(layer, frozen) == layer:
@@ -238,9 +237,9 @@ class RunningDiagonal(Running):
 
 
 class RunningInput(Running):
-    """The input factor alone: `C ⊗ I`, and `I` for the mean pre-activation `b + W m`; or `A ⊗ I` not centered.
+    """Only the input factor: `C ⊗ I`, and `I` for the mean pre-activation `b + W m`; or, without centering, `A ⊗ I`.
 
-    Only layers whose inputs are rows or patches have one.
+    Only layers whose inputs are rows or patches have an input factor.
     """
 
     reads_gradients = False
@@ -267,8 +266,8 @@ class RunningInput(Running):
         return CenteredKronecker(covariance=m.C, mean=m.mean, output=ones)
 
     def inverse(self, operator: Operator, damping: float, style: str) -> Operator:
-        """`(C + εI)⁻¹ ⊗ I` and `I`: the input factor alone is damped; `ε` is `damping`, with the style `"relative"` in
-        units of the factor's mean eigenvalue."""
+        """`(C + εI)⁻¹ ⊗ I` and `I`: only the input factor is damped. `ε` is `damping`; with the style `"relative"`, it
+        is in units of the factor's mean eigenvalue."""
         if isinstance(operator, tiles.Rows):
             return tiles.Rows([self.inverse(op, damping, style) for op in operator.parts])
         if isinstance(operator, Homogeneous):
@@ -281,8 +280,9 @@ class RunningInput(Running):
 
 
 def _damped_inverse(F: Tensor, damping: float, style: str, m: Tensor | None = None) -> Tensor:
-    """`(F + εI)⁻¹`; with the style `"relative"` zero where the factor has no scale: one that is zero, or a covariance
-    that is rounding beside the mean `m`, of inputs that do not vary. Their weights do what the bias can do alone."""
+    """`(F + εI)⁻¹`. With the style `"relative"` the result is zero if the factor has no scale: if it is zero, or if it
+    is a covariance within the rounding errors of the mean `m`, because the inputs do not vary. The weights of such
+    inputs only do what the bias can also do."""
     if style != "relative":
         return factor.inverse(factor.add_to_diagonal(F, damping), "the input factor", damping)
     scale = factor.diagonal(F).mean()
@@ -293,7 +293,7 @@ def _damped_inverse(F: Tensor, damping: float, style: str, m: Tensor | None = No
 
 
 class RunningIdentity(Running):
-    """Nothing: the matrix is the identity, and the step that of gradient descent."""
+    """No averages: the matrix is the identity, and the step is that of gradient descent."""
 
     reads_gradients = False
 

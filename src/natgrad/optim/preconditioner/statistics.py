@@ -1,4 +1,4 @@
-"""The statistics of layers: from the forwards of a step into moving averages."""
+"""The statistics of layers: from the forward passes of a step to moving averages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from natgrad.optim.tracking.batch import Batch, Term
 from natgrad.optim.vectors import Vector
 
 ENOUGH = 250
-"""Cases that suffice for the moments of one batch: examples, and where positions count, those of every example."""
+"""A sufficient number of cases for the moments of one batch: examples, or examples times positions."""
 MOST_THINNED = 4
 UNSEEN = (
     "{name!r} has a gradient, and no loss of opt.loss depends on it, so that it has no curvature. Give its loss as a "
@@ -40,18 +40,19 @@ UNSEEN = (
 
 
 class LayerStatistics:
-    """Reads batches when that is due, and keeps the averages.
+    """Computes the statistics of batches at the refresh intervals, and keeps the averages.
 
     Args:
         optimizer: its name, for messages.
-        parameters: those that are trained.
+        parameters: the trained parameters.
         labels: the source of random labels.
-        options: what is read, and how often.
+        options: which statistics are computed, and how often.
         running: the averages.
-        ranks: brings together what several ranks see.
+        ranks: combines the statistics of several ranks.
 
-    `last` is the step of the last statistics. `wanted`: statistics at once, as some averages were lost or a parameter
-    has none. `taken_apart` are layers whose rows see one another, and whose squares are approximate.
+    `last` is the step of the last statistics. `wanted`: statistics are needed at once, because some averages were lost
+    or a parameter has none. `taken_apart` are layers whose rows depend on one another, and whose squares are therefore
+    approximate.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class LayerStatistics:
         self.taken_apart: tuple[str, ...] = ()
 
     def due(self, step: int) -> bool:
-        """Whether the statistics of the next batches are wanted."""
+        """Whether the statistics of the next batches are due."""
         if self.options.structure == "identity":
             return False
         if self.last is None or self.wanted:
@@ -80,12 +81,12 @@ class LayerStatistics:
 
     def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
         """The uses that the output depends on."""
-        if self.options.structure in ("input", "identity"):  # they take what they have no layer for as it is
+        if self.options.structure in ("input", "identity"):  # parameters without a layer get plain steps
             return recorder.uses
         return recorder.check(output, reached=True)
 
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int, step: int) -> None:
-        """Takes the statistics of a batch, or notes its fault; it is the `draw`-th of the step."""
+        """Computes the statistics of a batch, the `draw`-th of the step, or records its fault."""
         curvature, draws = batch.term.curvature, self.running.reads_gradients
 
         def columns() -> Iterable[Tensor]:
@@ -107,18 +108,18 @@ class LayerStatistics:
         every = self._thinning(cases)
         if every > 1:
             cases = cases.every(every, start=step // self.options.statistics.most % every)
-        # The moments' products are not in bfloat16, which would be too coarse.
+        # bfloat16 would be too imprecise for the products of the moments.
         with matmul_precision("high" if self.options.matmul_precision else None):
             batch.statistics = self.running.observe(cases)
         if not batch.statistics.finite():
             batch.fault = "the statistics are not finite"
 
     def _rows_of(self, batch: Batch, uses: list[Use], output: Tensor) -> Separation:
-        """Which rows make up a case. With labels drawn, those that see one another are taken apart all the same: their
-        squares are approximate, where the one square of the whole batch would be noise.
+        """Which rows make up a case. If labels are drawn, rows that depend on one another still count as separate
+        cases: their squares are then approximate, but the single square of the whole batch would be mostly noise.
 
         Raises:
-            ValueError: if rows see one another, parameters are sharded, and labels are not drawn.
+            ValueError: if rows depend on one another, parameters are sharded, and labels are not drawn.
         """
         mode, draws = batch.forward.mode, self.options.estimator == "mc"
         if not self.running.reads_gradients and self.options.sharing == "expand":
@@ -135,12 +136,12 @@ class LayerStatistics:
         return found
 
     def _approximates(self, layer: Layer) -> bool:
-        """Whether rows that are taken apart make a difference: not to K-FAC's factors, which are right on average."""
+        """Whether separating the rows changes the result. For K-FAC's factors it does not, on average."""
         by_squares = self.options.sharing == "reduce" or self.options.structure in ("ekfac", "diagonal")
         return self.options.estimator == "mc" and (layer.scale or by_squares)
 
     def follow_along(self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int) -> None:
-        """Takes part in bringing together the shards for other ranks' statistics, of which this rank has none."""
+        """Helps to gather the shards for the statistics of other ranks. This rank has no statistics."""
         if not (self.running.reads_gradients and output.requires_grad):
             return
         if self.separation.begin(term.name):
@@ -151,7 +152,7 @@ class LayerStatistics:
             _follow(uses, output, 1)
 
     def _thinning(self, cases: Cases) -> int:
-        """Of how many examples the moments take one."""
+        """The moments use one of this many examples."""
         if self.options.statistics_share is not None:
             return math.floor(1 / self.options.statistics_share)
         rows = cases.rows()
@@ -159,8 +160,8 @@ class LayerStatistics:
         return max(1, min(count // ENOUGH, MOST_THINNED, rows // 2))
 
     def take_in(self, objective: Objective, gradients: Vector, figures: Figures, step: int) -> set[str]:
-        """Makes the statistics of the pending batches a part of the averages. Returns the names of parameters that have
-        a gradient and no statistics yet."""
+        """Adds the statistics of the pending batches to the averages. Returns the names of parameters that have a
+        gradient but no statistics yet."""
         taken = figures["statistics"] = self.running.take_in(self._new(objective, self.due(step)), self.options.decay)
         if taken:
             self.last, self.wanted = step, False
@@ -193,13 +194,13 @@ class LayerStatistics:
         return [combined([(weight, reduce(Statistics.__add__, new)) for weight, new in parts if new])]
 
     def _without_statistics(self, gradients: Vector, figures: Figures, taken: bool) -> set[str]:
-        """Parameters that have a gradient and are in no layer yet. They are left as they are until they have
-        statistics, which are wanted at once."""
+        """Parameters that have a gradient but belong to no layer yet. They do not change until they have statistics,
+        which are requested at once."""
         covered = {n for layer in self.running.layers for n in layer.names}
         missing = {n for n in gradients if n not in covered}
         if not missing:
             return missing
-        # One whose gradient is zero has not been used.
+        # A parameter whose gradient is zero has not been used.
         missing_and_used = [n for n in gradients if n in missing and bool((gradients[n] != 0).any())]
         if taken and missing_and_used:
             raise NotImplementedError(UNSEEN.format(name=missing_and_used[0], optimizer=self.optimizer))

@@ -22,15 +22,15 @@ class StepRule(ABC):
     """How a direction becomes a step.
 
     Args:
-        parameters: those that move.
+        parameters: the parameters that the step changes.
         directions: the preconditioner.
-        max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step, which is shortened to keep it.
+        max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step. A longer step is shortened to it.
     """
 
     fixed: bool
     """Whether step size and momentum are given."""
     shortens = False
-    """Whether a step by which the loss would rise is tried again at a part of its length."""
+    """Whether a step that would raise the loss is tried again at a part of its length."""
 
     def __init__(self, parameters: Parameters, directions: Directions, max_kl: float | None):
         self.parameters, self.directions, self.max_kl = parameters, directions, max_kl
@@ -41,28 +41,29 @@ class StepRule(ABC):
         """The step, and the change of the objective that the quadratic model predicts for it.
 
         Args:
-            stage: what it starts from.
+            stage: what the step starts from.
             damping: `λ`.
-            figures: takes note of `lr`, `momentum` and `predicted_change`.
-            predicts: whether the prediction is wanted, where it costs something.
-            joint: whether step size and momentum are to be chosen jointly, where they keep their ratio else.
+            figures: receives `lr`, `momentum` and `predicted_change`.
+            predicts: whether the prediction is needed, if it has a cost.
+            joint: whether step size and momentum are chosen jointly; otherwise they keep their ratio.
 
         Raises:
-            Rejection: if there is no step that is finite.
+            Rejection: if there is no finite step.
             ValueError: if the damped curvature has no inverse.
         """
 
     def forget(self) -> None:  # noqa: B027
-        """The step before was not taken."""
+        """Forgets the last step, because it was not taken."""
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def load(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Takes what `state` gave."""
+        """Loads the result of `state`."""
 
     def _minimum(self, stage: Stage, directions: list[Vector], damping: float, fixed: dict[int, float]) -> Minimum:
-        """That of the quadratic model `½ dᵀ(F + λI)d + gᵀd` along some directions, with some coefficients given."""
+        """The minimum of the quadratic model `½ dᵀ(F + λI)d + gᵀd` in the span of some directions, with some
+        coefficients given."""
         F = stage.objective.products(directions)
         Q = self.directions.damped_gram(directions, damping) + stage.decay.gram(directions)
         slope = torch.tensor(dots((stage.gradient, d) for d in directions), dtype=torch.float64)
@@ -77,7 +78,7 @@ class StepRule(ABC):
         return minimum
 
     def _share_within(self, kl: float) -> float:
-        """How much of a step keeps it within `max_kl`."""
+        """The share of a step that is within `max_kl`."""
         if self.max_kl is None or not kl > self.max_kl:
             return 1.0
         return math.sqrt(self.max_kl / kl)
@@ -102,7 +103,7 @@ class Fixed(StepRule):
         steps = parameters.by_group(direction)
         share = 1.0
         if self.max_kl is not None:
-            # (F + λI) Δ = v, so that the step's ½ δᵀFδ is at most this.
+            # (F + λI) Δ = v, so the step's ½ δᵀFδ is at most this.
             products = dots(({n: v[n] for n in own}, {n: direction[n] for n in own}) for _, own in steps)
             kl = sum(0.5 * group["lr"] ** 2 * p for (group, _), p in zip(steps, products, strict=True))
             share = self._share_within(parameters.total([kl])[0])
@@ -118,8 +119,8 @@ class Fixed(StepRule):
 
 
 class Adaptive(StepRule):
-    """`−α Δ + μ δ` with `Δ = (F + λI)⁻¹ ∇` and the step before, `δ`: what is free of `α` and `μ` minimizes the
-    quadratic model with the exact curvature of the batch.
+    """`−α Δ + μ δ` with `Δ = (F + λI)⁻¹ ∇` and the previous step `δ`. Those of `α` and `μ` that are not given minimize
+    the quadratic model with the exact curvature of the batch.
 
     Reference: Martens & Grosse (2015), sections 6.4 and 7.
     """
@@ -147,7 +148,7 @@ class Adaptive(StepRule):
             fixed[1] = group["momentum"]
         along = self.combination
         if along is not None and len(directions) == 2 and not fixed and not joint:
-            # Between adaptations α and μ keep their ratio: the length alone takes one forward-mode pass, not two.
+            # Between adaptations α and μ keep their ratio: the length needs only one forward-mode pass, not two.
             delta = combine(along, directions)
             minimum = self._minimum(stage, [delta], damping, {})
             (length,) = minimum.coefficients
@@ -166,8 +167,8 @@ class Adaptive(StepRule):
         return Step(delta, parts), change
 
     def _to_the_bound(self, stage: Stage, figures: Figures) -> Proposal:
-        """`−α Δ` with `½ α² ΔᵀFΔ` equal to `max_kl`: where the gradient is of another objective than the curvature, the
-        quadratic model says nothing of the length.
+        """`−α Δ` with `½ α² ΔᵀFΔ` equal to `max_kl`. If gradient and curvature belong to different objectives, the
+        quadratic model cannot give the length.
 
         Reference: Kakade (2001), "A Natural Policy Gradient"; Schulman et al. (2015), arXiv:1502.05477.
         """
@@ -195,7 +196,8 @@ class Adaptive(StepRule):
         self.combination = state["combination"]
 
     def _bounded(self, minimum: Minimum, F: torch.Tensor, stage: Stage) -> Minimum:
-        """Shortened so that it keeps the bound on the divergence, and does not promise more than there is."""
+        """The minimum, shortened to the bound on the divergence, and so that the predicted decrease is at most the
+        loss."""
         c = torch.tensor(minimum.coefficients, dtype=torch.float64)
         minimum = minimum.shortened(self._share_within(0.5 * float(c @ F @ c)))
         if stage.objective.nonnegative and stage.loss > 0:  # a target out of range makes it negative
@@ -204,5 +206,5 @@ class Adaptive(StepRule):
 
 
 def shrink(group: dict[str, Any], length: float) -> float:
-    """What decoupled weight decay multiplies the parameters by, for a step of this length."""
+    """The factor of the parameters from decoupled weight decay, for a step of this length."""
     return 1 - length * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0

@@ -1,4 +1,4 @@
-"""Momentum, as torch's optimizers have it."""
+"""Momentum as in torch's optimizers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from natgrad.optim.vectors import Vector
 
 
 def heavy_ball(g: Vector, parameters: Parameters) -> Vector:
-    """`v ← μ v + ∇`, with `v = ∇` at first, as `torch.optim.SGD` has it."""
+    """`v ← μ v + ∇`, with `v = ∇` at first, as in `torch.optim.SGD`."""
     v = dict(g)
     for group, names in parameters.by_group(g):
         if group["momentum"] == 0:
@@ -17,7 +17,7 @@ def heavy_ball(g: Vector, parameters: Parameters) -> Vector:
         states = {n: parameters.state_of(n) for n in names}
         begun = [n for n in names if "momentum_buffer" in states[n]]
         if begun:
-            # New tensors: a step that is given up has the old ones.
+            # New tensors, so that the old ones remain if the step is not taken.
             buffers = torch._foreach_mul([states[n]["momentum_buffer"] for n in begun], group["momentum"])
             torch._foreach_add_(buffers, [g[n] for n in begun])
             v |= dict(zip(begun, buffers, strict=True))

@@ -1,4 +1,4 @@
-"""A step that has been decided on."""
+"""A step that was chosen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from natgrad.optim.vectors import Vector
 
 @dataclass(frozen=True)
 class Part:
-    """Some parameters, by which factor of the direction they move, and what they are multiplied by before."""
+    """Some parameters, the factor of their direction, and the factor that shrinks them before."""
 
     names: Sequence[str]
     factor: float
@@ -36,13 +36,13 @@ class Step:
             torch._foreach_add_(own, [self.direction[n] for n in part.names], alpha=part.factor)
 
     def shortened(self, share: float) -> Step:
-        """A part of the way there."""
+        """The step, shortened to a share of its length."""
         parts = [Part(part.names, share * part.factor, 1 - share * (1 - part.shrink)) for part in self.parts]
         return Step(self.direction, parts)
 
     @cached_property
     def delta(self) -> Vector:
-        """What is added to the parameters, apart from their shrinking."""
+        """What is added to the parameters, without the effect of shrinking."""
         delta: Vector = {}
         for part in self.parts:
             own = [self.direction[n] for n in part.names]

@@ -1,4 +1,4 @@
-"""The step of an exact curvature: momentum by projection, and a path that bends with the model."""
+"""The step with an exact curvature: momentum by projection, and acceleration."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from natgrad.optim.vectors import Vector, dot, dots
 from natgrad.optim.whole import uninterrupted
 
 REACH = 0.1
-"""The share of a step after which its bending is measured."""
+"""The share of a step at which the second derivative of the outputs is measured."""
 KEPT = 3
-"""After so many rejections a step is tried without momentum."""
+"""After this many rejections a step is tried without momentum."""
 BENT = 0.75
-"""The largest `2 ‖a‖ / ‖δ‖`: a longer acceleration is shortened, as there the expansion to second order fails."""
+"""The largest `2 ‖a‖ / ‖δ‖`. A longer acceleration is shortened, because the second-order expansion fails there."""
 
 
 @runtime_checkable
@@ -31,13 +31,13 @@ class Columns(Directions, Protocol):
 
     @property
     def holds_columns(self) -> bool:
-        """Whether it does, and `F` is the objective's own: no labels were drawn for it."""
+        """Whether it holds the columns, and `F` is exact: no labels were drawn for it."""
 
     def inner(self, v: Vector) -> Tensor:
         """`Sᵀ v`."""
 
     def inner_outputs(self, outputs: list[Tensor]) -> Tensor:
-        """`Lᵀ (f − f₀)`, for every batch's outputs `f` now and `f₀` where the step began."""
+        """`Lᵀ (f − f₀)` for every batch, with the current outputs `f` and the outputs `f₀` at the start of the step."""
 
     def solve_columns(self, c: Tensor) -> Vector:
         """`(F + λI)⁻¹ S c`."""
@@ -46,20 +46,20 @@ class Columns(Directions, Protocol):
 class Projected(StepRule):
     """`θ ← θ + δ + a` with `δ = −α Δ`, the direction `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)`, and the acceleration `a`.
 
-    `Δ₋` is the direction before: `−Δ` minimizes `∇ᵀd + ½ dᵀFd + ½ λ ‖d + μ Δ₋‖²`. So what the last batch said of
-    directions that this one says nothing about is kept, and the rest is projected away. As `λ` rises the direction
-    comes to `μ Δ₋` and not to zero. So momentum is left out where steps were rejected `KEPT` times.
+    `Δ₋` is the previous direction: `−Δ` minimizes `∇ᵀd + ½ dᵀFd + ½ λ ‖d + μ Δ₋‖²`. In directions that this batch does
+    not determine, the result of the last batch is kept; the rest is projected away. As `λ` rises, the direction goes to
+    `μ Δ₋` and not to zero. Therefore the momentum is left out after `KEPT` rejections.
 
-    The outputs bend along the step, by `f'' = d²f(θ + t δ)/dt²`. The acceleration `a = −½ (F + λI)⁻¹ Jᵀ D f''` takes
-    that back to second order. It costs one forward and one solve, and is taken where the step size is adapted and the
-    matrix is the objective's own.
+    Along the step, the outputs have the second derivative `f'' = d²f(θ + t δ)/dt²`. The acceleration `a = −½ (F + λI)⁻¹
+    Jᵀ D f''` cancels its effect to second order. It costs one forward pass and one solve, and is used if the step size
+    is adaptive and the matrix is exact.
 
     Args:
-        parameters: those that move. A step size `α` of None is 1.
+        parameters: the parameters that the step changes. A step size `α` of None is 1.
         directions: the preconditioner.
-        max_kl: a bound on `½ δᵀFδ`, which shortens the step.
+        max_kl: a bound on `½ δᵀFδ`, to which the step is shortened.
         max_norm: a bound on `‖δ‖`, likewise.
-        accelerate: whether there is an acceleration.
+        accelerate: whether to use the acceleration.
 
     Reference: Goldshlager, Abrahamsen & Lin (2024), arXiv:2401.10190 (SPRING), for the momentum; Transtrum & Sethna
     (2012), arXiv:1201.5885, for the acceleration.
@@ -97,7 +97,8 @@ class Projected(StepRule):
         inner = None
         if predicts or not self.fixed or self.max_kl is not None:
             inner, model = self._model(stage, delta)
-            # A step to the end of a bound says that the damping is too small; one that promises too much does not.
+            # A step at its bound shows that the damping is too small. A step whose predicted decrease is too large does
+            # not.
             share = min(share, self._share_of_kl(stage, model))
             self.share = share
             share = min(share, self._share_promised(stage, model))
@@ -113,7 +114,7 @@ class Projected(StepRule):
         return Step(delta, [Part(own, 1.0, shrink(group, share * length)) for (group, own), length in each]), change
 
     def _past(self, names: Iterable[str]) -> Vector:
-        """The step before; empty where it was not of all of these parameters."""
+        """The last step; empty if it did not have all of these parameters."""
         states = {n: self.parameters.state_of(n) for n in names}
         past = {n: s["delta"] for n, s in states.items() if "delta" in s}
         return past if len(past) == len(states) else {}
@@ -129,14 +130,14 @@ class Projected(StepRule):
         return pulled
 
     def _length(self, stage: Stage, direction: Vector, damping: float) -> float:
-        """The step size, where it is free. Of labels that were drawn, or a solve that was cut short, it is that of the
-        exact quadratic model."""
+        """The step size, if it is not given. If labels were drawn, or a solve was stopped early, the exact quadratic
+        model gives it."""
         if self.fixed or self.columns.holds_columns:
             return 1.0
         return -self._minimum(stage, [direction], damping, {}).coefficients[0]
 
     def _model(self, stage: Stage, delta: Vector) -> tuple[Tensor | None, Minimum]:
-        """`Sᵀδ`, where `S` is known, and the quadratic model `∇ᵀδ + ½ δᵀ(F + ηI)δ` along the step."""
+        """`Sᵀδ`, if `S` is known, and the quadratic model `∇ᵀδ + ½ δᵀ(F + ηI)δ` along the step."""
         inner = self.columns.inner(delta) if self.columns.holds_columns else None
         square = float(stage.objective.products([delta])[0, 0] if inner is None else inner.square().sum())
         decayed = float(stage.decay.gram([delta])[0, 0])
@@ -150,7 +151,8 @@ class Projected(StepRule):
         return min(1.0, self.max_norm / math.sqrt(square)) if square > 0 else 1.0
 
     def _share_of_kl(self, stage: Stage, model: Minimum) -> float:
-        """A share that keeps the bound on the divergence. It is the whole length where there is no loss to measure."""
+        """The share of the step that is within the bound on the divergence. If there is no loss to measure, the bound
+        gives the length."""
         if self.fixed or stage.objective.measurable:
             return self._share_within(model.curvature)
         if self.max_kl is None:
@@ -163,7 +165,7 @@ class Projected(StepRule):
         return math.sqrt(self.max_kl / model.curvature)
 
     def _share_promised(self, stage: Stage, model: Minimum) -> float:
-        """A share that does not promise more than the loss has."""
+        """The share of the step whose predicted decrease is at most the loss."""
         bounded = stage.objective.measurable and stage.objective.nonnegative and stage.loss > 0
         return model.share_that_promises(stage.loss) if bounded else 1.0
 
@@ -173,7 +175,7 @@ class Projected(StepRule):
         return self.accelerate and not self.fixed and known
 
     def _bent(self, stage: Stage, delta: Vector, inner: Tensor, figures: Figures) -> Vector:
-        """`δ + a`, with `a` shortened where it is large against `δ`."""
+        """`δ + a`, with `a` shortened if it is large compared with `δ`."""
         moved = self.columns.inner_outputs(self._outputs_along(stage, delta))
         second = (moved - REACH * inner) * (2 / REACH**2)
         a = {n: d for n, d in self.columns.solve_columns(second).items() if n in delta}
@@ -185,7 +187,7 @@ class Projected(StepRule):
         return {n: torch.add(d, a[n], alpha=-0.5 * share) for n, d in delta.items()}
 
     def _outputs_along(self, stage: Stage, delta: Vector) -> list[Tensor]:
-        """The outputs a little way along the step."""
+        """The outputs at a small share of the step."""
         own, before = self.parameters.local(), self.parameters.snapshot()
         try:
             for n, d in delta.items():

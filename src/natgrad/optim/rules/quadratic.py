@@ -11,8 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Minimum:
-    """Coefficients of the directions, and what the model's change there is made of: the slope along the step, and half
-    its curvature."""
+    """Coefficients of the directions, and the two parts of the model's change: the slope along the step, and half its
+    curvature."""
 
     coefficients: list[float]
     slope: float
@@ -20,17 +20,17 @@ class Minimum:
 
     @property
     def change(self) -> float:
-        """Of the objective, by the model; negative: a decrease."""
+        """The change of the objective that the model predicts; a decrease is negative."""
         return self.slope + self.curvature
 
     def share_that_promises(self, most: float) -> float:
-        """The part of the way at which the model's decrease is `most`; all of it where it is less."""
+        """The share of the step at which the predicted decrease is `most`; 1 if the whole step predicts less."""
         if not -self.change > most:
             return 1.0
         return 2 * most / (-self.slope + math.sqrt(max(0.0, self.slope**2 - 4 * self.curvature * most)))
 
     def shortened(self, share: float) -> Minimum:
-        """A part of the way there."""
+        """The minimum, shortened to a share of its length."""
         return Minimum([share * c for c in self.coefficients], share * self.slope, share**2 * self.curvature)
 
 
@@ -53,13 +53,13 @@ def minimize(Q: Tensor, slope: Tensor, fixed: dict[int, float]) -> Minimum | Non
     free = [i for i in range(len(slope)) if i not in fixed]
     if free:
         H = Q[free][:, free]
-        # In units of each direction's own curvature, a near-parallel pair shows as a small eigenvalue.
+        # In units of each direction's curvature, a nearly parallel pair gives a small eigenvalue.
         unit = H.diagonal().sqrt()
         if not (torch.isfinite(H).all() and (unit > 0).all()):
             return None
         correlation = H / torch.outer(unit, unit)
         rhs = -(slope[free] + Q[free] @ c) / unit
-        if torch.linalg.eigvalsh(correlation)[0] < 1e-6:  # parallel: the first direction alone
+        if torch.linalg.eigvalsh(correlation)[0] < 1e-6:  # parallel: use only the first direction
             c[free[0]] = rhs[0] / unit[0]
         else:
             c[free] = torch.linalg.solve(correlation, rhs) / unit

@@ -14,9 +14,9 @@ from natgrad.optim.vectors import Vector
 
 @dataclass
 class Stage:
-    """The objective, its gradient per unit of the objective, its value with weight decay in it, and that decay.
+    """The objective, its gradient per unit of the objective, its value including weight decay, and the weight decay.
 
-    `rejected`: how many steps from here were rejected, and tried again with more damping.
+    `rejected`: the number of steps from here that were rejected and tried again with more damping.
     """
 
     objective: Objective
@@ -27,7 +27,7 @@ class Stage:
 
 
 class Rejection(Exception):
-    """A step that cannot be taken, and why. `by_step`: more damping would have helped; not, where the batch is bad."""
+    """A step that cannot be taken, and why. `by_step`: whether more damping helps; it does not, if the batch is bad."""
 
     def __init__(self, reason: str, by_step: bool = True):
         super().__init__(reason)
@@ -36,12 +36,12 @@ class Rejection(Exception):
 
 @runtime_checkable
 class Directions(Protocol):
-    """What a step rule asks of the preconditioner."""
+    """What a step rule needs from the preconditioner."""
 
     nesterov: bool
 
     def apply(self, v: Vector) -> Vector:
-        """`(F + λI)⁻¹ v`, by the inverse as it is."""
+        """`(F + λI)⁻¹ v`, with the current inverse."""
 
     def damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
         """What the damping adds to the quadratic model: this rank's share of `λ d_iᵀ d_j`."""

@@ -1,0 +1,56 @@
+"""Whether data come in a fixed order, where results are told apart by their place in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from natgrad.curvature.problem import Problem
+from natgrad.uses.rows import Columns, Rows, rows_of
+
+
+def rows_in_order(name: str, problem: Problem, data: Any, columns: Columns) -> Iterator[Rows]:
+    """The rows of every batch of a problem whose batches are the same at each pass.
+
+    Unless the data are known to be, the first batch is read again at the end, and its outputs and targets compared.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+        raise ValueError(
+            f"{name} is a DataLoader that shuffles, and scores are told apart by the order of the examples; give one "
+            "with shuffle=False"
+        )
+    known = isinstance(data, (list, tuple)) or (
+        isinstance(data, DataLoader) and isinstance(data.sampler, SequentialSampler)
+    )
+    first: Any = None
+    for rows in rows_of(problem, columns):
+        first = (rows.output, rows.target) if first is None else first
+        yield rows
+    if known:
+        return
+    for batch in problem:
+        with torch.no_grad():
+            again = problem.run(problem.model, batch)
+        if not _same(first, again):
+            raise ValueError(
+                f"the first batch of {name} is another one at each pass, and scores are told apart by the order of the "
+                "examples; give it without shuffling and random augmentation, and the model in evaluation mode"
+            )
+        return
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a.double(), b.double(), 1e-3)
+    if isinstance(a, (tuple, list)):
+        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return True

@@ -1,0 +1,171 @@
+"""Unlearning: a few steps up the loss of some data, as far as the other data allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from natgrad.checks.values import check_count, check_number
+from natgrad.curvature.problem import Forward, Problem, check_mass
+from natgrad.linalg import Operator
+from natgrad.linalg.operator import check_damping
+from natgrad.uses.subset import warn_in_training
+from natgrad.uses.weights import flat, parameters_of
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What `natgrad.unlearn` returns.
+
+    Args:
+        losses: on the data to forget, before the first step and after each.
+        increase: the increase of the objective on the other data that the quadratic model predicts, `½ δᵀ F δ`.
+
+    Example:
+        >>> import torch, natgrad
+        >>> model, loss = torch.nn.Linear(3, 1), torch.nn.MSELoss()
+        >>> x, y = torch.randn(40, 3), torch.randn(40, 1)
+        >>> F = natgrad.fisher(model, loss, (x[8:], y[8:]))
+        >>> found = natgrad.unlearn(model, loss, (x[:8], y[:8]), F, steps=2)
+        >>> len(found.losses), found.losses[-1] > found.losses[0], found.increase < 0.011
+        (3, True, True)
+    """
+
+    losses: tuple[float, ...]
+    increase: float
+
+
+def unlearn(
+    model: nn.Module,
+    loss: nn.Module,
+    forget: Any,
+    F: Operator,
+    *,
+    steps: int = 4,
+    increase: float = 0.01,
+    step_size: float | None = None,
+    damping: float = 1e-3,
+    forward: Forward | None = None,
+) -> Unlearned:
+    """Raises a model's loss on some data, and changes what it does on all other data as little as that allows: a few
+    uphill Gauss-Newton steps,
+
+        θ ← θ + α (F + λ I)⁻¹ ∇L_forget(θ)
+
+    `F` is the Gauss-Newton matrix of the data to be retained, so that `½ δᵀ F δ` is how much a change `δ` of the
+    weights raises their loss, or the KL divergence of their outputs. Of all `δ` that raise it equally much, a step is
+    the one that raises the loss on `forget` most.
+
+    In a linear model under squared error one step without damping, of the step size
+    `len(forget) / len(retained)`, gives exactly the weights of training on the retained data alone.
+
+    Args:
+        model: a trained model, which is changed in place. Put it in evaluation mode first.
+        loss: its loss, any that `natgrad.fisher` takes.
+        forget: the data to forget, as for `natgrad.fisher`.
+        F: the matrix of the data to be retained, at the model's weights: `natgrad.fisher(model, loss, retained)`, of
+            any structure. Its parameters are those that are changed.
+        steps: how many; each takes the gradient anew, and the same `F`.
+        increase: all steps together may raise the objective on the retained data by this much, in the quadratic model.
+            Each is of the same length in the norm of `F + λ I`. Begin with a hundredth of a nat, the default.
+        step_size: `α`; with one `increase` does not count.
+        damping: `λ`.
+        forward: as for `natgrad.fisher`.
+
+    Returns:
+        The losses on `forget`, and the predicted increase of the others'.
+
+    Raises:
+        TypeError, ValueError: if `F` is no matrix of this model, or the data have no gradient; ValueError also if
+            `F + λ I` is not positive definite, or a step leads to a loss that is not finite. The model is then as it
+            was before.
+
+    Example:
+        >>> import torch, natgrad
+        >>> loss = torch.nn.MSELoss()
+        >>> x, y = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, 1, dtype=torch.float64)
+        >>> def fitted(x, y):
+        ...     model = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+        ...     model.weight.data = torch.linalg.lstsq(x, y).solution.mT
+        ...     return model
+        >>> model = fitted(x, y)
+        >>> F = natgrad.fisher(model, loss, (x[10:], y[10:]), "dense")
+        >>> _ = natgrad.unlearn(model, loss, (x[:10], y[:10]), F, steps=1, step_size=10 / 40, damping=0.0)
+        >>> torch.allclose(model.weight, fitted(x[10:], y[10:]).weight)
+        True
+
+    Reference: McKinney et al. (2026), arXiv:2602.10568 (K-FADE, with K-FAC).
+    """
+    check_count("steps", steps, "steps")
+    check_number("increase", increase, positive=True)
+    check_number("step_size", step_size, positive=True, optional=True)
+    check_damping(damping)
+    own = parameters_of(model, F)
+    problem = Problem(model, loss, forget, params=list(own), forward=forward)
+    warn_in_training(problem.model)
+    before, start = {n: p.detach().clone() for n, p in own.items()}, flat(F, own)
+    inverse = F.inverse(damping)
+    losses: list[float] = []
+    try:
+        for _ in range(steps):
+            value, gradient = _loss(problem, own, F)
+            losses.append(value)
+            direction = inverse @ gradient
+            rise = float(gradient @ direction)
+            if not rise > 0:
+                raise ValueError(_why(gradient, damping))
+            alpha = step_size if step_size is not None else (2 * increase / rise) ** 0.5 / steps
+            with torch.no_grad():
+                for p, d in zip(own.values(), F.space.unflatten(direction), strict=True):
+                    p.add_(alpha * d)
+        losses.append(_loss(problem, own, F)[0])
+    except BaseException:
+        with torch.no_grad():
+            for n, p in own.items():
+                p.copy_(before[n])
+        raise
+    change = flat(F, own) - start
+    return Unlearned(tuple(losses), float(0.5 * (change @ (F @ change))))
+
+
+def _loss(problem: Problem, own: dict[str, nn.Parameter], F: Operator) -> tuple[float, Tensor]:
+    """The objective over the data and its gradient, a flat vector of `F`.
+
+    Raises:
+        ValueError: if they are not finite.
+    """
+    curvature, leaves = problem.curvature, list(own.values())
+    total, mass = torch.zeros((), dtype=F.dtype, device=F.device), torch.zeros((), dtype=F.dtype, device=F.device)
+    gradient = torch.zeros(F.space.size, dtype=F.dtype, device=F.device)
+    for batch in problem:
+        with torch.enable_grad():
+            output, target = problem.run(problem.model, batch)
+            value = curvature.loss(output, target)
+        weight = curvature.normalizer(output, target).to(F.dtype) if problem.is_mean else mass.new_ones(())
+        if problem.is_mean and not weight > 0:
+            continue  # all of its targets are ignored
+        found = torch.autograd.grad(value, leaves, allow_unused=True)
+        parts = tuple((torch.zeros_like(p) if g is None else g).to(F.dtype) for p, g in zip(leaves, found, strict=True))
+        gradient += weight * F.space.flatten(parts)
+        total += weight * value.detach()
+        mass += weight
+    if problem.is_mean:
+        check_mass(mass, True)
+        total, gradient = total / mass, gradient / mass
+    if not (torch.isfinite(total) and torch.isfinite(gradient).all()):
+        raise ValueError(
+            f"the loss on the data to forget is {float(total):g}, or its gradient is not finite; look for NaN in the "
+            "data, or pass a smaller increase or step_size"
+        )
+    return float(total), gradient
+
+
+def _why(gradient: Tensor, damping: float) -> str:
+    if not gradient.any():
+        return (
+            "the data to forget have no gradient: their loss does not depend on the parameters of F; nothing to unlearn"
+        )
+    return f"F with damping={damping} is indefinite; pass a larger damping, or the Fisher information"

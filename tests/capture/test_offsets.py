@@ -1,0 +1,71 @@
+"""A number added to a parameter leaves its derivatives as they are; other functions of it do not, and are refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import natgrad
+from oracles import close, f64, randn
+
+LOSS = nn.MSELoss()
+
+
+class Scaled(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make, self.w, self.out = make, nn.Parameter(randn(3)), nn.Linear(3, 2)
+        self.to(f64)
+
+    def forward(self, x):
+        return self.out(x * self.make(self.w))
+
+
+TAKEN = {
+    "1 + w": lambda w: 1 + w,
+    "w - 0.5": lambda w: w - 0.5,
+    "add": lambda w: torch.add(w, 1.0),
+    "cast, then add": lambda w: 1.0 + w.double(),
+    "add, then cast": lambda w: w.add(1).to(f64),
+    "twice": lambda w: (w + 1) - 3,
+    "itself": lambda w: w + w,
+    "a view of it": lambda w: 1 + w.view(1, 3),
+}
+REFUSED = {
+    "1 - w": lambda w: 1 - w,
+    "w times a number": lambda w: 2 * w,
+    "w and a buffer": lambda w: w + torch.ones(3, dtype=f64),
+    "exp": lambda w: (1 + w).exp(),
+    "less itself": lambda w: w - 0.5 * w.detach(),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("structure", ["block", "diagonal", "kfac"])
+def test_offsets(name, structure):
+    model, data = Scaled(TAKEN[name]), (randn(20, 3), randn(20, 2))
+    dense = natgrad.fisher(model, LOSS, data, "dense")["w"].to_dense()
+    F = natgrad.fisher(model, LOSS, data, structure)["w"].to_dense()
+    close(F.diagonal(), dense.diagonal(), 1e-10)
+    if structure == "block":
+        close(F, dense, 1e-10)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("structure", ["block", "kfac"])
+def test_what_is_none(name, structure):
+    """Right, or refused by name."""
+    model, data = Scaled(REFUSED[name]), (randn(20, 3), randn(20, 2))
+    with pytest.raises(NotImplementedError, match="no layer kind covers 'w'"):
+        natgrad.fisher(model, LOSS, data, structure)
+
+
+def test_an_optimizer_trains_it():
+    model, x, y = Scaled(TAKEN["1 + w"]), randn(20, 3), randn(20, 2)
+    opt, losses = natgrad.KFAC(model, LOSS), []
+    for _ in range(10):
+        loss = opt.loss(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]

@@ -1,0 +1,90 @@
+"""What users get wrong about posteriors, influence, pruning, unlearning, rounding."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import natgrad
+from of_data_and_losses import LABELS, X, fisher, net
+from of_models import CE
+
+MODEL = net().eval()
+DATA = X, LABELS
+NUMBERS = X, torch.randn(8, 3)
+
+
+def laplace(loss=CE, data=DATA, **options):
+    return natgrad.laplace(MODEL, loss, data, **options)
+
+
+def influence(train=DATA, query=DATA, **options):
+    return natgrad.influence(MODEL, CE, train, query, **options)
+
+
+def lds(scores=None, retrain=lambda kept, seed: torch.zeros(2), **options):
+    return natgrad.lds(torch.randn(2, 8) if scores is None else scores, retrain, **options)
+
+
+def lds_from(line):
+    path = Path(tempfile.mkdtemp()) / "results.jsonl"
+    lds(subsets=2, path=path)
+    path.write_text(path.read_text() + line + "\n")
+    lds(subsets=2, path=path)
+
+
+def unlearn(F=None, **options):
+    model = net()
+    return natgrad.unlearn(model, CE, DATA, F or fisher(model), **options)
+
+
+def quantize(structure="kfac", *more, **options):
+    model = net()
+    return natgrad.quantize(model, fisher(model, structure=structure), *more, **options)
+
+
+def a_penalty_of_a_hessian():
+    model = net()
+    penalty = natgrad.ewc(model, -1 * fisher(model, structure="dense"))
+    nn.init.normal_(model[0].weight)
+    penalty()
+
+
+# fmt: off
+ROWS = [
+    # Posteriors
+    ("a prior of zero", lambda: laplace(prior_precision=0), ValueError,
+     "prior_precision=0 for '0.weight' is not usable: expected a number > 0", "use a small one, such as 1e-3"),
+    ("a prediction under a robust loss", lambda: laplace(nn.HuberLoss(), NUMBERS).predict(X), TypeError,
+     "HuberLoss gives no distribution of targets at the model's outputs", "use P.functional_variance(x)"),
+    ("a posterior of nothing", lambda: laplace(data=(X, torch.full_like(LABELS, -100))).fit_prior(), ValueError,
+     "the data do not depend on the weights: their curvature is zero", "look for targets that are all ignored"),
+    # Influence
+    ("training data that are shuffled", lambda: influence(DataLoader(TensorDataset(*DATA), shuffle=True)), ValueError,
+     "train is a DataLoader that shuffles, and scores are told apart by the order", "give one with shuffle=False"),
+    ("factors of other weights", lambda: influence(factors=fisher(net())), ValueError,
+     "factors were computed at other weights of the model: '0.weight' has changed since", "To use them as they are"),
+    ("the top of too many", lambda: influence().top(9), ValueError,
+     "k=9 is not usable: expected a whole number, at least 1 and at most the 8 training examples"),
+    ("scores that are not finite", lambda: lds(torch.full((2, 8), torch.nan)), ValueError,
+     "16 of 16 scores are not finite; look for a damping that is too small"),
+    ("a seed below zero", lambda: lds(seed=-1), ValueError,
+     "seed=-1 is not usable: expected a whole number, at least 0"),
+    ("a line that is no result", lambda: lds_from('{"subset": 1}'), ValueError,
+     "has a line that is no result, '{\"subset\": 1}'; expected those that natgrad.lds wrote", "give another path"),
+    # Editing
+    ("a penalty of an indefinite matrix", a_penalty_of_a_hessian, ValueError,
+     "F is indefinite: its curvature is -", "use the Fisher information, natgrad.fisher"),
+    ("unlearning without steps", lambda: unlearn(steps=0), ValueError,
+     "steps=0 is not usable: expected a whole number of steps, at least 1"),
+    ("unlearning at no price", lambda: unlearn(increase=0), ValueError,
+     "increase=0 is not usable: expected a number > 0"),
+    ("rounding to no bits", lambda: quantize("kfac", 0), ValueError,
+     "bits=0 is not usable: expected a whole number of bits, at least 1"),
+    ("rounding by a diagonal", lambda: quantize("diagonal"), TypeError,
+     "'0.weight' is held as diagonal, which is no Kronecker product; use structure='kfac' or 'kfoc'"),
+    ("low rank of none", lambda: fisher(structure="low_rank", rank=0), ValueError,
+     "rank=0 is not usable: expected a whole number of eigenvalues, at least 1"),
+]
