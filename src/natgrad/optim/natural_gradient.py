@@ -42,7 +42,7 @@ class NaturalGradient(CurvatureOptimizer):
             None: the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
         damping: `λ`, in units of the mean loss, also for `reduction="sum"`. None: it is calibrated on the first batch
             and then adapted by Levenberg-Marquardt at every step. Or `natgrad.Damping(value, decay=)`.
-        min_damping: the smallest `λ` where it is adapted; once there, it stays. None: the limit of rounding. Use it with
+        min_damping: the smallest `λ` where it is adapted; once there, it stays. None: the rounding limit. Use it with
             new points at every step and fewer of them than parameters, say 1e-4 for 500 residuals: such a step can fit
             its own points whatever they are, so its own loss says little about the damping.
         weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective, for both reductions. It must be the same in all groups,
