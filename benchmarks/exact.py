@@ -53,7 +53,7 @@ def problems() -> dict[str, Callable[[], Problem]]:
 
     def of_pinn(name: str) -> Problem:
         task = pinn(name)
-        return task.make_model(0), next(task.batches(0, 0))
+        return task.make_model(0), next(task.batches(0, task.batch))
 
     def plain() -> Problem:
         g = torch.Generator().manual_seed(0)
