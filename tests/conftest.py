@@ -17,7 +17,9 @@ def one_thread():
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("keyword"):  # whoever asks for a row by its name means it
+        return
     mark_the_rest(items, pytest.mark.long)
     mark_all_but_some(items, pytest.mark.long, Path(__file__).parent)
 

@@ -2,7 +2,8 @@
 
 Of tests marked `pairs` enough that every two values of two parameters meet once: most faults take one option, or two
 together, and a test of four parameters then has a tenth of the runs. Of tests that compute something, at most `MOST`,
-spread evenly over the list. Those that are left out are marked `long`: `make test-all` runs them.
+spread evenly over the list. Those that are left out are marked `long`: `make test-all` runs them, and so does
+`pytest -k name`.
 """
 
 from itertools import combinations

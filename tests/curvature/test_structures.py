@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 import natgrad
 from cases_by_hand import CLASSES, MODELS, SEQUENTIAL, ByHand
+from natgrad.curvature.matrices import ALL_STRUCTURES
 from oracles import Power, close, dense_curvature, f64, flatten, numel, randn
 
 TOL = 1e-8
@@ -59,6 +60,11 @@ KINDS = {
     "hessian, block": Kind("block", hessian=True),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def test_every_structure_has_a_row():
+    """But for `"kfoc"`, which `test_kfoc.py` compares with its own definition."""
+    assert {kind.structure for kind in KINDS.values()} == {*ALL_STRUCTURES} - {"kfoc"}
 
 
 def kinds(operation):
@@ -156,32 +162,8 @@ class Problem:
         return self._dense[key]
 
     def _form(self, kind):
-        hand = self.by_hand
         whole = self._hessian() if kind.hessian else dense_curvature(self.model, self.loss, self.batches)
-        if kind.structure == "block" and kind.hessian:
-            groups = [n.rpartition(".")[0] or n for n, _ in self.model.named_parameters()]
-            of = [g for g, s in zip(groups, self.space, strict=True) for _ in range(s.numel())]
-            return whole * torch.tensor([[a == b for a in of] for b in of])
-        if kind.structure == "block":
-            return hand.part_in_blocks(whole)
-        if kind.structure == "low_rank":
-            return self._low_rank(whole, kind.rank)
-        if kind.structure == "kfac":
-            return hand.assemble(lambda layer: hand.kfac(layer, kind.sharing))
-        if kind.structure == "ekfac":
-            return hand.assemble(lambda layer: hand.ekfac(layer, kind.sharing, kind.centered))
-        return torch.diag(whole.diagonal()) if kind.structure == "diagonal" else whole
-
-    def _low_rank(self, whole, rank):
-        """Of each block the largest eigenvalues, and a diagonal with which it has the block's own."""
-        dense = torch.zeros_like(whole)
-        for index in self.by_hand.blocks().values():
-            block = whole[index[:, None], index]
-            e, U = torch.linalg.eigh(block)
-            kept = (e >= e[-min(rank, len(e))] - 1e-8 * e[-1]) & (e > 1e-13 * e[-1])  # equal ones together
-            top = (U[:, kept] * e[kept]) @ U[:, kept].mT
-            dense[index[:, None], index] = top + (block - top).diagonal().diag()
-        return dense
+        return BY_HAND[kind.structure](self, kind, whole)
 
     def _hessian(self):
         names = [n for n, _ in self.model.named_parameters()]
@@ -218,6 +200,48 @@ class Problem:
         pieces = flat.split([s.numel() for s in self.space])
         names = [n for n, _ in self.model.named_parameters()]
         return {n: p.view(s) for n, p, s in zip(names, pieces, self.space, strict=True)}
+
+
+def in_blocks(problem, kind, whole):
+    if not kind.hessian:
+        return problem.by_hand.part_in_blocks(whole)
+    groups = [n.rpartition(".")[0] or n for n, _ in problem.model.named_parameters()]
+    of = [g for g, s in zip(groups, problem.space, strict=True) for _ in range(s.numel())]
+    return whole * torch.tensor([[a == b for a in of] for b in of])
+
+
+def low_rank_by_hand(problem, kind, whole):
+    """Of each block the largest eigenvalues, and a diagonal with which it has the block's own."""
+    dense = torch.zeros_like(whole)
+    for index in problem.by_hand.blocks().values():
+        block = whole[index[:, None], index]
+        e, U = torch.linalg.eigh(block)
+        kept = (e >= e[-min(kind.rank, len(e))] - 1e-8 * e[-1]) & (e > 1e-13 * e[-1])  # equal ones together
+        top = (U[:, kept] * e[kept]) @ U[:, kept].mT
+        dense[index[:, None], index] = top + (block - top).diagonal().diag()
+    return dense
+
+
+def kfac_by_hand(problem, kind, whole):
+    hand = problem.by_hand
+    return hand.assemble(lambda layer: hand.kfac(layer, kind.sharing))
+
+
+def ekfac_by_hand(problem, kind, whole):
+    hand = problem.by_hand
+    return hand.assemble(lambda layer: hand.ekfac(layer, kind.sharing, kind.centered))
+
+
+# What each structure is, from the problem, the kind and the whole matrix, which is autograd's.
+BY_HAND = {
+    "implicit": lambda problem, kind, whole: whole,
+    "dense": lambda problem, kind, whole: whole,
+    "block": in_blocks,
+    "kfac": kfac_by_hand,
+    "ekfac": ekfac_by_hand,
+    "low_rank": low_rank_by_hand,
+    "diagonal": lambda problem, kind, whole: torch.diag(whole.diagonal()),
+}
 
 
 @lru_cache(maxsize=256)

@@ -147,3 +147,33 @@ def test_on_a_cpu_it_is_for_long_attention():
     assert tangent_rule(F.scaled_dot_product_attention, (q, q, q)) is None
     assert tangent_rule(F.layer_norm, (q, (E,))) is None
     assert tangent_rule(F.layer_norm, (q.to("meta"), (E,))) is RULES[F.layer_norm]
+
+
+def with_constants(x, c):
+    return {
+        "product": x * c + c * x * 2.0,
+        "quotient": x / c / 2 + c / x,
+        "sum": torch.add(x, c, alpha=3) + c + 1,
+        "difference": torch.sub(c, x, alpha=2) - (x - c) - 1,
+        "spread": x[:1] + c,
+        "in place": (x + c).add_(x) + x,
+    }
+
+
+class Itself(nn.Module):
+    def __init__(self, x):
+        super().__init__()
+        self.x = nn.Parameter(x)
+
+    def forward(self):
+        return self.x
+
+
+def test_constants_take_no_part_in_tangents():
+    x, v, c = randn(3, 4) + 5, randn(3, 4, seed=1), randn(3, 4, seed=2) + 5
+    one = Itself(x)
+    for name, value in with_constants(x, c).items():
+        found = tangent(one, lambda forward, name=name: with_constants(forward(), c)[name], {"x": v})
+        expected = torch.func.jvp(lambda t, name=name: with_constants(t, c)[name], (x,), (v,))
+        close(found[0], value, 1e-12)
+        close(found[1], expected[1], 1e-12)

@@ -7,12 +7,17 @@ from torch.distributions import Normal
 import natgrad
 from natgrad.losses import Likelihood
 
-X, LABELS = torch.randn(8, 4), torch.arange(8) % 3
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(8) % 3
 ONE = nn.Linear(4, 1)
 
 
 def net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def planes() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (2, 2)))
 
 
 def fisher(model=None, loss=None, data=(X, LABELS), *more, **options):
@@ -43,6 +48,12 @@ ROWS = [
     ("no loss", lambda: natgrad.fisher(net(), None, (X, LABELS)), TypeError, "loss is None; ", AN_INSTANCE),
     ("a loss of log-probabilities", lambda: fisher(loss=nn.NLLLoss()), ValueError,
      "NLLLoss: output has entries above zero; expected log-probabilities, as by log_softmax, or nn.CrossEntropyLoss"),
+    ("a function of a hinge loss", lambda: fisher(loss=nn.functional.multi_margin_loss), TypeError,
+     "loss is a function; ", AN_INSTANCE, "did you mean nn.MultiMarginLoss()?"),
+    ("a hinge loss at positions", lambda: fisher(planes(), nn.MultiMarginLoss()), ValueError,
+     "MultiMarginLoss: output has shape (8, 2, 2); expected (examples, classes): flatten positions into axis 0"),
+    ("a hinge loss of floats", lambda: fisher(loss=nn.MultiMarginLoss(), data=(X, LABELS.float())), ValueError,
+     "MultiMarginLoss: target has dtype torch.float32; expected class indices of dtype torch.int64 (target.long())"),
     ("a loss without curvature", lambda: fisher(loss=nn.CTCLoss()), TypeError,
      "loss is a CTCLoss; ", AN_INSTANCE, "natgrad.losses.Convex(fn) for a loss of one's own"),
     ("a distribution in place of a function", lambda: Likelihood(Normal(0, 1)), TypeError,

@@ -63,7 +63,7 @@ ROWS = [
      "the data do not depend on the weights: their curvature is zero", "look for targets that are all ignored"),
     # Influence
     ("training data that are shuffled", lambda: influence(DataLoader(TensorDataset(*DATA), shuffle=True)), ValueError,
-     "train is a DataLoader that shuffles, and scores are told apart by the order", "give one with shuffle=False"),
+     "train is a DataLoader that shuffles, so the order of the scores would be unknown", "shuffle=False"),
     ("factors of other weights", lambda: influence(factors=fisher(net())), ValueError,
      "factors were computed at other weights of the model: '0.weight' has changed since", "To use them as they are"),
     ("the top of too many", lambda: influence().top(9), ValueError,

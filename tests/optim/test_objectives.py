@@ -183,3 +183,102 @@ def test_what_is_refused(call, error, said):
     opt = natgrad.KFAC(model, TERMS)
     with pytest.raises(error, match=said):
         call(opt, model(X))
+
+
+class Encoder(nn.Module):
+    """Returns two tensors of one forward, with numbers of its own at each call."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.runs = 0
+        self.code, self.back = nn.Linear(D, 2 * H).double(), nn.Linear(H, D).double()
+
+    def forward(self, x):
+        self.runs += 1
+        code = self.code(x)
+        mean, log_variance = code.chunk(2, 1)
+        return {"code": code, "x": self.back(mean + (log_variance / 2).exp() * torch.randn_like(mean))}
+
+
+def divergence(code, prior):
+    mean, log_variance = code.chunk(2, 1)
+    return ((mean - prior["mean"] if prior else mean).square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
+
+
+def test_terms_of_one_forward_share_its_passes_and_a_function_needs_no_target():
+    model = Encoder()
+    opt = natgrad.KFAC(model, {"code": natgrad.losses.Convex(divergence), "x": nn.MSELoss()})
+    runs = []
+    for step in range(12):
+        out = model(X)
+        before = model.runs
+        target = {"mean": torch.zeros(H, dtype=X.dtype)} if step % 2 else None
+        loss = opt.loss["x"](out["x"], X) + 0.1 * opt.loss["code"](out["code"], target)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        runs.append(model.runs - before)
+        assert opt.diagnostics["accepted"]
+    assert runs[5] == 1  # one pass with tangents for both terms, and none to measure
+
+
+def test_a_target_within_a_dictionary_that_is_changed_in_place_is_noticed():
+    model = Encoder()
+    opt = natgrad.KFAC(model, {"code": natgrad.losses.Convex(divergence), "x": nn.MSELoss()}, adapt_every=1)
+    prior = {"mean": torch.zeros(H, dtype=X.dtype)}
+    out = model(X)
+    (opt.loss["code"](out["code"], prior) + opt.loss["x"](out["x"], X)).backward()
+    prior["mean"].add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        opt.step()
+
+
+class Slope(nn.Module):
+    """A residual made of derivatives, and a value that is read by layers."""
+
+    def __init__(self, extra=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, 1)).double()
+        self.scale = nn.Parameter(torch.ones(D, dtype=torch.float64)) if extra else None
+
+    def forward(self, x, y):
+        x = x.clone().requires_grad_()
+        u = self.net(x if self.scale is None else x * self.scale)
+        (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        (ddu,) = torch.autograd.grad(du[:, 0].sum(), x, create_graph=True)
+        return {"residual": ddu[:, 0] + u[:, 0] * du[:, 1], "value": self.net(y)}
+
+
+@pytest.mark.parametrize("extra", [False, True], ids=["copies", "a pass for each example"])
+def test_terms_with_and_without_derivatives_make_one_exact_step(extra):
+    model, terms = Slope(extra), {"residual": nn.MSELoss(), "value": nn.MSELoss()}
+    targets, y = {"residual": randn(N, seed=2), "value": randn(5, 1, seed=3)}, randn(5, D, seed=4)
+    names = [n for n, _ in model.named_parameters()]
+
+    def objective(model, loss):
+        out = model(X, y)
+        return loss["residual"](out["residual"], targets["residual"]) + 3 * loss["value"](
+            out["value"], targets["value"]
+        )
+
+    its = copy.deepcopy(model)
+    g = torch.autograd.grad(objective(its, terms), list(its.parameters()))
+    F = 0
+    for name, factor in (("residual", 1 / N), ("value", 3 / 5)):
+        rows = []
+        for f in its(X, y)[name].flatten():
+            found = torch.autograd.grad(f, list(its.parameters()), retain_graph=True, allow_unused=True)
+            pairs = zip(found, its.parameters(), strict=True)
+            rows.append(torch.cat([(torch.zeros_like(p) if r is None else r).flatten() for r, p in pairs]))
+        J = torch.stack(rows)
+        F = F + 2 * factor * J.T @ J
+    damping = 0.05 * 3  # in units of the heaviest term's mean
+    expected = -0.3 * torch.linalg.solve(F + damping * torch.eye(len(F)), torch.cat([p.flatten() for p in g]))
+    start = flatten(dict(model.named_parameters())).clone()
+    opt = natgrad.NaturalGradient(model, terms, lr=0.3, momentum=0.0, damping=0.05, solver="primal")
+    objective(model, opt.loss).backward()
+    opt.step()
+    assert names == list(dict(model.named_parameters()))
+    close(flatten(dict(model.named_parameters())) - start, expected, 1e-8)

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import natgrad
 from models import MODELS
@@ -306,9 +306,26 @@ class Shuffled:
         return iter(self.batches)
 
 
+class Mixed:
+    """A batch sampler that says nothing of its order."""
+
+    def __iter__(self):
+        return iter(torch.randperm(20).view(5, 4).tolist())
+
+    def __len__(self):
+        return 5
+
+
 def test_data_in_a_random_order_are_refused():
     model, loss, train, query = problem()
-    for many in (DataLoader(TensorDataset(*train), 4, shuffle=True), Shuffled(*train)):
+    data = TensorDataset(*train)
+    drawn, mixed = BatchSampler(RandomSampler(data), 4, False), Mixed()
+    for many in (
+        DataLoader(data, 4, shuffle=True),
+        DataLoader(data, batch_sampler=drawn),
+        DataLoader(data, batch_sampler=mixed),
+        Shuffled(*train),
+    ):
         with pytest.raises(ValueError, match=r"(first batch of train|train is a DataLoader that shuffles)"):
             natgrad.influence(model, loss, many, query)
         with pytest.raises(ValueError, match=r"(first batch of query|query is a DataLoader that shuffles)"):

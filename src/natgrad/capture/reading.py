@@ -22,6 +22,8 @@ from natgrad.capture.use import Use
 
 MOST_PASSES = 20_000
 """The largest number of backward passes for one batch whose rows depend on one another."""
+AUTOGRAD = "autograd"
+"""The function of a layer that stands for one parameter, whose gradients are flat rows."""
 AT_ONCE = 1 << 24
 """The approximate number of gradient entries that are computed at once."""
 
@@ -138,7 +140,12 @@ def example_gradients(
 
 
 def by_autograd(
-    output: Tensor, columns: Iterable[Tensor], parameters: Mapping[str, Tensor], mass: Tensor, dtype: torch.dtype
+    output: Tensor,
+    columns: Iterable[Tensor],
+    parameters: Mapping[str, Tensor],
+    mass: Tensor,
+    dtype: torch.dtype,
+    at_once: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> Cases:
     """The cases of a model whose layers cannot be recorded, for example because its forward pass takes derivatives.
 
@@ -151,12 +158,19 @@ def by_autograd(
         parameters: the parameters by name.
         mass: the divisor of the loss's mean.
         dtype: the dtype of the gradients.
+        at_once: takes a column to the gradients of all examples, `(examples, *shape)` by name. None: one backward pass
+            for each example.
     """
-    layers = [Layer(None, n, function="autograd") for n in parameters]
+    layers = [Layer(None, n, function=AUTOGRAD) for n in parameters]
     found = []
     for column in columns:
-        every = zip(*example_gradients(output, column, parameters), strict=True)
-        rows = (torch.cat(some).to(dtype).flatten(1).unsqueeze(1) for some in every)
+        if at_once is not None:
+            own = at_once(column)
+            whole = [own[n] for n in parameters]
+        else:
+            every = zip(*example_gradients(output, column, parameters), strict=True)
+            whole = [torch.cat(some) for some in every]
+        rows = (g.to(dtype).reshape(len(output), 1, -1) for g in whole)
         found.append({layer: [g] for layer, g in zip(layers, rows, strict=True)})
     h: dict[Layer, list[Inputs]] = {layer: [Rows(mass.new_zeros(len(output), 1, 0, dtype=dtype))] for layer in layers}
     widths = {layer: p.numel() for layer, p in zip(layers, parameters.values(), strict=True)}
@@ -250,7 +264,7 @@ def _check_passes(grouping: Grouping, columns: Iterable[Tensor], layer: Layer) -
         count += int(own.reshape(*own.shape[:2], -1).ne(0).any(2).any(0).sum())
         if count > MOST_PASSES:
             raise ValueError(
-                f"the rows of the batch depend on one another in layer {layer.name!r} (for example through a graph, "
+                f"the rows of the batch see one another in layer {layer.name!r} (for example through a graph, "
                 "logits within a batch or averages over the batch), so each of the output's "
                 f"{grouping.cases * grouping.members} rows needs its own backward passes, more than "
                 f"{MOST_PASSES} in all; use estimator='mc', which needs one for each sample, or smaller batches"

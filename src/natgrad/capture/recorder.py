@@ -238,10 +238,10 @@ class Recorder(TorchFunctionMode):
         if missed:
             named = ", ".join(f"{n!r} (used by {missed[n]})" for n in self._names.values() if n in missed)
             raise NotImplementedError(
-                f"no layer kind covers {named}; expected linear maps, convolutions, embeddings, normalizations, "
-                "attention, recurrent layers, or elementwise scales and shifts, with a bias of shape (d_out,). Freeze "
-                "these parameters with requires_grad_(False), or leave them out with params=, for another optimizer to "
-                "train"
+                f"no layer kind covers {named}; expected linear and bilinear maps, convolutions, embeddings, "
+                "normalizations, attention, recurrent layers, or elementwise scales and shifts, with a bias of shape "
+                "(d_out,). Freeze these parameters with requires_grad_(False), or leave them out with params=, for "
+                "another optimizer to train"
             )
         parts = [part for use in self.uses for part in use.parts(nodes)]
         return [part for part in parts if part.edge.node in nodes] if reached and roots else parts

@@ -13,6 +13,7 @@ from torch import Tensor
 from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, joined
+from natgrad.capture.reading import AUTOGRAD
 from natgrad.linalg import Operator, Rows
 from natgrad.linalg.layout import PLAIN
 from natgrad.linalg.space import Parts
@@ -130,6 +131,9 @@ def in_own_shapes(layer: Layer, parts: Parts, shapes: Mapping[str, tuple[int, ..
     found = {}
     for i, (n, part) in enumerate(zip(layer.names, parts, strict=True)):
         shape, is_weight = shapes[n], i == 0 and layer.weight is not None
+        if layer.function == AUTOGRAD:
+            found[n] = part.reshape(*part.shape[:-1], *shape)
+            continue
         lead = part.ndim - (1 if layer.scale else len(form_of(shape)))
         if layer.rows is not None:
             height = _height(layer, shape) if is_weight else shape[0]

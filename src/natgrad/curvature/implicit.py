@@ -17,8 +17,9 @@ from natgrad.curvature.problem import Problem, check_mass, check_output
 from natgrad.curvature.products import gauss_newton_product, tangent
 from natgrad.distributed.gathering import in_common, jointly
 from natgrad.linalg import Block, BlockDiagonal, Dense, Operator, Space
+from natgrad.linalg.arguments import check_damping, check_plain
 from natgrad.linalg.krylov import IterativeInverse
-from natgrad.linalg.operator import DENSE_LIMIT, check_damping, check_plain
+from natgrad.linalg.operator import DENSE_LIMIT
 from natgrad.linalg.space import Parts
 
 Vector = dict[str, Tensor]

@@ -84,8 +84,7 @@ class MixedStructure(Structure):
                 self._used[pattern] = None
                 return name
         raise ValueError(
-            f"structure says nothing of layer {layer.name!r}; expected an entry for it, or '*': 'kfac' at the end for "
-            "all others"
+            f"structure has no entry for layer {layer.name!r}; expected one, or '*': 'kfac' at the end for all others"
         )
 
 

@@ -67,13 +67,25 @@ def tangent(
             from there, which leaves two products per layer instead of three.
         duals: how the model's parameters get their tangents, if they are not in their usual places.
     """
+    (found,) = tangents(model, lambda forward: [call(forward)], direction, uses, duals)
+    return found
+
+
+def tangents(
+    model: nn.Module,
+    call: Callable[..., Sequence[Tensor]],
+    direction: Mapping[str, Tensor],
+    uses: Sequence[Use] = (),
+    duals: Callable[[Mapping[str, Tensor]], AbstractContextManager[Duals]] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """As `tangent`, for several outputs of one forward, which `call` returns."""
     give = duals or partial(duals_in_place, model)
     # The fused attention kernels have no forward mode.
     with torch.no_grad(), forward_ad.dual_level(), give(direction) as own:
         with _Replay(own.names, uses), sdpa_kernel(SDPBackend.MATH), _without_savers():
-            output = call(own.forward)
-        primal, Jd = forward_ad.unpack_dual(output)
-        return primal, torch.zeros_like(primal) if Jd is None else Jd
+            outputs = call(own.forward)
+        pairs = [forward_ad.unpack_dual(output) for output in outputs]
+        return [(primal, torch.zeros_like(primal) if Jd is None else Jd) for primal, Jd in pairs]
 
 
 @contextlib.contextmanager
@@ -113,7 +125,9 @@ class _Replay(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in COMPOSITES:  # fused functions have no forward mode
             with self:
-                return COMPOSITES[func](*args, **kwargs)
+                opened = COMPOSITES[func](*args, **kwargs)
+            if opened is not NotImplemented:
+                return opened
         rule = tangent_rule(func, args)
         if rule is not None and (found := rule(*args, **kwargs)) is not None:
             return found

@@ -14,12 +14,17 @@ from natgrad.linalg import Operator
 
 
 class Structure(ABC):
-    """The sums over batches from which a block-diagonal matrix is built, in `passes` passes over the data."""
+    """The sums over batches from which a block-diagonal matrix is built, in `passes` passes over the data.
+
+    In each pass, `add` is called for every batch and then `merge_ranks`; between two passes, `next_pass`. At the end,
+    `build` is called.
+    """
 
     passes = 1
 
     def __init__(self) -> None:
         self.mass: Tensor | None = None
+        """The divisor of the loss's mean, summed over the batches; `add` must call `_add_mass`."""
 
     @abstractmethod
     def add(self, cases: Cases) -> None:
@@ -34,7 +39,8 @@ class Structure(ABC):
 
     @abstractmethod
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
-        """The operator of every layer, for an objective that is a mean or a sum."""
+        """The operator of every layer, for an objective that is a mean or a sum. Its vectors are the layer's weight, as
+        a matrix `(d_out, d_in)`, and its bias. `groups.py` joins layers that share parameters."""
 
     def _add_mass(self, cases: Cases) -> None:
         self.mass = cases.mass if self.mass is None else self.mass + cases.mass
@@ -47,5 +53,6 @@ class Structure(ABC):
         self.mass = world.sum(own.to(dtypes[0]).clone(), "the mass")
 
     def _scale(self, is_mean: bool) -> Tensor | float:
+        """The factor of the sums over the batches: one over the mass for a mean."""
         assert self.mass is not None
         return 1 / self.mass if is_mean else 1.0

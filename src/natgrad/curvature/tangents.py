@@ -1,8 +1,11 @@
-"""Tangents of attention and of normalizations, by the reverse mode of their fused kernels.
+"""Tangents where torch's own forward mode is missing or slow.
 
 Torch has no forward mode for fused attention. Its forward mode of normalizations consists of many functions, on tensors
 that the fused kernels never write to memory. For these functions, a product with the Jacobian can be written as a
 product with its transpose, which reverse mode computes.
+
+Torch gives the constant in `2 * x` or `x + noise` a tangent of zeros, and multiplies and adds those in Python, which
+takes some hundred times as long as the product itself. The rules of `mul`, `div`, `add` and `sub` leave them out.
 
 Each rule takes a function's arguments, with or without tangents, and returns its output with a tangent, or None if the
 rule does not apply.
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from natgrad.capture.layers.scale import PARSERS, Scale
@@ -133,21 +136,60 @@ def _with_zeros(t: Tensor) -> tuple[Tensor, Tensor]:
     return primal.detach(), torch.zeros_like(primal) if tangent is None else tangent
 
 
+def with_constant(function: Any, x: Any, other: Any, *rest: Any, **options: Any) -> Tensor | None:
+    """A product, quotient, sum or difference of a tensor that has a tangent and a constant: a number, or a tensor
+    without one."""
+    alpha = options.get("alpha", 1)
+    if rest or options.keys() - {"alpha"} or not _plain(x, other):
+        return None
+    (x, x_dot), (other, other_dot) = (_apart(t) for t in (x, other))
+    if (x_dot is None) == (other_dot is None):
+        return None
+    if function in QUOTIENTS and x_dot is None:
+        return None
+    out = function(x, other, **options)
+    if function in PRODUCTS or function in QUOTIENTS:
+        tangent = function(other_dot if x_dot is None else x_dot, other if x_dot is not None else x)
+    elif x_dot is not None:
+        tangent = x_dot.to(out.dtype).expand_as(out).clone()  # as either may be written to in place
+    else:
+        tangent = (-alpha if function in DIFFERENCES else alpha) * other_dot.to(out.dtype).expand_as(out)
+    return forward_ad.make_dual(out, tangent)
+
+
+def _plain(*values: Any) -> bool:
+    """Whether these are numbers and tensors of torch's own type, outside of `torch.func`."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(not isinstance(v, Tensor) or type(v) in (Tensor, nn.Parameter) for v in values)
+
+
+def _apart(value: Any) -> tuple[Any, Any]:
+    """A tensor and its tangent, if it has one; anything else as it is."""
+    return forward_ad.unpack_dual(value) if isinstance(value, Tensor) else (value, None)
+
+
 def tangent_rule(function: Any, args: Sequence[Any]) -> Callable[..., Tensor | None] | None:
     """The function's rule, if it is faster. On CPUs, torch's own forward mode is as fast for normalizations, and faster
     for short attention."""
     rule = RULES.get(function)
     if rule is None or not args or not isinstance(args[0], Tensor):
         return None
-    if args[0].device.type != "cpu":
+    if args[0].device.type != "cpu" or function in WITH_CONSTANT:
         return rule
     is_long = rule is attention and len(args) > 1 and args[1].shape[-2] >= MANY_KEYS * args[1].shape[-1]
     return rule if is_long else None
 
 
+PRODUCTS = (Tensor.mul, torch.mul, torch.multiply)
+QUOTIENTS = (Tensor.div, torch.div, torch.true_divide)
+SUMS = (Tensor.add, torch.add)
+DIFFERENCES = (Tensor.sub, torch.sub)
+WITH_CONSTANT = {*PRODUCTS, *QUOTIENTS, *SUMS, *DIFFERENCES}
 RULES: dict[Any, Callable[..., Tensor | None]] = {
     F.scaled_dot_product_attention: attention,
     F.layer_norm: partial(normalization, F.layer_norm),
     F.group_norm: partial(normalization, F.group_norm),
     F.batch_norm: batch_norm,
+    **{function: partial(with_constant, function) for function in WITH_CONSTANT},
 }

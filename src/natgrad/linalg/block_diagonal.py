@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import ByLayer
+from natgrad.linalg.arguments import check_damping, check_exponent
 from natgrad.linalg.layout import PLAIN, Layout
-from natgrad.linalg.operator import Operator, check_damping, check_exponent, check_operator
+from natgrad.linalg.operator import Operator, check_operator
 from natgrad.linalg.space import Parts, Space
 
 T = TypeVar("T")

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from natgrad.checks.values import described
 from natgrad.linalg import factor
+from natgrad.linalg.arguments import check_damping, check_exponent
 from natgrad.linalg.centered_power import CenteredPower, CenteredRows
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.eigen import inverse_from_cholesky, semidefinite
 from natgrad.linalg.fitting import check_axes, check_tensors
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen, factored_inverses
-from natgrad.linalg.operator import Operator, check_damping, check_exponent, check_operator
+from natgrad.linalg.operator import Operator, check_operator
 from natgrad.linalg.space import Parts, Space
 
 

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from natgrad.linalg.arguments import check_damping, check_plain
 from natgrad.linalg.krylov import IterativeInverse
 from natgrad.linalg.later import later
-from natgrad.linalg.operator import Operator, check_damping, check_operator, check_plain
+from natgrad.linalg.operator import Operator, check_operator
 from natgrad.linalg.space import Parts
 
 

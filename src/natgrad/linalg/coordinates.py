@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.linalg.arguments import check_damping, check_exponent
 from natgrad.linalg.eigen import positive
 from natgrad.linalg.fitting import check_axes, check_tensors
-from natgrad.linalg.operator import Operator, check_damping, check_exponent
+from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
 
 WHAT = "a block of scale and shift"

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import described
+from natgrad.linalg.arguments import check_damping
 from natgrad.linalg.eigen import positive
 from natgrad.linalg.fitting import check_tensors
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
 
 

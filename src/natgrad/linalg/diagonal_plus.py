@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.linalg.arguments import check_damping, check_exponent
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.eigen import eigh, positive
 from natgrad.linalg.exact import ExactBlock
-from natgrad.linalg.operator import Operator, check_damping, check_exponent
+from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
 
 FORMED = 2_000

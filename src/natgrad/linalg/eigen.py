@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.linalg.operator import singular
+from natgrad.linalg.arguments import singular
 
 WELL_CONDITIONED = 1e-4
 """The least ratio of two pivots for which float32 keeps about three digits of an inverse."""

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.linalg import factor
+from natgrad.linalg.arguments import check_damping
 from natgrad.linalg.block_diagonal import BlockDiagonal
 from natgrad.linalg.centered import CenteredKronecker
 from natgrad.linalg.combination import Scaled
@@ -19,7 +20,7 @@ from natgrad.linalg.eigen import eigh, positive
 from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.later import later
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator
 from natgrad.linalg.rows import Rows
 from natgrad.linalg.state import dump
 

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.linalg.arguments import check_damping, check_plain
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.eigen import eigh, semidefinite
 from natgrad.linalg.gram import MEMORY, add_gram, add_square, mirrored
-from natgrad.linalg.operator import Operator, check_damping, check_plain
+from natgrad.linalg.operator import Operator
 from natgrad.linalg.pieces import Piece, chunks, squares, stacked, summed
 from natgrad.linalg.space import Parts, Space, check_order
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import described
+from natgrad.linalg.arguments import check_damping
 from natgrad.linalg.krylov import IterativeInverse
 from natgrad.linalg.later import later
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
 from natgrad.linalg.stochastic import product
 

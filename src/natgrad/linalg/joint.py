@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.linalg.arguments import check_damping, check_plain, singular
 from natgrad.linalg.block_diagonal import Block, BlockDiagonal
 from natgrad.linalg.eigen import positive
 from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.gram import MEMORY, add_square, costs, mirrored
-from natgrad.linalg.operator import Operator, check_damping, check_plain, singular
+from natgrad.linalg.operator import Operator
 from natgrad.linalg.pieces import Piece, chunks
 from natgrad.linalg.space import Parts
 

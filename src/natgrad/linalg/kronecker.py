@@ -8,10 +8,11 @@ from torch import Tensor
 
 from natgrad.checks.values import described
 from natgrad.linalg import factor
+from natgrad.linalg.arguments import check_damping
 from natgrad.linalg.eigen import positive, semidefinite
 from natgrad.linalg.factor import Factor
 from natgrad.linalg.fitting import check_axes, check_tensors
-from natgrad.linalg.operator import Operator, check_damping, check_operator
+from natgrad.linalg.operator import Operator, check_operator
 from natgrad.linalg.space import Parts, Space
 
 

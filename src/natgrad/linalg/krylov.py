@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import check_count, check_within, described
+from natgrad.linalg.arguments import check_damping
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.later import later
-from natgrad.linalg.operator import Operator, check_damping, check_operator
+from natgrad.linalg.operator import Operator, check_operator
 from natgrad.linalg.space import Parts
 
 Product = Callable[[Tensor], Tensor]

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.checks.values import check_count, check_generator
+from natgrad.linalg.arguments import check_damping
 from natgrad.linalg.eigen import positive, semidefinite
-from natgrad.linalg.operator import Operator, check_damping
+from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from numbers import Real
 from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, check_number, described
+from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, described
+from natgrad.linalg.arguments import check_damping, check_plain
 from natgrad.linalg.later import LATER
 from natgrad.linalg.space import Parts, Space, check_order
 from natgrad.linalg.spectral import Spectral
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from natgrad.linalg.coverage import Coverage
     from natgrad.linalg.stochastic import Estimate
 
-DAMPING_STYLES = ("exact", "centered", "factored")
 DENSE_LIMIT = 20_000
 TRACES = {"hutchinson": "estimate_trace", "hutch++": "hutch_plus_plus", "xtrace": "xtrace"}
 
@@ -394,38 +393,7 @@ class Operator(Spectral, ABC):
         return f"{self._label()}(size={self.space.size}, dtype={self.dtype})"
 
 
-def check_damping(damping: float, style: str = "exact") -> None:
-    """Raises ValueError unless damping is finite and not negative, and its style is known."""
-    check_number("damping", damping.item() if isinstance(damping, Tensor) and damping.ndim == 0 else damping)
-    check_choice("damping_style", style, DAMPING_STYLES)
-
-
-def check_plain(what: str, style: str, instead: str = "") -> None:
-    """Raises TypeError for a damping style that a matrix does not have: one without factors and centered coordinates.
-
-    >>> check_plain("a sum", "factored")
-    Traceback (most recent call last):
-    TypeError: a sum has no factors to damp; use damping_style='exact'
-    """
-    if style != "exact":
-        lacks = "factors" if style == "factored" else "centered coordinates"
-        raise TypeError(f"{what} has no {lacks} to damp; use damping_style='exact'{instead}")
-
-
 def check_operator(kind: str, name: str, value: Any) -> None:
     """Raises TypeError unless it is an operator."""
     if not isinstance(value, Operator):
         raise TypeError(f"of {kind}, {name} is {described(value)}; expected an Operator")
-
-
-def check_exponent(exponent: float) -> None:
-    """Raises ValueError unless it is a finite number."""
-    if not (isinstance(exponent, Real) and math.isfinite(exponent)):
-        raise ValueError(f"exponent={exponent!r} is not usable: expected a finite number, such as -0.5")
-
-
-def singular(what: str, damping: float, smallest: float) -> ValueError:
-    return ValueError(
-        f"{what} with damping={damping:g} is singular or indefinite (smallest eigenvalue {smallest:.3g}); "
-        f"pass a larger damping{'' if damping else ', say damping=1e-3'}"
-    )

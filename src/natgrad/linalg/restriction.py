@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from natgrad.linalg.arguments import check_damping, check_plain
 from natgrad.linalg.krylov import IterativeInverse
 from natgrad.linalg.later import later
-from natgrad.linalg.operator import Operator, check_damping, check_operator, check_plain
+from natgrad.linalg.operator import Operator, check_operator
 from natgrad.linalg.space import Parts, Space
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import check_count
+from natgrad.linalg.arguments import check_damping, singular
 from natgrad.linalg.later import later
-from natgrad.linalg.operator import Operator, check_damping, singular
+from natgrad.linalg.operator import Operator
 
 
 @dataclass(frozen=True)

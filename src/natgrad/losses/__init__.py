@@ -13,6 +13,7 @@ from natgrad.losses.base import ESTIMATORS, OutputCurvature
 from natgrad.losses.convex import Convex, ConvexCurvature
 from natgrad.losses.elementwise import Bernoulli, Poisson, SquaredError
 from natgrad.losses.gaussian import Gaussian
+from natgrad.losses.hinge import MultiMargin
 from natgrad.losses.likelihood import Likelihood, LikelihoodCurvature
 from natgrad.losses.logarithms import Divergence, LogProbabilities, Probabilities
 from natgrad.losses.margin import MultiLabelSoftMargin, SoftMargin
@@ -21,6 +22,7 @@ from natgrad.losses.softmax import Softmax
 
 __all__ = ["ESTIMATORS", "Convex", "Likelihood", "OutputCurvature", "output_curvature"]
 
+# A new loss is one line here.
 _KNOWN: dict[type[nn.Module], type[OutputCurvature]] = {
     nn.CrossEntropyLoss: Softmax,
     nn.MSELoss: SquaredError,
@@ -35,26 +37,11 @@ _KNOWN: dict[type[nn.Module], type[OutputCurvature]] = {
     nn.HuberLoss: Huber,
     nn.SoftMarginLoss: SoftMargin,
     nn.MultiLabelSoftMarginLoss: MultiLabelSoftMargin,
+    nn.MultiMarginLoss: MultiMargin,
     Likelihood: LikelihoodCurvature,
     Convex: ConvexCurvature,
 }
 _OWN = (Likelihood, Convex)
-_MEANT = {
-    "cross_entropy": "CrossEntropyLoss",
-    "mse_loss": "MSELoss",
-    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
-    "poisson_nll_loss": "PoissonNLLLoss",
-    "gaussian_nll_loss": "GaussianNLLLoss",
-    "nll_loss": "NLLLoss",
-    "kl_div": "KLDivLoss",
-    "binary_cross_entropy": "BCELoss",
-    "l1_loss": "L1Loss",
-    "smooth_l1_loss": "SmoothL1Loss",
-    "huber_loss": "HuberLoss",
-    "soft_margin_loss": "SoftMarginLoss",
-    "multilabel_soft_margin_loss": "MultiLabelSoftMarginLoss",
-}
-"""The loss class to suggest for torch's loss functions, and for losses that another class also computes."""
 
 
 def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
@@ -97,7 +84,13 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
 
 
 def _in_its_place(loss: Any) -> str:
-    """The end of the message: the supported loss that was probably meant."""
-    known = {k.__name__: k.__name__ for k in _KNOWN if k not in _OWN} | _MEANT
-    name = getattr(loss, "__name__", type(loss).__name__)
-    return f"; did you mean nn.{known[name]}()?" if name in known else ""
+    """The end of the message: the supported loss that was probably meant, by a function or a class of its name."""
+    plain = {_plain(known.__name__): known.__name__ for known in _KNOWN if known not in _OWN}
+    name = plain.get(_plain(getattr(loss, "__name__", type(loss).__name__)))
+    return f"; did you mean nn.{name}()?" if name else ""
+
+
+def _plain(name: str) -> str:
+    """`"crossentropy"` of `"CrossEntropyLoss"` and of `"cross_entropy"`."""
+    plain = name.lower().replace("_", "").removesuffix("loss")
+    return plain.replace("binarycrossentropy", "bce")

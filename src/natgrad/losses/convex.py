@@ -14,6 +14,8 @@ from natgrad.losses.base import OutputCurvature
 MOST_ENTRIES = 4096
 """The largest number of entries of an example's output, because its Hessian is formed."""
 TOLERANCE = 1e-5
+SEED = 1729
+"""Of the check's own random vector: torch's own numbers are left as they are."""
 
 
 class Convex(nn.Module):
@@ -125,53 +127,82 @@ class ConvexCurvature(OutputCurvature):
 
     def product(self, output: Tensor, target: Any, v: Tensor) -> Tensor:
         e, U = self._eigen(output, target)
-        inside = (U.mT @ v.reshape(len(v), -1, 1).to(U.dtype)) * e.unsqueeze(-1)
-        return (U @ inside).to(v.dtype).view(v.shape)
+        v_ = v.reshape(len(v), -1).to(e.dtype)
+        Dv = e * v_ if U is None else (U @ (e * (U.mT @ v_.unsqueeze(-1)).squeeze(-1)).unsqueeze(-1)).squeeze(-1)
+        return Dv.to(v.dtype).view(v.shape)
 
     def exact_columns(self, output: Tensor, target: Any) -> Iterator[Tensor]:
         e, U = self._eigen(output, target)
         kept = [k for k in range(e.shape[1]) if bool((e[:, k] > 0).any())]
         for k in kept or [0]:
-            yield (U[:, :, k] * e[:, k : k + 1].sqrt()).to(output.dtype).view(output.shape)
+            root = e[:, k : k + 1].sqrt()
+            if U is None:
+                column = torch.zeros_like(e)
+                column[:, k : k + 1] = root
+            else:
+                column = U[:, :, k] * root
+            yield column.to(output.dtype).view(output.shape)
 
     def sampled_column(self, output: Tensor, target: Any, generator: torch.Generator | None) -> Tensor:
         """`U √e z` for random signs `z`, so that `E[s sᵀ] = D`."""
         e, U = self._eigen(output, target)
         signs = 2 * torch.randint(2, e.shape, generator=generator, device=e.device).to(e.dtype) - 1
-        return (U @ (e.sqrt() * signs).unsqueeze(-1)).to(output.dtype).view(output.shape)
+        s = e.sqrt() * signs
+        return (s if U is None else (U @ s.unsqueeze(-1)).squeeze(-1)).to(output.dtype).view(output.shape)
 
-    def _eigen(self, output: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-        """The eigenvalues (with zeros for negative ones) and eigenvectors of every example's Hessian, in float64."""
-        D = self._blocks(output, target)
-        e, U = torch.linalg.eigh(D.double())
-        rounding = e.abs().amax(1, keepdim=True) * torch.finfo(D.dtype).eps * 8 * e.shape[1]
+    def _eigen(self, output: Tensor, target: Any) -> tuple[Tensor, Tensor | None]:
+        """Positive eigenvalues (zeros in place of others) and eigenvectors of every example's Hessian, in float64; None
+        where those are the entries of the output, each by itself."""
+        product = self._hessian(output, target)
+        U: Tensor | None = None
+        e = self._diagonal(output, product)
+        if e is None:
+            e, U = torch.linalg.eigh(self._blocks(output, product).double())
+        rounding = e.abs().amax(1, keepdim=True) * torch.finfo(output.dtype).eps * 8 * e.shape[1]
         share = float((e < -rounding).any(1).double().mean())
         self.clipped = max(self.clipped, share)
         return torch.where(e > rounding, e, 0.0), U
 
-    def _blocks(self, output: Tensor, target: Any) -> Tensor:
-        """The Hessian of every example, `(examples, size, size)` for outputs of `size` entries."""
-        examples, size = len(output), output[0].numel()
-        if size > MOST_ENTRIES:
-            raise ValueError(
-                f"Convex: an example's output has {size} entries, and its Hessian is formed up to {MOST_ENTRIES}; "
-                "expected fewer, or a loss of torch's own, whose curvature has a closed form"
-            )
+    def _hessian(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
+        """`v ↦ H v` for every example, by a second backward pass."""
         with torch.enable_grad():
             f = output.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(
                 self.module.each(f, target).sum(), f, create_graph=True, materialize_grads=True
             )
-            unit = torch.eye(size, dtype=output.dtype, device=output.device)
-            rows = []
-            for row in unit:
-                if not gradient.requires_grad:  # the function is linear
-                    rows.append(torch.zeros(examples, size, dtype=output.dtype, device=output.device))
-                    continue
-                v = row.repeat(examples).view(output.shape)
-                (Hv,) = torch.autograd.grad(gradient, f, v, retain_graph=True, materialize_grads=True)
-                rows.append(Hv.reshape(examples, size))
-        D = torch.stack(rows, 1)
-        if not torch.isfinite(D).all():
-            raise ValueError("Convex: the Hessian in the output has entries that are not finite; look for kinks in fn")
+
+        def product(v: Tensor) -> Tensor:
+            if not gradient.requires_grad:  # the function is linear
+                return torch.zeros_like(output)
+            (Hv,) = torch.autograd.grad(gradient, f, v, retain_graph=True, materialize_grads=True)
+            if not torch.isfinite(Hv).all():
+                raise ValueError(
+                    "Convex: the Hessian in the output has entries that are not finite; look for kinks in fn"
+                )
+            return Hv
+
+        return product
+
+    @staticmethod
+    def _diagonal(output: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The Hessian's diagonals `(examples, size)`, if that is all of it: if `H z = (H 1) ∘ z` for a random `z`."""
+        z = torch.randn(output.shape, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
+        z = z.to(output.device, output.dtype)
+        diagonal, Hz = (product(v).reshape(len(output), -1) for v in (torch.ones_like(output), z))
+        off = (Hz - diagonal * z.view(diagonal.shape)).abs().amax(1)
+        rounding = 32 * torch.finfo(output.dtype).eps * diagonal.abs().amax(1)
+        return diagonal.double() if bool((off <= rounding).all()) else None
+
+    @staticmethod
+    def _blocks(output: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """The Hessian of every example, `(examples, size, size)` for outputs of `size` entries."""
+        examples, size = len(output), output[0].numel()
+        if size > MOST_ENTRIES:
+            raise ValueError(
+                f"Convex: an example's output has {size} entries that depend on one another, and its Hessian is formed "
+                f"up to {MOST_ENTRIES}; expected fewer, or a loss of torch's own, whose curvature has a closed form"
+            )
+        unit = torch.eye(size, dtype=output.dtype, device=output.device)
+        rows = [product(row.expand(examples, size).reshape(output.shape)) for row in unit]
+        D = torch.stack([row.reshape(examples, size) for row in rows], 1)
         return (D + D.mT) / 2

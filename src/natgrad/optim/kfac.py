@@ -17,14 +17,12 @@ from natgrad.optim.preconditioner.layers import LayerBlocks
 from natgrad.optim.preconditioner.options import Options
 from natgrad.optim.preconditioner.orthogonalized import Orthogonalized
 from natgrad.optim.preconditioner.running import RUNNING, Running
-from natgrad.optim.rules.damping import DampingControl, LevenbergMarquardt
+from natgrad.optim.rules.damping import LevenbergMarquardt
 from natgrad.optim.terms import Loss
 from natgrad.optim.tracking.returned import Way
 
 RELATIVE_DAMPING = 0.3
 """`ε` of the one-sided structure, in units of the mean eigenvalue of a layer's input factor."""
-TOLERATED_RISE = 0.5
-"""A step that raises the loss by more than this share is undone."""
 
 
 class KFAC(CurvatureOptimizer):
@@ -223,8 +221,7 @@ class KFAC(CurvatureOptimizer):
             generator=generator,
         )
         blocks = (Orthogonalized if orthogonalize else LayerBlocks)("KFAC", self.parameters, self.labels, options)
-        rule = LevenbergMarquardt(damping_decay**adapt_every, floor)
-        self._assemble(blocks, DampingControl(value, rule), TOLERATED_RISE, tries=1)
+        self._assemble(blocks, LevenbergMarquardt(damping_decay**adapt_every, floor))
         self._blocks = blocks
 
     @property

@@ -10,7 +10,7 @@ from natgrad.optim.optimizer import CurvatureOptimizer
 from natgrad.optim.options import Damping
 from natgrad.optim.parameter_groups import Groups, check_one_decay
 from natgrad.optim.preconditioner.exact import SOLVERS, ExactMatrix
-from natgrad.optim.rules.damping import DampingControl, Eager
+from natgrad.optim.rules.damping import Eager
 from natgrad.optim.rules.projected import Projected
 from natgrad.optim.terms import Loss
 from natgrad.optim.tracking.returned import Way
@@ -90,7 +90,6 @@ class NaturalGradient(CurvatureOptimizer):
     """
 
     _key = "natural_gradient"
-    _many_ranks = False
 
     def __init__(
         self,
@@ -174,8 +173,7 @@ class NaturalGradient(CurvatureOptimizer):
         # A damping below eps · tr F is lost in rounding.
         rule = Eager(factor, eps * min(matrix.size(), max_size))
         projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
-        control = DampingControl(damped.value, rule, min_damping or 0.0)
-        self._assemble(matrix, control, TOLERATED_RISE, TRIES, projected)
+        self._assemble(matrix, rule, TOLERATED_RISE, TRIES, projected, min_damping or 0.0)
 
     def _check_groups(self) -> None:
         super()._check_groups()

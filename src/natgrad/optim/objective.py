@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from natgrad.checks.replaced import call_with
 from natgrad.curvature.jacobian import Jacobian, graph, through_graph
 from natgrad.curvature.problem import buffers_kept
-from natgrad.curvature.products import gauss_newton_product, tangent
+from natgrad.curvature.products import gauss_newton_product, tangent, tangents
 from natgrad.linalg.precision import matmul_precision
 from natgrad.optim.parameters import Parameters
-from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty
+from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, by_forward, in_order, run_again
 from natgrad.optim.vectors import Vector, symmetric
 
 
@@ -173,8 +173,9 @@ class Objective:
         """The objective at the parameters as they are now; buffers and random generators stay as they were."""
         total = 0.0
         with self._as_it_was():
-            for weight, batch in zip(self._per_loss(self._weights), self.batches, strict=True):
-                total += weight * batch.value(self._model)
+            outputs = self._outputs(self._model)
+            for weight, batch, output in zip(self._per_loss(self._weights), self.batches, outputs, strict=True):
+                total += weight * batch.value(output)
             for weight, penalty in zip(self._penalty_weights, self.penalties, strict=True):
                 total += weight * penalty.value(self._model)
         self._place.settle()
@@ -184,9 +185,16 @@ class Objective:
         """What every batch's loss takes at the parameters as they are now; buffers and random generators stay as they
         were."""
         with self._as_it_was():
-            outputs = [batch.run(self._model) for batch in self.batches]
+            outputs = self._outputs(self._model)
         self._place.settle()
         return outputs
+
+    def _outputs(self, forward: Callable[..., Any]) -> list[Tensor]:
+        """What every batch's loss takes, from one run of `forward` for each of the model's."""
+        found: dict[int, Tensor] = {}
+        for batches in by_forward(self.batches):
+            found |= dict(zip(map(id, batches), run_again(batches, forward), strict=True))
+        return [found[id(batch)] for batch in self.batches]
 
     @contextlib.contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -204,10 +212,7 @@ class Objective:
         """The matrix of `d_iᵀ F d_j`, in float64, by forward mode on the batches."""
         n = len(directions)
         lower = [0.0] * (n * (n + 1) // 2)
-        for share, batch in zip(self.shares, self.batches, strict=True):
-            by_reverse = bool(directions) and self._by_reverse(batch, directions[0])
-            with matmul_precision(self._precision):
-                pushed = [self._pushed(batch, d, by_reverse) for d in directions]
+        for share, batch, pushed in self._all_pushed(directions):
             if batch.is_empty:
                 continue
             curved = [batch.term.curvature.product(output, batch.target, Jd) for output, Jd in pushed]
@@ -216,8 +221,27 @@ class Objective:
             lower = [total + share * value for total, value in zip(lower, own, strict=True)]
         return symmetric(self._world.numbers(lower, "the quadratic model"), n)
 
-    def _forward_mode(self, batch: Batch, d: Vector) -> tuple[Tensor, Tensor]:
-        return tangent(self._model, batch.run, d, batch.uses, self._place.duals)
+    def _all_pushed(self, directions: list[Vector]) -> Iterator[tuple[float, Batch, list[tuple[Tensor, Tensor]]]]:
+        """Every batch's share, and its output with `J d` for every direction. Batches of one forward take one pass
+        together."""
+        shares = dict(zip(map(id, self.batches), self.shares, strict=True))
+        for batches in by_forward(self.batches):
+            by_reverse = [bool(directions) and self._by_reverse(batch, directions[0]) for batch in batches]
+            together = [batch for batch, its in zip(batches, by_reverse, strict=True) if not its]
+            pushed: dict[int, list[tuple[Tensor, Tensor]]] = {id(batch): [] for batch in batches}
+            with matmul_precision(self._precision):
+                for d in directions:
+                    if together:
+                        for batch, pair in zip(together, self._forward_mode(together, d), strict=True):
+                            pushed[id(batch)].append(pair)
+                    for batch, its in zip(batches, by_reverse, strict=True):
+                        if its:
+                            pushed[id(batch)].append(self._pushed_by_reverse(batch, d))
+            yield from ((shares[id(batch)], batch, pushed[id(batch)]) for batch in batches)
+
+    def _forward_mode(self, batches: list[Batch], d: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Outputs and `J d` for batches of one forward."""
+        return tangents(self._model, partial(run_again, batches), d, in_order(batches), self._place.duals)
 
     def _by_reverse(self, batch: Batch, d: Vector) -> bool:
         """Whether `J d` takes two backward passes, as forward mode is not what the backward is."""
@@ -225,17 +249,15 @@ class Objective:
             return False
         key = batch.term.name, batch.shape, batch.forward.mode
         run = partial(self._run, batch)
-        return self._jacobian.by_reverse(key, self._model, run, d, partial(self._forward_mode, batch))
+        return self._jacobian.by_reverse(key, self._model, run, d, lambda v: self._forward_mode([batch], v)[0])
 
     def _run(self, batch: Batch, model: Any) -> Tensor:
         """The loss's input; what the model writes to its buffers is not kept."""
         with buffers_kept(self._model):
             return batch.run(model)
 
-    def _pushed(self, batch: Batch, d: Vector, by_reverse: bool) -> tuple[Tensor, Tensor]:
+    def _pushed_by_reverse(self, batch: Batch, d: Vector) -> tuple[Tensor, Tensor]:
         """The output and `J d`."""
-        if not by_reverse:
-            return self._forward_mode(batch, d)
         output, leaves = graph(self._model, partial(self._run, batch), d)
         return output.detach(), through_graph(output, leaves, d)
 

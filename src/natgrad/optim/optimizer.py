@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from natgrad.optim.parameter_groups import Groups, as_group, check_groups, check
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.preconditioner.base import Preconditioner
 from natgrad.optim.recipe import Recipe
-from natgrad.optim.rules.damping import DampingControl
+from natgrad.optim.rules.damping import DampingControl, DampingRule
 from natgrad.optim.rules.projected import Projected
 from natgrad.optim.terms import Loss, terms_of
 from natgrad.optim.tracking.batch import Batch, Penalty
@@ -30,41 +30,79 @@ from natgrad.optim.tracking.returned import Way
 from natgrad.optim.tracking.tracker import Tracker
 from natgrad.optim.vectors import Vector
 
+GROUP_DEFAULTS: dict[str, Any] = {"lr": None, "momentum": None, "weight_decay": 0.0, "decoupled_weight_decay": False}
+"""What every parameter group has. None: adaptive."""
+TOLERATED_RISE = 0.5
+"""A step that raises the loss by more than this share is undone."""
+
 
 class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`, everything adaptive by default.
 
     It puts the parts of a step together, which `recipe.py` calls one after the other, and has what torch's optimizers
-    have: groups, states, schedulers, `state_dict`.
+    have: groups, states, schedulers, `state_dict`. A subclass calls this `__init__`, makes its preconditioner from
+    `self.parameters` (and `self.labels`, if it draws labels), and passes it to `_assemble` with a damping rule.
+
+    Args:
+        model: the module to train.
+        loss: the loss, or a dictionary of several.
+        params: which parameters to train.
+        defaults: settings of the parameter groups that differ from `GROUP_DEFAULTS`, or are not in it.
+        damping: `λ`; None: adaptive.
+        max_kl: a bound on the predicted KL divergence of a step.
+        average: the factor by which the weight of an iterate in the averages falls each step; None: no averages.
+        estimator: which columns of `D` the preconditioner uses.
+        adapt_every: steps between changes of the damping, and of the ratio of step size and momentum.
+        matmul_precision: of the products of the quadratic model.
+        output: a function from what the model returns to the loss's input.
+        generator: the source of the random labels.
+
+    Example:
+        >>> from natgrad.optim.preconditioner.exact import ExactMatrix
+        >>> from natgrad.optim.rules.damping import LevenbergMarquardt
+        >>> class Dual(CurvatureOptimizer):
+        ...     def __init__(self, model, loss):
+        ...         super().__init__(model, loss, estimator="exact")
+        ...         chosen = {"solver": "dual", "max_size": 5000, "tolerance": 1e-8, "max_iterations": 250}
+        ...         F = ExactMatrix(self.parameters, self.labels, estimator="exact", **chosen)
+        ...         self._assemble(F, LevenbergMarquardt(factor=0.5, floor=1e-3))
+        >>> Dual(nn.Linear(2, 1), nn.MSELoss())
+        Dual(solver='dual', lr=adaptive, momentum=adaptive, damping=adaptive, 3 parameters)
     """
 
     _key: ClassVar[str]
-    """Under which `state_dict` has what is not torch's own."""
-    _many_ranks: ClassVar[bool]
+    """Under which `state_dict` has what is not torch's own. Default: the name of the class."""
+    _many_ranks: ClassVar[bool] = False
     """Whether what is taken from a rank's batches is summed over the ranks."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "_key"):
+            cls._key = cls.__name__
 
     def __init__(
         self,
         model: nn.Module,
         loss: Loss,
         *,
-        params: Groups,
-        defaults: dict[str, Any],
-        damping: float | None,
-        max_kl: float | None,
-        average: float | None,
-        estimator: str,
-        adapt_every: int,
-        matmul_precision: str | None,
-        output: Way | None,
-        generator: torch.Generator | None,
+        params: Groups = None,
+        defaults: Mapping[str, Any] | None = None,
+        damping: float | None = None,
+        max_kl: float | None = None,
+        average: float | None = None,
+        estimator: str = "mc",
+        adapt_every: int = 1,
+        matmul_precision: str | None = None,
+        output: Way | None = None,
+        generator: torch.Generator | None = None,
     ):
         name = type(self).__name__
+        settings = {**GROUP_DEFAULTS, **(defaults or {})}
         terms = terms_of(loss, name)
         check_number("damping", damping, optional=True)
         check_number("max_kl", max_kl, optional=True, positive=True)
         check_within("average", average, "[0, 1)", optional=True)
-        check_flag("decoupled_weight_decay", defaults["decoupled_weight_decay"])
+        check_flag("decoupled_weight_decay", settings["decoupled_weight_decay"])
         check_choice("estimator", estimator, ESTIMATORS)
         check_function("output", output, "from what the model returns to what the loss takes")
         if not terms and output is not None:
@@ -76,7 +114,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             refuse_ranks(name, place)
         self.model, self.estimator, self.average = place.model, estimator, average
         self.adapt_every, self.max_kl, self.matmul_precision = adapt_every, max_kl, matmul_precision
-        torch.optim.Optimizer.__init__(self, parameter_groups(place.model, params), defaults)
+        self._given_damping = damping
+        torch.optim.Optimizer.__init__(self, parameter_groups(place.model, params), settings)
         Joinable.__init__(self)
         self.parameters = Parameters(self, place)
         check_generator(generator, self.parameters.device)
@@ -91,17 +130,18 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     def _assemble(
         self,
         preconditioner: Preconditioner,
-        damping: DampingControl,
-        tolerated: float,
-        tries: int,
+        rule: DampingRule,
+        tolerated: float = TOLERATED_RISE,
+        tries: int = 1,
         projected: Projected | None = None,
+        min_damping: float = 0.0,
     ) -> None:
-        """Puts the parts together that differ from optimizer to optimizer."""
+        """Puts the parts together that differ from optimizer to optimizer; `Recipe` says what they are."""
         self.recipe = Recipe(
             self.parameters,
             self.tracker,
             preconditioner,
-            damping,
+            DampingControl(self._given_damping, rule, min_damping),
             self.journal,
             self.labels,
             tolerated=tolerated,

@@ -6,6 +6,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -342,7 +343,7 @@ class Recipe:
         with ONE_AT_A_TIME:
             self.preconditioner.observe(batch, uses, output, draw, self.journal.steps)
 
-    def follow_along(self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int) -> None:
+    def follow_along(self, uses: list[Use], output: Tensor, target: Any, term: Term, draw: int) -> None:
         self.preconditioner.follow_along(uses, output, target, term, draw, self.journal.steps)
 
     def share(self, pending: list[Batch]) -> None:

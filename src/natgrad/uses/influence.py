@@ -13,7 +13,7 @@ from natgrad.checks.values import check_choice, check_count, check_function, des
 from natgrad.curvature.matrices import fisher
 from natgrad.curvature.problem import Forward, Problem
 from natgrad.linalg import BlockDiagonal, Operator
-from natgrad.linalg.operator import check_damping
+from natgrad.linalg.arguments import check_damping
 from natgrad.uses.covariance import output_covariance
 from natgrad.uses.order import rows_in_order
 from natgrad.uses.refined import ByCases, refined

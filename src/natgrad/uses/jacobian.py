@@ -19,9 +19,10 @@ from natgrad.curvature.jacobian import Jacobian as Derivative
 from natgrad.curvature.problem import Problem, check_output
 from natgrad.curvature.products import tangent
 from natgrad.linalg import Dense, Operator, Space
+from natgrad.linalg.arguments import check_damping
 from natgrad.linalg.external import linear_operator
 from natgrad.linalg.krylov import IterativeInverse
-from natgrad.linalg.operator import DENSE_LIMIT, check_damping
+from natgrad.linalg.operator import DENSE_LIMIT
 from natgrad.linalg.space import Parts, ends_with
 from natgrad.uses.rows import add_batch, joined_layers, outputs_problem, rows_of, unit_columns
 

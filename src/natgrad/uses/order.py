@@ -21,29 +21,35 @@ def rows_in_order(name: str, problem: Problem, data: Any, columns: Columns) -> I
     Raises:
         ValueError: if they are not.
     """
-    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+    sampler = _sampler(data)
+    if isinstance(sampler, RandomSampler):
         raise ValueError(
-            f"{name} is a DataLoader that shuffles, and scores are told apart by the order of the examples; give one "
-            "with shuffle=False"
+            f"{name} is a DataLoader that shuffles, so the order of the scores would be unknown; expected one with "
+            "shuffle=False"
         )
-    known = isinstance(data, (list, tuple)) or (
-        isinstance(data, DataLoader) and isinstance(data.sampler, SequentialSampler)
-    )
     first: Any = None
     for rows in rows_of(problem, columns):
         first = (rows.output, rows.target) if first is None else first
         yield rows
-    if known:
+    if isinstance(data, (list, tuple)) or isinstance(sampler, SequentialSampler):
         return
     for batch in problem:
         with torch.no_grad():
             again = problem.run(problem.model, batch)
         if not _same(first, again):
             raise ValueError(
-                f"the first batch of {name} is another one at each pass, and scores are told apart by the order of the "
-                "examples; give it without shuffling and random augmentation, and the model in evaluation mode"
+                f"the first batch of {name} differs between two passes, so the order of the scores would be unknown; "
+                "expected the same batches at each pass, without shuffling or random augmentation, and a model in "
+                "evaluation mode"
             )
         return
+
+
+def _sampler(data: Any) -> Any:
+    """What decides the order of a DataLoader's examples, if it is known."""
+    if not isinstance(data, DataLoader):
+        return None
+    return data.sampler if data.batch_sampler is None else getattr(data.batch_sampler, "sampler", None)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from natgrad.checks.values import check_count, check_number
 from natgrad.curvature.problem import Forward, Problem, check_mass
 from natgrad.linalg import Operator
-from natgrad.linalg.operator import check_damping
+from natgrad.linalg.arguments import check_damping
 from natgrad.uses.subset import warn_in_training
 from natgrad.uses.weights import flat, parameters_of
 

@@ -116,6 +116,10 @@ def positions_first(layer, x):
     return layer(x, x, x, attn_mask=mask)[0].transpose(0, 1)
 
 
+def with_itself(layer, x):
+    return layer(x.tanh(), x[..., 1:])
+
+
 def narrow_keys(layer, x):
     return layer(x, x[..., :3], x[..., :2])[0]
 
@@ -155,6 +159,8 @@ LINEAR = {
     "linear": lambda: (Around(nn.Linear(4, 3), 3), randn(6, 4)),
     "linear at positions": lambda: (Around(nn.Linear(4, 3), 3), sequence()),
     "linear without bias": lambda: (Around(nn.Linear(4, 3, bias=False), 3), sequence()),
+    "bilinear": lambda: (Around(nn.Bilinear(4, 3, 3), 3, call=with_itself), sequence(6)[:, 0]),
+    "bilinear at positions": lambda: (Around(nn.Bilinear(4, 3, 2, bias=False), 2, call=with_itself), sequence()),
 }
 SCALES = {
     "layer norm": lambda: (Around(nn.LayerNorm(4), 4), sequence()),

@@ -1,16 +1,19 @@
 """Every kind of layer: exact blocks against autograd, Kronecker factors against their definition."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import natgrad
+from natgrad.capture.layers import Kind
 from networks import CLASSES, CONVOLUTIONS, EMBEDDINGS, LINEAR, NETWORKS, SCALES, make
 from oracles import close, f64, homogeneous_kron, numel, randn
 
 LOSS = nn.CrossEntropyLoss()
+PAGE = (Path(__file__).parents[3] / "docs" / "layers.md").read_text(encoding="utf-8")
 every_kind = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -23,6 +26,17 @@ def dense_of(model, x, y, loss=LOSS):
 def part(dense, places, names):
     rows = torch.cat([places[n].flatten() for n in names])
     return dense[rows[:, None], rows]
+
+
+def test_every_kind_is_on_the_page_of_layers():
+    def names(kind):
+        return {kind.name for kind in [kind] if isinstance(getattr(kind, "name", None), str)}.union(
+            *map(names, kind.__subclasses__())
+        )
+
+    found = names(Kind)
+    assert {"linear", "bilinear", "embedding"} < found
+    assert {name for name in found if f"`{name}`" not in PAGE} == set()
 
 
 @every_kind
@@ -134,9 +148,8 @@ def cases_of(model, layer, x, y):
     hook = layer.register_forward_hook(lambda module, args, out: held.update(a=out))
     f = model(x)
     hook.remove()
-    axis = -1 if isinstance(layer, (nn.Linear, nn.Embedding)) else 1
     a, W = held["a"], layer.weight
-    moved = a.movedim(axis, -1).reshape(len(x), -1, a.shape[axis])
+    moved = a.movedim(model.axis, -1).reshape(len(x), -1, a.shape[model.axis])
     index = torch.arange(W.numel()).view(W.shape)
     inputs, rows = [], []
     for o in range(moved.shape[-1]):
@@ -151,7 +164,7 @@ def cases_of(model, layer, x, y):
     p = f.softmax(1).detach()
     root = torch.stack([p[:, [c]].sqrt() * (torch.eye(CLASSES, dtype=f64)[c] - p) for c in range(CLASSES)])
     g = [torch.autograd.grad(f, a, s, retain_graph=True)[0] for s in root]
-    g = torch.stack([gk.movedim(axis, -1).reshape(moved.shape) for gk in g])
+    g = torch.stack([gk.movedim(model.axis, -1).reshape(moved.shape) for gk in g])
     return inputs, g, rows
 
 

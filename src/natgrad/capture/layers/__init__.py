@@ -1,6 +1,6 @@
 """Kinds of layers: which torch functions use a parameter, and the cases of each use."""
 
-from natgrad.capture.layers import affine, convolution, embedding, scale
+from natgrad.capture.layers import affine, bilinear, convolution, embedding, scale
 from natgrad.capture.layers.composite import COMPOSITES
 from natgrad.capture.layers.inputs import Inputs, InputSums, Rows, Sparse, joined, stacked
 from natgrad.capture.layers.kind import Call, Kind, View
@@ -8,7 +8,7 @@ from natgrad.capture.layers.scale import ADDITIONS, PRODUCTS, SPREADS, Scale
 from natgrad.capture.layers.views import CASTS, OFFSETS, RESHAPES, SELECTIONS, VIEWS
 
 # How each function's arguments are read.
-PARSERS = {**affine.PARSERS, **convolution.PARSERS, **embedding.PARSERS, **scale.PARSERS}
+PARSERS = {**affine.PARSERS, **bilinear.PARSERS, **convolution.PARSERS, **embedding.PARSERS, **scale.PARSERS}
 
 __all__ = [
     "ADDITIONS",

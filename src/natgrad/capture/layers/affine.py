@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Affine(Kind):
         return g.unsqueeze(-2)
 
     def oriented(self, transposed: bool) -> Affine:
-        return Affine(self.transposed != transposed)
+        return replace(self, transposed=self.transposed != transposed)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:

@@ -26,9 +26,11 @@ Sizes = Mapping[str, Sequence[torch.Size]]
 class Preconditioner(ABC):
     """A matrix `F`, kept from step to step or made for one step, and the inverse of `F + λI`.
 
-    A step calls `observe` for each batch (before the backward pass), then `take_in`, `prepare` and `apply`. An
-    implementation is a subclass in its own file. It must replace its attributes and not change them in place, so that
-    an interrupted step can be undone.
+    A step calls `observe` for each batch (before the backward pass), then `take_in`, `see_gradient`, `prepare` and
+    `apply`. An implementation is a subclass in its own file. It supplies `inverted`, `take_in`, `refresh`, `apply` and
+    `scale`. It also supplies `observe` if it needs statistics of batches, and sets `observes = False` if it needs only
+    gradients. `state` and `load` save what it keeps from step to step. It must replace its attributes and not change
+    them in place, so that an interrupted step can be undone.
     """
 
     inverted: str
@@ -37,26 +39,32 @@ class Preconditioner(ABC):
     """Whether a given momentum is Nesterov momentum."""
     runs_again = False
     """Whether it runs the model again in a step."""
+    observes = True
+    """Whether it needs statistics of batches. Only then must every parameter be used in a supported way."""
 
     def __init__(self, parameters: Parameters):
         self.parameters = parameters
         self.faults: Counter[str] = Counter()
 
-    @abstractmethod
     def due(self, step: int) -> bool:
-        """Whether the next batches should be observed."""
+        """Whether the next batches should be observed. Default: always, if it observes batches at all."""
+        return self.observes
 
     def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
-        """The uses that the output depends on. Raises NotImplementedError if a parameter is used in an unsupported
-        way."""
-        return recorder.check(output, reached=True)
+        """The uses that the output depends on. Raises NotImplementedError if a parameter is used in an unsupported way,
+        unless no batches are observed."""
+        return recorder.check(output, reached=True) if self.observes else recorder.uses
 
-    @abstractmethod
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int, step: int) -> None:
-        """Computes the statistics of a batch, the `draw`-th of the step, or records its fault."""
+        """Computes the statistics of a batch, the `draw`-th of the step, into `batch.statistics`, or records its fault
+        in `batch.fault`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no method observe; expected one that computes the statistics of a batch, or "
+            "the class attribute observes = False"
+        )
 
     def follow_along(  # noqa: B027
-        self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int
+        self, uses: list[Use], output: Tensor, target: Any, term: Term, draw: int, step: int
     ) -> None:
         """Helps to gather the shards for the statistics of other ranks. This rank has no statistics."""
 
@@ -66,7 +74,8 @@ class Preconditioner(ABC):
     @abstractmethod
     def take_in(self, objective: Objective, gradients: Vector, figures: Figures, step: int) -> set[str]:
         """Adds the curvature of the pending batches to `F`. Returns the names of parameters that have a gradient but no
-        curvature yet: the step must not change them.
+        curvature yet: the step must not change them. The gradients are as the backward pass left them;
+        `see_gradient` receives those of the objective.
 
         Raises:
             NotImplementedError: for a gradient that comes from no loss that the optimizer has seen.
@@ -78,7 +87,8 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def refresh(self, damping: float, decay: Decay, figures: Figures) -> None:
-        """Inverts the damped curvature. Raises ValueError if it cannot be inverted."""
+        """Inverts `F + (λ + η) I`, where `η` is the weight decay: `decay.of(name)` for one parameter, `decay.same(...)`
+        for all. Raises ValueError if it cannot be inverted."""
 
     @abstractmethod
     def apply(self, v: Vector) -> Vector:
@@ -103,7 +113,7 @@ class Preconditioner(ABC):
         return list(gradients)
 
     def see_gradient(self, g: Vector) -> None:  # noqa: B027
-        """Receives the step's gradient."""
+        """Receives the step's gradient, per unit of the objective and including weight decay."""
 
     def damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
         """What the damping adds to the quadratic model: this rank's share of `λ d_iᵀ d_j`."""
@@ -122,7 +132,8 @@ class Preconditioner(ABC):
     # Saving --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the next steps depend on."""
+        """What the next steps depend on. The names must differ from those in `own_state` (`saved.py`), as both are
+        saved in one dictionary."""
         return {}
 
     def load(self, saved: dict[str, Any]) -> None:  # noqa: B027

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from natgrad.linalg import Operator, Space
+from natgrad.linalg.arguments import check_damping
 from natgrad.linalg.krylov import NotDefiniteError, Solution, conjugate_gradient
-from natgrad.linalg.operator import check_damping
 from natgrad.linalg.space import Parts
 from natgrad.optim.objective import Objective
 

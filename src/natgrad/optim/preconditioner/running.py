@@ -15,6 +15,7 @@ from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.curvature.bases import Eigenbasis, bases_of, squares_in, turned
 from natgrad.curvature.blocks import homogeneous, kfac_blocks
+from natgrad.curvature.diagonal import diagonal_squares
 from natgrad.curvature.groups import has_rival, tiled
 from natgrad.curvature.moments import (
     AffineMoments,
@@ -27,7 +28,6 @@ from natgrad.curvature.moments import (
     reconciled,
     state_of_moments,
 )
-from natgrad.curvature.structures import diagonal_squares
 from natgrad.distributed.reduction import Keep, Reduction, completed, reduced
 from natgrad.distributed.world import World
 from natgrad.linalg import CenteredKronecker, Diagonal, Homogeneous, Kronecker, Operator, factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
@@ -10,7 +11,30 @@ LIMIT = 1e3
 HIGHEST = 1e5
 
 
-class LevenbergMarquardt:
+class DampingRule(ABC):
+    """How an adaptive damping changes. It takes numbers and returns a number. It must not keep anything between calls,
+    as a saved run contains the damping only.
+
+    An optimizer passes it to `_assemble`. To try a rule with an existing one: `opt.recipe.damping.rule = MyRule()`.
+    """
+
+    @abstractmethod
+    def adapt(self, damping: float, ratio: float, scale: float, share: float = 1.0) -> float:
+        """The next damping, after a step whose loss was measured.
+
+        Args:
+            damping: `λ` of the step.
+            ratio: `ρ = (change of the loss) / (change of the quadratic model)`. It is 1 if the model is right.
+            scale: the mean of the curvature's diagonal.
+            share: the part of the step that was taken, if a bound on its length shortened it.
+        """
+
+    @abstractmethod
+    def after_rejection(self, damping: float, count: int, scale: float) -> float:
+        """The damping after the `count`-th rejected step in a row, counted from 1. It should be larger than before."""
+
+
+class LevenbergMarquardt(DampingRule):
     """Damping `λ` that follows how well the quadratic model predicts the loss.
 
     After a step with reduction ratio `ρ = (change of the loss) / (change of the model)`: `λ` is multiplied by
@@ -32,8 +56,6 @@ class LevenbergMarquardt:
         self.factor, self.floor = factor, floor
 
     def adapt(self, damping: float, ratio: float, scale: float, share: float = 1.0) -> float:
-        """The next damping. `scale` is the mean of the curvature's diagonal, `share` that of the step which a bound on
-        its length has left."""
         if share < 0.7:
             return min(damping / self.factor, max(damping, LIMIT * scale))
         lower = min(damping, max(damping * self.factor, self.floor * scale))
@@ -44,7 +66,7 @@ class LevenbergMarquardt:
         return lower if damping > CEILING * scale > 0 else damping
 
     def after_rejection(self, damping: float, count: int, scale: float) -> float:
-        """The damping after the `count`-th rejection in a row: times four, and sixteen, and so on, up to a limit."""
+        """Times four, and sixteen, and so on, up to a limit."""
         return min(damping * 4.0 ** min(count, 50), max(damping, LIMIT * scale if scale > 0 else 1e30))
 
 
@@ -80,7 +102,7 @@ class DampingControl:
     does not once it has come down to `least`, unless a rejection raises it.
     """
 
-    def __init__(self, value: float | None, rule: LevenbergMarquardt, least: float = 0.0):
+    def __init__(self, value: float | None, rule: DampingRule, least: float = 0.0):
         self.value, self.rule, self.least, self.given = value, rule, least, value is not None
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from natgrad.capture.use import Use
 from natgrad.losses import OutputCurvature
 from natgrad.optim.tracking.factors import Observed
-from natgrad.optim.tracking.forward import Forward, RandomState
+from natgrad.optim.tracking.forward import Forward, RandomState, changed_in_place, with_versions
 from natgrad.optim.tracking.returned import Way
 
 LOSS_NOT_FINITE = "the loss is not finite: look for NaN or inf in the batch and in the parameters"
@@ -48,19 +48,22 @@ class Batch(Observed):
 
     term: Term
     forward: Forward
-    target: Tensor
+    target: Any
     shape: torch.Size
     way: Way | None
     mass: Tensor
     loss: Tensor
     versions: list[int]
-    target_version: int = 0
+    targets: list[tuple[Tensor, int]] = field(init=False)
     statistics: Any = None
     fault: str | None = None
     uses: list[Use] = field(default_factory=list)
     weight: float = 1.0
     sharing: Sharing | None = None
     scalar: weakref.ref[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.targets = with_versions(self.target)
 
     @property
     def lost(self) -> bool:
@@ -91,31 +94,63 @@ class Batch(Observed):
         """The loss's input from `forward` on this batch.
 
         Raises:
-            RuntimeError: if an input or the target has been changed in place since.
+            RuntimeError: if an input has been changed in place since.
         """
-        assert self.way is not None
-        return self.forward.again(forward, self.way)
+        (output,) = run_again([self], forward)
+        return output
 
     @property
     def unchanged(self) -> bool:
         """Whether inputs and target are as they were, so that the loss can be computed again."""
-        return self.target._version == self.target_version and self.forward.unchanged
+        return changed_in_place(self.targets) is None and self.forward.unchanged
 
     def again(self, model: nn.Module) -> Tensor:
         """The loss at the parameters as they are now."""
-        output = self.run(model)
+        return self._loss_of(self.run(model))
+
+    def value(self, output: Tensor) -> float:
+        """The loss of another output for this batch, as a number."""
+        return float(self._loss_of(output))
+
+    def _loss_of(self, output: Tensor) -> Tensor:
+        """Raises RuntimeError if the target has been changed in place since."""
         if self.is_empty:
             return output.sum()
-        if self.target._version != self.target_version:
+        if (t := changed_in_place(self.targets)) is not None:
             raise RuntimeError(
-                f"the target, of shape {tuple(self.target.shape)}, was changed in place after opt.loss took it, and "
+                f"the target, of shape {tuple(t.shape)}, was changed in place after opt.loss took it, and "
                 "the step measures the loss again; give opt.loss a copy (y.clone()), or change it after the step"
             )
         return self.term.curvature.loss(output, self.target)
 
-    def value(self, model: nn.Module) -> float:
-        """That as a number."""
-        return float(self.again(model))
+
+def by_forward(batches: Iterable[Batch]) -> list[list[Batch]]:
+    """Batches of one forward together."""
+    groups: dict[int, list[Batch]] = {}
+    for batch in batches:
+        groups.setdefault(id(batch.forward), []).append(batch)
+    return list(groups.values())
+
+
+def run_again(batches: Sequence[Batch], forward: Callable[..., Any]) -> list[Tensor]:
+    """The losses' inputs for batches of one forward, from one run of `forward`.
+
+    Raises:
+        RuntimeError: if an input of the model has been changed in place since.
+    """
+    ways = []
+    for batch in batches:
+        assert batch.way is not None
+        ways.append(batch.way)
+    return batches[0].forward.again_for(forward, ways)
+
+
+def in_order(batches: Sequence[Batch]) -> list[Use]:
+    """What was recorded of one forward for any of these batches, in the order in which it was computed."""
+    if len(batches) == 1:
+        return batches[0].uses
+    found = {id(use): use for batch in batches for use in batch.uses}
+    return sorted(found.values(), key=lambda use: use.edge.node._sequence_nr())
 
 
 @dataclass(eq=False)
@@ -166,5 +201,5 @@ class Prediction(Batch):
     def is_measured(self) -> bool:
         return False
 
-    def value(self, model: nn.Module) -> float:
+    def value(self, output: Tensor) -> float:
         return 0.0

@@ -19,7 +19,7 @@ class Losses:
         alone = next(iter(tracker.terms.values())) if len(tracker.terms) == 1 else None
         self._term = term or alone
 
-    def __call__(self, output: Any, target: Tensor) -> Tensor:
+    def __call__(self, output: Any, target: Any) -> Tensor:
         return self._tracker.loss(self._one("opt.loss"), output, target)
 
     def __getitem__(self, name: str) -> Losses:

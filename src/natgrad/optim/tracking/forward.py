@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class Forward:
 
     def __post_init__(self) -> None:
         self.modes = [(m, m.training) for m in self.model.modules()]
-        self.inputs = [(t, _version(t)) for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+        self.inputs = with_versions((self.args, self.kwargs))
 
     def again(self, forward: Callable[..., Any], way: Way) -> Tensor:
         """The loss's input from `forward` on the same arguments: with the same random numbers, in the same precision,
@@ -44,22 +44,30 @@ class Forward:
         Raises:
             RuntimeError: if an argument has been changed in place since.
         """
-        for t, version in self.inputs:
-            if _version(t) != version:
-                raise RuntimeError(
-                    f"an input of the model, of shape {tuple(t.shape)}, was changed in place after the forward, and "
-                    "the step runs the model on it again; give the model a copy (x.clone()), or change it after the "
-                    "step"
-                )
+        (output,) = self.again_for(forward, [way])
+        return output
+
+    def again_for(self, forward: Callable[..., Any], ways: Sequence[Way]) -> list[Tensor]:
+        """As `again`, the inputs of several losses that were made of this forward.
+
+        Raises:
+            RuntimeError: if an argument has been changed in place since.
+        """
+        if (t := changed_in_place(self.inputs)) is not None:
+            raise RuntimeError(
+                f"an input of the model, of shape {tuple(t.shape)}, was changed in place after the forward, and "
+                "the step runs the model on it again; give the model a copy (x.clone()), or change it after the "
+                "step"
+            )
         try:
-            return self._run(forward, way)
+            return self._run(forward, ways)
         except RuntimeError as error:
             if torch.is_grad_enabled() or "does not require grad" not in str(error):
                 raise
             with torch.enable_grad():  # the model takes derivatives itself
-                return self._run(forward, way).detach()
+                return [output.detach() for output in self._run(forward, ways)]
 
-    def _run(self, forward: Callable[..., Any], way: Way) -> Tensor:
+    def _run(self, forward: Callable[..., Any], ways: Sequence[Way]) -> list[Tensor]:
         device = self.rng.device.type
         # A model may turn autocast on within its forward, as Accelerate has it; what that keeps of the parameters would
         # outlast the steps that are tried here.
@@ -69,13 +77,14 @@ class Forward:
             self._in_its_modes(),
             torch.autocast(device, self.autocast, enabled=self.autocast is not None, cache_enabled=False),
         ):
-            output = way(forward(*self.args, **self.kwargs))
-        return full_precision(output)
+            returned = forward(*self.args, **self.kwargs)
+            outputs = [way(returned) for way in ways]
+        return [full_precision(output) for output in outputs]
 
     @property
     def unchanged(self) -> bool:
         """Whether the arguments are as they were."""
-        return all(_version(t) == version for t, version in self.inputs)
+        return changed_in_place(self.inputs) is None
 
     @property
     def mode(self) -> tuple[bool, ...]:
@@ -97,6 +106,16 @@ class Forward:
 def full_precision(output: Tensor) -> Tensor:
     """The output as the loss takes it: at least in float32."""
     return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+
+def with_versions(tree: Any) -> list[tuple[Tensor, int]]:
+    """The tensors in a tree of tuples, lists and dictionaries, each with how often it was written to."""
+    return [(t, _version(t)) for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def changed_in_place(noted: list[tuple[Tensor, int]]) -> Tensor | None:
+    """The first tensor that was written to since it was noted."""
+    return next((t for t, version in noted if _version(t) != version), None)
 
 
 def _version(t: Tensor) -> int:

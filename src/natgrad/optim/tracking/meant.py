@@ -23,7 +23,7 @@ class Meant:
         self._optimizer = optimizer
         self._seen: set[Any] = set()
 
-    def check(self, model: nn.Module, forward: Forward, output: Tensor, target: Tensor, term: Term) -> None:
+    def check(self, model: nn.Module, forward: Forward, output: Tensor, target: Any, term: Term) -> None:
         """Raises ValueError if the two differ in how they read the labels; warns if they differ otherwise."""
         assert forward.returned is not None
         loss, logits = forward.returned.loss, forward.returned.logits

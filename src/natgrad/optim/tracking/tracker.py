@@ -48,7 +48,7 @@ class Observer(Protocol):
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int) -> None:
         """Takes the statistics of a batch, or notes its fault; it is the `draw`-th of the step."""
 
-    def follow_along(self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int) -> None:
+    def follow_along(self, uses: list[Use], output: Tensor, target: Any, term: Term, draw: int) -> None:
         """Takes part in bringing together the shards for other ranks' statistics, of which this rank has none."""
 
     def share(self, pending: list[Batch]) -> None:
@@ -127,7 +127,7 @@ class Tracker:
 
     # Between forward and step --------------------------------------------------------------------------
 
-    def loss(self, term: Term, output: Any, target: Tensor, way: Way | None = None) -> Tensor:
+    def loss(self, term: Term, output: Any, target: Any, way: Way | None = None) -> Tensor:
         """The loss of one batch, noted. `way`: how the output was made of all that the model returned."""
         self._forget_gone()
         forward = forward_of(output, self.watch, self.optimizer)
@@ -173,7 +173,8 @@ class Tracker:
         if recorder is not None:
             uses = self.observer.check(recorder, recorded)
             if self.observer.due():
-                self.observer.observe(batch, uses, recorded, len(self._batches()))
+                with self.watch.suspended():
+                    self.observer.observe(batch, uses, recorded, len(self._batches()))
             if self.observer.runs_again() and recorded is output:
                 batch.uses = uses
         self.pending.append(batch)
@@ -193,7 +194,7 @@ class Tracker:
         return value
 
     def _loss(
-        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor, own: Found | None = None
+        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any, own: Found | None = None
     ) -> Tensor:
         term.curvature.check(output, target)
         if torch.is_grad_enabled() and not output.requires_grad:
@@ -212,7 +213,8 @@ class Tracker:
         if uses is not None:
             if self.observer.due():
                 if torch.isfinite(loss):
-                    self.observer.observe(batch, uses, recorded, len(self._batches()))
+                    with self.watch.suspended():
+                        self.observer.observe(batch, uses, recorded, len(self._batches()))
                 else:
                     batch.fault = LOSS_NOT_FINITE
             if self.observer.runs_again() and recorded is output:
@@ -248,11 +250,9 @@ class Tracker:
             return recorder, forward.again(self.place.model, way)
 
     def _batch(
-        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor, mass: Tensor, loss: Tensor
+        self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any, mass: Tensor, loss: Tensor
     ) -> Batch:
-        batch = Batch(term, forward, target, output.shape, way, mass, loss.detach(), self.parameters.versions())
-        batch.target_version = target._version
-        return batch
+        return Batch(term, forward, target, output.shape, way, mass, loss.detach(), self.parameters.versions())
 
     def _noted(self, observed: Batch | Penalty, scalar: Tensor, times: float = 1.0) -> Tensor:
         self.factors.settle()
@@ -272,7 +272,7 @@ class Tracker:
         around = self._around()
         return around is not None and bool(around.require_backward_grad_sync) and not self.joined
 
-    def _no_loss(self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Tensor) -> Tensor:
+    def _no_loss(self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any) -> Tensor:
         """The loss of a rank that has no examples where others have: zero, with gradients that are zero."""
         if self.place.world.size == 1:
             raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")

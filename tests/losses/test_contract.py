@@ -1,14 +1,24 @@
-"""Losses of torch beside the five of old, and losses of the user's own."""
+"""One contract for every loss, a row each in `CASES`; and losses of the user's own.
+
+Canonical links with all their options are in `test_losses.py`, rates of a Poisson distribution and variances of a
+Gaussian in `test_noncanonical_losses.py`.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import natgrad
-from natgrad.losses import Convex, output_curvature
-from oracles import close, f64, net, randn
+from natgrad.losses import _KNOWN, Convex, output_curvature
+from oracles import close, dense_curvature, f64, fit, net, randn, summed
+from test_losses import CASES as CANONICAL
+from test_noncanonical_losses import OTHERS
 
+PAGE = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
 N, C = 5, 3
+WEIGHT = torch.tensor([1.0, 2.0, 0.5], dtype=f64)
 F = randn(N, C)
 INDEX = torch.arange(N) % C
 P = randn(N, C, seed=3).softmax(1)
@@ -33,50 +43,132 @@ def block_outer(columns):
     return torch.block_diag(*(S @ S.mT))
 
 
+# Each loss with an output and a target.
 CASES = {
     "NLL": (nn.NLLLoss(), F.log_softmax(1), INDEX),
-    "NLL weights": (nn.NLLLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=f64)), F.log_softmax(1), INDEX),
+    "NLL weights": (nn.NLLLoss(weight=WEIGHT), F.log_softmax(1), INDEX),
     "NLL ignored": (nn.NLLLoss(ignore_index=1, reduction="sum"), F.log_softmax(1), INDEX),
     "NLL positions": (nn.NLLLoss(), randn(N, C, 2).log_softmax(1), torch.arange(2 * N).view(N, 2) % C),
     "KLDiv batchmean": (nn.KLDivLoss(reduction="batchmean"), F.log_softmax(1), P),
     "KLDiv mean": (nn.KLDivLoss(), F.log_softmax(1), P),
     "KLDiv log target": (nn.KLDivLoss(reduction="sum", log_target=True), F.log_softmax(1), P.log()),
     "BCE": (nn.BCELoss(), F.sigmoid(), HALF),
-    "BCE weights": (nn.BCELoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=f64), reduction="sum"), F.sigmoid(), HALF),
+    "BCE weights": (nn.BCELoss(weight=WEIGHT, reduction="sum"), F.sigmoid(), HALF),
     "L1": (nn.L1Loss(), F, P),
     "SmoothL1": (nn.SmoothL1Loss(beta=0.7), F, P),
     "SmoothL1 beta 0": (nn.SmoothL1Loss(beta=0.0, reduction="sum"), F, P),
     "Huber": (nn.HuberLoss(delta=0.4), F, P),
     "SoftMargin": (nn.SoftMarginLoss(), F, 2 * HALF - 1),
-    "MultiLabel": (nn.MultiLabelSoftMarginLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=f64)), F, HALF),
+    "MultiLabel": (nn.MultiLabelSoftMarginLoss(weight=WEIGHT), F, HALF),
     "MultiLabel sum": (nn.MultiLabelSoftMarginLoss(reduction="sum"), F, HALF),
+    "MultiMargin": (nn.MultiMarginLoss(), F, INDEX),
+    "MultiMargin squares": (nn.MultiMarginLoss(p=2, margin=1.5), F, INDEX),
+    "MultiMargin weights": (nn.MultiMarginLoss(p=2, weight=WEIGHT, reduction="sum"), F, INDEX),
+    "MultiMargin all apart": (nn.MultiMarginLoss(p=2, margin=0.1), 9 * torch.eye(N, C, dtype=f64), INDEX),
 }
+BEHIND_A_LINK = ("NLL", "KLDiv", "BCE")
+"""Of probabilities or their logarithms: `D` carried back to the logits behind them is the Hessian there."""
 every = pytest.mark.parametrize("name", CASES)
 
 
-@pytest.mark.parametrize(("draws", "tolerance"), [(5000, 0.16), pytest.param(20_000, 0.08, marks=pytest.mark.long)])
 @every
-def test_columns_and_samples_are_factors_of_D(name, draws, tolerance):
+def test_columns_and_samples_are_factors_of_D(name):
     loss, output, target = CASES[name]
-    D = output_curvature(loss)
+    D, draws = output_curvature(loss), 20_000
     D.check(output, target)
     expected = dense(D, output, target)
     close(expected, expected.mT)
     close(block_outer(D.exact_columns(output, target)), expected, 1e-10)
-    generator = torch.Generator().manual_seed(0)
-    many = [D.sampled_column(output, target, generator) for _ in range(draws)]
-    close(block_outer(many) / len(many), expected, tolerance)
+    repeated = (t.repeat(draws, *[1] * (t.ndim - 1)) for t in (output, target))
+    s = D.sampled_column(*repeated, torch.Generator().manual_seed(0)).reshape(draws, N, -1)
+    close(torch.block_diag(*torch.einsum("dni,dnj->nij", s, s) / draws), expected, 0.08)
 
 
 @every
 def test_the_mean_is_the_sum_over_the_normalizer(name):
     loss, output, target = CASES[name]
     D = output_curvature(loss)
+    close(D.loss(output, target), loss(output, target), 1e-12)
     if D.is_mean:
-        summed = type(loss)(**{k: v for k, v in vars(loss).items() if k in ("weight", "delta", "beta", "log_target")})
-        summed.weight = getattr(loss, "weight", None)
-        summed.reduction = "sum"
-        close(D.loss(output, target) * D.normalizer(output, target), summed(output, target))
+        close(D.loss(output, target) * D.normalizer(output, target), summed(loss)(output, target))
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith(BEHIND_A_LINK)])
+def test_gauss_newton_is_the_hessian(name):
+    loss, output, target = CASES[name]
+    D = output_curvature(summed(loss), "gauss_newton")
+    H = torch.autograd.functional.hessian(lambda f: D.loss(f, target), output).view(N * C, N * C)
+    close(dense(D, output, target), H, 1e-10)
+    close(block_outer(D.exact_columns(output, target)), H, 1e-10)
+
+
+@pytest.mark.parametrize("known", [k for k in _KNOWN if k.__module__.startswith("torch")], ids=lambda k: k.__name__)
+def test_it_has_a_row_and_is_on_the_page_of_losses(known):
+    assert any(type(row[0]) is known for table in (CASES, CANONICAL, OTHERS) for row in table.values())
+    assert f"`nn.{known.__name__}`" in PAGE
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("MultiMargin")])
+def test_the_fisher_of_a_hinge_is_the_covariance_of_its_gradients(name):
+    """Over the labels, by torch's own loss and its gradients: `π_y ∝ exp(−ℓ_y)`."""
+    loss, output, target = CASES[name]
+    plain = nn.MultiMarginLoss(p=loss.p, margin=loss.margin, reduction="none")
+    values, gradients = [], []
+    for y in range(C):
+        f = output.clone().requires_grad_()
+        value = C * plain(f, torch.full((N,), y))
+        (g,) = torch.autograd.grad(value.sum(), f)
+        values.append(value.detach())
+        gradients.append(g)
+    pi, g = (-torch.stack(values)).softmax(0), torch.stack(gradients)
+    weight = (torch.ones(C, dtype=f64) if loss.weight is None else loss.weight)[target] / C
+    blocks = []
+    for n in range(N):
+        mean = pi[:, n] @ g[:, n]
+        blocks.append(weight[n] * (g[:, n].mT @ (pi[:, n, None] * g[:, n]) - torch.outer(mean, mean)))
+    close(dense(output_curvature(loss), output, target), torch.block_diag(*blocks), 1e-11)
+
+
+@pytest.mark.parametrize("structure", ["dense", "implicit"])
+def test_matrices_of_a_hinge_are_those_of_autograd(structure):
+    """The network's Gauss-Newton matrix, from Jacobians and from the Hessian of the same loss written by hand."""
+
+    class ByHand(nn.Module):
+        reduction = "mean"
+
+        def forward(self, f, y):
+            gaps = (1.5 - f.gather(1, y.unsqueeze(1)) + f).clamp_min(0).square()
+            total = (gaps.sum() - 1.5**2 * len(f)) / C  # the target's own class has the gap 1.5
+            return total / len(f) if self.reduction == "mean" else total
+
+    model, data = net(4, 5, C), (randn(N, 4), INDEX)
+    G = natgrad.gauss_newton(model, nn.MultiMarginLoss(p=2, margin=1.5), data, structure)
+    unit = torch.eye(G.space.size, dtype=f64)
+    close(torch.stack([G @ row for row in unit]), dense_curvature(model, ByHand(), [data]), 1e-10)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_kfac_trains_with_a_hinge(p):
+    model, x = net(4, 6, C), randn(60, 4)
+    y = (x @ randn(4, C, seed=1)).argmax(1)
+    loss = nn.MultiMarginLoss(p=p)
+    losses = fit(natgrad.KFAC(model, loss), model, x, y, 15)
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "output", "target", "match"),
+    [
+        (nn.MultiMarginLoss(), (5, 3, 2), INDEX, r"\(5, 3, 2\); expected \(examples, classes\)"),
+        (nn.MultiMarginLoss(), (5, 3), INDEX.double(), r"float64; expected class indices.*target\.long"),
+        (nn.MultiMarginLoss(), (4, 3), INDEX, r"\(4, 3\) and target \(5,\); expected class indices of shape \(4,\)"),
+        (nn.MultiMarginLoss(), (5, 2), INDEX, r"class index 2; expected 0 to 1"),
+        (nn.MultiMarginLoss(weight=WEIGHT), (5, 4), INDEX, r"weight has shape \(3,\).*each of the 4 classes"),
+    ],
+)
+def test_what_a_hinge_does_not_take(loss, output, target, match):
+    with pytest.raises(ValueError, match=match):
+        output_curvature(loss).check(torch.zeros(output), target)
 
 
 @pytest.mark.parametrize("kind", ["fisher", "gauss_newton"])
@@ -99,28 +191,8 @@ def test_behind_its_link_it_is_the_matrix_of_the_loss_of_logits(kind, one, other
         close(F1, F2, 1e-9)
 
 
-@pytest.mark.parametrize(
-    ("loss", "same"),
-    [
-        (nn.SoftMarginLoss(), lambda f, y: (nn.functional.softplus(-y * f)).mean()),
-        (nn.MultiLabelSoftMarginLoss(), lambda f, y: nn.functional.binary_cross_entropy_with_logits(f, y)),
-    ],
-    ids=["SoftMargin", "MultiLabel"],
-)
-def test_the_hessian_is_autograds(loss, same):
-    target = 2 * HALF - 1 if isinstance(loss, nn.SoftMarginLoss) else HALF
-    D = output_curvature(loss)
-    H = torch.autograd.functional.hessian(lambda f: same(f, target), F).view(N * C, N * C)
-    close(dense(D, F, target) / D.normalizer(F, target), H, 1e-10)
-
-
 @pytest.mark.parametrize("loss", [nn.HuberLoss(delta=0.4), nn.SmoothL1Loss(beta=0.7), nn.HuberLoss(delta=3.0)], ids=str)
 class TestRobust:
-    def test_gauss_newton_is_the_hessian(self, loss):
-        D = output_curvature(loss, "gauss_newton")
-        H = torch.autograd.functional.hessian(lambda f: loss(f, P), F).view(N * C, N * C)
-        close(dense(D, F, P) / D.normalizer(F, P), H, 1e-10)
-
     def test_fisher_is_the_information_of_its_density(self, loss):
         r = torch.linspace(-80, 80, 1_600_001, dtype=f64)
         summed = type(loss)(reduction="none", **{k: getattr(loss, k) for k in ("delta", "beta") if hasattr(loss, k)})
