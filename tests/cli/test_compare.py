@@ -17,6 +17,7 @@ from natgrad.cli.compare import rows
 from natgrad.cli.errors import UserError
 from natgrad.study.comparison import Contestant, Outcome, Problem, advice, contestants, run
 from natgrad.study.split import split
+from natgrad.study.training import Budget
 
 PROBLEM = """
 import torch
@@ -237,7 +238,7 @@ def test_the_model_that_was_given_is_not_changed() -> None:
     problem = small_problem(nn.MSELoss())
     before = [p.clone() for p in problem.model.parameters()]
     for entry in contestants(problem.model):
-        outcome = run(entry, problem, 0.01)
+        outcome = run(entry, problem, Budget(seconds=0.01))
         assert outcome.status == "finished", outcome.error
     assert all(torch.equal(p, q) for p, q in zip(problem.model.parameters(), before, strict=True))
     assert all(p.grad is None for p in problem.model.parameters())
@@ -256,7 +257,7 @@ def test_figures_are_means_over_examples_in_evaluation() -> None:
 
 def test_a_run_that_diverges_says_so() -> None:
     entry = Contestant("SGD", "", lambda model, loss: torch.optim.SGD(model.parameters(), lr=1e20))
-    found = run(entry, small_problem(nn.MSELoss()), 0.2)
+    found = run(entry, small_problem(nn.MSELoss()), Budget(seconds=0.2))
     assert found.status == "diverged"
     assert found.last("training") == math.inf
 

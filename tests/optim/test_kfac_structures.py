@@ -128,8 +128,12 @@ class TestOrthogonalized:
         close(inside - torch.diag_embed(s), torch.zeros_like(inside))
 
     def test_of_float32_it_is_in_half_the_precision(self):
-        V = randn(8, 8)
+        V = randn(192, 192)
         torch.testing.assert_close(newton_schulz(V.float()).double(), newton_schulz(V), atol=0.05, rtol=0)
+
+    def test_small_matrices_stay_in_float32_on_a_cpu_however_many_there_are(self):
+        V = randn(200, 12, 12)
+        torch.testing.assert_close(newton_schulz(V.float()).double(), newton_schulz(V), atol=1e-3, rtol=0)
 
     def test_a_matrix_of_zeros_stays(self):
         assert torch.equal(newton_schulz(torch.zeros(3, 4)), torch.zeros(3, 4))

@@ -60,13 +60,40 @@ def second_moment(h):
 
 
 def whitening(h, ridge):
-    A = second_moment(h.double())
-    return torch.linalg.inv(A / A.diagonal().mean() + ridge * torch.eye(len(A), dtype=f64))
+    return damped_inverse(second_moment(h.double()), ridge)
+
+
+def damped_inverse(A, ridge):
+    A = A / A.diagonal().mean()
+    return torch.linalg.inv(A + ridge * A.diagonal().clamp_min(1e-4).sqrt().diag())
+
+
+class TestRidge:
+    def test_it_follows_the_scale_of_each_input(self):
+        """Of independent inputs, the small ones are whitened as the large ones: a ridge in units of the mean eigenvalue
+        alone would leave them as they are."""
+        scales = torch.tensor([1.0, 1 / 30, 1 / 100], dtype=f64)
+        (P,) = whitening_file.damped_inverses([scales.square().diag()], 0.2)
+        columns = P.diagonal() * scales  # of gradients, which are as large as their inputs
+        assert columns.max() / columns.min() < 10
+        close(whitening_file.damped_inverses([scales.square()], 0.2)[0], P.diagonal())
+
+    def test_inputs_that_are_never_active(self):
+        A = second_moment(randn(N, D)).float()
+        A[0] = A[:, 0] = 0
+        (P,) = whitening_file.damped_inverses([A], 0.2)
+        assert torch.isfinite(P).all()
+        assert torch.linalg.eigvalsh(P).min() > 0
+
+    @pytest.mark.parametrize("scale", [1e-12, 1e12])
+    def test_the_scale_of_all_inputs_does_not_matter(self, scale):
+        A = second_moment(randn(N, D))
+        close(whitening_file.damped_inverses([scale * A], 0.2)[0], whitening_file.damped_inverses([A], 0.2)[0])
 
 
 class TestFormula:
     def test_hidden_matrices(self):
-        """`W ← (1 − α η) W − α 0.2 √max(d_out, d_in) orth(∇ (A / ā + ρ I)⁻¹)`, with momentum over two steps."""
+        """`W ← (1 − α η) W − α 0.2 √max(d_out, d_in) orth(∇ (A / ā + ρ D^½)⁻¹)`, with momentum over two steps."""
         model = perceptron()
         opt = natgrad.NewtonMuon(model, lr=0.1, weight_decay=0.01, momentum=0.6, ridge=0.3, **EXACT)
         buffers = {}
@@ -83,7 +110,7 @@ class TestFormula:
                 close(model.get_parameter(n).detach(), (1 - 0.1 * 0.01) * before[n] - 0.1 * d)
 
     def test_both_sides(self):
-        """`orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ I)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ` over the gradients."""
+        """`orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ D^½)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ` over the gradients."""
         model = perceptron()
         opt = natgrad.NewtonMuon(
             model, lr=0.1, weight_decay=0.0, momentum=0.6, nesterov=False, ridge=0.3, sides="both", refresh_every=1,
@@ -99,7 +126,7 @@ class TestFormula:
                 g = model.get_parameter(n).grad
                 buffers[n] = 0.6 * buffers.get(n, 0.0) + 0.4 * g
                 A[n] = 0.5 * A.get(n, 0.0) + h.mT @ h
-                white = torch.linalg.inv(A[n] / A[n].diagonal().mean() + 0.3 * torch.eye(len(A[n]), dtype=f64))
+                white = damped_inverse(A[n], 0.3)
                 B[n] = 0.5 * B.get(n, 0.0) + g @ white @ g.mT / g.square().sum()
                 e, Q = torch.linalg.eigh(B[n] / B[n].diagonal().mean())
                 root = Q @ torch.diag((e + 0.3) ** -0.5) @ Q.mT
@@ -248,9 +275,10 @@ class TestFormula:
         assert held["0.q.weight"] is not held["0.out.weight"]
 
     @given(seed=st.integers(0, 1000), tokens=st.integers(3, 40), sides=st.sampled_from(["input", "both"]))
-    def test_rotated_inputs_give_rotated_steps(self, seed, tokens, sides):
-        """The step is the same in any orthonormal coordinates of the inputs, and of the outputs."""
-        T = torch.linalg.qr(randn(D, D, seed=seed))[0]
+    def test_inputs_in_another_order_and_of_other_signs_give_the_same_step(self, seed, tokens, sides):
+        generator = torch.Generator().manual_seed(seed)
+        signs = 1.0 - 2.0 * torch.randint(2, (D, 1), generator=generator)
+        T = (signs * torch.eye(D)[torch.randperm(D, generator=generator)]).to(f64)
         x = randn(tokens, D, seed=seed + 1)
         y = torch.arange(tokens) % C
         model = perceptron(seed)

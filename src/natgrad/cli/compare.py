@@ -19,6 +19,7 @@ from natgrad.report.figures import MORE_COLOURS, new_figure, save, tidy
 from natgrad.study.comparison import Outcome, Problem, advice, contestants, run
 from natgrad.study.pictures import STYLES, plain_log_ticks
 from natgrad.study.split import split
+from natgrad.study.training import Budget
 
 HEADINGS = ("optimizer", "steps", "ms/step", "AdamW steps", "training loss", "held-out loss")
 LINES = 4
@@ -46,7 +47,9 @@ def run_compare(target: str, seconds: float, batch: int, seed: int, out: Path) -
     outcomes: list[Outcome] = []
     with Interruption() as interruption:
         for entry in entries:
-            outcome = run(entry, problem, seconds, lambda: interruption.requested, _Progress(console, seconds))
+            outcome = run(
+                entry, problem, Budget(seconds=seconds), lambda: interruption.requested, _Progress(console, seconds)
+            )
             if interruption.requested:
                 console.print("Stopped early: the last run, which was not over, is left out.")
                 break

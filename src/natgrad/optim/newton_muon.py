@@ -35,6 +35,10 @@ from natgrad.optim.preconditioner.interval import Interval
 from natgrad.optim.tracking.unchanged import Unchanged
 from natgrad.optim.vectors import Vector, check_dense
 
+GROWTH = 2
+"""The interval between refreshes grows by a step in so many steps. Inputs change fast at the start, and a recorded
+forward may cost several others."""
+
 
 class NewtonMuon(torch.optim.Optimizer):
     """Whitened, orthogonalized steps for hidden matrices, and AdamW steps for all other parameters. It needs no loss
@@ -42,13 +46,13 @@ class NewtonMuon(torch.optim.Optimizer):
 
     A hidden matrix with gradient `∇` and inputs `h` moves by
 
-        `W ← (1 − α η) W − α 0.2 √max(d_out, d_in) orth(M (A / ā + ρ I)⁻¹)`
+        `W ← (1 − α η) W − α 0.2 √max(d_out, d_in) orth(M (A / ā + ρ D^½)⁻¹)`
 
     with `M` the momentum of `∇`, `A` the average of `h hᵀ` over the layer's inputs, `ā` the mean of its eigenvalues,
-    `ρ` the ridge, `α` the learning rate and `η` the weight decay. `orth` sets all singular values to about one, by five
-    Newton-Schulz iterations. The factor `0.2 √max` makes the step as long as a step of AdamW. Without `A` this is Muon.
-    With `sides="both"` the output side is whitened, too: `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ I)⁻¹)`, with `B` the
-    average of `∇ A⁻¹ ∇ᵀ`.
+    `D` the diagonal of `A / ā`, `ρ` the ridge, `α` the learning rate and `η` the weight decay. `orth` sets all singular
+    values to about one, by five Newton-Schulz iterations. The factor `0.2 √max` makes the step as long as a step of
+    AdamW. Without `A` this is Muon. With `sides="both"` the output side is whitened, too:
+    `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ D^½)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ`.
 
     The first forward pass in training mode shows which parameters are hidden matrices: weights that multiply inputs,
     and whose output is an input of another matrix. A convolution kernel is a matrix over patches. Query, key and value
@@ -64,7 +68,7 @@ class NewtonMuon(torch.optim.Optimizer):
         params: the parameters to train: names, a predicate on names, groups of them, or torch's groups. None: all. A
             group may have its own `lr`, `rest_lr`, `weight_decay`, `cautious`, `momentum`, `nesterov`, `betas` and
             `eps`.
-        rest_lr: learning rate of the AdamW steps. None: 0.15 of `lr`.
+        rest_lr: learning rate of the AdamW steps. None: half of `lr`.
         weight_decay: decoupled weight decay of all parameters: each step multiplies them by `1 − lr weight_decay`, or
             `1 − rest_lr weight_decay`.
         cautious: decay only the entries that the step moves towards zero (Chen et al. 2025, arXiv:2510.12402).
@@ -73,7 +77,7 @@ class NewtonMuon(torch.optim.Optimizer):
         betas: those of AdamW.
         eps: that of AdamW.
         sides: `"input"`, `"both"`, or `"none"`: without whitening, which is Muon.
-        ridge: `ρ`, in units of the mean eigenvalue. With a large ridge the step becomes that of Muon.
+        ridge: `ρ`. With a large ridge, the whitening only divides each input by its root mean square.
         refresh_every: steps between two updates of `A` and of its inverse; fewer at the start.
         decay: the weight of earlier inputs is multiplied by this at each update.
         average: decay of an average of the parameters over the steps, for `averaged()`. None: no average.
@@ -148,7 +152,7 @@ class NewtonMuon(torch.optim.Optimizer):
         self.diagnostics: dict[str, Any] = {}
         self._steps = 0
         self._refreshed: int | None = None  # the step of the last update
-        self._interval = Interval(refresh_every, growing=True)
+        self._interval = Interval(refresh_every, True, GROWTH)
         chosen = chooser(steps, {n: p.shape for n, p in self.parameters.items()})
         outputs = OutputSide(ridge, decay, max_dim) if sides == "both" else None
         self._matrices = Matrices(self.parameters, chosen, InputSide(ridge, decay), outputs, whiten=sides != "none")

@@ -135,18 +135,18 @@ def _adamw(lr: float) -> Contestant:
 def run(
     contestant: Contestant,
     problem: Problem,
-    seconds: float,
+    budget: Budget,
     stopped: Callable[[], bool] = lambda: False,
     on_step: Callable[[Outcome], None] = lambda outcome: None,
     evaluations: int = EVALUATIONS,
 ) -> Outcome:
-    """Trains a copy of the model for so many seconds of the processor. Neither evaluation nor fetching a batch counts,
-    nor a first step, on another copy, in which libraries are loaded."""
+    """Trains a copy of the model. Seconds are the processor's: neither evaluation nor fetching a batch counts, nor a
+    first step, on another copy, in which libraries are loaded."""
     outcome = Outcome(contestant)
     try:
         for _ in _train(Outcome(contestant), problem, Budget(steps=1), stopped, 1):
             pass
-        for _ in _train(outcome, problem, Budget(seconds=seconds), stopped, evaluations):
+        for _ in _train(outcome, problem, budget, stopped, evaluations):
             on_step(outcome)
             if outcome.status == "diverged":
                 break

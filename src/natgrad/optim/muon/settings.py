@@ -12,7 +12,7 @@ SIDES = {
     "input": "whitened by the second moment of the inputs",
     "both": "and by that of the gradients on the output side",
 }
-REST = 0.15
+REST = 0.5
 """The learning rate of AdamW's steps, in units of that of the matrices."""
 
 

@@ -22,6 +22,12 @@ ROWS = 4
 """A batch's second moment is taken from at least so many rows for each input, where it has them."""
 
 
+SMALLEST = 1e-4
+"""The least mean square of an input that the ridge takes into account, in units of the mean over all inputs: units that
+are never active have a ridge, too."""
+EXPONENT = 0.5
+
+
 def input_sums(uses: Sequence[Use], max_dim: int) -> dict[Layer, AffineMoments]:
     """The inputs' moments of every matrix that was used in a forward. Inputs that several matrices share, as those of
     query, key and value do, are summed once: their moments are one object.
@@ -81,7 +87,10 @@ def added(past: Mapping[Layer, AffineMoments], new: Mapping[Layer, AffineMoments
 
 class InputSide:
     """For every matrix the average `A` of `h hᵀ` over its inputs, whose weights fall by `decay` at each update, and the
-    inverse of `A / ā + ridge I`, with `ā` the mean of `A`'s eigenvalues."""
+    inverse of `A / ā + ridge D^½`, with `ā` the mean of `A`'s eigenvalues and `D` the diagonal of `A / ā`.
+
+    The ridge of an input follows its scale: a ridge of one size for all would be nothing beside a large feature and
+    everything beside a small one."""
 
     def __init__(self, ridge: float, decay: float):
         self.ridge, self.decay = ridge, decay
@@ -106,7 +115,7 @@ class InputSide:
         return unit in self._inverses
 
     def whitened(self, unit: Layer, V: Float[Tensor, "o i"]) -> Float[Tensor, "o i"]:
-        """`V (A / ā + ridge I)⁻¹`; `V` itself where nothing is known of the inputs."""
+        """`V (A / ā + ridge D^½)⁻¹`; `V` itself where nothing is known of the inputs."""
         inverse = self._inverses.get(unit)
         return V if inverse is None else factor.from_right(V, inverse.to(V.dtype))
 
@@ -134,8 +143,8 @@ def mean_of_eigenvalues(A: Tensor, *, batched: bool = False) -> Tensor:
 
 
 def damped_inverses(factors: Sequence[Tensor], ridge: float) -> list[Tensor]:
-    """`(A / ā + ridge I)⁻¹` of each factor, a matrix or a diagonal, where `ā` is the mean of its eigenvalues. Those of
-    one size are inverted together."""
+    """`(A / ā + ridge D^½)⁻¹` of each factor, a matrix or a diagonal, where `ā` is the mean of its eigenvalues and `D`
+    the diagonal of `A / ā`. Those of one size are inverted together."""
     by_shape: dict[torch.Size, list[int]] = {}
     for i, A in enumerate(factors):
         by_shape.setdefault(A.shape, []).append(i)
@@ -149,9 +158,11 @@ def damped_inverses(factors: Sequence[Tensor], ridge: float) -> list[Tensor]:
 
 
 def _inverses(scaled: Tensor, ridge: float) -> Tensor:
+    diagonals = scaled if scaled.ndim == 2 else scaled.diagonal(dim1=-2, dim2=-1)
+    ridges = ridge * diagonals.clamp_min(SMALLEST).pow(EXPONENT)
     if scaled.ndim == 2:
-        return 1 / (scaled + ridge)
-    damped = scaled + ridge * torch.eye(scaled.shape[1], dtype=scaled.dtype, device=scaled.device)
+        return 1 / (scaled + ridges)
+    damped = scaled + ridges.diag_embed()
     L, failed = torch.linalg.cholesky_ex(damped)
     if failed.any():
         return torch.stack([factor.inverse(A, "the second moment of a layer's inputs", ridge) for A in damped])

@@ -20,12 +20,15 @@ STEPS = 5
 RMS = 0.2
 """The root mean square of AdamW's steps, to which an orthogonalized one is scaled (Liu et al. 2025)."""
 SECOND_MOMENT_DECAY = 0.95
+WORTH_BFLOAT16 = 2**22
+"""Multiplications of one product in the iteration from which on bfloat16 is faster on a CPU. They are counted for each
+matrix alone: the same matrix takes the same step on any number of ranks."""
 
 
 def newton_schulz(V: Float[Tensor, "*batch o i"]) -> Float[Tensor, "*batch o i"]:
     """`U Wᵀ` of the singular value decomposition `V = U S Wᵀ`, roughly: five steps of an iteration that moves the
     singular values to between 0.7 and 1.2. Products are in bfloat16 where the processor multiplies that faster than
-    float32; a `V` in float64 stays in float64.
+    float32, on CPUs for large matrices alone; a `V` in float64 stays in float64.
 
     Example:
         >>> import torch
@@ -53,6 +56,9 @@ def newton_schulz(V: Float[Tensor, "*batch o i"]) -> Float[Tensor, "*batch o i"]
 def _working_dtype(V: Tensor) -> torch.dtype:
     if V.dtype == torch.float64:
         return torch.float64
+    small, large = sorted(V.shape[-2:])
+    if V.device.type == "cpu" and small * small * large < WORTH_BFLOAT16:
+        return torch.float32
     return torch.bfloat16 if bfloat16_is_fast(V.device) else torch.float32
 
 
