@@ -1,12 +1,16 @@
 """How the damping moves, and its first value."""
 
+import copy
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import natgrad
 from natgrad.optim.rules.damping import LevenbergMarquardt, calibrate
+from oracles import net, randn
 
 RULE = LevenbergMarquardt(factor=0.5, floor=0.01)
 positive = st.floats(1e-12, 1e12)
@@ -96,3 +100,48 @@ class TestCalibrate:
         calibrate(1.0, lambda d: tried.append(d) or -d)
         assert len(tried) == 3
         assert tried == sorted(tried, reverse=True)
+
+
+class TestTheLeastDamping:
+    def new_points(self, opt, model, seed):
+        x = randn(6, 3, seed=seed)
+        opt.zero_grad()
+        opt.loss(model(x), x[:, :2].sin()).backward()
+        opt.step()
+        return opt.diagnostics
+
+    def test_it_comes_down_to_it_and_stays(self):
+        model = net(3, 12, 2)
+        opt = natgrad.NaturalGradient(model, nn.MSELoss(), min_damping=1e-4)
+        seen = [self.new_points(opt, model, seed) for seed in range(25)]
+        dampings = [its["damping"] for its in seen]
+        assert min(dampings) == dampings[-1] == 1e-4 < dampings[0]
+        assert "reduction_ratio" in seen[0]
+        assert "reduction_ratio" not in seen[-1]  # nothing to adapt, and so nothing is measured
+        resumed = natgrad.NaturalGradient(copy.deepcopy(model), nn.MSELoss(), min_damping=1e-4)
+        resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+        assert not resumed.recipe.damping.adaptive
+
+    def test_without_it_the_damping_falls_further(self):
+        model = net(3, 12, 2)
+        opt = natgrad.NaturalGradient(model, nn.MSELoss())
+        assert min(self.new_points(opt, model, seed)["damping"] for seed in range(25)) < 1e-4
+
+    def test_it_is_refused_beside_a_damping_that_stays(self):
+        with pytest.raises(ValueError, match=r"min_damping=0\.1 .*damping=0\.2"):
+            natgrad.NaturalGradient(net(3, 4, 2), nn.MSELoss(), damping=0.2, min_damping=0.1)
+
+    def test_a_run_that_leaves_it_far_behind_is_called_back(self):
+        model = net(3, 12, 2)
+        opt = natgrad.NaturalGradient(model, nn.MSELoss(), min_damping=1e-4)
+        for seed in range(25):
+            self.new_points(opt, model, seed)
+        for p in model.parameters():  # as if the last step had gone far away
+            far = 10 * randn(*p.shape, seed=7)
+            p.data += far
+            opt.state[p]["delta"] = opt.state[p]["delta"] + far
+        undone = self.new_points(opt, model, 25)
+        assert "undone" in undone["reason"]
+        assert undone["damping"] > 1e-4
+        assert max(p.abs().max() for p in model.parameters()) < 8
+        assert self.new_points(opt, model, 26)["accepted"]

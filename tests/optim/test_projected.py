@@ -187,3 +187,28 @@ def test_eager_damping_falls_in_the_rule_of_thumbs_dead_zone():
 def test_bad_options(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         natgrad.NaturalGradient(net(D, 5, 2), LOSS, **options)
+
+
+@pytest.mark.parametrize(("rise", "kept"), [(1.2, True), (1.8, False)])
+def test_a_step_may_raise_another_batchs_loss_by_a_little(rise, kept):
+    model = net(D, 5, 2)
+    opt = natgrad.NaturalGradient(model, LOSS)
+    for _ in range(3):
+        step(opt, model)
+    loss = LOSS(model(X), Y).item()
+    for p in model.parameters():
+        opt.state[p]["delta"] = torch.zeros_like(p)
+    last = opt.state[model[-1].bias]["delta"]
+    offset = (model(X) - Y).mean(0).detach()
+    while LOSS(model(X), Y).item() < rise * loss:  # as if the last step had shifted the outputs away
+        last += 0.01 * offset.sign()
+        model[-1].bias.data += 0.01 * offset.sign()
+    at = flat(model.parameters())
+    opt.zero_grad()
+    opt.loss(model(X), Y).backward()
+    opt.step()
+    assert opt.diagnostics["accepted"] == kept
+    if not kept:
+        assert "undone" in opt.diagnostics["reason"]
+        shift = sum(d.square().sum() for d in [at - flat(model.parameters())]).sqrt()
+        assert float(shift) == pytest.approx(float(last.norm()), rel=1e-9)

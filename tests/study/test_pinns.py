@@ -122,3 +122,27 @@ def test_a_table_and_a_picture_beside_the_published_ones(tmp_path):
     draw_beside(task, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert own("x", task.groups[0].results[0]).best == 1e-5
+
+
+def points(batch):
+    (inside, conditions), (zero, values) = batch
+    assert zero.shape == inside[:, :1].shape
+    assert values.shape == conditions[:, :1].shape
+    return inside, conditions
+
+
+def test_mini_batches_go_round_the_set_and_the_set_changes_when_it_should():
+    fixed = batches(SETTINGS["poisson2d-257"], 0, 300)
+    every, conditions = points(next(batches(SETTINGS["poisson2d-257"], 0)))
+    rounds = [[points(next(fixed)) for _ in range(3)] for _ in range(2)]
+    for its in rounds:
+        for whole, parts in zip((every, conditions), zip(*its, strict=True), strict=True):
+            assert len({len(p) for p in parts}) == 1
+            close(torch.cat(parts).sort(0).values, whole.sort(0).values, 0)
+    assert not torch.equal(rounds[0][0][0], rounds[1][0][0])
+    new = batches(SETTINGS["poisson5d-449"], 0, 500)
+    (first, at), (second, _) = points(next(new)), points(next(new))
+    assert (len(first), len(at)) == (500, 83)
+    assert not set(first[:, 0].tolist()) & set(second[:, 0].tolist())
+    with pytest.raises(ValueError, match="from 1 to 900"):
+        next(batches(SETTINGS["poisson2d-257"], 0, 901))

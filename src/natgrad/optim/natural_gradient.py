@@ -42,6 +42,9 @@ class NaturalGradient(CurvatureOptimizer):
             None: the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
         damping: `λ`, in units of the mean loss, also for `reduction="sum"`. None: it is calibrated on the first batch
             and then adapted by Levenberg-Marquardt at every step. Or `natgrad.Damping(value, decay=)`.
+        min_damping: the smallest `λ` where it is adapted; once there, it stays. None: the rounding limit. Use it with
+            new points at every step and fewer of them than parameters, say 1e-4 for 500 residuals: such a step can fit
+            its own points whatever they are, so its own loss says little about the damping.
         weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective, for both reductions. It must be the same in all groups,
             unless it is decoupled.
         decoupled_weight_decay: multiply the parameters by `1 − α η` at each step instead.
@@ -97,6 +100,7 @@ class NaturalGradient(CurvatureOptimizer):
         lr: float | None = None,
         momentum: float | None = 0.8,
         damping: float | Damping | None = None,
+        min_damping: float | None = None,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         max_kl: float | None = None,
@@ -130,6 +134,12 @@ class NaturalGradient(CurvatureOptimizer):
         factor = 0.3 if damped.decay is None else damped.decay
         check_within("damping_decay", factor, "(0, 1]")
         check_number("max_norm", max_norm, optional=True, positive=True)
+        check_number("min_damping", min_damping, optional=True, positive=True)
+        if damped.value is not None and min_damping is not None:
+            raise ValueError(
+                f"min_damping={min_damping} is for a damping that adapts, and damping={damped.value} stays: leave one "
+                "of them out"
+            )
         check_flag("accelerate", accelerate)
         super().__init__(
             model,
@@ -163,7 +173,7 @@ class NaturalGradient(CurvatureOptimizer):
         # A damping below eps · tr F is lost in rounding.
         rule = Eager(factor, eps * min(matrix.size(), max_size))
         projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
-        self._assemble(matrix, rule, TOLERATED_RISE, TRIES, projected)
+        self._assemble(matrix, rule, TOLERATED_RISE, TRIES, projected, min_damping or 0.0)
 
     def _check_groups(self) -> None:
         super()._check_groups()

@@ -134,13 +134,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         tolerated: float = TOLERATED_RISE,
         tries: int = 1,
         projected: Projected | None = None,
+        min_damping: float = 0.0,
     ) -> None:
         """Puts the parts together that differ from optimizer to optimizer; `Recipe` says what they are."""
         self.recipe = Recipe(
             self.parameters,
             self.tracker,
             preconditioner,
-            DampingControl(self._given_damping, rule),
+            DampingControl(self._given_damping, rule, min_damping),
             self.journal,
             self.labels,
             tolerated=tolerated,

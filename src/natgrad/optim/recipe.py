@@ -28,7 +28,7 @@ from natgrad.optim.rules.stage import Rejection, Stage
 from natgrad.optim.tracking.batch import Batch, Penalty, Term
 from natgrad.optim.tracking.scaler import scale_taken_out
 from natgrad.optim.tracking.tracker import Tracker
-from natgrad.optim.trial import Risen, Taken, Trials
+from natgrad.optim.trial import FAR, ON_ANOTHER_BATCH, Risen, Taken, Trials
 from natgrad.optim.untold import Untold
 from natgrad.optim.vectors import Vector, check_dense, dot
 from natgrad.optim.whole import ONE_AT_A_TIME, restored_on_error, states_restored_on_error, uninterrupted
@@ -44,7 +44,7 @@ class Recipe:
         damping: `λ`, and how it adapts to the reduction ratio.
         journal: counts failures, and warns users.
         labels: the source of random labels.
-        tolerated: the share of the loss by which a step may raise it.
+        tolerated: the share of the loss by which a step may raise it on its own batch.
         tries: how often a step is tried, with more damping each time and the same curvature.
         adapt_every: steps between changes of the damping, and of the ratio of step size and momentum.
         max_kl: a bound on the predicted KL divergence of a step.
@@ -120,7 +120,7 @@ class Recipe:
         if objective.measurable:
             self._look_at_loss(stage)
         elif self.damping.adaptive and (self.damping.value is None or self._adaptation_due()):
-            self.damping.value = self.preconditioner.scale()
+            self.damping.calibrated(self.preconditioner.scale())
         for tries in range(1, self.tries + 1):
             if self.tries > 1:
                 figures["tries"] = tries
@@ -128,7 +128,7 @@ class Recipe:
                 self._commit(self._try(stage))
                 return
             except Rejection:
-                if tries == self.tries or not self.damping.adaptive:
+                if tries == self.tries or self.damping.given:
                     raise
                 stage.rejected = tries
                 self.damping.raise_(tries, self.preconditioner.scale())
@@ -144,10 +144,11 @@ class Recipe:
         self.journal.loss_before = objective.loss
 
     def _was_too_far(self, objective: Objective) -> bool:
-        """Whether the last step raised the loss too much, without having been measured. It is then undone."""
-        if not self.damping.adaptive or not self.trials.too_far(objective.loss, self.journal.loss_before):
+        """Whether the last step raised this batch's loss too much. It is then undone."""
+        share = ON_ANOTHER_BATCH if self.damping.adaptive else FAR
+        if self.damping.given or not self.trials.too_far(objective.loss, self.journal.loss_before, share):
             return False
-        return self.trials.undo_last(objective, objective.loss)
+        return self.trials.undo_last(objective, objective.loss, share)
 
     def _try(self, stage: Stage) -> Taken:
         """Takes the step with the current damping. Raises Rejection if the loss would rise, or if there is none."""
@@ -160,7 +161,7 @@ class Recipe:
         except ValueError as error:
             if self.journal.exploded:
                 raise ValueError(f"the run has diverged, to a loss of {stage.loss:.4g} ({error}); {MEND}") from error
-            if not self.damping.adaptive:
+            if self.damping.given:
                 raise
             raise Rejection(f"{self.preconditioner.inverted} could not be inverted: {error}") from error
         # If the model predicts that most of the loss vanishes, it may be wrong: saturated outputs have almost no
@@ -253,7 +254,7 @@ class Recipe:
             return self.trials.loss_after(step, stage)
 
         scale = self.preconditioner.scale()
-        self.damping.value = calibrate(scale if scale > 0 else 1.0, loss_after)
+        self.damping.calibrated(calibrate(scale if scale > 0 else 1.0, loss_after))
         self.preconditioner.expire()
 
     def _decay(self, scale: float) -> Decay:

@@ -14,6 +14,11 @@ from natgrad.optim.whole import uninterrupted
 
 BACKTRACKING = (0.25, 0.0625, 0.015625)
 """The shares of a step that are tried where the whole of it would raise the loss."""
+ON_ANOTHER_BATCH = 0.5
+"""The share of another batch's loss by which a step may raise it. A good step raises that of every second batch by a
+little, where few digits are left to gain: to take all of these back would cost half of the steps."""
+FAR = 9.0
+"""The same where the damping has come down to its least, and steps are not measured."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Trials:
 
     Args:
         parameters: those that move.
-        tolerated: the share of the loss by which a step may raise it.
+        tolerated: the share of the loss by which a step may raise it on its own batch.
     """
 
     def __init__(self, parameters: Parameters, tolerated: float):
@@ -95,13 +100,13 @@ class Trials:
         decay = stage.decay
         return self.parameters.total([decay.value(self.parameters.local())])[0] if decay.eta else 0.0
 
-    def too_far(self, loss: float, before: float | None) -> bool:
-        """Whether a loss is so much above that of the step before that it is worth a forward to know why: the batch, or
-        a step that was not measured."""
-        return before is not None and loss > self._highest(before)
+    def too_far(self, loss: float, before: float | None, share: float) -> bool:
+        """Whether a loss is by more than this share above that of the step before, so that it is worth a forward to
+        know why: the batch, or the step."""
+        return before is not None and loss > before + share * abs(before)
 
-    def undo_last(self, objective: Objective, loss: float = math.inf) -> bool:
-        """Takes the last step back if it has raised this batch's loss to `loss` by more than what is tolerated."""
+    def undo_last(self, objective: Objective, loss: float = math.inf, share: float = 0.0) -> bool:
+        """Takes the last step back if it has raised this batch's loss to `loss` by more than this share."""
         states = {n: self.parameters.state_of(n) for n in self.parameters}
         delta = {n: s["delta"] for n, s in states.items() if "delta" in s}
         if not delta or not objective.runs_again:
@@ -112,7 +117,7 @@ class Trials:
             for n, d in delta.items():
                 own[n].sub_(d)
             without = objective.evaluate()
-            undone = math.isfinite(without) and loss > self._highest(without)
+            undone = math.isfinite(without) and loss > without + share * abs(without)
         finally:
             if not undone:
                 self._put_back(before)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise, repeat
 from typing import Any
 
 import torch
@@ -94,17 +94,43 @@ def objective(loss: Callable[[Tensor, Tensor], Tensor], model: nn.Module, x: Any
     return 0.5 * loss(model(inside, residual=True), zero) + 0.5 * loss(model(conditions), values)
 
 
-def batches(setting: Setting, seed: int) -> Iterator[Batch]:
-    """The points of every step, for ever."""
+def batches(setting: Setting, seed: int, size: int | None = None) -> Iterator[Batch]:
+    """The points of every step, for ever.
+
+    Args:
+        setting: the problem.
+        seed: of the points.
+        size: how many of a set's points inside a step takes, with the same share of the conditions. A set goes round in
+            random order. None: all of them.
+
+    Raises:
+        ValueError: if the size is not from 1 to the number of points inside.
+    """
+    size = setting.interior if size is None else size
+    if not 1 <= size <= setting.interior:
+        raise ValueError(f"batch={size}; expected points inside, from 1 to {setting.interior}")
+    counts = size, max(1, round(size / setting.interior * setting.conditions))
     equation, generator = setting.equation(setting.d), Generator().manual_seed(POINTS_SEED + seed)
     while True:
         inside = equation.interior(setting.interior, generator)
         conditions = equation.conditions(setting.conditions, generator)
-        batch = (inside, conditions), (torch.zeros_like(inside[:, :1]), equation.solution(conditions))
-        step = 0
-        while setting.every == 0 or step < setting.every:
-            yield batch
-            step += 1
+        rounds = _rounds(inside, conditions, counts, generator)
+        for x, y in rounds if setting.every == 0 else islice(rounds, setting.every):
+            yield (x, y), (torch.zeros_like(x[:, :1]), equation.solution(y))
+
+
+def _rounds(
+    inside: Tensor, conditions: Tensor, counts: tuple[int, int], generator: Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """So many points of each kind at a time, for ever, each round in another order; all of them as they are."""
+    if counts == (len(inside), len(conditions)):
+        yield from repeat((inside, conditions))
+    while True:
+        orders = (torch.randperm(len(points), generator=generator) for points in (inside, conditions))
+        parts = [points[order].split(n) for points, order, n in zip((inside, conditions), orders, counts, strict=True)]
+        for x, y in zip(*parts, strict=False):
+            if len(x) == counts[0]:  # not what is left at the end
+                yield x, y
 
 
 def pinn(name: str) -> Task:
@@ -133,7 +159,7 @@ def pinn(name: str) -> Task:
         setting.interior,
         nn.MSELoss(),
         make_model,
-        lambda seed, size: batches(setting, seed),
+        lambda seed, size: batches(setting, seed, size),
         evaluate,
         sample,
         objective=objective,

@@ -96,19 +96,31 @@ class Eager(LevenbergMarquardt):
 
 
 class DampingControl:
-    """The damping of a run: a number, or None until it is calibrated; `adaptive` where it is not the user's own."""
+    """The damping of a run: a number, or None until it is calibrated.
 
-    def __init__(self, value: float | None, rule: DampingRule):
-        self.value, self.adaptive, self.rule = value, value is None, rule
+    `given`: whether it is the user's own, and stays. `adaptive`: whether it follows how well steps are predicted. It
+    does not once it has come down to `least`, unless a rejection raises it.
+    """
+
+    def __init__(self, value: float | None, rule: DampingRule, least: float = 0.0):
+        self.value, self.rule, self.least, self.given = value, rule, least, value is not None
+
+    @property
+    def adaptive(self) -> bool:
+        return not self.given and (self.value is None or self.value > self.least)
+
+    def calibrated(self, value: float) -> None:
+        """The first damping of a run."""
+        self.value = max(value, self.least)
 
     def adapt(self, ratio: float, scale: float, share: float) -> None:
         """After a step that was measured, `share` of which was taken to keep a bound on its length."""
         if self.adaptive and self.value is not None:
-            self.value = self.rule.adapt(self.value, ratio, scale, share)
+            self.value = max(self.rule.adapt(self.value, ratio, scale, share), self.least)
 
     def raise_(self, count: int, scale: float) -> None:
         """After a rejection, the `count`-th in a row."""
-        if self.adaptive and self.value is not None:
+        if not self.given and self.value is not None:
             self.value = self.rule.after_rejection(self.value, count, scale)
 
 
