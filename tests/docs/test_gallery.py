@@ -55,6 +55,7 @@ def test_kfac_gets_further_than_adamw_in_as_many_steps(result):
     assert number("accuracy: KFAC", line) > 0.95
 
 
+@pytest.mark.long
 def test_the_posterior_is_unsure_in_the_gap_alone(result):
     gap, data, noise = result("laplace").split(";")
     assert number("kfac", gap) > 3 * number("kfac", data)
@@ -64,12 +65,14 @@ def test_the_posterior_is_unsure_in_the_gap_alone(result):
     assert abs(number("noise", noise) / 0.15 - 1) < 0.2
 
 
+@pytest.mark.long
 def test_influences_are_what_training_again_finds(result):
     line = result("influence")
     assert number("correlation", line) > 0.85
     assert 0.3 < number("found are", line) < 1.5
 
 
+@pytest.mark.long
 def test_pruning_by_kfac_keeps_the_accuracy(result):
     line = result("pruning")
     assert number("kfac", line) > number("all", line) - 0.05
@@ -77,12 +80,14 @@ def test_pruning_by_kfac_keeps_the_accuracy(result):
     assert number("kfac", line) > number("magnitude", line) + 0.03
 
 
+@pytest.mark.long
 def test_merging_by_fisher_matrices_beats_the_average(result):
     line = result("merging")
     assert number("diagonal", line) > number("average", line) + 0.05
     assert number("K-FAC", line) > number("average", line) + 0.05
 
 
+@pytest.mark.long
 def test_the_first_task_is_forgotten_less_with_kfac(result):
     line = result("continual")
     assert number("diagonal", line) > number("penalty", line) + 0.05
