@@ -325,3 +325,15 @@ def test_batches_of_many_lengths_are_looked_at_a_few_times(name, monkeypatch):
     F, dense = (natgrad.fisher(model, CE, data, s) for s in ("implicit", "dense"))
     close(F @ torch.eye(F.space.size, dtype=f64), dense.to_dense(), 1e-10)
     assert looks == [name == "no_grad"] * jacobian.TRUSTED
+
+
+@pytest.mark.parametrize("dtype", [f64, torch.float32, torch.bfloat16])
+def test_a_derivative_of_zero(dtype):
+    """A bias before centring: its gradient is rounding, its tangent is zero, and the two modes agree all the same."""
+    torch.manual_seed(0)
+    model = Net(lambda m, x: m.two((m.one(x) - m.one(x).mean(0)).tanh()), one=lin(), two=lin(H, C)).to(dtype)
+    opt = natgrad.NaturalGradient(model, CE, params=["one.bias"], lr=1.0, damping=1.0, momentum=0.0, solver="cg")
+    opt.loss(model(randn(N, D).to(dtype)), Y).backward()
+    opt.step()
+    F = natgrad.fisher(model, CE, (randn(N, D).to(dtype), Y), "implicit", params=["one.bias"])
+    assert (F @ torch.ones(H, dtype=F.dtype)).abs().max() < 100 * torch.finfo(dtype).eps

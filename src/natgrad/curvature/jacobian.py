@@ -145,13 +145,15 @@ def _look(model: nn.Module, call: Callable[[Any], Tensor], names: list[str], for
         u = _random(output, generator)
         gradients = torch.autograd.grad(output, [owned[n] for n in names], u, allow_unused=True)
         terms = [(g.double() * v[n].double()).flatten() for n, g in zip(names, gradients, strict=True) if g is not None]
+        # Of a derivative that is zero, there is rounding: relative to the output, as `v` is relative to the parameters.
+        zero = 4 * max(eps) * float(u.double().norm() * output.detach().double().norm())
         del output, gradients
-        if fault is None and _agree(u, Jv, terms, max(eps)):
+        if fault is None and _agree(u, Jv, terms, max(eps), zero):
             return False
         again()
         try:
             output, leaves = graph(model, call, v)
-            if _agree(u, through_graph(output, leaves, v), terms, max(eps)):
+            if _agree(u, through_graph(output, leaves, v), terms, max(eps), zero):
                 return True
             why = "its backward is not linear in the incoming gradient"
         except (RuntimeError, TypeError) as error:
@@ -179,14 +181,15 @@ class _Precision(TorchFunctionMode):
         return out
 
 
-def _agree(u: Tensor, Jv: Tensor, terms: list[Tensor], eps: float) -> bool:
-    """Whether `⟨u, J v⟩` equals `⟨Jᵀ u, v⟩`, the sum of the terms, up to rounding errors of size `eps`."""
+def _agree(u: Tensor, Jv: Tensor, terms: list[Tensor], eps: float, zero: float) -> bool:
+    """Whether `⟨u, J v⟩` equals `⟨Jᵀ u, v⟩`, the sum of the terms, up to rounding errors of relative size `eps`;
+    the two may be `zero` apart where both are zero but for rounding."""
     if not (Jv.shape == u.shape and torch.isfinite(Jv).all()):
         return False
     forward, reverse = (u.double() * Jv.double()).flatten(), torch.cat(terms) if terms else u.new_zeros(1).double()
     eps = max(eps, torch.finfo(Jv.dtype).eps)
     tolerance = 1e-3 if eps == torch.finfo(torch.float32).eps else min(max(eps**0.5, 1e-8), 0.1)
-    return bool((forward.sum() - reverse.sum()).abs() <= tolerance * (forward.norm() + reverse.norm()))
+    return bool((forward.sum() - reverse.sum()).abs() <= tolerance * (forward.norm() + reverse.norm()) + zero)
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
