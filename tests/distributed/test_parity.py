@@ -132,3 +132,12 @@ def test_a_models_own_loss(ranks, sharded, options):
     for own in ranks(2, work.trained_on_own_loss, sharded, EXACT | options):
         for n, p in expected.items():
             assert torch.allclose(own[n], p, rtol=0, atol=1e-9), n
+
+
+@pytest.mark.parametrize("sharded", ["", "fsdp"])
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "momentum": 0.9, "damping": 0.1}], ids=["adaptive", "given"])
+def test_several_terms(ranks, sharded, options):
+    expected = work.trained_on_terms(None, "", EXACT | options)
+    for own in ranks(2, work.trained_on_terms, sharded, EXACT | options):
+        for n, p in expected.items():
+            assert torch.allclose(own[n], p, rtol=0, atol=1e-9), n

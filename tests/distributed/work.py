@@ -467,3 +467,34 @@ def trained_on_own_loss(group: Any, sharded: str, options: dict[str, Any]) -> di
         called(x[own], labels=y[own])["loss"].backward()
         opt.step()
     return {n: whole(p) for n, p in model.named_parameters()}
+
+
+class Headed(nn.Module):
+    """Two heads on one trunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = network()
+        self.other = nn.Linear(C, 2).double()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.trunk(x)
+        return {"class": h, "box": self.other(h.tanh())}
+
+
+def trained_on_terms(group: Any, sharded: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights after steps by two terms."""
+    torch.manual_seed(1)
+    model = Headed()
+    called = placed(model, group, sharded)
+    opt = natgrad.KFAC(called, {"class": nn.CrossEntropyLoss(), "box": nn.SmoothL1Loss()}, **options)
+    size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    for step in range(12):
+        x, y = batch(step)
+        own = share_of(len(x), rank, size, False)
+        out = called(x[own])
+        opt.zero_grad()
+        loss = opt.loss["class"](out["class"], y[own]) + 0.5 * opt.loss["box"](out["box"], x[own, :2])
+        loss.backward()
+        opt.step()
+    return {n: whole(p) for n, p in model.named_parameters()}

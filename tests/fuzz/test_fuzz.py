@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import natgrad
@@ -121,7 +121,23 @@ COUNT = []
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
-@settings(max_examples=200, derandomize=True, phases=[Phase.generate, Phase.shrink], **QUIET)
+FOUND = {"padding": None, "shared": False, "loss": "cross entropy", "reduction": "mean", "training": False}
+FOUND |= {"estimator": "exact", "form": "pairs", "dtype": f64, "length": 3}
+# A derivative that is zero but for rounding.
+ZERO = Spec(
+    seed=3, source="numbers", stages=("Centred",), activation="gelu", shape="positions", width=4, classes=2, sizes=(3,),
+    params=0.5, **FOUND,
+)  # fmt: skip
+# Rows without a gradient in the first batch, which hide that the rows of the second see one another.
+HIDDEN = Spec(
+    seed=126, source="tokens", stages=("Attention",), activation="relu", shape="flattened", width=2, classes=3,
+    sizes=(1, 1), params=1.0, **FOUND,
+)  # fmt: skip
+
+
+@settings(max_examples=200, derandomize=True, phases=[Phase.explicit, Phase.generate, Phase.shrink], **QUIET)
+@example(ZERO)
+@example(HIDDEN)
 @given(specs())
 def test_every_structure_is_brute_force(spec):
     if usable(spec):

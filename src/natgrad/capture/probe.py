@@ -173,6 +173,12 @@ class Probe:
         known = ~alive | ((case >= 0) & self._in_proportion(i, grouping, case.clamp_min(0), digits))
         return listed(self.uses[i].grid, case, grouping.cases) if bool(known.all()) else None
 
+    @property
+    def complete(self) -> bool:
+        """Whether every row has shown on what it depends. A row without a gradient, as behind a ReLU that is zero, has
+        not."""
+        return all(prod(use.grid) > 0 and bool((self._signals()[i].norms > 0).all()) for i, use in enumerate(self.uses))
+
     # Passes --------------------------------------------------------------------------------------------
 
     def _digits(self, grouping: Grouping, most: int = 0) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -51,7 +52,7 @@ def own_state(opt: CurvatureOptimizer) -> dict[str, Any]:
         **opt.journal.state(),
         "damping": opt.recipe.damping.value,
         **opt.recipe.adaptive.state(),
-        "first_mass": opt.tracker.first_mass,
+        "first_mass": json.dumps(opt.tracker.first_mass),  # a checkpoint has no empty dictionaries
         **opt.labels.state(),
         **named(opt.parameters),
         **opt.recipe.preconditioner.state(),
@@ -110,7 +111,7 @@ def load_state_dict(
     opt.journal.load(own)
     opt.recipe.damping.value = own["damping"]
     opt.recipe.adaptive.load(own)
-    opt.tracker.first_mass = own["first_mass"]
+    opt.tracker.first_mass = json.loads(own["first_mass"])
     opt._adapts_lr = opt._has_free_lr()
     opt.labels.load(own["generator"].cpu(), own["seed"], opt.journal.steps)
     opt.recipe.preconditioner.load(own)

@@ -86,7 +86,7 @@ class Tracker:
         self.pending: list[Batch | Penalty] = []
         self._zeroed = weakref.WeakSet[Batch | Penalty]()  # whose gradients were zeroed in this step
         self.joined = False  # once there is a torch.distributed.algorithms.Join
-        self.first_mass: float | None = None  # of the first batch, on all ranks
+        self.first_mass: dict[str, float] = {}  # by term: of its first batch, on all ranks
         self._output, self._many_ranks = output, many_ranks
         self._around = _weakly(model)
         self._meant = Meant(optimizer)
@@ -208,7 +208,7 @@ class Tracker:
         mass = term.curvature.normalizer(output.detach(), target)
         batch = self._batch(term, forward, output, way, target, mass, loss)
         if self.place.world.size > 1 and term.curvature.is_mean and own is None:
-            batch.weight = self._weight(float(mass))
+            batch.weight = self._weight(term, float(mass))
             loss = loss.detach() + batch.weight * (loss - loss.detach())
         if uses is not None:
             if self.observer.due():
@@ -282,18 +282,18 @@ class Tracker:
         loss = output.sum()
         batch = self._batch(term, forward, output, way, target, loss.detach().new_zeros(()), loss)
         if term.curvature.is_mean:
-            batch.weight = self._weight(0.0)
+            batch.weight = self._weight(term, 0.0)
         return self._noted(batch, loss)
 
-    def _weight(self, mass: float) -> float:
+    def _weight(self, term: Term, mass: float) -> float:
         """What the gradient of a rank's mean is multiplied by, so that the average over the ranks is in proportion to
-        the mean over all cases: the rank's cases over what a rank had in the first batch."""
-        if self.first_mass is None:
-            (self.first_mass,) = self.place.world.numbers([mass], "the size of the first batch")
-            if not self.first_mass > 0:
-                self.first_mass = None
+        the mean over all cases: the rank's cases over what a rank had in the term's first batch."""
+        if term.name not in self.first_mass:
+            (first,) = self.place.world.numbers([mass], "the size of the first batch")
+            if not first > 0:
                 raise ValueError("the first batch has no cases on any rank; skip empty batches")
-        return mass * self.place.world.size / self.first_mass
+            self.first_mass[term.name] = first
+        return mass * self.place.world.size / self.first_mass[term.name]
 
     # Gradients that come and go ------------------------------------------------------------------------
 
