@@ -59,3 +59,19 @@ def test_several_tensors_are_no_copies(tensors):
     model = Prompted(lambda p, n: tensors(p).repeat(n, 1, 1)[:n])
     with pytest.raises(NotImplementedError, match="'prompt'"):
         natgrad.fisher(model, LOSS, (randn(4, 7, 6), torch.arange(4) % 3), "block")
+
+
+@pytest.mark.parametrize("name", ["tile", "stack", "cat"])
+@pytest.mark.parametrize("structure", ["block", "implicit"])
+def test_a_copy_may_be_written_to(name, structure):
+    """As torch's own copies may: each example has memory of its own."""
+
+    def copy(p, n):
+        h = COPIES[name](p, n)
+        h[:, 0] += 1.0
+        return h
+
+    model, data = Prompted(copy), (randn(3, 7, 6), torch.arange(3))
+    dense = natgrad.fisher(model, LOSS, data, "dense")["prompt"].to_dense()
+    F = natgrad.fisher(model, LOSS, data, structure, params=["prompt"])
+    close(F @ torch.eye(18, dtype=f64), dense, 1e-10)

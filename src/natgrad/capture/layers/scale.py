@@ -202,22 +202,19 @@ def repeats_of(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[int, ...]
 
 
 def stacked(tensors: Sequence[Tensor], dim: int = 0) -> Any:
-    """`torch.stack` of copies of one tensor, computed by `expand`; NotImplemented for different tensors."""
+    """`torch.stack` of several copies of one tensor, as a repetition. NotImplemented for different tensors."""
     if len(tensors) == 0 or any(t is not tensors[0] for t in tensors):
         return NotImplemented
-    one = tensors[0].unsqueeze(dim)
-    sizes = list(one.shape)
-    sizes[dim] = len(tensors)
-    return one.expand(sizes)
+    return joined([tensors[0].unsqueeze(dim)] * len(tensors), dim)
 
 
 def joined(tensors: Sequence[Tensor], dim: int = 0) -> Any:
-    """`torch.cat` of copies of one tensor, whose length there is 1, computed by `expand`; NotImplemented otherwise."""
+    """`torch.cat` of copies of one tensor of length 1 along `dim`, as a repetition. NotImplemented otherwise."""
     if len(tensors) == 0 or any(t is not tensors[0] for t in tensors) or tensors[0].shape[dim] != 1:
         return NotImplemented
-    sizes = list(tensors[0].shape)
-    sizes[dim] = len(tensors)
-    return tensors[0].expand(sizes)
+    times = [1] * tensors[0].ndim
+    times[dim] = len(tensors)
+    return tensors[0].repeat(times)
 
 
 REPEATS = {Tensor.repeat, Tensor.tile, torch.tile}
