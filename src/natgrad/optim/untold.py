@@ -12,16 +12,16 @@ from natgrad.optim.parameters import Parameters
 from natgrad.optim.vectors import Vector
 
 LOOKS = (0, 9, 99)
-"""The steps that look: terms may come later in a run, as one that is warmed up."""
+"""The steps that are checked. A term may start later in a run, after a warm-up."""
 FULL, LOWERED = 0.02, 0.2
-"""The share of the gradients from elsewhere that is told, in full precision and where autocast lowers it."""
+"""The share of the gradients from elsewhere above which there is a warning: in full and in lower precision."""
 
 
 class Untold:
     """Computes the gradient of the known losses once more, at a few steps of a run.
 
-    A term that the user has added without a word is in the gradients alone: the quadratic model and the losses of the
-    steps that are tried know nothing of it.
+    A term that the user added without `opt.plus` changes the gradients, but not the quadratic model and not the losses
+    that a step measures.
     """
 
     def __init__(self, optimizer: str, parameters: Parameters):
@@ -59,7 +59,7 @@ def off(known: Vector, gradients: Vector) -> float:
     """`‖g - c k‖ / ‖g‖`, with the factor `c` of each parameter that fits best: a user may scale each."""
     rest = total = 0.0
     for n, g in gradients.items():
-        square, rest_of = float(_square(g)), float(_square(g))
+        square = rest_of = float(_square(g))
         k = known.get(n)
         if k is not None:
             inner, own = float((k.double() * g.double()).sum()), float(_square(k))

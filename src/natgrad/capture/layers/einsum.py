@@ -24,21 +24,15 @@ def affine_map(equation: Any, *operands: Any) -> Any:
     read = _read(equation, operands)
     if read is None:
         return NotImplemented
-    (h, W), (of_h, of_W), out = _input_first(operands, *read)
+    of_h, of_W, out = read
+    h, W = operands
+    if out[0] not in of_h:
+        h, W, of_h, of_W = W, h, of_W, of_h
     summed = [i for i in of_W if i in of_h]
     features = [i for i in of_W if i not in of_h]
     rest = [i for i in of_h if i not in summed]
-    if (
-        isinstance(h, nn.Parameter)
-        or not summed
-        or not features
-        or sorted(rest + features) != sorted(out)
-        or of_W
-        not in (
-            summed + features,
-            features + summed,
-        )
-    ):
+    in_blocks = of_W in (summed + features, features + summed)  # so that a reshape makes it a matrix
+    if isinstance(h, nn.Parameter) or not (summed and features and in_blocks) or sorted(rest + features) != sorted(out):
         return NotImplemented
     size = dict(zip(chain(of_h, of_W), chain(h.shape, W.shape), strict=True))
     if any(size[i] != n for i, n in zip(of_h, h.shape, strict=True)):
@@ -80,13 +74,6 @@ def _read(equation: Any, operands: Sequence[Any]) -> tuple[list[str], list[str],
         return None
     a, b, c = map(list, found)
     return a, b, c
-
-
-def _input_first(
-    operands: Sequence[Tensor], a: list[str], b: list[str], out: list[str]
-) -> tuple[tuple[Tensor, Tensor], tuple[list[str], list[str]], list[str]]:
-    first, second = operands
-    return ((first, second), (a, b), out) if out[0] in a else ((second, first), (b, a), out)
 
 
 def _as_matrix(W: Tensor, rows: int, columns: int) -> Tensor:
