@@ -9,7 +9,6 @@ one on 5 to 9, when they are merged; and what is left of the digits 0 to 4 after
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import natgrad
-from benchmarks.machine import machine
+from benchmarks.seeds import over_seeds
 from natgrad.report.figures import MORE_COLOURS as COLOURS
 from natgrad.report.figures import new_figure, save, tidy
 
@@ -126,17 +125,11 @@ def one_seed(seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
-    print(machine())
-    runs = [one_seed(seed) for seed in range(args.seeds)]
-    table = {name: torch.tensor([run[name] for run in runs]) for name in runs[0]}
+    table, plot = over_seeds(one_seed, __doc__)
     for name, values in table.items():
         print(f"{name:28s} {values.mean():5.1f}  ({values.min():.1f} to {values.max():.1f})")
-    if args.plot:
-        draw(table, args.plot)
+    if plot:
+        draw(table, plot)
 
 
 def draw(table: dict[str, Tensor], path: Path) -> None:

@@ -8,7 +8,6 @@ to 2, 3 or 4 bits, with a grid for each row. Nothing is trained after it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import natgrad
 from benchmarks.editing import LOSS, accuracy, data, train
-from benchmarks.machine import machine
+from benchmarks.seeds import over_seeds
 from natgrad.report.figures import MORE_COLOURS as COLOURS
 from natgrad.report.figures import new_figure, save, tidy
 from natgrad.uses.quantize import Grid
@@ -71,13 +70,7 @@ def one_seed(seed: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
-    print(machine())
-    runs = [one_seed(seed) for seed in range(args.seeds)]
-    table = {name: torch.tensor([run[name] for run in runs]) for name in runs[0]}
+    table, plot = over_seeds(one_seed, __doc__)
     print("mean (least to largest)")
     for name, values in table.items():
         correct, kl = values.mT
@@ -85,8 +78,8 @@ def main() -> None:
             f"{name:14s} test accuracy, %: {correct.mean():5.1f} ({correct.min():.1f} to {correct.max():.1f})   "
             f"KL, nats: {kl.mean():.2g} ({kl.min():.2g} to {kl.max():.2g})"
         )
-    if args.plot:
-        draw(table, args.plot)
+    if plot:
+        draw(table, plot)
 
 
 def draw(table: dict[str, Tensor], path: Path) -> None:

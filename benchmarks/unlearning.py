@@ -9,7 +9,6 @@ Each way takes steps of growing length; what counts is how well the other digits
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import natgrad
 from benchmarks.editing import LOSS, Data, accuracy, data, network, train
-from benchmarks.machine import machine
+from benchmarks.seeds import over_seeds
 from natgrad.report.figures import MORE_COLOURS as COLOURS
 from natgrad.report.figures import new_figure, save, tidy
 
@@ -68,19 +67,13 @@ def one_seed(seed: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
-    print(machine())
-    runs = [one_seed(seed) for seed in range(args.seeds)]
-    table = {name: torch.tensor([run[name] for run in runs]) for name in runs[0]}
+    table, plot = over_seeds(one_seed, __doc__)
     print("mean (least to largest) of the test accuracy, %")
     for name, values in table.items():
         cells = [f"{v.mean():5.1f} ({v.min():.1f} to {v.max():.1f})" for v in values.mT]
         print(f"{name:16s} the {DIGIT}: {cells[0]:24s} the others: {cells[1]}")
-    if args.plot:
-        draw(table, args.plot)
+    if plot:
+        draw(table, plot)
 
 
 def draw(table: dict[str, Tensor], path: Path) -> None:

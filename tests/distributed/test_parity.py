@@ -127,17 +127,13 @@ def test_the_first_batch_is_not_empty_everywhere(ranks):
 
 @pytest.mark.parametrize("sharded", ["", "fsdp"])
 @pytest.mark.parametrize("options", [{}, {"lr": 0.1, "momentum": 0.9, "damping": 0.1}], ids=["adaptive", "given"])
-def test_a_models_own_loss(ranks, sharded, options):
-    expected = work.trained_on_own_loss(None, "", EXACT | options)
-    for own in ranks(2, work.trained_on_own_loss, sharded, EXACT | options):
-        for n, p in expected.items():
-            assert torch.allclose(own[n], p, rtol=0, atol=1e-9), n
-
-
-@pytest.mark.parametrize("sharded", ["", "fsdp"])
-@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "momentum": 0.9, "damping": 0.1}], ids=["adaptive", "given"])
-def test_several_terms(ranks, sharded, options):
-    expected = work.trained_on_terms(None, "", EXACT | options)
-    for own in ranks(2, work.trained_on_terms, sharded, EXACT | options):
+@pytest.mark.parametrize(
+    ("train", "uneven"),
+    [(work.trained_on_own_loss, False), (work.trained_on_terms, False), (work.trained_on_terms, True)],
+    ids=["a model's own loss", "two terms", "two terms, uneven"],
+)
+def test_other_objectives(ranks, sharded, options, train, uneven):
+    expected = train(None, "", EXACT | options, uneven)
+    for own in ranks(2, train, sharded, EXACT | options, uneven):
         for n, p in expected.items():
             assert torch.allclose(own[n], p, rtol=0, atol=1e-9), n

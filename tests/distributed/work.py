@@ -454,7 +454,7 @@ class Labelled(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def trained_on_own_loss(group: Any, sharded: str, options: dict[str, Any]) -> dict[str, Tensor]:
+def trained_on_own_loss(group: Any, sharded: str, options: dict[str, Any], uneven: bool) -> dict[str, Tensor]:
     """The weights after steps by a model's own loss."""
     model = Labelled()
     called = placed(model, group, sharded)
@@ -462,7 +462,7 @@ def trained_on_own_loss(group: Any, sharded: str, options: dict[str, Any]) -> di
     size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     for step in range(12):
         x, y = batch(step)
-        own = share_of(len(x), rank, size, False)
+        own = share_of(len(x), rank, size, uneven)
         opt.zero_grad()
         called(x[own], labels=y[own])["loss"].backward()
         opt.step()
@@ -482,7 +482,7 @@ class Headed(nn.Module):
         return {"class": h, "box": self.other(h.tanh())}
 
 
-def trained_on_terms(group: Any, sharded: str, options: dict[str, Any]) -> dict[str, Tensor]:
+def trained_on_terms(group: Any, sharded: str, options: dict[str, Any], uneven: bool) -> dict[str, Tensor]:
     """The weights after steps by two terms."""
     torch.manual_seed(1)
     model = Headed()
@@ -491,7 +491,7 @@ def trained_on_terms(group: Any, sharded: str, options: dict[str, Any]) -> dict[
     size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     for step in range(12):
         x, y = batch(step)
-        own = share_of(len(x), rank, size, False)
+        own = share_of(len(x), rank, size, uneven)
         out = called(x[own])
         opt.zero_grad()
         loss = opt.loss["class"](out["class"], y[own]) + 0.5 * opt.loss["box"](out["box"], x[own, :2])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import natgrad
-from oracles import close, dense_curvature, f64, randn
+from oracles import close, dense_curvature, f64, fit, randn
 
 N, CLASSES = 6, 3
 X, Y = randn(N, 4), torch.arange(N) % CLASSES
@@ -68,11 +68,5 @@ def test_an_input_that_is_a_parameter_is_named():
 
 def test_the_adaptive_step_goes_through_it():
     model = made()
-    opt, losses = natgrad.KFAC(model, LOSS), []
-    for _ in range(20):
-        loss = opt.loss(model(X), Y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        losses.append(loss.item())
+    losses = fit(natgrad.KFAC(model, LOSS), model, X, Y, 20)
     assert losses[-1] < 0.2 * losses[0]
