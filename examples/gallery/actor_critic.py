@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from equal_time import RATES, draw, train
+from equal_time import Run, adams, best, draw, train
 from torch import nn
 
 import natgrad
@@ -30,10 +30,13 @@ def move(state, push):
 
 
 class ActorCritic(nn.Module):
+    """`state` is that of its carts, `steps` how long poles stay up: an average over the updates, 500 steps at most."""
+
     def __init__(self):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
         self.policy, self.value = nn.Linear(64, 2), nn.Linear(64, 1)
+        self.state, self.steps = torch.zeros(CARTS, 4), [20.0]
 
     def forward(self, state):
         h = self.trunk(state)
@@ -43,50 +46,44 @@ class ActorCritic(nn.Module):
 terms = {"policy": nn.CrossEntropyLoss(), "value": nn.MSELoss()}
 
 
-class Play:
-    """One run of training, and how long poles stay up in it: an average over the updates, 500 steps at most."""
-
-    def __init__(self):
-        self.state, self.steps = torch.zeros(CARTS, 4), [20.0]
-
-    def loss(self, model, opt):
-        seen, pushes, fell = [], [], []
-        with torch.no_grad():
-            for _ in range(HORIZON):
-                seen.append(self.state)
-                pushes.append(torch.distributions.Categorical(logits=model(self.state)[0]).sample())
-                self.state, down = move(self.state, pushes[-1])
-                fell.append(down)
-                self.state = torch.where(down[:, None], 0.05 * torch.randn(CARTS, 4), self.state)
-            returns = [model(self.state)[1]]
-            for down in reversed(fell):
-                returns.insert(0, torch.where(down, 0.0, 1 - DISCOUNT + DISCOUNT * returns[0]))
-        self.steps.append(0.9 * self.steps[-1] + 0.1 / max(torch.stack(fell).float().mean().item(), 1 / 500))
-        (logits, value), returns = model(torch.cat(seen)), torch.cat(returns[:-1])
-        advantage = returns - value.detach()
-        log_p = logits.log_softmax(1).gather(1, torch.cat(pushes)[:, None])[:, 0]
-        gain = ((advantage - advantage.mean()) / advantage.std() * log_p).mean()
-        if isinstance(opt, natgrad.KFAC):
-            opt.predict["policy"](logits)
-            return opt.loss["value"](value, returns) / 2 - gain
-        return terms["value"](value, returns) / 2 - gain
+def play(model, opt):
+    seen, pushes, fell = [], [], []
+    with torch.no_grad():
+        for _ in range(HORIZON):
+            seen.append(model.state)
+            pushes.append(torch.distributions.Categorical(logits=model(model.state)[0]).sample())
+            model.state, down = move(model.state, pushes[-1])
+            fell.append(down)
+            model.state = torch.where(down[:, None], 0.05 * torch.randn(CARTS, 4), model.state)
+        returns = [model(model.state)[1]]
+        for down in reversed(fell):
+            returns.insert(0, torch.where(down, 0.0, 1 - DISCOUNT + DISCOUNT * returns[0]))
+    model.steps.append(0.9 * model.steps[-1] + 0.1 / max(torch.stack(fell).float().mean().item(), 1 / 500))
+    (logits, value), returns = model(torch.cat(seen)), torch.cat(returns[:-1])
+    advantage = returns - value.detach()
+    log_p = logits.log_softmax(1).gather(1, torch.cat(pushes)[:, None])[:, 0]
+    gain = ((advantage - advantage.mean()) / advantage.std() * log_p).mean()
+    if isinstance(opt, natgrad.KFAC):
+        opt.predict["policy"](logits)
+        return opt.loss["value"](value, returns) / 2 - gain
+    return terms["value"](value, returns) / 2 - gain
 
 
-def run(optimizer_of, seconds=SECONDS):
-    play = Play()
-    _, curve = train(ActorCritic, optimizer_of, play.loss, seconds)
-    return [(seconds, steps) for (seconds, _), steps in zip(curve, play.steps[1:], strict=True)]
+def make(model):
+    return natgrad.KFAC(model, terms, max_kl=0.01)
 
 
-def mean(curve):
-    return sum(steps for _, steps in curve) / len(curve)
+def mean(run):
+    return sum(steps for _, steps in run.curve) / len(run.curve)
 
 
-_, kfac = (run(lambda m: natgrad.KFAC(m, terms, max_kl=0.01), seconds) for seconds in (0.5, SECONDS))
-tried = {lr: run(lambda m, lr=lr: torch.optim.Adam(m.parameters(), lr=lr)) for lr in RATES}
-best = max(tried, key=lambda lr: mean(tried[lr]))
+Run("warm-up", ActorCritic, make, play).train(0.5)  # what the first step imports takes no part
+runs = [Run("KFAC, max_kl=0.01", ActorCritic, make, play), *adams(ActorCritic, play)]
+train(runs, SECONDS)
+for run in runs:
+    run.curve = [(seconds, steps) for (seconds, _), steps in zip(run.curve, run.model.steps[1:], strict=True)]
+kfac, adam = runs[0], best(runs[1:], key=lambda run: -mean(run))
 figure, axes = plt.subplots(figsize=(6, 3.6))
-curves = {"KFAC, max_kl=0.01": kfac, f"Adam, learning rate {best:g}, the best of {len(RATES)}": tried[best]}
-draw(axes, curves, "steps before the pole falls")
+draw(axes, kfac, adam, "steps before the pole falls")
 figure.savefig(FOLDER / "actor_critic.png")
-print(f"steps before a fall, mean over {SECONDS:g} s: KFAC {mean(kfac):.0f}, Adam {mean(tried[best]):.0f}")
+print(f"steps before a fall, mean over {SECONDS:g} s: KFAC {mean(kfac):.0f}, Adam {mean(adam):.0f}")

@@ -57,11 +57,11 @@ def solution(x, t):
     return -(y.sin() * weight).sum(-1)
 
 
-model, curves = race(Burgers, terms, objective, SECONDS, natgrad.NaturalGradient)
+ours, adam = race(Burgers, terms, objective, SECONDS, natgrad.NaturalGradient)
 x, t = torch.meshgrid(torch.linspace(-1, 1, 101), torch.linspace(0.02, 1, 50), indexing="ij")
-u = model.u(torch.stack([x, t], -1)).detach()[..., 0]
+u = ours.model.u(torch.stack([x, t], -1)).detach()[..., 0]
 figure, (axes, picture) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(3, 2))
-result = draw(axes, curves, "equation, start and ends")
+result = draw(axes, ours, adam, "equation, start and ends")
 axes.set(yscale="log")
 picture.imshow(u, origin="lower", extent=(0, 1, -1, 1), aspect="auto", cmap=None)
 picture.set(title="the network's u", xlabel="t", ylabel="x")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from equal_time import RATES, draw, last, train
+from equal_time import Run, adams, best, draw, train
 from torch import nn
 
 import natgrad
@@ -57,19 +57,15 @@ def make(critic):
     return natgrad.NaturalGradient(critic, penalty)
 
 
-train(Critic, make, with_natgrad, 0.5)  # what the first step imports takes no part
-critic, ours = train(Critic, make, with_natgrad, SECONDS)
-tried = {r: train(Critic, lambda m, r=r: torch.optim.Adam(m.parameters(), lr=r), with_adam, SECONDS)[1] for r in RATES}
-best = min(tried, key=lambda r: last(tried[r]))
+Run("warm-up", Critic, make, with_natgrad).train(0.5)  # what the first step imports takes no part
+own, others = [Run("NaturalGradient", Critic, make, with_natgrad)], adams(Critic, with_adam)
+train([*own, *others], SECONDS)
+ours, adam = best(own), best(others)
 figure, (axes, picture) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(3, 2))
-curves = {
-    "NaturalGradient, nothing tuned": ours,
-    f"Adam, learning rate {best:g}, the best of {len(RATES)}": tried[best],
-}
-result = draw(axes, curves, "minus the distance, with the penalty")
+result = draw(axes, ours, adam, "minus the distance, with the penalty")
 axes.set(ylim=(-1.4, -1))
 grid = torch.cartesian_prod(*[torch.linspace(-1.5, 2.5, 81)] * 2)
-picture.contour(*[torch.linspace(-1.5, 2.5, 81)] * 2, critic.f(grid).detach().view(81, 81).T, 15, cmap="viridis")
+picture.contour(*[torch.linspace(-1.5, 2.5, 81)] * 2, ours.model.f(grid).detach().view(81, 81).T, 15, cmap="viridis")
 for colour, cloud in (("C2", real), ("C0", fake)):
     picture.plot(*cloud.T, ".", color=colour, markersize=3)
 figure.savefig(FOLDER / "critic.png")

@@ -46,12 +46,12 @@ def loss_of(model, losses):
     return losses["label"](out["label"], labels) + 4 * losses["box"](out["box"], boxes)
 
 
-model, curves = race(Detector, terms, loss_of, SECONDS)
+ours, adam = race(Detector, terms, loss_of, SECONDS)
 figure, (axes, picture) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(3, 2))
-result = draw(axes, curves, "class and box, training loss")
+result = draw(axes, ours, adam, "class and box, training loss")
 axes.set(yscale="log")
 picture.imshow(x[:6, 0].view(2, 3, SIDE, SIDE).transpose(1, 2).reshape(2 * SIDE, 3 * SIDE), cmap="gray_r")
-for i, (left, top, size) in enumerate((UNIT * model(x[:6])["box"]).tolist()):
+for i, (left, top, size) in enumerate((UNIT * ours.model(x[:6])["box"]).tolist()):
     corner = left + SIDE * (i % 3) - 0.5, top + SIDE * (i // 3) - 0.5
     picture.add_patch(plt.Rectangle(corner, size, size, fill=False, color="C2"))
 picture.set(title="KFAC's boxes", xticks=[], yticks=[])

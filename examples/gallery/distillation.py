@@ -49,11 +49,11 @@ def divergence(student, loss):
     return loss(student(x[train]), given[train])
 
 
-model, curves = race(Student, loss_fn, divergence, SECONDS)
+ours, adam = race(Student, loss_fn, divergence, SECONDS)
 figure, axes = plt.subplots(figsize=(6, 3.6))
-result = draw(axes, curves, "divergence from the teacher")
+result = draw(axes, ours, adam, "divergence from the teacher")
 axes.set(xscale="log", yscale="log")
 figure.savefig(FOLDER / "distillation.png")
-agrees = (model(x[test]).argmax(1) == given[test].argmax(1)).float().mean()
+agrees = (ours.model(x[test]).argmax(1) == given[test].argmax(1)).float().mean()
 print(f"divergence after {SECONDS:g} s: KFAC {result}; ", end="")
 print(f"the student of KFAC agrees with its teacher on {agrees:.3f} of the test digits")

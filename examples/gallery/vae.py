@@ -50,11 +50,11 @@ def minus_bound(model, losses):
     return 64 * losses["pixels"](out["pixels"], x) + losses["code"](out["code"], None)
 
 
-model, curves = race(VAE, terms, minus_bound, SECONDS)
+ours, adam = race(VAE, terms, minus_bound, SECONDS)
 figure, (axes, picture) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=(3, 2))
-result = draw(axes, curves, "minus the bound, nats")
+result = draw(axes, ours, adam, "minus the bound, nats")
 axes.set(ylim=(24, 36))
-drawn = model.decode(torch.randn(40, LATENT)).sigmoid().detach().view(5, 8, 8, 8)
+drawn = ours.model.decode(torch.randn(40, LATENT)).sigmoid().detach().view(5, 8, 8, 8)
 picture.imshow(drawn.transpose(1, 2).reshape(40, 64), cmap="gray_r")
 picture.set(title="drawn by KFAC's", xticks=[], yticks=[])
 figure.savefig(FOLDER / "vae.png")

@@ -91,16 +91,159 @@ def test_adaptive_steps_measure_the_loss(way):
     assert losses[-1] < 0.05 * losses[0]
 
 
-@every_way
-@pytest.mark.parametrize("structure", ["kfac", "ekfac", "block", "diagonal"])
-def test_structures_of_layers_name_the_parameters(way, structure):
-    with pytest.raises(NotImplementedError, match=r"no layer kind covers 'u\.0\.weight'"):
+REFUSED = r"no layer kind covers 'u\.0\.weight'.* within torch\.func,.*by torch\.autograd\.grad\(.*, or use natgrad\."
+
+
+@pytest.mark.parametrize("way", [ByHessians, ByForwardMode])
+@pytest.mark.parametrize("structure", ["kfac", "block"])
+def test_structures_of_layers_say_what_to_do_about_torch_func(way, structure):
+    with pytest.raises(NotImplementedError, match=REFUSED):
         natgrad.fisher(way(), nn.MSELoss(), (X, TARGET), structure)
     model = way()
-    if structure != "block":
-        opt = natgrad.KFAC(model, nn.MSELoss(), structure=structure)
-        with pytest.raises(NotImplementedError, match=r"no layer kind covers 'u\.0\.weight'"):
-            opt.loss(model(X), TARGET)
+    opt = natgrad.KFAC(model, nn.MSELoss())
+    with pytest.raises(NotImplementedError, match=REFUSED):
+        opt.loss(model(X), TARGET)
+
+
+class Equation(ByAutograd):
+    """`Δu − u³`, in which every parameter counts."""
+
+    def forward(self, x):
+        return super().forward(x) - self.u(x) ** 3
+
+
+class Third(Equation):
+    """`∂³u/∂x³ + u u_y`, with weights that are multiplied in several ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(randn(2, 5))
+        self.u[0].weight.requires_grad_(False)
+        self.u[0].bias.requires_grad_(False)
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        u = self.u[1:](torch.addmm(self.u[0].bias, x, self.first)) + (x @ self.first).sum(1, keepdim=True)
+        d = u
+        for _ in range(3):
+            (slope,) = torch.autograd.grad(d.sum(), x, create_graph=True)
+            d = slope[:, :1]
+        return d + u * slope[:, 1:]
+
+
+def rows_of(model, x):
+    """The Jacobian of the outputs, by name."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    each = [torch.autograd.grad(o, trained.values(), retain_graph=True) for o in model(x).flatten()]
+    return {n: torch.stack([row[i] for row in each]).flatten(1) for i, n in enumerate(trained)}
+
+
+@pytest.mark.parametrize("kind", [Equation, Third])
+def test_blocks_and_the_diagonal_are_exact(kind):
+    model = kind()
+    J = rows_of(model, X)
+    F = natgrad.fisher(model, nn.MSELoss(), [(X[:5], TARGET[:5]), (X[5:], TARGET[5:])], "block")
+    for name, block in F.blocks.items():
+        own = torch.cat([J[n] for n in F.layers[name].names], 1)
+        close(block.to_dense(), 2 * own.mT @ own / len(X), 1e-12)
+    diagonal = natgrad.fisher(model, nn.MSELoss(), (X, TARGET), "diagonal").diagonal()
+    for n, rows in J.items():
+        close(diagonal[n].flatten(), 2 * rows.square().sum(0) / len(X), 1e-12)
+
+
+class Slope(nn.Module):
+    """`∂u/∂x` of a network with one hidden layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.v = nn.Linear(2, 5).double(), nn.Linear(5, 1).double()
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.v(self.a(x).tanh()).sum(), x, create_graph=True)[0]
+
+
+def test_the_kronecker_product_is_that_of_the_uses_by_hand():
+    """`W` is used as `a = W x + b`, and as `Wᵀ p` with `p = v ∘ (1 − tanh² a)`. The mean over two outputs makes `D = I`."""
+    model, n = Slope(), len(X)
+    t = model.a(X).tanh()
+    p = model.v.weight * (1 - t.square())
+    # For the column e_i of the output s = Wᵀ p, the gradient in p is W e_i, and that in a is p' ∘ W e_i.
+    g = [-2 * model.v.weight * t * (1 - t.square()) * w for w in model.a.weight.mT]
+    A, B = X.mT @ X / n, sum(each.mT @ each for each in g) / n
+    left, right = p.mT @ p / n, torch.eye(2, dtype=f64)
+    rows = A.trace() * B + right.trace() * left
+    columns = B.trace() * A + left.trace() * right
+    expected = torch.kron(rows, columns / (A.trace() * B.trace() + left.trace() * right.trace())).detach()
+    zeros = torch.zeros(n, 2, dtype=f64)
+    F = natgrad.fisher(model, nn.MSELoss(), (X, zeros), params=["a.weight", "a.bias"])
+    close(F.blocks["a"].to_dense(order="torch"), expected, 1e-12)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
+def test_kfac_steps(structure):
+    model = Equation()
+    opt = natgrad.KFAC(model, nn.MSELoss(), structure=structure)
+    losses = fit(opt, model, X, TARGET, 40)
+    assert losses[-1] < 0.02 * losses[0]
+    model = Equation()
+    opt = natgrad.KFAC(model, nn.MSELoss(), structure=structure, lr=0.1, momentum=0.9, damping=0.1)
+    losses = fit(opt, model, X, TARGET, 40)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_a_step_of_kfac_is_that_of_its_matrix():
+    """All cases, the exact estimator and no momentum: the step solves for the matrix that `fisher` gives."""
+    model = Equation()
+    F = natgrad.fisher(model, nn.MSELoss(), (X, TARGET), "kfac")
+    names = [n for n, _ in model.named_parameters()]
+    g = torch.autograd.grad(nn.MSELoss()(model(X), TARGET), list(model.parameters()))
+    expected = F.solve(dict(zip(names, g, strict=True)), damping=0.01)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    options = {"estimator": "exact", "damping_style": "exact", "statistics_share": 1.0}
+    opt = natgrad.KFAC(model, nn.MSELoss(), lr=0.5, momentum=0.0, damping=0.01, **options)
+    opt.loss(model(X), TARGET).backward()
+    opt.step()
+    for n, p in model.named_parameters():
+        close(p.detach() - before[n], -0.5 * expected[n], 1e-8)
+
+
+class Convolved(Residual):
+    """`∂u/∂x` where the kernel of a convolution counts in the derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Conv1d(1, 3, 2).double()
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(self.kernel(x[:, None]).tanh().sum(), x, create_graph=True)[0]
+
+
+def test_other_layers_within_derivatives_are_refused():
+    match = r"'kernel\.weight' \(used by .*\).* Within torch\.autograd\.grad, only uses in affine maps are seen"
+    model = Convolved()
+    chosen = [n for n, _ in model.named_parameters() if n.startswith("kernel")]
+    with pytest.raises(NotImplementedError, match=match):
+        natgrad.fisher(model, nn.MSELoss(), (X, X), "kfac", params=chosen)
+    opt = natgrad.KFAC(model, nn.MSELoss(), params=chosen)
+    with pytest.raises(NotImplementedError, match=match):
+        opt.loss(model(X), X)
+
+
+def test_steps_on_the_weights_within_the_forward_are_refused():
+    """As in meta-learning: `W − η ∇_W` is no parameter."""
+
+    class Adapted(Residual):
+        def forward(self, x):
+            W = self.u[0].weight
+            (g,) = torch.autograd.grad(nn.functional.linear(x, W).square().sum(), W, create_graph=True)
+            return nn.functional.linear(x, W - 0.1 * g)
+
+    model = Adapted()
+    with pytest.raises(NotImplementedError, match=r"'u\.0\.weight' \(used by "):
+        natgrad.fisher(model, nn.MSELoss(), (X, torch.zeros(9, 5, dtype=f64)), params=["u.0.weight"])
 
 
 class Slopes(Residual):

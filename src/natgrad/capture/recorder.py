@@ -38,6 +38,9 @@ class Recorder(TorchFunctionMode):
         # Uses of parameters by functions of no known kind, and with gradients disabled.
         self._others: dict[str, str] = {}
         self._without_gradients: dict[str, str] = {}
+        self.takes_derivatives = False
+        """Whether the forward has called `torch.autograd.grad`."""
+        self._is_transformed = False  # whether it has used parameters within `torch.func`
 
     @property
     def others(self) -> dict[str, str]:
@@ -64,7 +67,10 @@ class Recorder(TorchFunctionMode):
             if opened is not NotImplemented:
                 return opened
         out = func(*args, **kwargs)
+        if func is torch.autograd.grad:
+            self.takes_derivatives = True
         if isinstance(out, Tensor) and _is_wrapped(out):  # within torch.func: these tensors are not in the graph
+            self._is_transformed = self._is_transformed or bool(given)
             return out
         if given:
             self._note(func, args, kwargs, out, given)
@@ -240,11 +246,25 @@ class Recorder(TorchFunctionMode):
             raise NotImplementedError(
                 f"no layer kind covers {named}; expected linear and bilinear maps, convolutions, embeddings, "
                 "normalizations, attention, recurrent layers, or elementwise scales and shifts, with a bias of shape "
-                "(d_out,). Freeze these parameters with requires_grad_(False), or leave them out with params=, for "
-                "another optimizer to train"
+                f"(d_out,). {self._mend()}"
             )
         parts = [part for use in self.uses for part in use.parts(nodes)]
         return [part for part in parts if part.edge.node in nodes] if reached and roots else parts
+
+    def _mend(self) -> str:
+        """What users can do about parameters that no kind covers."""
+        exact = "natgrad.NaturalGradient or structure='dense', which need no layers"
+        if self._is_transformed:
+            return (
+                "The forward calls layers within torch.func, where their uses are not seen: take its derivatives by "
+                f"torch.autograd.grad(..., create_graph=True), or use {exact}"
+            )
+        if self.takes_derivatives:
+            return f"Within torch.autograd.grad, only uses in affine maps are seen: use {exact}"
+        return (
+            "Freeze these parameters with requires_grad_(False), or leave them out with params=, for another optimizer "
+            "to train"
+        )
 
     def _walk(self, roots: list[Node]) -> tuple[dict[str, str], set[Node]]:
         """The parameters that can be reached in the graph from `roots`, and the nodes on the way.

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture.cases import Cases
+from natgrad.capture.derivatives import DerivativeRecorder
 from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.separation import SeparationCheck
+from natgrad.capture.use import Use
 from natgrad.checks.parameters import Selection, select_parameters
 from natgrad.checks.values import check_count, check_dtype, check_function, check_generator, described
 from natgrad.distributed.gathering import apart, in_common, jointly
@@ -66,6 +68,7 @@ class Problem:
         draws = estimator == "mc" or self.world.size == 1
         self._labels = apart(self.world, self.generator, self.device) if draws else None
         self.separation = SeparationCheck()
+        self._derives = False  # whether the forward takes derivatives of layers
         self._forward, self.progress = forward, progress and self.world.rank == 0
         lowered = torch.is_autocast_enabled(self.device.type)
         self._precision = torch.get_autocast_dtype(self.device.type) if lowered else None
@@ -152,20 +155,37 @@ class Problem:
         """Each batch's output and target, with the recorded uses of the given parameters."""
         for batch in self:
             recorder = Recorder(parameters)
-            # Compiled code has no function modes.
-            with torch.compiler.set_stance("force_eager"), torch.enable_grad(), recorder:
-                output, target = self.run(self.model, batch)
-            check_output(output)
-            if not output.requires_grad and not self.reached:
-                raise ValueError(
-                    "the output does not depend on any trainable parameter; expected a model that uses them"
-                )
-            yield recorder, output, target
+            yield recorder, *self._record(recorder, batch)
+
+    def _record(self, recorder: Recorder, batch: Any) -> tuple[Tensor, Any]:
+        # Compiled code has no function modes.
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad(), recorder:
+            output, target = self.run(self.model, batch)
+        check_output(output)
+        if not output.requires_grad and not self.reached:
+            raise ValueError("the output does not depend on any trainable parameter; expected a model that uses them")
+        return output, target
+
+    def _uses(self, batch: Any) -> tuple[list[Use], Tensor, Any]:
+        """The uses of the parameters, also within derivatives that the forward takes itself; output and target."""
+        if not self._derives:
+            recorder = Recorder(self.parameters)
+            output, target = self._record(recorder, batch)
+            try:
+                return recorder.check(output, reached=self.reached), output, target
+            except NotImplementedError:
+                if not recorder.takes_derivatives:
+                    raise
+        recorder = DerivativeRecorder(self.parameters)
+        output, target = self._record(recorder, batch)
+        uses = recorder.check(output, reached=self.reached or recorder.takes_derivatives)
+        self._derives = recorder.takes_derivatives
+        return uses, output, target
 
     def cases(self) -> Iterator[Cases]:
         """The cases of every layer, batch after batch."""
-        for recorder, output, target in self.recorded(self.parameters):
-            uses = recorder.check(output, reached=self.reached)
+        for batch in self:
+            uses, output, target = self._uses(batch)
             if self.reached and not uses:
                 continue
             for use in uses:

@@ -327,6 +327,10 @@ class Recipe:
 
     # What the tracker asks -----------------------------------------------------------------------------
 
+    @property
+    def reads_derivatives(self) -> bool:
+        return self.preconditioner.reads_derivatives
+
     def due(self) -> bool:
         return self.preconditioner.due(self.journal.steps)
 

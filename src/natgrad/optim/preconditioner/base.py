@@ -39,6 +39,8 @@ class Preconditioner(ABC):
     """Whether a given momentum is Nesterov momentum."""
     runs_again = False
     """Whether it runs the model again in a step."""
+    reads_derivatives = False
+    """Whether it reads the layers' uses within derivatives that the forward takes itself."""
     observes = True
     """Whether it needs statistics of batches. Only then must every parameter be used in a supported way."""
 

@@ -54,6 +54,7 @@ class LayerBlocks(Preconditioner):
         self.options = options
         self.running = RUNNING[options.structure](options.centered, options.sharing, options.max_dim)
         place = parameters.place
+        self.reads_derivatives = self.running.reads_gradients
         self.ranks = Ranks(place) if place.shards is None else Spread(place, self.running.can_be_elsewhere)
         self.inverse: dict[str, Block] | None = None  # by layer
         self.inverse_age = 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from natgrad.capture.derivatives import DerivativeRecorder
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.use import Use
 from natgrad.checks.values import described
@@ -31,6 +32,10 @@ from natgrad.optim.tracking.watch import Watch
 @runtime_checkable
 class Observer(Protocol):
     """Who wants to know of a batch."""
+
+    @property
+    def reads_derivatives(self) -> bool:
+        """Whether it wants the uses of layers within derivatives that the forward takes itself."""
 
     def due(self) -> bool:
         """Whether the next batches' statistics are wanted."""
@@ -234,20 +239,28 @@ class Tracker:
             )
 
     def _recorded(self, forward: Forward, output: Tensor, way: Way | None) -> tuple[Recorder | None, Tensor]:
-        """What was recorded on the way to the output; of compiled code, in a second forward that is not."""
-        if forward.recorder is not None:
+        """What was recorded on the way to the output. Of compiled code, and of a forward that takes derivatives itself,
+        it is recorded in a second forward, if it is wanted."""
+        derives = self._derives(forward)
+        if forward.recorder is not None and not derives:
             return forward.recorder, output
         if not (self.observer.due() and self.watch.recording):
             return None, output
         if way is None:
+            why = "takes derivatives itself" if derives else "ran in compiled code"
             raise ValueError(
-                "opt.loss was not given a tensor that the model returned, or a view of one, and the forward ran in "
-                f"compiled code, where no uses of parameters are seen; pass output= to {self.optimizer}, how the "
-                "loss's input is made of what the model returns, and give opt.loss all that the model returned"
+                f"opt.loss was not given a tensor that the model returned, or a view of one, and the forward {why}, "
+                f"where no uses of parameters are seen; pass output= to {self.optimizer}, how the loss's input is made "
+                "of what the model returns, and give opt.loss all that the model returned"
             )
-        recorder = self.watch.recorder()
+        recorder = self.watch.recorder(DerivativeRecorder if derives else Recorder)
         with self.watch.suspended(), torch.enable_grad(), buffers_kept(self.place.model), recorder:
             return recorder, forward.again(self.place.model, way)
+
+    def _derives(self, forward: Forward) -> bool:
+        """Whether uses of layers are to be looked for within derivatives that the forward takes itself."""
+        takes = forward.recorder is not None and forward.recorder.takes_derivatives
+        return takes and self.observer.reads_derivatives and self.place.shards is None
 
     def _batch(
         self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any, mass: Tensor, loss: Tensor

@@ -117,9 +117,9 @@ class Watch:
             forward.recorder = None
         self.forwards = [f for f in self.forwards if f.returned is not None and f.returned.let_go()]
 
-    def recorder(self) -> Recorder:
+    def recorder(self, kind: type[Recorder] = Recorder) -> Recorder:
         """A recorder of the parameters that are trainable now, or of all."""
-        return Recorder({n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen})
+        return kind({n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen})
 
     @property
     def running(self) -> bool:
