@@ -188,6 +188,10 @@ def test_the_hessian(structure):
         ({"loss": {"class": nn.CrossEntropyLoss(), "cls": nn.MSELoss()}}, r"the outputs have no 'cls', only 'class'"),
         ({"data": (randn(N, D), randn(N, 2))}, r"the targets are .*expected a dictionary with an entry for each"),
         ({"loss": nn.CrossEntropyLoss(), "weights": {"a": 1.0}}, "weights=.* and loss is one"),
+        (
+            {"data": (randn(N, D), {"class": randn(N, 2), "box": randn(N, 2)})},
+            "^term 'class': CrossEntropyLoss: output ",
+        ),
     ],
     ids=lambda v: v if isinstance(v, str) else "-".join(v),
 )

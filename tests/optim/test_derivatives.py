@@ -165,7 +165,7 @@ class Slope(nn.Module):
 
 
 def test_the_kronecker_product_is_that_of_the_uses_by_hand():
-    """`W` is used as `a = W x + b`, and as `Wᵀ p` with `p = v ∘ (1 − tanh² a)`. The mean over two outputs makes `D = I`."""
+    """`W` is used as `a = W x + b`, and as `Wᵀ p` with `p = v ∘ (1 − tanh² a)`. `D = I` here."""
     model, n = Slope(), len(X)
     t = model.a(X).tanh()
     p = model.v.weight * (1 - t.square())

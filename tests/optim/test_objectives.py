@@ -135,6 +135,26 @@ def test_a_term_that_is_not_asked_for_leaves_the_other_head_where_it_is():
     opt.step()
     close(model.boxes.weight, before, 0)
     assert opt.diagnostics["accepted"]
+    assert opt.diagnostics["terms_left_out"] == ["box"]
+    opt.zero_grad()
+    one_forward(model, opt.loss, {"class": 1.0, "box": 1.0}).backward()
+    opt.step()
+    assert "terms_left_out" not in opt.diagnostics
+
+
+@pytest.mark.parametrize("optimizer", [natgrad.KFAC, natgrad.NaturalGradient])
+def test_a_mean_and_a_sum_make_one_objective(optimizer):
+    """A term's reduction changes its weight and nothing else."""
+    ends = []
+    for box, weight in ((nn.MSELoss(), 1.0), (nn.MSELoss(reduction="sum"), 1 / T.numel())):
+        model = TwoHeads()
+        opt = optimizer(model, {"class": nn.CrossEntropyLoss(), "box": box}, estimator="exact")
+        for _ in range(3):
+            opt.zero_grad()
+            one_forward(model, opt.loss, {"class": 1.0, "box": weight}).backward()
+            opt.step()
+        ends.append(flatten(dict(model.named_parameters())))
+    close(ends[0], ends[1], 1e-9)
 
 
 @pytest.mark.parametrize("maker", ["kfac", "exact"])
@@ -173,8 +193,8 @@ def test_a_policys_step_goes_to_the_bound_along_the_natural_gradient(maker):
     [
         (lambda opt, out: opt.loss(out["class"], Y), TypeError, "opt.loss has several terms, 'class', 'box'"),
         (lambda opt, out: opt.loss["boxes"](out["box"], T), KeyError, "no term is called 'boxes'.*'box'"),
-        (lambda opt, out: opt.loss["class"](out["class"], T), ValueError, "CrossEntropyLoss"),
-        (lambda opt, out: opt.loss["box"](out["class"], T), ValueError, "MSELoss: output has shape"),
+        (lambda opt, out: opt.loss["class"](out["class"], T), ValueError, "^term 'class': CrossEntropyLoss"),
+        (lambda opt, out: opt.loss["box"](out["class"], T), ValueError, "^term 'box': MSELoss: output has shape"),
     ],
     ids=["no name", "another name", "the other target", "the other head"],
 )

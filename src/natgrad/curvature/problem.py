@@ -124,10 +124,13 @@ class Problem:
         output = self.curvature.join(output)
         if output.dtype in (torch.bfloat16, torch.float16):
             output = output.float()
-        self.curvature.check(output, target)
+        self._check(output, target)
         if output.numel() == 0:
             raise ValueError(f"a batch is empty: the output has shape {tuple(output.shape)}; leave empty batches out")
         return output, target
+
+    def _check(self, output: Tensor, target: Any) -> None:
+        self.curvature.check(output, target)
 
     def columns(self, output: Tensor, target: Any) -> Iterator[Tensor]:
         """The columns of `S` on one batch, by the chosen estimator."""

@@ -47,7 +47,9 @@ class Terms:
         self.weights = _checked(weights or {}, losses)
         data = list(data) if isinstance(data, Iterator) else data  # every term reads it once
         self.problems = {
-            name: Problem(model, loss, data, forward=_of_term(name, tuple(losses), forward), reached=True, **options)
+            name: _Term(
+                name, model, loss, data, forward=_of_term(name, tuple(losses), forward), reached=True, **options
+            )
             for name, loss in losses.items()
         }
         first = next(iter(self.problems.values()))
@@ -83,6 +85,20 @@ class Terms:
             for name, problem in self.problems.items():
                 for cases in problem.cases():
                     yield cases.scaled(factors[name], name)
+
+
+class _Term(Problem):
+    """One term, whose errors name it."""
+
+    def __init__(self, name: str, *args: Any, **options: Any):
+        self.name = name
+        super().__init__(*args, **options)
+
+    def _check(self, output: Tensor, target: Any) -> None:
+        try:
+            super()._check(output, target)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"term {self.name!r}: {error}") from None
 
 
 def _checked(weights: Mapping[str, float], losses: Mapping[str, nn.Module]) -> dict[str, float]:

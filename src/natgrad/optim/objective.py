@@ -124,6 +124,12 @@ class Objective:
             batch.uses = []
 
     @property
+    def left_out(self) -> list[str]:
+        """The terms that have no batch, on any rank."""
+        asked = {b.term.name for b in self.batches}
+        return [name for name, weight in self.weights.items() if name and weight == 0 and name not in asked]
+
+    @property
     def runs_again(self) -> bool:
         """Whether the way from the model to the loss is known for all batches."""
         return all(batch.way is not None for batch in self.batches)

@@ -108,6 +108,8 @@ class Recipe:
         """The recipe. Raises Rejection if no step can be taken."""
         figures, now = self.journal.figures, self.journal.steps
         objective = self._objective(parts, gradients)
+        if objective.left_out:
+            figures["terms_left_out"] = objective.left_out
         self.untold.look(objective, gradients, now)
         waiting = self.preconditioner.take_in(objective, gradients, figures, now)
         if notes := self.tracker.notes():

@@ -26,6 +26,15 @@ class Term:
     name: str
     curvature: OutputCurvature
 
+    def check(self, output: Tensor, target: Any) -> None:
+        """Raises TypeError or ValueError if output and target do not fit this loss; the message names the term."""
+        try:
+            self.curvature.check(output, target)
+        except (TypeError, ValueError) as error:
+            if not self.name:
+                raise
+            raise type(error)(f"term {self.name!r}: {error}") from None
+
 
 @dataclass(frozen=True)
 class Sharing:

@@ -201,7 +201,7 @@ class Tracker:
     def _loss(
         self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any, own: Found | None = None
     ) -> Tensor:
-        term.curvature.check(output, target)
+        term.check(output, target)
         if torch.is_grad_enabled() and not output.requires_grad:
             raise ValueError(
                 "opt.loss was given a tensor without a graph; expected the model's output as it is: leave detach() out"
