@@ -17,7 +17,7 @@ from torch import Tensor
 from natgrad.capture.layers import affine
 from natgrad.capture.layers.affine import Affine
 from natgrad.capture.layers.kind import Call
-from natgrad.capture.recorder import Recorder
+from natgrad.capture.recorder import EXACT, Recorder
 
 
 class DerivativeRecorder(Recorder):
@@ -29,16 +29,16 @@ class DerivativeRecorder(Recorder):
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         super().__init__(parameters)
-        self._open_levels = 0
-
-    def __enter__(self) -> DerivativeRecorder:
-        self._open_levels += 1
-        super().__enter__()
-        return self
+        self.is_open = True
+        """Whether the forward is still running."""
 
     def __exit__(self, *error: Any) -> None:
-        self._open_levels -= 1
+        self.is_open = False
         super().__exit__(*error)
+
+    def let_go(self) -> None:
+        self.is_open = False
+        super().let_go()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -73,10 +73,10 @@ class DerivativeRecorder(Recorder):
         self._record(torch.matmul, Call(Affine(transposed=transposed), h, W), out)
         return out
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the forward is still running."""
-        return self._open_levels > 0
+    def _mend(self) -> str:
+        if self._is_transformed or not self.takes_derivatives:
+            return super()._mend()
+        return f"Within torch.autograd.grad, only uses in affine maps are seen: use {EXACT}"
 
 
 class _Product(torch.autograd.Function):

@@ -145,7 +145,6 @@ def by_autograd(
     parameters: Mapping[str, Tensor],
     mass: Tensor,
     dtype: torch.dtype,
-    at_once: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> Cases:
     """The cases of a model whose layers cannot be recorded, for example because its forward pass takes derivatives.
 
@@ -158,18 +157,12 @@ def by_autograd(
         parameters: the parameters by name.
         mass: the divisor of the loss's mean.
         dtype: the dtype of the gradients.
-        at_once: takes a column to the gradients of all examples, `(examples, *shape)` by name. None: one backward pass
-            for each example.
     """
     layers = [Layer(None, n, function=AUTOGRAD) for n in parameters]
     found = []
     for column in columns:
-        if at_once is not None:
-            own = at_once(column)
-            whole = [own[n] for n in parameters]
-        else:
-            every = zip(*example_gradients(output, column, parameters), strict=True)
-            whole = [torch.cat(some) for some in every]
+        every = zip(*example_gradients(output, column, parameters), strict=True)
+        whole = [torch.cat(some) for some in every]
         rows = (g.to(dtype).reshape(len(output), 1, -1) for g in whole)
         found.append({layer: [g] for layer, g in zip(layers, rows, strict=True)})
     h: dict[Layer, list[Inputs]] = {layer: [Rows(mass.new_zeros(len(output), 1, 0, dtype=dtype))] for layer in layers}

@@ -19,6 +19,9 @@ from natgrad.capture.layers.scale import Scale, product, shift
 from natgrad.capture.spread import Copied, Spreading
 from natgrad.capture.use import Use
 
+EXACT = "natgrad.NaturalGradient or structure='dense', which need no layers"
+"""What does without layers, for messages."""
+
 
 class Recorder(TorchFunctionMode):
     """While active, records every use of the given parameters in a forward pass with gradients enabled.
@@ -253,14 +256,16 @@ class Recorder(TorchFunctionMode):
 
     def _mend(self) -> str:
         """What users can do about parameters that no kind covers."""
-        exact = "natgrad.NaturalGradient or structure='dense', which need no layers"
         if self._is_transformed:
             return (
                 "The forward calls layers within torch.func, where their uses are not seen: take its derivatives by "
-                f"torch.autograd.grad(..., create_graph=True), or use {exact}"
+                f"torch.autograd.grad(..., create_graph=True), or use {EXACT}"
             )
         if self.takes_derivatives:
-            return f"Within torch.autograd.grad, only uses in affine maps are seen: use {exact}"
+            return (
+                "The forward takes derivatives itself, and natgrad sees uses within them where it can run the model again: "
+                f"give opt.loss a tensor that the model returned, or pass output=, or use {EXACT}"
+            )
         return (
             "Freeze these parameters with requires_grad_(False), or leave them out with params=, for another optimizer "
             "to train"

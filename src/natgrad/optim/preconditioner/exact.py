@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.cases import Cases
-from natgrad.capture.copies import Copies
 from natgrad.capture.order import Grouping
 from natgrad.capture.reading import by_autograd, read_cases
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.separation import SeparationCheck
 from natgrad.capture.use import Use
-from natgrad.curvature.problem import buffers_kept
 from natgrad.linalg import Operator
 from natgrad.linalg.joint import DualInverse, Joint, PrimalInverse
 from natgrad.optim.decay import Decay
@@ -57,6 +55,7 @@ class ExactMatrix(Preconditioner):
     """
 
     inverted = "the Fisher matrix"
+    reads_derivatives = True
 
     def __init__(
         self,
@@ -73,7 +72,7 @@ class ExactMatrix(Preconditioner):
         self.labels, self.estimator, self.solver = labels, estimator, solver
         self.max_size, self.tolerance, self.max_iterations = max_size, tolerance, max_iterations
         self.runs_again = solver in (None, "cg")
-        self._separation, self._copies = SeparationCheck(), Copies()
+        self._separation = SeparationCheck()
         self._matrix: Joint | ByProducts | None = None
         self._inverse: Operator | None = None
         self._objective: Objective | None = None
@@ -136,24 +135,10 @@ class ExactMatrix(Preconditioner):
             ).kept()
         else:
             trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
-            at_once = self._copies_of(batch, output, trained)
-            cases = by_autograd(output, columns(), trained, batch.mass, torch.float64, at_once)
+            cases = by_autograd(output, columns(), trained, batch.mass, torch.float64)
         if not all(torch.isfinite(g.sum()) for column in cases.columns for uses in column.values() for g in uses):
             batch.fault = "the curvature is not finite"
         batch.statistics = Taken(cases, taken, output.detach(), grouping)
-
-    def _copies_of(self, batch: Batch, output: Tensor, trained: Vector) -> Callable[[Tensor], Vector] | None:
-        """What takes a column to the gradients of all examples in one backward pass; None where that cannot be had."""
-        place = self.parameters.place
-        if batch.way is None or place.shards is not None or batch.forward.autocast is not None:
-            return None
-
-        def run() -> Tensor:
-            with buffers_kept(place.model):
-                return batch.run(place.model)
-
-        key = batch.term.name, batch.shape, batch.forward.mode
-        return self._copies.gradients(key, run, output, trained)
 
     # The step ------------------------------------------------------------------------------------------
 

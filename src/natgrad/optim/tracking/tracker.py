@@ -91,6 +91,7 @@ class Tracker:
         self.pending: list[Batch | Penalty] = []
         self._zeroed = weakref.WeakSet[Batch | Penalty]()  # whose gradients were zeroed in this step
         self.joined = False  # once there is a torch.distributed.algorithms.Join
+        self._derives = False  # whether uses of layers are looked for in derivatives that the forward takes itself
         self.first_mass: dict[str, float] = {}  # by term: of its first batch, on all ranks
         self._output, self._many_ranks = output, many_ranks
         self._around = _weakly(model)
@@ -128,7 +129,9 @@ class Tracker:
 
     def arm(self) -> None:
         """Sets whether the next forward is recorded."""
-        self.watch.recording = self.observer.due() or self.observer.runs_again()
+        due = self.observer.due()
+        self.watch.recording = due or self.observer.runs_again()
+        self.watch.kind = DerivativeRecorder if due and self._derives else Recorder
 
     # Between forward and step --------------------------------------------------------------------------
 
@@ -180,7 +183,7 @@ class Tracker:
             if self.observer.due():
                 with self.watch.suspended():
                     self.observer.observe(batch, uses, recorded, len(self._batches()))
-            if self.observer.runs_again() and recorded is output:
+            if self.observer.runs_again() and recorded is output and not self._derives:
                 batch.uses = uses
         self.pending.append(batch)
 
@@ -222,7 +225,7 @@ class Tracker:
                         self.observer.observe(batch, uses, recorded, len(self._batches()))
                 else:
                     batch.fault = LOSS_NOT_FINITE
-            if self.observer.runs_again() and recorded is output:
+            if self.observer.runs_again() and recorded is output and not self._derives:
                 batch.uses = uses
         if own is None:
             return self._noted(batch, loss)
@@ -241,26 +244,23 @@ class Tracker:
     def _recorded(self, forward: Forward, output: Tensor, way: Way | None) -> tuple[Recorder | None, Tensor]:
         """What was recorded on the way to the output. Of compiled code, and of a forward that takes derivatives itself,
         it is recorded in a second forward, if it is wanted."""
-        derives = self._derives(forward)
-        if forward.recorder is not None and not derives:
-            return forward.recorder, output
+        seen = forward.recorder
+        if seen is not None and seen.takes_derivatives:
+            self._derives = self.observer.reads_derivatives and self.place.shards is None
+        missed = seen is not None and seen.takes_derivatives and not isinstance(seen, DerivativeRecorder)
+        if seen is not None and not (missed and self._derives and way is not None):
+            return seen, output
         if not (self.observer.due() and self.watch.recording):
             return None, output
         if way is None:
-            why = "takes derivatives itself" if derives else "ran in compiled code"
             raise ValueError(
-                f"opt.loss was not given a tensor that the model returned, or a view of one, and the forward {why}, "
-                f"where no uses of parameters are seen; pass output= to {self.optimizer}, how the loss's input is made "
-                "of what the model returns, and give opt.loss all that the model returned"
+                "opt.loss was not given a tensor that the model returned, or a view of one, and the forward ran in "
+                f"compiled code, where no uses of parameters are seen; pass output= to {self.optimizer}, how the "
+                "loss's input is made of what the model returns, and give opt.loss all that the model returned"
             )
-        recorder = self.watch.recorder(DerivativeRecorder if derives else Recorder)
+        recorder = self.watch.recorder(DerivativeRecorder if missed else Recorder)
         with self.watch.suspended(), torch.enable_grad(), buffers_kept(self.place.model), recorder:
             return recorder, forward.again(self.place.model, way)
-
-    def _derives(self, forward: Forward) -> bool:
-        """Whether uses of layers are to be looked for within derivatives that the forward takes itself."""
-        takes = forward.recorder is not None and forward.recorder.takes_derivatives
-        return takes and self.observer.reads_derivatives and self.place.shards is None
 
     def _batch(
         self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any, mass: Tensor, loss: Tensor

@@ -45,6 +45,7 @@ class Watch:
         frozen: bool = False,
     ):
         self.recording = True
+        self.kind: type[Recorder] = Recorder  # that the next forward is recorded by
         self._model, self._parameters = weakref.ref(model), dict(parameters)
         self.buffers = Buffers(model)
         self.forwards: list[Forward] = []
@@ -117,9 +118,9 @@ class Watch:
             forward.recorder = None
         self.forwards = [f for f in self.forwards if f.returned is not None and f.returned.let_go()]
 
-    def recorder(self, kind: type[Recorder] = Recorder) -> Recorder:
+    def recorder(self, kind: type[Recorder] | None = None) -> Recorder:
         """A recorder of the parameters that are trainable now, or of all."""
-        return kind({n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen})
+        return (kind or self.kind)({n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen})
 
     @property
     def running(self) -> bool:
