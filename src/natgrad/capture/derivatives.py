@@ -93,7 +93,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (h,), W, transposed = ctx.saved_tensors, ctx.weight, ctx.transposed
         if W._version != ctx.version:
-            raise RuntimeError("a weight was changed in place before the derivative of its product was taken")
+            raise RuntimeError(
+                f"a weight of shape {tuple(W.shape)} was changed in place after the forward that used it; expected its "
+                "derivatives to be taken first: change it after the backward pass"
+            )
         recorder, back = ctx.recorder(), None
         if ctx.needs_input_grad[0]:
             if torch.is_grad_enabled() and recorder is not None and recorder.is_open:

@@ -263,7 +263,7 @@ class Recorder(TorchFunctionMode):
             )
         if self.takes_derivatives:
             return (
-                "The forward takes derivatives itself, and natgrad sees uses within them where it can run the model again: "
+                "The forward takes derivatives itself; natgrad sees uses within them if it can run the model again: "
                 f"give opt.loss a tensor that the model returned, or pass output=, or use {EXACT}"
             )
         return (

@@ -131,7 +131,7 @@ class Tracker:
         """Sets whether the next forward is recorded."""
         due = self.observer.due()
         self.watch.recording = due or self.observer.runs_again()
-        self.watch.kind = DerivativeRecorder if due and self._derives else Recorder
+        self.watch.kind = DerivativeRecorder if due and self._derives else None
 
     # Between forward and step --------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class Tracker:
                 f"compiled code, where no uses of parameters are seen; pass output= to {self.optimizer}, how the "
                 "loss's input is made of what the model returns, and give opt.loss all that the model returned"
             )
-        recorder = self.watch.recorder(DerivativeRecorder if missed else Recorder)
+        recorder = self.watch.recorder(DerivativeRecorder if missed else None)
         with self.watch.suspended(), torch.enable_grad(), buffers_kept(self.place.model), recorder:
             return recorder, forward.again(self.place.model, way)
 

@@ -45,7 +45,7 @@ class Watch:
         frozen: bool = False,
     ):
         self.recording = True
-        self.kind: type[Recorder] = Recorder  # that the next forward is recorded by
+        self.kind: type[Recorder] | None = None  # that the next forward is recorded by; None: the ordinary one
         self._model, self._parameters = weakref.ref(model), dict(parameters)
         self.buffers = Buffers(model)
         self.forwards: list[Forward] = []
@@ -120,7 +120,9 @@ class Watch:
 
     def recorder(self, kind: type[Recorder] | None = None) -> Recorder:
         """A recorder of the parameters that are trainable now, or of all."""
-        return (kind or self.kind)({n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen})
+        return (kind or self.kind or Recorder)(
+            {n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen}
+        )
 
     @property
     def running(self) -> bool:
