@@ -131,17 +131,18 @@ class Third(Equation):
         return d + u * slope[:, 1:]
 
 
-def rows_of(model, x):
-    """The Jacobian of the outputs, by name."""
+def rows_of(call, x, model):
+    """The Jacobian of `call(x)`, by name."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    each = [torch.autograd.grad(o, trained.values(), retain_graph=True) for o in model(x).flatten()]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    each = [torch.autograd.grad(o, trained.values(), **options) for o in call(x).flatten()]
     return {n: torch.stack([row[i] for row in each]).flatten(1) for i, n in enumerate(trained)}
 
 
 @pytest.mark.parametrize("kind", [Equation, Third])
 def test_blocks_and_the_diagonal_are_exact(kind):
     model = kind()
-    J = rows_of(model, X)
+    J = rows_of(model, X, model)
     F = natgrad.fisher(model, nn.MSELoss(), [(X[:5], TARGET[:5]), (X[5:], TARGET[5:])], "block")
     for name, block in F.blocks.items():
         own = torch.cat([J[n] for n in F.layers[name].names], 1)
@@ -149,6 +150,16 @@ def test_blocks_and_the_diagonal_are_exact(kind):
     diagonal = natgrad.fisher(model, nn.MSELoss(), (X, TARGET), "diagonal").diagonal()
     for n, rows in J.items():
         close(diagonal[n].flatten(), 2 * rows.square().sum(0) / len(X), 1e-12)
+
+
+def test_uses_of_the_matrix_take_such_a_model():
+    """Also where nothing is to be differentiated, as for the shapes of the outputs."""
+    model = Equation().eval()
+    J = torch.cat([*rows_of(model, X, model).values()], 1)
+    close(natgrad.jacobian(model, X).to_dense(), J, 1e-12)
+    close(natgrad.ntk(model, X).to_dense(), J @ J.mT, 1e-12)
+    assert natgrad.laplace(model, nn.MSELoss(), (X, TARGET)).predict(X).mean.shape == TARGET.shape
+    assert natgrad.influence(model, nn.MSELoss(), (X, TARGET), (X[:2], TARGET[:2]), "kfac", damping=0.1).shape == (2, 9)
 
 
 class Slope(nn.Module):
@@ -207,6 +218,66 @@ def test_a_step_of_kfac_is_that_of_its_matrix():
     opt.step()
     for n, p in model.named_parameters():
         close(p.detach() - before[n], -0.5 * expected[n], 1e-8)
+
+
+class Inside(ByAutograd):
+    """`Δu` within a region, `u` on its boundary: two terms, of which one takes derivatives."""
+
+    def forward(self, x, inside):
+        return super().forward(x) if inside else self.u(x)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
+def test_one_term_takes_derivatives_and_the_other_does_not(structure):
+    model, boundary = Inside(), randn(6, 2, seed=1)
+    opt = natgrad.KFAC(model, {"inside": nn.MSELoss(), "boundary": nn.MSELoss()}, structure=structure)
+    losses = []
+    for _ in range(40):
+        loss = opt.loss["inside"](model(X, True), TARGET)
+        loss = loss + opt.loss["boundary"](model(boundary, False), TARGET[:6])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("structure", ["block", "kfac", "ekfac"])
+def test_the_matrix_of_both_terms(structure):
+    model, boundary = Inside(), randn(6, 2, seed=1)
+    J, K = (rows_of(lambda x, its=inside: model(x, its), x, model) for inside, x in ((True, X), (False, boundary)))
+    F = natgrad.fisher(
+        model,
+        {"inside": nn.MSELoss(), "boundary": nn.MSELoss()},
+        [(X, boundary)],
+        structure,
+        forward=lambda m, b: (
+            {"inside": m(b[0], True), "boundary": m(b[1], False)},
+            {"inside": TARGET, "boundary": TARGET[:6]},
+        ),
+        weights={"boundary": 0.5},
+    )
+    if structure == "block":
+        for name, block in F.blocks.items():
+            J_l, K_l = (torch.cat([rows[n] for n in F.layers[name].names], 1) for rows in (J, K))
+            close(block.to_dense(), 2 * J_l.mT @ J_l / len(X) + K_l.mT @ K_l / len(boundary), 1e-12)
+    else:
+        assert (F.to_dense().diagonal() >= 0).all()
+        v = torch.ones(F.space.size, dtype=f64)
+        close(F @ F.solve(v, damping=1e-3) + 1e-3 * F.solve(v, damping=1e-3), v, 1e-8)
+
+
+@pytest.mark.parametrize("optimizer", [natgrad.KFAC, natgrad.NaturalGradient])
+def test_a_run_resumes_bit_for_bit(optimizer):
+    x, target = X.float(), TARGET.float()
+    model = Equation().float()
+    opt = optimizer(model, nn.MSELoss())
+    fit(opt, model, x, target, 7)
+    again = Equation().float()
+    again.load_state_dict(model.state_dict())
+    other = optimizer(again, nn.MSELoss())
+    other.load_state_dict(opt.state_dict())
+    assert fit(opt, model, x, target, 12) == fit(other, again, x, target, 12)
 
 
 class Convolved(Residual):

@@ -108,6 +108,18 @@ class Problem:
         with lowered, buffers_kept(self.model), without_cudnn(self.model):
             return self._run(model, batch)
 
+    def evaluated(self, batch: Any) -> tuple[Tensor, Any]:
+        """The output without a graph, and the target."""
+        try:
+            with torch.no_grad():
+                return self.run(self.model, batch)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+        with torch.enable_grad():  # the forward takes derivatives itself
+            output, target = self.run(self.model, batch)
+        return output.detach(), target
+
     def _run(self, model: Any, batch: Any) -> tuple[Tensor, Any]:
         if self._forward is not None:
             result = self._forward(model, batch)
@@ -215,9 +227,9 @@ class Problem:
     def mass(self) -> Tensor:
         """The divisor of a mean over all data and all ranks."""
         total = torch.zeros((), dtype=self.dtype, device=self.device)
-        with jointly(self.world, "the losses' normalizers"), torch.no_grad():
+        with jointly(self.world, "the losses' normalizers"):
             for batch in self:
-                total += self.curvature.normalizer(*self.run(self.model, batch))
+                total += self.curvature.normalizer(*self.evaluated(batch))
         return self.world.sum(total, "the losses' normalizers")
 
     @property

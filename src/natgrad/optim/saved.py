@@ -53,6 +53,7 @@ def own_state(opt: CurvatureOptimizer) -> dict[str, Any]:
         "damping": opt.recipe.damping.value,
         **opt.recipe.adaptive.state(),
         "first_mass": json.dumps(opt.tracker.first_mass),  # a checkpoint has no empty dictionaries
+        **({"derives": True} if opt.tracker.derives else {}),
         **opt.labels.state(),
         **named(opt.parameters),
         **opt.recipe.preconditioner.state(),
@@ -112,6 +113,7 @@ def load_state_dict(
     opt.recipe.damping.value = own["damping"]
     opt.recipe.adaptive.load(own)
     opt.tracker.first_mass = json.loads(own["first_mass"])
+    opt.tracker.derives = bool(own.get("derives", False))
     opt._adapts_lr = opt._has_free_lr()
     opt.labels.load(own["generator"].cpu(), own["seed"], opt.journal.steps)
     opt.recipe.preconditioner.load(own)

@@ -128,8 +128,7 @@ class Jacobian:
         own = problem.parameters
         self.space = Space(tuple(tuple(p.shape) for p in own.values()), tuple(own))
         self.dtype, self.device = next(iter(own.values())).dtype, problem.device
-        with torch.no_grad():
-            found = [_output_shape(problem, batch) for batch in problem]
+        found = [_output_shape(problem, batch) for batch in problem]
         if len({s[1:] for s in found}) > 1:
             raise ValueError(f"the outputs of batches differ in shape: {sorted({s[1:] for s in found})}; expected one")
         self._sizes = [s[0] for s in found]
@@ -288,7 +287,7 @@ def _kernel(J: Jacobian) -> Float[Tensor, "outputs outputs"]:
 
 
 def _output_shape(problem: Problem, batch: Any) -> tuple[int, ...]:
-    output, _ = problem.run(problem.model, batch)
+    output, _ = problem.evaluated(batch)
     check_output(output)
     return tuple(output.shape)
 

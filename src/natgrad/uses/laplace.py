@@ -127,10 +127,9 @@ def _loss(problem: Problem) -> tuple[float, int]:
     curvature = summed(problem.curvature)
     half, entries = (0.5 if isinstance(curvature, SquaredError) else 1.0), 0
     total = torch.zeros((), dtype=torch.float64, device=problem.device)
-    with torch.no_grad():
-        for batch in problem:
-            output, target = problem.run(problem.model, batch)
-            total += half * curvature.loss(output, target).double()
-            entries += output.numel() if isinstance(curvature, SquaredError) else 0
+    for batch in problem:
+        output, target = problem.evaluated(batch)
+        total += half * curvature.loss(output, target).double()
+        entries += output.numel() if isinstance(curvature, SquaredError) else 0
     count = torch.tensor(float(entries), device=problem.device)
     return float(problem.world.sum(total, "the loss")), int(problem.world.sum(count, "the loss"))

@@ -204,7 +204,7 @@ class RunningEkfac(RunningKfac):
         own: dict[Layer, Operator] = {}
         alike = reconciled(self.total.moments)
         for layer, basis in self._bases.items():
-            if layer not in alike:  # used with a bias in some batches only
+            if layer not in alike or has_rival(layer, alike):  # used with a bias, or as Wᵀ, in some batches only
                 continue
             squares, m = self.total.squares.get(layer), self.total.moments.get(layer)
             if squares is not None and m is not None and without(layer, frozen) == layer:

@@ -91,7 +91,7 @@ class Tracker:
         self.pending: list[Batch | Penalty] = []
         self._zeroed = weakref.WeakSet[Batch | Penalty]()  # whose gradients were zeroed in this step
         self.joined = False  # once there is a torch.distributed.algorithms.Join
-        self._derives = False  # whether uses of layers are looked for in derivatives that the forward takes itself
+        self.derives = False  # whether uses of layers are looked for in derivatives that the forward takes itself
         self.first_mass: dict[str, float] = {}  # by term: of its first batch, on all ranks
         self._output, self._many_ranks = output, many_ranks
         self._around = _weakly(model)
@@ -131,7 +131,7 @@ class Tracker:
         """Sets whether the next forward is recorded."""
         due = self.observer.due()
         self.watch.recording = due or self.observer.runs_again()
-        self.watch.kind = DerivativeRecorder if due and self._derives else None
+        self.watch.kind = DerivativeRecorder if due and self.derives else None
 
     # Between forward and step --------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class Tracker:
             if self.observer.due():
                 with self.watch.suspended():
                     self.observer.observe(batch, uses, recorded, len(self._batches()))
-            if self.observer.runs_again() and recorded is output and not self._derives:
+            if self.observer.runs_again() and recorded is output and not self.derives:
                 batch.uses = uses
         self.pending.append(batch)
 
@@ -225,7 +225,7 @@ class Tracker:
                         self.observer.observe(batch, uses, recorded, len(self._batches()))
                 else:
                     batch.fault = LOSS_NOT_FINITE
-            if self.observer.runs_again() and recorded is output and not self._derives:
+            if self.observer.runs_again() and recorded is output and not self.derives:
                 batch.uses = uses
         if own is None:
             return self._noted(batch, loss)
@@ -246,9 +246,9 @@ class Tracker:
         it is recorded in a second forward, if it is wanted."""
         seen = forward.recorder
         if seen is not None and seen.takes_derivatives:
-            self._derives = self.observer.reads_derivatives and self.place.shards is None
+            self.derives = self.observer.reads_derivatives and self.place.shards is None
         missed = seen is not None and seen.takes_derivatives and not isinstance(seen, DerivativeRecorder)
-        if seen is not None and not (missed and self._derives and way is not None):
+        if seen is not None and not (missed and self.derives and way is not None):
             return seen, output
         if not (self.observer.due() and self.watch.recording):
             return None, output
