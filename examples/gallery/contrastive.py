@@ -61,4 +61,5 @@ with torch.no_grad():
 ridge = h[train].T @ h[train] + 0.1 * torch.eye(h.shape[1])
 weights = torch.linalg.solve(ridge, h[train].T @ one_hot(y[train]).double())
 accuracy = ((h[test] @ weights).argmax(1) == y[test]).double().mean()
-print(f"contrastive loss on new pairs after {SECONDS:g} s: KFAC {result}; a linear classifier of KFAC's encodings: {accuracy:.3f}")
+print(f"contrastive loss on new pairs after {SECONDS:g} s: KFAC {result}; ", end="")
+print(f"a linear classifier of KFAC's encodings: {accuracy:.3f}")

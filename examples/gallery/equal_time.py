@@ -17,8 +17,10 @@ plt.style.use(Path(__file__).with_name("gallery.mplstyle"))
 
 
 class Run:
-    """A model in training, and (seconds of processor time, loss) at every step. `loss_of(model, opt)` is the loss of one
-    step."""
+    """A model in training, and (seconds of processor time, loss) at every step.
+
+    `loss_of(model, opt)` is the loss of one step.
+    """
 
     def __init__(self, name, model_of, optimizer_of, loss_of):
         torch.manual_seed(0)
@@ -75,9 +77,11 @@ def best(runs, key=Run.last):
 
 
 def race(model_of, terms, loss_of, seconds, optimizer=natgrad.KFAC, dampings=(), key=Run.last, **given):
-    """The best run of natgrad's optimizer, over some dampings or with the default, and the best of Adam's: those with
-    the lowest `key`. `loss_of(model, losses)` takes `opt.loss` in one case, and `terms` in the other: they have the same
-    values."""
+    """The best run of natgrad's optimizer, over some dampings or with the default, and the best of Adam's.
+
+    The best has the lowest `key`. `loss_of(model, losses)` takes `opt.loss` in one case, and `terms` in the other: they
+    have the same values.
+    """
 
     def ours(name, **options):
         options |= given

@@ -303,18 +303,63 @@ def test_other_layers_within_derivatives_are_refused():
         opt.loss(model(X), X)
 
 
-def test_steps_on_the_weights_within_the_forward_are_refused():
-    """As in meta-learning: `W − η ∇_W` is no parameter."""
+def test_a_step_on_the_weights_within_the_forward_has_an_exact_block():
+    """As in meta-learning: `W − η ∇_W` is a use of `W` itself and of what `∇_W` was computed from."""
 
     class Adapted(Residual):
         def forward(self, x):
             W = self.u[0].weight
-            (g,) = torch.autograd.grad(nn.functional.linear(x, W).square().sum(), W, create_graph=True)
-            return nn.functional.linear(x, W - 0.1 * g)
+            loss = nn.functional.linear(x, W).tanh().square().sum()
+            return nn.functional.linear(x, W - 0.1 * torch.autograd.grad(loss, W, create_graph=True)[0])
 
-    model = Adapted()
-    with pytest.raises(NotImplementedError, match=r"'u\.0\.weight' \(used by "):
-        natgrad.fisher(model, nn.MSELoss(), (X, torch.zeros(9, 5, dtype=f64)), params=["u.0.weight"])
+    model, data = Adapted(), (X, torch.zeros(9, 5, dtype=f64))
+    dense, block = (
+        natgrad.fisher(model, nn.MSELoss(), data, s, params=["u.0.weight"]).to_dense() for s in ("dense", "block")
+    )
+    close(block, dense, 1e-12)
+    with pytest.raises(
+        NotImplementedError, match=r"'u\.0\.weight' is used by linear and by add, whose sum has no Kron"
+    ):
+        natgrad.fisher(model, nn.MSELoss(), data, params=["u.0.weight"])
+
+
+USES = {
+    "positions": lambda x, W, b: nn.functional.linear(x[:, None] * torch.ones(3, 1, dtype=f64), W, b),
+    "transposed": lambda x, W, b: x @ W.T + b,
+    "both ways": lambda x, W, b: (x @ W.T + b).tanh() @ W,
+    "a batch's mean": lambda x, W, b: nn.functional.linear(x, W, b) - nn.functional.linear(x, W, b).mean(0),
+    "a multiple": lambda x, W, b: nn.functional.linear(x, 2 * W, b),
+    "a function": lambda x, W, b: nn.functional.linear(x, W.exp(), b),
+    "rows": lambda x, W, b: nn.functional.linear(x, W[:2], b[:2]) * nn.functional.linear(x, W[2:], b[2:]),
+    "a scale": lambda x, W, b: nn.functional.linear(x, W).sin() * (1 + b),
+    "einsum": lambda x, W, b: torch.einsum("ni,oi->no", x, W) + b,
+    "its norm": lambda x, W, b: nn.functional.linear(x, W, b) * W.norm(),
+}
+REFUSED_USES = {"a multiple", "a function", "rows", "a scale", "einsum", "its norm"}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_use_within_a_derivative_is_exact_or_refused(use):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.W, self.b = nn.Parameter(randn(4, 2)), nn.Parameter(randn(4, seed=1))
+
+        def forward(self, x):
+            x = x.clone().requires_grad_()
+            u = USES[use](x, self.W, self.b).tanh()
+            (g,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+            (h,) = torch.autograd.grad(g.square().sum(), x, create_graph=True)
+            return g + h
+
+    model, data = Model(), (X, torch.zeros_like(X))
+    if use in REFUSED_USES:
+        with pytest.raises(NotImplementedError, match=r"no layer kind covers .* only uses in affine maps"):
+            natgrad.fisher(model, nn.MSELoss(), data, "block")
+        return
+    J = torch.cat([*rows_of(model, X, model).values()], 1)
+    F = natgrad.fisher(model, nn.MSELoss(), data, "block")
+    close(F.to_dense(), J.mT @ J / len(X), 1e-12)
 
 
 class Slopes(Residual):

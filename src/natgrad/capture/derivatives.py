@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from natgrad.capture.recorder import EXACT, Recorder
 class DerivativeRecorder(Recorder):
     """A recorder for a forward that calls `torch.autograd.grad(..., create_graph=True)`, of any order.
 
-    Affine maps of a parameter itself are seen in derivatives. Other uses of parameters are seen in the forward, and
-    `check` refuses their uses within derivatives.
+    Affine maps of a parameter or its transpose are seen in derivatives. Other uses of parameters are seen in the
+    forward, and `check` refuses their uses within derivatives.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
@@ -61,11 +62,17 @@ class DerivativeRecorder(Recorder):
         if func not in affine.PARSERS or not torch.is_grad_enabled() or "out" in kwargs:
             return None
         call = affine.PARSERS[func](*args, **kwargs)
-        if call is None or call.weight is None or id(call.weight) not in self._names or id(call.h) in self._names:
+        if call is None or call.weight is None or id(call.h) in self._names:
             return None
         lowered = torch.is_autocast_enabled(call.h.device.type) or call.h.dtype != call.weight.dtype
         wrapped = torch._C._functorch.peek_interpreter_stack() is not None
-        return None if lowered or wrapped or call.weight.ndim != 2 else call
+        if lowered or wrapped or call.weight.ndim != 2:
+            return None
+        W = call.weight._base
+        if W is not None and id(W) in self._names and _is_transpose(call.weight, W):
+            assert isinstance(call.kind, Affine)
+            return replace(call, weight=W, kind=call.kind.oriented(True))
+        return call if id(call.weight) in self._names else None
 
     def multiply(self, h: Tensor, W: Tensor, transposed: bool) -> Tensor:
         """`W h`, or `Wᵀ h` if the weight is stored transposed, for every row of `h`; recorded as a use."""
@@ -77,6 +84,12 @@ class DerivativeRecorder(Recorder):
         if self._is_transformed or not self.takes_derivatives:
             return super()._mend()
         return f"Within torch.autograd.grad, only uses in affine maps are seen: use {EXACT}"
+
+
+def _is_transpose(t: Tensor, W: Tensor) -> bool:
+    """Whether a view of a matrix is its transpose."""
+    same = t.storage_offset() == W.storage_offset() and W.ndim == 2
+    return same and t.shape == W.shape[::-1] and t.stride() == W.stride()[::-1]
 
 
 class _Product(torch.autograd.Function):

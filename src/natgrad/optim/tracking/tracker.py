@@ -245,10 +245,8 @@ class Tracker:
         """What was recorded on the way to the output. Of compiled code, and of a forward that takes derivatives itself,
         it is recorded in a second forward, if it is wanted."""
         seen = forward.recorder
-        if seen is not None and seen.takes_derivatives:
-            self.derives = self.observer.reads_derivatives and self.place.shards is None
-        missed = seen is not None and seen.takes_derivatives and not isinstance(seen, DerivativeRecorder)
-        if seen is not None and not (missed and self.derives and way is not None):
+        missed = seen is not None and self._missed(seen)
+        if seen is not None and not (missed and way is not None):
             return seen, output
         if not (self.observer.due() and self.watch.recording):
             return None, output
@@ -259,8 +257,21 @@ class Tracker:
                 "loss's input is made of what the model returns, and give opt.loss all that the model returned"
             )
         recorder = self.watch.recorder(DerivativeRecorder if missed else None)
-        with self.watch.suspended(), torch.enable_grad(), buffers_kept(self.place.model), recorder:
-            return recorder, forward.again(self.place.model, way)
+        with self.watch.suspended(), torch.enable_grad(), buffers_kept(self.place.model):
+            with recorder:
+                again = forward.again(self.place.model, way)
+            if self._missed(recorder):
+                recorder = self.watch.recorder(DerivativeRecorder)
+                with recorder:
+                    again = forward.again(self.place.model, way)
+        return recorder, again
+
+    def _missed(self, recorder: Recorder) -> bool:
+        """Whether uses of layers in derivatives that the forward takes itself were not seen, and are wanted."""
+        if not (recorder.takes_derivatives and self.observer.reads_derivatives and self.place.shards is None):
+            return False
+        self.derives = True
+        return not isinstance(recorder, DerivativeRecorder)
 
     def _batch(
         self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any, mass: Tensor, loss: Tensor
