@@ -83,6 +83,20 @@ def test_the_exact_step(way, solver):
     close(moved, -0.5 * torch.linalg.solve(F + 0.01 * torch.eye(len(F), dtype=f64), g), 1e-7)
 
 
+def test_a_bias_of_which_only_a_penalty_depends_takes_part():
+    """`Δu` does not depend on the last bias, which has rows of zeros; its gradient is the penalty's."""
+    model = ByAutograd()
+    opt = natgrad.NaturalGradient(model, nn.MSELoss(), lr=0.02, momentum=0.0, damping=0.1)
+    start = model.u[4].bias.detach().clone()
+    for _ in range(2):
+        opt.zero_grad()
+        (opt.loss(model(X), TARGET) + opt.plus(lambda: model.u[4].bias.square().sum())).backward()
+        expected = start - 0.02 * 2 * start / 0.1
+        opt.step()
+        close(model.u[4].bias.detach(), expected, 1e-9)
+        start = expected
+
+
 @every_way
 def test_adaptive_steps_measure_the_loss(way):
     model = way()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -169,6 +169,24 @@ def by_autograd(
     widths = {layer: p.numel() for layer, p in zip(layers, parameters.values(), strict=True)}
     shapes = {n: tuple(p.shape) for n, p in parameters.items()}
     return Cases(h, found, widths, mass.to(dtype), len(output), shapes=shapes)
+
+
+def with_zeros(cases: Cases, parameters: Mapping[str, Tensor]) -> Cases:
+    """The same cases, with rows of zeros for the parameters that no layer has: the output does not depend on them."""
+    have = {n for layer in cases.h for n in layer.names}
+    rest = {Layer(None, n, function=AUTOGRAD): p for n, p in parameters.items() if n not in have}
+    if not rest:
+        return cases
+    rows, mass = next(iter(cases.h.values()))[0].shape[0], cases.mass
+    zeros = {layer: [mass.new_zeros(()).expand(rows, 1, p.numel())] for layer, p in rest.items()}
+    none: dict[Layer, list[Inputs]] = {layer: [Rows(mass.new_zeros(rows, 1, 0))] for layer in rest}
+    return replace(
+        cases,
+        h=cases.h | none,
+        columns=[{**column, **zeros} for column in cases.columns],
+        d_out=cases.d_out | {layer: p.numel() for layer, p in rest.items()},
+        shapes={**cases.shapes, **{layer.names[0]: tuple(p.shape) for layer, p in rest.items()}},
+    )
 
 
 def read_inputs(layer: Layer, uses: Sequence[Use], dtype: torch.dtype) -> list[Inputs]:

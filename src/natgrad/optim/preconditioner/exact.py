@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad.capture.cases import Cases
 from natgrad.capture.order import Grouping
-from natgrad.capture.reading import by_autograd, read_cases
+from natgrad.capture.reading import by_autograd, read_cases, with_zeros
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.separation import SeparationCheck
 from natgrad.capture.use import Use
@@ -73,6 +73,7 @@ class ExactMatrix(Preconditioner):
         self.max_size, self.tolerance, self.max_iterations = max_size, tolerance, max_iterations
         self.runs_again = solver in (None, "cg")
         self._separation = SeparationCheck()
+        self._derives = False  # whether the last forward that was checked takes derivatives itself
         self._matrix: Joint | ByProducts | None = None
         self._inverse: Operator | None = None
         self._objective: Objective | None = None
@@ -99,6 +100,7 @@ class ExactMatrix(Preconditioner):
         return min(columns, self.size()) <= self.max_size
 
     def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
+        self._derives = recorder.takes_derivatives
         if not self._takes_cases(output):
             return recorder.uses
         try:
@@ -120,6 +122,7 @@ class ExactMatrix(Preconditioner):
             taken[:] = [column.detach() for column in L]
             return taken
 
+        trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
         # The matrix squares the condition of J: float64, whatever the parameters are.
         if uses:
             separation = self._separation.of(uses, output, batch.forward.mode).in_common()
@@ -133,8 +136,9 @@ class ExactMatrix(Preconditioner):
                 separation=separation,
                 sampled=self.estimator == "mc",
             ).kept()
+            if self._derives:  # a derivative may not depend on a bias that the model uses
+                cases = with_zeros(cases, trained)
         else:
-            trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
             cases = by_autograd(output, columns(), trained, batch.mass, torch.float64)
         if not all(torch.isfinite(g.sum()) for column in cases.columns for uses in column.values() for g in uses):
             batch.fault = "the curvature is not finite"
