@@ -92,9 +92,10 @@ def rows_of(problem: Problem, columns: Columns) -> Iterator[Rows]:
 
 
 def _captured(problem: Problem, recorder: Recorder, output: Tensor, columns: list[Tensor]) -> BlockDiagonal:
+    blocks: dict[str, Block] = {}
     parts = ExactStructure()
-    add_batch(parts, problem, recorder, output, columns)
-    blocks = named_blocks(parts.build(is_mean=False), problem.parameters)
+    if add_batch(parts, problem, recorder, output, columns):
+        blocks = named_blocks(parts.build(is_mean=False), problem.parameters)
     reached = {n for block in blocks.values() for n in block.names}
     for name, p in problem.parameters.items():  # a parameter that this batch did not use has rows of zeros
         if name not in reached:
@@ -105,9 +106,12 @@ def _captured(problem: Problem, recorder: Recorder, output: Tensor, columns: lis
 
 def add_batch(
     parts: ExactStructure, problem: Problem, recorder: Recorder, output: Tensor, columns: list[Tensor]
-) -> None:
-    """Takes the rows of a recorded batch into the exact blocks."""
-    uses = recorder.check(output)
+) -> bool:
+    """Takes the rows of a recorded batch into the exact blocks. False if they are all zero, as the output depends on no
+    parameter."""
+    uses = recorder.check(output, reached=problem.reached)
+    if problem.reached and (not uses or not output.requires_grad):
+        return False
     mode = tuple(module.training for module in problem.model.modules())
     separation = problem.separation.of(uses, output, mode).whole()
     if any(grouping.members > 1 for grouping in separation.groupings):
@@ -116,6 +120,7 @@ def add_batch(
         use.forget_output()
     one = torch.ones((), dtype=problem.dtype, device=problem.device)
     parts.add(read_cases(uses, output, lambda: columns, one, problem.dtype, separation=separation, sampled=False))
+    return True
 
 
 def joined_layers(parts: ExactStructure, problem: Problem) -> Joint:
