@@ -151,15 +151,18 @@ def outputs_problem(
     params: Selection = None,
     output: Callable[[Any, Any], Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    reached: bool = False,
 ) -> Problem:
-    """A model on inputs without targets: each batch is what `output(model, batch)` takes, by default `model(batch)`."""
+    """A model on inputs without targets: each batch is what `output(model, batch)` takes, by default `model(batch)`.
+    With `reached` the output may depend on none of the parameters."""
     take = output or (lambda model, batch: model(batch))
 
     def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
         out = take(model, batch)
         return out, torch.zeros_like(out) if isinstance(out, Tensor) else out
 
-    return Problem(model, nn.MSELoss(reduction="sum"), data, params=params, forward=forward, dtype=dtype)
+    loss = nn.MSELoss(reduction="sum")
+    return Problem(model, loss, data, params=params, forward=forward, dtype=dtype, reached=reached)
 
 
 def loss_columns(problem: Problem) -> Columns:
