@@ -114,7 +114,13 @@ class Head:
 
     def _output(self, model: Callable[..., Any], batch: Any) -> Tensor:
         output = model(batch) if self.forward is None else self.forward(model, batch)[0]  # type: ignore[arg-type]
-        return self.curvature.join(output if self.term is None else output[self.term])
+        found = self.curvature.join(output if self.term is None else output[self.term])
+        if isinstance(batch, Tensor) and batch.ndim == 1 and found.shape[:1] != batch.shape:
+            raise ValueError(
+                f"x has shape {tuple(batch.shape)} and the model's output {tuple(found.shape)}; expected a first axis "
+                "of examples in both: for one example x.unsqueeze(0)"
+            )
+        return found
 
     def _network_outputs(self, x: Any, weights: dict[str, Tensor], batch_size: int) -> Tensor:
         problem, found = self._at(x, batch_size), []

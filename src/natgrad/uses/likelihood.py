@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from natgrad.checks.values import check_number, described
-from natgrad.curvature.problem import Problem
+from natgrad.curvature.problem import Problem, check_output
 from natgrad.curvature.terms import Losses, Terms
 from natgrad.losses.elementwise import SquaredError
 from natgrad.uses.rows import summed
@@ -100,7 +100,12 @@ def _fit(problem: Problem) -> tuple[float, int]:
     with torch.no_grad():
         for batch in problem:
             output, target = problem.run(problem.model, batch)
+            check_output(output)
             total += half * curvature.loss(output, target).double()
             entries += output.numel() if isinstance(curvature, SquaredError) else 0
+    if not torch.isfinite(total):
+        raise ValueError(
+            f"the loss over the data is {float(total):g}; look for NaN or inf in the targets, or in the loss's weights"
+        )
     count = torch.tensor(float(entries), device=problem.device)
     return float(problem.world.sum(total, "the loss")), int(problem.world.sum(count, "the loss"))

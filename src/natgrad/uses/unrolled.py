@@ -46,7 +46,7 @@ def read_segments(model: nn.Module, checkpoints: Any, times: Any, segments: Any)
         )
     if times is None:
         raise ValueError(
-            "checkpoints= needs times=: of each checkpoint the learning rate times the number of steps that it stands "
+            "checkpoints= needs times=; give the learning rate times the number of steps that each checkpoint stands "
             "for, such as times=[0.1 * 500, 0.01 * 500]"
         )
     count = len(checkpoints)
