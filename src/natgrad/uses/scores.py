@@ -98,7 +98,7 @@ class Queries:
             W, b = self._weights(name, block, cases)
             assert not isinstance(W, LowRank)
             for start, part in _parts(cases, self.count * cases.h.shape[1] * cases.g.shape[-1]):
-                a = 0.0 if W is None else part.h @ W.mT[:, None]  # (q, n, t, o)
+                a = 0.0 if W is None else (part.h.flatten(0, 1) @ W.mT).unflatten(-2, part.h.shape[:2])  # (q, n, t, o)
                 a = a if b is None else a + b[:, None, None]
                 share = (torch.as_tensor(a) * part.g[:, 0]).sum(-1)
                 if total is None:
