@@ -98,8 +98,7 @@ def scores(x: Tensor, y: Tensor, query: tuple[Tensor, Tensor], networks: int, re
         for damping in (0.0, DAMPINGS[1]):
             note(f"SOURCE, {damping:g}", ask("ekfac", damping, checkpoints=states, times=times, segments=3))
         if refine:
-            for damping in DAMPINGS[1:]:
-                note(f"kfac, {refine} steps of CG, {damping:g}", ask("kfac", damping, refine=refine))
+            note(f"kfac, {refine} steps of CG, {DAMPINGS[2]:g}", ask("kfac", DAMPINGS[2], refine=refine))
     return total
 
 
@@ -107,9 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subsets", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--networks", type=int, default=3)
-    parser.add_argument("--queries", type=int, default=100)
-    parser.add_argument("--refine", type=int, default=10)
+    parser.add_argument("--networks", type=int, default=2)
+    parser.add_argument("--queries", type=int, default=50)
+    parser.add_argument("--refine", type=int, default=5)
     parser.add_argument("--results", type=Path, default=Path("lds-mnist.jsonl"))
     args = parser.parse_args()
     console = Console(width=110)

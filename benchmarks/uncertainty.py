@@ -12,7 +12,7 @@ wrong predictions ("errors"); and, trained without one class, that at which it t
 ("unknown class"). Numbers: negative log-likelihood on standardized targets, and the share of targets within the central
 90%. The prior of a Laplace posterior, and its noise, are those of the largest marginal likelihood: one line. "Prior of
 the training" takes the precision that the training had. Of all figures: the mean over splits, and in brackets half a
-95% interval of the difference to MAP on the same split. `--results` keeps all values.
+95% interval (Student's t) of the difference to MAP on the same split. `--results` keeps all values.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import natgrad
 from benchmarks.machine import machine
+from natgrad.study.statistics import mean_interval
 
 PRIORS = (0.1, 1.0, 10.0, 100.0)
 HIDDEN, DROPOUT, MEMBERS, DRAWS, DENSE = 50, 0.1, 5, 100, 4000
@@ -248,8 +249,8 @@ def shown(values: list[float], reference: list[float]) -> str:
     if len(values) != len(reference):  # a method without errors on some split
         return f"{float(v.mean()):.3f} (of {len(values)})" if values else ""
     d = v - torch.tensor(reference)
-    half = 1.96 * float(d.std()) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{float(v.mean()):.3f} ({half:.3f})" if d.any() else f"{float(v.mean()):.3f}"
+    between = mean_interval(d.tolist())
+    return f"{float(v.mean()):.3f} ({(between.high - between.low) / 2:.3f})" if d.any() else f"{float(v.mean()):.3f}"
 
 
 def main(make: Callable[[], dict[str, Set]] = sets) -> None:
