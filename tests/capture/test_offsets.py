@@ -31,6 +31,13 @@ TAKEN = {
     "and a buffer": lambda w: w + torch.ones(3, dtype=f64),
     "a view of it": lambda w: 1 + w.view(1, 3),
 }
+# Matrices in forms that a cast or a number leaves as they are.
+MATRICES = {
+    "a transpose less a number": lambda w: w.t() - 0.5,
+    "a copy of a transpose": lambda w: w.t().contiguous(),
+    "a cast transpose": lambda w: w.T.to(f64),
+    "transposed twice": lambda w: (w.t() + 1).t().clone(),
+}
 REFUSED = {
     "1 - w": lambda w: 1 - w,
     "w times a number": lambda w: 2 * w,
@@ -48,6 +55,22 @@ def test_offsets(name, structure):
     close(F.diagonal(), dense.diagonal(), 1e-10)
     if structure == "block":
         close(F, dense, 1e-10)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_of_matrices(name):
+    class Map(Scaled):
+        def __init__(self):
+            super().__init__(MATRICES[name])
+            self.w = nn.Parameter(randn(3, 3))
+            self.out = nn.Linear(len(self.make(self.w)), 2, dtype=f64)
+
+        def forward(self, x):
+            return self.out(nn.functional.linear(x, self.make(self.w)).tanh())
+
+    model, data = Map(), (randn(20, 3), randn(20, 2))
+    dense = natgrad.fisher(model, LOSS, data, "dense")["w"].to_dense()
+    close(natgrad.fisher(model, LOSS, data, "block")["w"].to_dense(), dense, 1e-10)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -59,14 +59,13 @@ class Forms:
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         if form is None or any(not isinstance(t, Tensor) for t in outs):
             return False
+        if func in CASTS or func in OFFSETS:
+            self._known[id(out)] = out, form
+            return True
         view = VIEWS[func](*args, **kwargs) if func in VIEWS else None
         keeps_order = view is not None and not view.transposed
         for i, (t, found) in enumerate(zip(outs, _forms(form, view, len(outs)), strict=True)):
-            select = (
-                form.select
-                if func in CASTS or func in OFFSETS
-                else partial(_select, func, form, args, kwargs, None if t is out else i)
-            )
+            select = partial(_select, func, form, args, kwargs, None if t is out else i)
             whole = form.whole and keeps_order and t.numel() == prod(form.shape)
             self._known[id(t)] = t, replace(found, select=select, whole=whole)
         return True
