@@ -135,6 +135,8 @@ def influence(
         check_count("rank", rank)
     if per == "token" and (rank is not None or query is None):
         raise ValueError("per='token' takes queries of full rank; leave rank out, and give query=")
+    if measure is not None and query is None:
+        raise ValueError("measure= is of the queries, and there are none; give query=, or leave measure out")
     if checkpoints is None and (times is not None or segments is not None):
         raise ValueError("times= and segments= are of checkpoints=, which are not given; leave them out")
     train = list(train) if isinstance(train, Iterator) else train
@@ -156,17 +158,14 @@ def influence(
         stretches = read_segments(objective.model, checkpoints, times, segments)
         assert asked is not None
         gradients = _gradients(asked, query, columns)
+        found = []
         with weights_kept(objective.model):
             matrices = [(averaged(objective, s.states, structure, options), s.time) for s in stretches]
-            solved_queries = unrolled_queries(matrices, gradients, damping)
-            total: Tensor | None = None
-            for (states, _), v in zip(stretches, solved_queries, strict=True):
+            for (states, _), v in zip(stretches, unrolled_queries(matrices, gradients, damping), strict=True):
                 for state in states:
                     objective.model.load_state_dict(state)
-                    own = _scores(objective, train, v / len(states), matrices[0][0], rank, per)
-                    total = own if total is None else total + own
-        assert total is not None
-        return Scores(total)
+                    found.append(_scores(objective, train, v / len(states), matrices[0][0], rank, per))
+        return Scores(torch.stack(found).sum(0))
     F = _checked(factors, objective)
     if F is None:
         F = matrix_of(objective.problem, structure, options)
