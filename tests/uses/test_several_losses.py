@@ -82,6 +82,38 @@ def test_influence_of_the_sum_is_that_of_autograd():
     close(natgrad.influence(model, LOSSES, iter(batches), query, "dense", **how), expected, 1e-9)
 
 
+class Once:
+    """Batches whose second iteration stops the first, as those of a loader with persistent workers."""
+
+    def __init__(self, batches):
+        self.batches, self.place = batches, 0
+
+    def __iter__(self):
+        self.place = 0
+        return self
+
+    def __next__(self):
+        if self.place == len(self.batches):
+            raise StopIteration
+        self.place += 1
+        return self.batches[self.place - 1]
+
+
+class Loader:
+    def __init__(self, batches):
+        self.iterator = Once(batches)
+
+    def __iter__(self):
+        return iter(self.iterator)
+
+
+def test_the_terms_share_a_pass_over_the_data():
+    model, (x, y) = problem()
+    batches = [(x[i : i + 6], {t: its[i : i + 6] for t, its in y.items()}) for i in range(0, N, 6)]
+    expected = natgrad.influence(model, LOSSES, batches, batches)
+    assert torch.equal(natgrad.influence(model, LOSSES, Loader(batches), Loader(batches)), expected)
+
+
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "block", "diagonal"])
 def test_every_structures_scores_are_those_of_its_own_matrix(structure):
     model, train = problem()

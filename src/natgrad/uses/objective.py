@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import tee
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ class Objective:
     def batches(
         self, name: str, data: Any, columns: Callable[[Problem], Columns] = loss_columns
     ) -> Iterator[tuple[Rows, ...]]:
-        """The rows of every batch, in the data's order.
+        """The rows of every batch, in the data's order. The terms share one pass over the data.
 
         Raises:
             ValueError: if the order may change, or the terms have different numbers of examples.
         """
-        each = [rows_in_order(name, problem, data, columns(problem)) for problem in self.terms.values()]
+        problems = list(self.terms.values())
+        shared = tee(problems[0], len(problems))
+        each = [rows_in_order(name, p, data, columns(p), its) for p, its in zip(problems, shared, strict=True)]
         for batch in zip(*each, strict=True):
             sizes = {term: len(rows) for term, rows in zip(self.terms, batch, strict=True)}
             if len(set(sizes.values())) > 1:

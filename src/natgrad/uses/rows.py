@@ -76,13 +76,13 @@ class Rows:
         return {n: out[n] for n in self.space.names or ()}
 
 
-def rows_of(problem: Problem, columns: Columns) -> Iterator[Rows]:
-    """The rows of every batch of a problem.
+def rows_of(problem: Problem, columns: Columns, batches: Iterable[Any] | None = None) -> Iterator[Rows]:
+    """The rows of every batch of a problem, or of the given ones.
 
     Layers that the capture supports are read as cases. If it does not support a parameter, or the output's rows see one
     another, the rows of that batch come from autograd alone, one example after the other.
     """
-    for recorder, output, target in problem.recorded(problem.parameters):
+    for recorder, output, target in problem.recorded(problem.parameters, batches):
         own = list(columns(output.detach(), target))
         try:
             layers = _captured(problem, recorder, output, own)
