@@ -5,7 +5,7 @@ from natgrad.capture.layers.composite import COMPOSITES
 from natgrad.capture.layers.inputs import Inputs, InputSums, Rows, Sparse, joined, stacked
 from natgrad.capture.layers.kind import Call, Kind, View
 from natgrad.capture.layers.scale import ADDITIONS, PRODUCTS, SPREADS, Scale
-from natgrad.capture.layers.views import CASTS, OFFSETS, RESHAPES, SELECTIONS, VIEWS
+from natgrad.capture.layers.views import CASTS, ELEMENTWISE, MULTIPLES, OFFSETS, RESHAPES, SELECTIONS, VIEWS
 
 # How each function's arguments are read.
 PARSERS = {**affine.PARSERS, **bilinear.PARSERS, **convolution.PARSERS, **embedding.PARSERS, **scale.PARSERS}
@@ -14,6 +14,8 @@ __all__ = [
     "ADDITIONS",
     "CASTS",
     "COMPOSITES",
+    "ELEMENTWISE",
+    "MULTIPLES",
     "OFFSETS",
     "PARSERS",
     "PRODUCTS",
