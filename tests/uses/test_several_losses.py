@@ -315,6 +315,9 @@ def test_what_a_posterior_of_several_losses_refuses():
         P.predict(x, link={"clas": "mc"})
     with pytest.raises(ValueError, match="term='clas' is unknown; expected one of 'class', 'box'"):
         P.predict(x, term="clas")
+    tuples = natgrad.LaplacePosterior(model, LOSSES, P._evidence.matrix.M, 1.0, forward=lambda m, b: (m(b)["box"], 0))
+    with pytest.raises(ValueError, match="with several losses expected a dictionary with an entry for each of 'class'"):
+        tuples.predict(x)
     with pytest.raises(TypeError, match="SmoothL1Loss gives no distribution of targets"):
         natgrad.laplace(model, {"class": nn.CrossEntropyLoss(), "box": nn.SmoothL1Loss()}, data).predict(x)
     robust = natgrad.laplace(model, {"class": nn.CrossEntropyLoss(), "box": nn.SmoothL1Loss()}, data)

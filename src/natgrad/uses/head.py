@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from natgrad.checks.replaced import call_with
 from natgrad.checks.values import check_count, described, did_you_mean
 from natgrad.curvature.problem import Forward, Problem
+from natgrad.curvature.terms import entry
 from natgrad.linalg import BlockDiagonal
 from natgrad.losses.base import OutputCurvature
 from natgrad.losses.elementwise import SquaredError
@@ -114,7 +115,7 @@ class Head:
 
     def _output(self, model: Callable[..., Any], batch: Any) -> Tensor:
         output = model(batch) if self.forward is None else self.forward(model, batch)[0]  # type: ignore[arg-type]
-        found = self.curvature.join(output if self.term is None else output[self.term])
+        found = self.curvature.join(output if self.term is None else entry(output, self.term, (self.term,), "outputs"))
         if isinstance(batch, Tensor) and batch.ndim == 1 and found.shape[:1] != batch.shape:
             raise ValueError(
                 f"x has shape {tuple(batch.shape)} and the model's output {tuple(found.shape)}; expected a first axis "
