@@ -27,7 +27,7 @@ import natgrad
 from benchmarks.machine import machine
 
 RATE, MOMENTUM, EPOCHS, BATCH = 0.01, 0.9, 50, 64
-DAMPINGS = (1e-4, 1e-3, 1e-2)
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2)
 LOSS = nn.CrossEntropyLoss()
 State = dict[str, Tensor]
 
@@ -93,12 +93,12 @@ def scores(x: Tensor, y: Tensor, query: tuple[Tensor, Tensor], networks: int, re
             for damping in DAMPINGS:
                 note(f"{structure}, {damping:g}", ask(structure, damping, factors=F))
         F = natgrad.fisher(model, LOSS, (x, y), "ekfac")
-        note(f"ekfac, centered, {DAMPINGS[1]:g}", ask("ekfac", DAMPINGS[1], factors=F))
+        note(f"ekfac, centered, {DAMPINGS[-2]:g}", ask("ekfac", DAMPINGS[-2], factors=F))
         times = RATE / (1 - MOMENTUM) * EPOCHS * len(x) / BATCH / len(states)
-        for damping in (0.0, DAMPINGS[1]):
+        for damping in (0.0, DAMPINGS[-2]):
             note(f"SOURCE, {damping:g}", ask("ekfac", damping, checkpoints=states, times=times, segments=3))
         if refine:
-            note(f"kfac, {refine} steps of CG, {DAMPINGS[2]:g}", ask("kfac", DAMPINGS[2], refine=refine))
+            note(f"kfac, {refine} steps of CG, {DAMPINGS[-1]:g}", ask("kfac", DAMPINGS[-1], refine=refine))
     return total
 
 
