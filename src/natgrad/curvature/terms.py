@@ -46,7 +46,7 @@ class Terms:
             raise ValueError("loss is an empty dictionary; expected a loss for every term of the objective, by name")
         self.weights = _checked(weights or {}, losses)
         data = list(data) if isinstance(data, Iterator) else data  # every term reads it once
-        self.problems = {
+        self.problems: dict[str, Problem] = {
             name: _Term(
                 name, model, loss, data, forward=_of_term(name, tuple(losses), forward), reached=True, **options
             )
@@ -125,12 +125,13 @@ def _of_term(name: str, names: tuple[str, ...], forward: Forward | None) -> Forw
             result = (model(batch[0]), batch[1]) if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise ValueError(f"{what} {described(result)}; expected a pair (outputs, targets) of two dictionaries")
-        return _entry(result[0], name, names, "outputs"), _entry(result[1], name, names, "targets")
+        return entry(result[0], name, names, "outputs"), entry(result[1], name, names, "targets")
 
     return of_term
 
 
-def _entry(values: Any, name: str, names: tuple[str, ...], what: str) -> Any:
+def entry(values: Any, name: str, names: tuple[str, ...], what: str) -> Any:
+    """One term's part of a dictionary; ValueError if there is none."""
     known = ", ".join(map(repr, names))
     if not isinstance(values, Mapping):
         raise ValueError(
