@@ -17,18 +17,20 @@ from natgrad.capture.forms import Form, Forms
 from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, RESHAPES, SPREADS, Call, Kind
 from natgrad.capture.layers.scale import Scale, product, shift
 from natgrad.capture.spread import Copied, Spreading
+from natgrad.capture.tape import Tape
 from natgrad.capture.use import Use
 
 
 class Recorder(TorchFunctionMode):
     """While active, records every use of the given parameters in a forward pass with gradients enabled.
 
-    `check(output)` raises an error if the output depends on parameters in any other way.
+    `check(output)` raises an error if the output depends on parameters in any other way. A `tape` keeps the calls too.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]):
+    def __init__(self, parameters: Mapping[str, Tensor], tape: Tape | None = None):
         super().__init__()
         self.uses: list[Use] = []
+        self.tape = tape
         self._names: dict[int, str] = {}
         self._forms = Forms()  # other forms of a parameter: `W.T`, `W.chunk(3)`
         self.know(parameters)
@@ -64,6 +66,8 @@ class Recorder(TorchFunctionMode):
             if opened is not NotImplemented:
                 return opened
         out = func(*args, **kwargs)
+        if self.tape is not None:
+            self.tape.note(func, args, kwargs, out)
         if isinstance(out, Tensor) and _is_wrapped(out):  # within torch.func: these tensors are not in the graph
             return out
         if given:

@@ -16,6 +16,7 @@ from natgrad.checks.replaced import call_with
 from natgrad.curvature.jacobian import Jacobian, graph, through_graph
 from natgrad.curvature.problem import buffers_kept
 from natgrad.curvature.products import gauss_newton_product, tangent, tangents
+from natgrad.curvature.replay import Replay
 from natgrad.linalg.precision import matmul_precision
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, by_forward, in_order, run_again
@@ -121,7 +122,7 @@ class Objective:
         """Takes the loss, and what was recorded of the layers, for outdated."""
         self.loss = self.evaluate()
         for batch in self.batches:
-            batch.uses = []
+            batch.uses, batch.replay = [], None
 
     @property
     def runs_again(self) -> bool:
@@ -229,7 +230,7 @@ class Objective:
             by_reverse = [bool(directions) and self._by_reverse(batch, directions[0]) for batch in batches]
             together = [batch for batch, its in zip(batches, by_reverse, strict=True) if not its]
             pushed: dict[int, list[tuple[Tensor, Tensor]]] = {id(batch): [] for batch in batches}
-            with matmul_precision(self._precision):
+            with matmul_precision(self._precision if self._is_heavy(batches) else None):
                 for d in directions:
                     if together:
                         for batch, pair in zip(together, self._forward_mode(together, d), strict=True):
@@ -241,13 +242,29 @@ class Objective:
 
     def _forward_mode(self, batches: list[Batch], d: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Outputs and `J d` for batches of one forward."""
+        if (replay := self._replay(batches)) is not None:
+            output, Jd = replay.push((self._parameters[n], d[n]) for n in d)
+            return [(way(output), way(Jd)) for batch in batches if (way := batch.way) is not None]
         return tangents(self._model, partial(run_again, batches), d, in_order(batches), self._place.duals)
+
+    def _is_heavy(self, batches: list[Batch]) -> bool:
+        """Whether products are large enough for a lower precision to save time."""
+        replay = self._replay(batches)
+        return replay is None or replay.is_heavy
+
+    def _replay(self, batches: list[Batch]) -> Replay | None:
+        """What differentiates the forward of these batches without running the model, if there is such."""
+        replay = batches[0].replay
+        if replay is None or any(batch.replay is not replay for batch in batches) or not replay.intact:
+            return None
+        batches[0].forward.check_inputs()
+        return replay
 
     def _by_reverse(self, batch: Batch, d: Vector) -> bool:
         """Whether `J d` takes two backward passes, as forward mode is not what the backward is."""
         if self._place.shards is not None or batch.is_empty:
             return False
-        key = batch.term.name, batch.shape, batch.forward.mode
+        key = batch.term.name, batch.shape, batch.forward.mode, batch.replay is not None
         run = partial(self._run, batch)
         return self._jacobian.by_reverse(key, self._model, run, d, lambda v: self._forward_mode([batch], v)[0])
 

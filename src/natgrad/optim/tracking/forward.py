@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from natgrad.capture.recorder import Recorder
+from natgrad.curvature.replay import Replay
 from natgrad.optim.tracking.returned import Returned, Way
 
 
@@ -19,7 +20,8 @@ from natgrad.optim.tracking.returned import Returned, Way
 class Forward:
     """A forward of the model: its arguments, its random state, its modules' modes, what it returned, what was recorded.
 
-    `autocast` is the lower precision it ran in, if it did. `compiled`: it ran in compiled code, where no uses are seen.
+    `replay` can differentiate it again. `autocast` is the lower precision it ran in, if it did. `compiled`: it ran in
+    compiled code, where no uses are seen.
     """
 
     model: nn.Module
@@ -29,6 +31,7 @@ class Forward:
     autocast: torch.dtype | None = None
     compiled: bool = False
     recorder: Recorder | None = None
+    replay: Replay | None = None
     returned: Returned | None = None
     modes: list[tuple[nn.Module, bool]] = field(init=False)
     inputs: list[tuple[Tensor, int]] = field(init=False)
@@ -53,12 +56,7 @@ class Forward:
         Raises:
             RuntimeError: if an argument has been changed in place since.
         """
-        if (t := changed_in_place(self.inputs)) is not None:
-            raise RuntimeError(
-                f"an input of the model, of shape {tuple(t.shape)}, was changed in place after the forward, and "
-                "the step runs the model on it again; give the model a copy (x.clone()), or change it after the "
-                "step"
-            )
+        self.check_inputs()
         try:
             return self._run(forward, ways)
         except RuntimeError as error:
@@ -80,6 +78,15 @@ class Forward:
             returned = forward(*self.args, **self.kwargs)
             outputs = [way(returned) for way in ways]
         return [full_precision(output) for output in outputs]
+
+    def check_inputs(self) -> None:
+        """Raises RuntimeError if an argument has been changed in place since."""
+        if (t := changed_in_place(self.inputs)) is not None:
+            raise RuntimeError(
+                f"an input of the model, of shape {tuple(t.shape)}, was changed in place after the forward, and "
+                "the step runs the model on it again; give the model a copy (x.clone()), or change it after the "
+                "step"
+            )
 
     @property
     def unchanged(self) -> bool:

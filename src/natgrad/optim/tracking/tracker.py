@@ -23,7 +23,7 @@ from natgrad.optim.tracking.forward import Forward, RandomState
 from natgrad.optim.tracking.meant import Meant
 from natgrad.optim.tracking.origin import forward_of, read
 from natgrad.optim.tracking.own import Found, OwnLoss
-from natgrad.optim.tracking.returned import Way
+from natgrad.optim.tracking.returned import Part, Way
 from natgrad.optim.tracking.unchanged import Unchanged
 from natgrad.optim.tracking.watch import Watch
 
@@ -123,7 +123,9 @@ class Tracker:
 
     def arm(self) -> None:
         """Sets whether the next forward is recorded."""
-        self.watch.recording = self.observer.due() or self.observer.runs_again()
+        due, runs_again = self.observer.due(), self.observer.runs_again()
+        self.watch.recording, self.watch.observes = due or runs_again, due
+        self.watch.replays = runs_again and self.place.shards is None
 
     # Between forward and step --------------------------------------------------------------------------
 
@@ -219,6 +221,8 @@ class Tracker:
                     batch.fault = LOSS_NOT_FINITE
             if self.observer.runs_again() and recorded is output:
                 batch.uses = uses
+        if isinstance(way, Part) and not way.path:  # linear in what the model returned
+            batch.replay = forward.replay
         if own is None:
             return self._noted(batch, loss)
         batch.scalar = weakref.ref(own.scalar)
