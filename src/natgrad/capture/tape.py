@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 LIMIT = 2**24
@@ -59,7 +59,8 @@ class Tape(TorchFunctionMode):
                 return  # else the function returned its argument, as dropout does in evaluation
         elif not (isinstance(out, (tuple, list)) and any(isinstance(t, Tensor) and t.requires_grad for t in out)):
             return
-        own = [self._alias(a) for a in args]
+        made = self._made
+        own = [made[id(a)][1] if id(a) in made else self._alias(a) for a in args]
         more = {k: self._alias(v) for k, v in kwargs.items()} if kwargs else kwargs
         its = self._new(out) if isinstance(out, Tensor) else tuple(map(self._new, out))
         self.entries.append(Entry(func, own, more, its))
@@ -78,12 +79,14 @@ class Tape(TorchFunctionMode):
 
     def _alias(self, value: Any) -> Any:
         """An argument, as the tape keeps it."""
+        if type(value) is nn.Parameter and value.is_leaf:
+            return value
         if isinstance(value, Tensor):
             known = self._made.get(id(value))
             if known is not None:
                 return known[1]
             if value.requires_grad and value.is_leaf:
-                return value  # a parameter
+                return value
             if value.requires_grad or type(value) is not Tensor or value.is_inference():
                 return self._give_up()
             self._versions.append((value, value._version))

@@ -90,14 +90,19 @@ def tangent_of_linear(
 ) -> Tensor | None:
     """`Ẇ h + W ḣ + ḃ`, computed as `Ẇ (h − m) + W ḣ + (ḃ + Ẇ m)` with the first case as `m`. In low precision, inputs
     far from zero would otherwise lose all digits of the result."""
+    if is_full(h):
+        if W_dot is None:
+            return b_dot if h_dot is None else F.linear(h_dot, W, b_dot)
+        a_dot = F.linear(h, W_dot, b_dot)
+        if h_dot is not None:
+            a_dot.view(-1, len(W)).addmm_(h_dot.reshape(-1, h_dot.shape[-1]), W.mT)
+        return a_dot
     terms = []
     if W_dot is not None:
-        if not is_full(h):
-            m = h.reshape(-1, h.shape[-1])[:1].sum(0)
-            c = torch.linalg.vecdot(W_dot, m)
-            b_dot = c if b_dot is None else c + b_dot
-            h = h - m
-        terms.append((h, W_dot))
+        m = h.reshape(-1, h.shape[-1])[:1].sum(0)
+        c = torch.linalg.vecdot(W_dot, m)
+        b_dot = c if b_dot is None else c + b_dot
+        terms.append((h - m, W_dot))
     if h_dot is not None:
         terms.append((h_dot, W))
     return linear(terms, b_dot) if terms else b_dot

@@ -80,8 +80,11 @@ class Objective:
             factor = part.factor(sizes)
             if factor is None:  # gradients that were set by hand
                 factor = part.loss.new_tensor(1 / by_hand[part.kind] if part.is_mean else 1.0)
-            rows.append(torch.stack([factor, part.mass, part.loss]))
-        table: list[list[float]] = torch.stack(rows).tolist() if rows else []
+            rows.append([factor, part.mass, part.loss])
+        if self._parameters.device.type == "cpu":
+            table = [[float(t) for t in row] for row in rows]
+        else:
+            table = torch.stack([torch.stack(row) for row in rows]).tolist() if rows else []
         factors, masses, losses = ([row[i] for row in table] for i in range(3))
         return factors, masses, losses
 

@@ -28,7 +28,7 @@ from natgrad.optim.preconditioner.base import Preconditioner, Sizes
 from natgrad.optim.preconditioner.ladder import Ladder
 from natgrad.optim.preconditioner.options import Options
 from natgrad.optim.preconditioner.ranks import Names, Ranks, Spread
-from natgrad.optim.preconditioner.running import RUNNING
+from natgrad.optim.preconditioner.running import RUNNING, Statistics
 from natgrad.optim.preconditioner.statistics import LayerStatistics
 from natgrad.optim.rules.damping import weighted_median
 from natgrad.optim.rules.stage import Figures
@@ -60,6 +60,7 @@ class LayerBlocks(Preconditioner):
         self.inverse_age = 0
         self.bases_age: int | None = None
         self.frozen: frozenset[str] = frozenset()
+        self._scale: tuple[Statistics, frozenset[str], float] | None = None  # of which averages, without which names
         self.statistics = LayerStatistics(optimizer, parameters, labels, options, self.running, self.ranks)
 
     def chosen(self) -> dict[str, Any]:
@@ -212,10 +213,15 @@ class LayerBlocks(Preconditioner):
     def scale(self) -> float:
         if not self.running.reads_gradients:
             return 1.0  # the damping is relative
+        known, alone = self._scale, self.parameters.place.world.size == 1
+        if alone and known is not None and known[0] is self.running.total and known[1] == self.frozen:
+            return known[2]
         operators = [block.operator for block in self._own_blocks().values()]
         traces = torch.stack([op.trace_in_coordinates() for op in operators]).tolist() if operators else []
         means = [(trace / op.space.size, float(op.space.size)) for trace, op in zip(traces, operators, strict=True)]
-        return weighted_median(self.ranks.means(means))
+        scale = weighted_median(self.ranks.means(means))
+        self._scale = self.running.total, self.frozen, scale
+        return scale
 
     # Saving --------------------------------------------------------------------------------------------
 

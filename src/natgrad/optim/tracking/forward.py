@@ -38,7 +38,9 @@ class Forward:
 
     def __post_init__(self) -> None:
         self.modes = [(m, m.training) for m in self.model.modules()]
-        self.inputs = with_versions((self.args, self.kwargs))
+        is_plain = not self.kwargs and all(isinstance(a, Tensor) for a in self.args)
+        trees = self.args if is_plain else ((self.args, self.kwargs),)
+        self.inputs = [noted for tree in trees for noted in with_versions(tree)]
 
     def again(self, forward: Callable[..., Any], way: Way) -> Tensor:
         """The loss's input from `forward` on the same arguments: with the same random numbers, in the same precision,
@@ -117,7 +119,8 @@ def full_precision(output: Tensor) -> Tensor:
 
 def with_versions(tree: Any) -> list[tuple[Tensor, int]]:
     """The tensors in a tree of tuples, lists and dictionaries, each with how often it was written to."""
-    return [(t, _version(t)) for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    leaves = [tree] if isinstance(tree, Tensor) else tree_leaves(tree)
+    return [(t, _version(t)) for t in leaves if isinstance(t, Tensor)]
 
 
 def changed_in_place(noted: list[tuple[Tensor, int]]) -> Tensor | None:
