@@ -24,13 +24,13 @@ from natgrad.capture.use import Use
 class Recorder(TorchFunctionMode):
     """While active, records every use of the given parameters in a forward pass with gradients enabled.
 
-    `check(output)` raises an error if the output depends on parameters in any other way. A `tape` keeps the calls too.
+    `check(output)` raises an error if the output depends on parameters in any other way. Its `tape`, if it is given one, keeps all calls.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], tape: Tape | None = None):
+    def __init__(self, parameters: Mapping[str, Tensor]):
         super().__init__()
         self.uses: list[Use] = []
-        self.tape = tape
+        self.tape: Tape | None = None
         self._names: dict[int, str] = {}
         self._forms = Forms()  # other forms of a parameter: `W.T`, `W.chunk(3)`
         self.know(parameters)

@@ -15,7 +15,7 @@ from torch import Tensor
 from natgrad.checks.replaced import call_with
 from natgrad.curvature.jacobian import Jacobian, graph, through_graph
 from natgrad.curvature.problem import buffers_kept
-from natgrad.curvature.products import gauss_newton_product, tangent, tangents
+from natgrad.curvature.products import gauss_newton_product, tangents
 from natgrad.curvature.replay import Replay
 from natgrad.linalg.precision import matmul_precision
 from natgrad.optim.parameters import Parameters
@@ -312,7 +312,7 @@ class Objective:
                     for n, g in self._product_by_reverse(batch, d).items():
                         total[n] += share * g
                     continue
-                _, Jd = tangent(self._model, batch.run, d, batch.uses)
+                ((_, Jd),) = self._forward_mode([batch], d)
                 DJd = share * batch.term.curvature.product(output.detach(), batch.target, Jd)
                 gradients = torch.autograd.grad(output, leaves, DJd, retain_graph=True, allow_unused=True)
                 for n, g in zip(names, gradients, strict=True):

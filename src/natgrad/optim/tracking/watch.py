@@ -123,9 +123,9 @@ class Watch:
             forward.recorder = forward.replay = None
         self.forwards = [f for f in self.forwards if f.returned is not None and f.returned.let_go()]
 
-    def recorder(self, tape: Tape | None = None) -> Recorder:
+    def recorder(self) -> Recorder:
         """A recorder of the parameters that are trainable now, or of all."""
-        return Recorder({n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen}, tape)
+        return Recorder({n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen})
 
     @property
     def running(self) -> bool:
@@ -175,7 +175,11 @@ class Watch:
         self._now = Forward(model, args, kwargs, RandomState(device), precision, compiled)
         if self.recording and not compiled:  # compiled code has no function modes
             tape = Tape() if self.replays else None
-            self._recorder = tape if tape and self._replayed and not self.observes else self.recorder(tape)
+            if tape is not None and self._replayed and not self.observes:
+                self._recorder = tape
+            else:
+                self._recorder = self.recorder()
+                self._recorder.tape = tape
             self._recorder.__enter__()
             self._stance = torch.compiler.set_stance("force_eager")
 
