@@ -120,6 +120,43 @@ def test_padding_has_no_tangent_because_it_has_no_gradient():
     close(found, torch.stack([torch.stack([0 * d[0], d[1]]), torch.stack([d[5], 0 * d[0]])]))
 
 
+class Recurrent(nn.Module):
+    """All that a recurrent layer returns, for an input and initial states that depend on parameters."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.layer = nn.Linear(5, 3, dtype=f64), kind(3, 4, dtype=f64, **options)
+        many = self.layer.num_layers * (2 if self.layer.bidirectional else 1)
+        self.first = nn.Parameter(randn(many, 6 if self.layer.batch_first else 2, 4))
+
+    def forward(self, x):
+        first = torch.sin(self.first)
+        states = (first, torch.cos(self.first)) if isinstance(self.layer, nn.LSTM) else first
+        y, ends = self.layer(self.before(x), states)
+        ends = ends if isinstance(ends, tuple) else (ends,)
+        return torch.cat([y.reshape(-1), *(t.reshape(-1) for t in ends)])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize(
+    "options", [{}, {"bidirectional": True, "batch_first": True}, {"num_layers": 2, "bias": False}]
+)
+def test_recurrent_layers(kind, options):
+    model, x = Recurrent(kind, **options), randn(6, 2, 5, seed=1)
+    replay = replayed(model, x)
+    assert replay is not None
+    d = {n: randn(*p.shape, seed=i) for i, (n, p) in enumerate(model.named_parameters())}
+    with torch.no_grad():
+        output, found = replay.push((p, d[n]) for n, p in model.named_parameters())
+        ends = []
+        for sign in (1, -1):
+            moved = {n: p + sign * 1e-5 * d[n] for n, p in model.named_parameters()}
+            ends.append(functional_call(model, moved, (x,)))
+    close(output, model(x).detach(), 1e-12)
+    close(found, (ends[0] - ends[1]) / 2e-5, 1e-7)
+
+
 NOT_REPLAYED = {
     "random": lambda a, x: F.dropout(a, 0.5),
     "in place": lambda a, x: a.mul(1.0).relu_(),

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.forms import Form, Forms
-from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, RESHAPES, SPREADS, Call, Kind
+from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, RECURRENCES, RESHAPES, SPREADS, Call, Kind
 from natgrad.capture.layers.scale import Scale, product, shift
 from natgrad.capture.spread import Copied, Spreading
 from natgrad.capture.tape import Tape
@@ -24,7 +24,8 @@ from natgrad.capture.use import Use
 class Recorder(TorchFunctionMode):
     """While active, records every use of the given parameters in a forward pass with gradients enabled.
 
-    `check(output)` raises an error if the output depends on parameters in any other way. Its `tape`, if it is given one, keeps all calls.
+    `check(output)` raises an error if the output depends on parameters in any other way. A `tape`, if there is one,
+    keeps all calls.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
@@ -61,8 +62,10 @@ class Recorder(TorchFunctionMode):
         tensors = _tensors((args, kwargs))
         given = [t for t in tensors if t in self._forms]
         if composite is not None and given and torch.is_grad_enabled():
-            with self:
-                opened = composite(*args, **kwargs)
+            opened = self._recurrence(func, args, kwargs) if func in RECURRENCES else NotImplemented
+            if opened is NotImplemented:
+                with self:
+                    opened = composite(*args, **kwargs)
             if opened is not NotImplemented:
                 return opened
         out = func(*args, **kwargs)
@@ -75,6 +78,18 @@ class Recorder(TorchFunctionMode):
         if func in SPREADS or func in RESHAPES or func is Tensor.__getitem__:
             for copied in self._spreading.look_at(func, args, kwargs, out):
                 self._spread_out(copied, out)
+        return out
+
+    def _recurrence(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The call of a recurrent layer; on the tape it is one."""
+        tape, self.tape = self.tape, None
+        try:
+            with self:
+                out = RECURRENCES[func](*args, **kwargs)
+        finally:
+            self.tape = tape
+        if tape is not None and out is not NotImplemented:
+            tape.note(func, tuple(args), kwargs, out)
         return out
 
     def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, given: list[Tensor]) -> None:
@@ -272,6 +287,10 @@ class Recorder(TorchFunctionMode):
                     for n, f in self._without_gradients.items():
                         missed[n] = f"{f} in a checkpoint, which needs use_reentrant=False"
                 ahead = uses[node].sources if node in uses else [n for n, _ in node.next_functions if n is not None]
+                if getattr(node, "is_recurrence", False):
+                    ahead = [
+                        n for n, _ in node.next_functions[1:] if n is not None
+                    ]  # the first is the weight, recorded
                 left += [(function, n) for n in ahead]
         return missed, reached
 

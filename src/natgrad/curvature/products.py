@@ -21,8 +21,8 @@ from natgrad.capture.layers import COMPOSITES
 from natgrad.capture.layers.embedding import embedding_bag
 from natgrad.capture.use import Use
 from natgrad.checks.replaced import call_with
+from natgrad.curvature.affine_tangents import tangent_of_convolution, tangent_of_linear
 from natgrad.curvature.jacobian import graph, same_numbers, through_graph
-from natgrad.curvature.replay import tangent_of_convolution, tangent_of_linear
 from natgrad.curvature.tangents import tangent_rule
 
 

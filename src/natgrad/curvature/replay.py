@@ -6,7 +6,7 @@ small models, this takes a fraction of the time of torch's forward mode, most of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from natgrad.capture.tape import Tape
-from natgrad.linalg.precision import is_full, linear, worth_lowering
+from natgrad.curvature.affine_tangents import tangent_of_convolution, tangent_of_linear
+from natgrad.curvature.recurrence import has_tangent, tangent_of_network
+from natgrad.linalg.precision import worth_lowering
 
 aten = torch.ops.aten
 Dot = Callable[[Any], Any]
@@ -40,11 +42,10 @@ class Replay:
         rules: list[Rule] = []
         for function, args, kwargs, out in tape.entries:
             rule = RULES.get(function)
-            if rule is None or not args or not isinstance(out, Tensor):
+            if rule is None or not _takes(rule, args, kwargs, out):
                 return None
-            if (rule in OF_TWO and (kwargs or len(args) != 2)) or (rule in PRODUCTS and len(args) < 2):
-                return None
-            for t in (*args, *kwargs.values(), out):
+            outs = (out,) if isinstance(out, Tensor) else out
+            for t in (*args, *kwargs.values(), *outs):
                 if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != dtype:
                     return None  # autocast
             rules.append(rule)
@@ -74,7 +75,9 @@ class Replay:
 
         for rule, (_, args, kwargs, out) in zip(self._rules, self._tape.entries, strict=True):
             found = rule(dot, out, *args, **kwargs)
-            if found is not None:
+            if isinstance(found, tuple):
+                dots |= {id(t): its for t, its in zip(out, found, strict=True)}
+            elif found is not None:
                 dots[id(out)] = found if found.shape == out.shape else found.expand_as(out)
         output = self._tape.output
         assert output is not None
@@ -85,48 +88,13 @@ class Replay:
 # The rules. Each is called with `Dot`, what the call returned, and the call's arguments -----------------
 
 
-def tangent_of_linear(
-    h: Tensor, h_dot: Tensor | None, W: Tensor, W_dot: Tensor | None, b_dot: Tensor | None
-) -> Tensor | None:
-    """`Ẇ h + W ḣ + ḃ`, computed as `Ẇ (h − m) + W ḣ + (ḃ + Ẇ m)` with the first case as `m`. In low precision, inputs
-    far from zero would otherwise lose all digits of the result."""
-    if is_full(h):
-        if W_dot is None:
-            return b_dot if h_dot is None else F.linear(h_dot, W, b_dot)
-        a_dot = F.linear(h, W_dot, b_dot)
-        if h_dot is not None:
-            a_dot.view(-1, len(W)).addmm_(h_dot.reshape(-1, h_dot.shape[-1]), W.mT)
-        return a_dot
-    terms = []
-    if W_dot is not None:
-        m = h.reshape(-1, h.shape[-1])[:1].sum(0)
-        c = torch.linalg.vecdot(W_dot, m)
-        b_dot = c if b_dot is None else c + b_dot
-        terms.append((h - m, W_dot))
-    if h_dot is not None:
-        terms.append((h_dot, W))
-    return linear(terms, b_dot) if terms else b_dot
-
-
-def tangent_of_convolution(
-    convolve: Callable[..., Tensor],
-    h: Tensor,
-    h_dot: Tensor | None,
-    W: Tensor,
-    W_dot: Tensor | None,
-    b_dot: Tensor | None,
-    *how: Any,
-) -> Tensor | None:
-    """`Ẇ ∗ h + W ∗ ḣ + ḃ`."""
-    a_dot: Tensor | None = None
-    if W_dot is not None:
-        a_dot = convolve(h, W_dot, b_dot, *how)
-    elif b_dot is not None:
-        a_dot = b_dot.view(-1, *[1] * (W.ndim - 2))
-    if h_dot is None:
-        return a_dot
-    through = convolve(h_dot, W, None, *how)
-    return through if a_dot is None else through.add_(a_dot)
+def _takes(rule: Rule, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> bool:
+    """Whether a rule is for a call with these arguments."""
+    if rule in RECURRENT:
+        return not kwargs and has_tangent(*args)
+    if rule in OF_TWO:
+        return len(args) == 2 and not kwargs
+    return isinstance(out, Tensor) and len(args) >= (2 if rule in PRODUCTS else 1)
 
 
 def _multiplications(args: Sequence[Any], out: Tensor) -> int:
@@ -238,10 +206,12 @@ def _each(rule: Rule, *functions: Any) -> dict[Any, Rule]:
 _plus, _minus = partial(_sum, 1), partial(_sum, -1)
 OF_TWO = (_plus, _minus, _product, _matrix_product, _quotient)
 CONVOLUTIONS = _each(_convolution, torch.conv1d, torch.conv2d, torch.conv3d)
+RECURRENT = tuple(_each(tangent_of_network, torch._VF.lstm, torch._VF.gru).values())
 PRODUCTS = (_linear, *CONVOLUTIONS.values())
 RULES: dict[Any, Rule] = {
     F.linear: _linear,
     **CONVOLUTIONS,
+    **dict(zip((torch._VF.lstm, torch._VF.gru), RECURRENT, strict=True)),
     F.embedding: _embedding,
     torch.cat: _cat,
     **_all(_plus, Tensor.add, torch.add),

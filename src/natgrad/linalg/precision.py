@@ -74,8 +74,8 @@ def is_full(t: Tensor) -> bool:
     """Whether matrix products with this tensor are computed in the tensor's own precision."""
     if t.dtype != torch.float32:
         return t.dtype == torch.float64
-    place = torch.backends.mkldnn.matmul if t.device.type == "cpu" else torch.backends.cuda.matmul
-    return place.fp32_precision in ("none", "ieee")  # type: ignore[union-attr]
+    place = torch.backends.mkldnn if t.device.type == "cpu" else torch.backends.cuda
+    return place.matmul.fp32_precision in ("none", "ieee")
 
 
 def matmul(first: Tensor, *others: Tensor) -> Tensor:
