@@ -67,10 +67,10 @@ def tangent_of_network(
             ah_dot = tangent_of_linear(before, None, own.W_hh, dot(own.W_hh), dot(own.b_hh))
             ax_dot, ah_dot = _filled(a_x, ax_dot), _filled(a_h, ah_dot)
             linearized = own.linearized(a_x, a_h, before, states)
-            h_dot, ends_dot = linearized.push(own.turned(ax_dot), own.turned(ah_dot), states_dot, own.W_hh)
-            last.append((h_dot[:, -1], *ends_dot))
+            h_dot, ends_dot = linearized.push(ax_dot, ah_dot, states_dot, own.W_hh)
+            last.append((h_dot[:, 0 if own.backwards else -1], *ends_dot))
             outputs.append(y)
-            outputs_dot.append(own.turned(h_dot))
+            outputs_dot.append(h_dot)
         x, x_dot = torch.cat(outputs, -1), torch.cat(outputs_dot, -1)
     assert x_dot is not None
     ends = tuple(torch.stack(s) for s in zip(*last, strict=True))

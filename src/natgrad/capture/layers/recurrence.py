@@ -19,22 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 States = tuple[Tensor, ...]
+aten = torch.ops.aten
 
 
 class Linearized:
-    """One layer in one direction. All tensors have the shape `(N, T, ...)`, with the steps in the layer's own order.
+    """One layer in one direction. All tensors have the shape `(N, T, ...)`, in the order of time.
 
     Args:
         a_x: pre-activations of the inputs.
         a_h: pre-activations of the hidden states.
         before: the hidden states before each step.
         states: the initial states, `(h,)` or `(h, c)`, each `(N, d)`.
+        backwards: whether the steps go back in time.
     """
 
     ends: States
     """The last states, apart from `h`."""
 
-    def __init__(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States):
+    def __init__(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States, backwards: bool):
         raise NotImplementedError
 
     def push(self, ax_dot: Tensor, ah_dot: Tensor, states_dot: States, W: Tensor) -> tuple[Tensor, States]:
@@ -47,6 +49,17 @@ class Linearized:
         raise NotImplementedError
 
 
+def _steps(t: Tensor, backwards: bool) -> Sequence[Tensor]:
+    """The parts of every step, in the order of the steps."""
+    parts = t.unbind(1)
+    return parts[::-1] if backwards else parts
+
+
+def _joined(parts: list[Tensor], backwards: bool) -> Tensor:
+    """Undoes `_steps`."""
+    return torch.stack(parts[::-1] if backwards else parts, 1)
+
+
 class LinearizedLSTM(Linearized):
     """`c = f c₋ + i u`, `h = o tanh c`, with `(i, f, u, o) = (σ, σ, tanh, σ)(a_x + a_h)`.
 
@@ -54,38 +67,41 @@ class LinearizedLSTM(Linearized):
     `k_i = i (1 − i) u`, `k_f = f (1 − f) c₋`, `k_u = i (1 − u²)`, `k_o = o (1 − o) tanh c` and `p = o (1 − tanh² c)`.
     """
 
-    def __init__(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States):
+    def __init__(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States, backwards: bool):
         i, f, u, o = (a_x + a_h).chunk(4, -1)
         i, f, u, o = i.sigmoid(), f.sigmoid(), u.tanh(), o.sigmoid()
         cells, c = [states[1]], states[1]
-        for new, kept in zip((i * u).unbind(1), f.unbind(1), strict=True):
+        for new, kept in zip(_steps(i * u, backwards), _steps(f, backwards), strict=True):
             c = torch.addcmul(new, kept, c)
             cells.append(c)
-        c_before, tanh = torch.stack(cells[:-1], 1), torch.stack(cells[1:], 1).tanh()
-        slopes = [i * (1 - i) * u, f * (1 - f) * c_before, i * (1 - u * u), o * (1 - o) * tanh]
-        self.k = torch.stack(slopes, -2)
-        self.f, self.p, self.ends = f, o * (1 - tanh * tanh), (c,)
+        c_before, tanh = _joined(cells[:-1], backwards), _joined(cells[1:], backwards).tanh()
+        # The slope of the logistic function is y (1 − y), that of tanh is 1 − y².
+        slopes = [
+            aten.sigmoid_backward(u, i),
+            aten.sigmoid_backward(c_before, f),
+            aten.tanh_backward(i, u),
+            aten.sigmoid_backward(tanh, o),
+        ]
+        own = torch.stack(slopes, -2), f, aten.tanh_backward(o, tanh)
+        self._own, self._backwards, self.ends = [_steps(t, backwards) for t in own], backwards, (c,)
 
     def push(self, ax_dot: Tensor, ah_dot: Tensor, states_dot: States, W: Tensor) -> tuple[Tensor, States]:
         (h, c), out, W_T = states_dot, [], W.mT
-        shape = self.k.shape[:1] + self.k.shape[2:]
-        each = zip((ax_dot + ah_dot).unbind(1), self.k.unbind(1), self.f.unbind(1), self.p.unbind(1), strict=True)
-        for a, k, f, p in each:
-            moved = torch.addmm(a, h, W_T).view(shape) * k
-            c = torch.addcmul(moved[:, :3].sum(1), f, c)
-            h = torch.addcmul(moved[:, 3], p, c)
+        for a, k, f, p in zip(_steps(ax_dot + ah_dot, self._backwards), *self._own, strict=True):
+            i, f_, u, o = (torch.addmm(a, h, W_T).view_as(k) * k).unbind(1)
+            c = torch.addcmul(i.add_(f_).add_(u), f, c)
+            h = torch.addcmul(o, p, c)
             out.append(h)
-        return torch.stack(out, 1), (c,)
+        return _joined(out, self._backwards), (c,)
 
     def pull(self, g: Tensor, ends: States, W: Tensor) -> tuple[Tensor, Tensor, States]:
-        (c,), h, out = ends, None, []
-        each = zip(g.unbind(1), self.k.unbind(1), self.f.unbind(1), self.p.unbind(1), strict=True)
-        for its, k, f, p in reversed(list(each)):
-            h = its if h is None else torch.addmm(its, out[-1], W)
+        (c,), out = ends, list[Tensor]()
+        for its, k, f, p in reversed(list(zip(_steps(g, self._backwards), *self._own, strict=True))):
+            h = torch.addmm(its, out[-1], W) if out else its
             c = torch.addcmul(c, h, p)
             out.append((torch.stack([c, c, c, h], 1) * k).flatten(1))
             c = c * f
-        a = torch.stack(out[::-1], 1)
+        a = _joined(out[::-1], self._backwards)
         return a, a, (out[-1] @ W, c)
 
 
@@ -97,34 +113,34 @@ class LinearizedGRU(Linearized):
 
     ends = ()
 
-    def __init__(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States):
+    def __init__(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States, backwards: bool):
         (x_r, x_z, x_n), (h_r, h_z, h_n) = a_x.chunk(3, -1), a_h.chunk(3, -1)
         r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
         n = torch.addcmul(x_n, r, h_n).tanh()
         k_n, k_z = (1 - z) * (1 - n * n), (before - n) * z * (1 - z)
         k_r = k_n * h_n * r * (1 - r)
-        self.k_x, self.k_h, self.z = torch.stack([k_r, k_z, k_n], -2), torch.stack([k_r, k_z, k_n * r], -2), z
+        self._k_x, self._k_h = torch.stack([k_r, k_z, k_n], -2), torch.stack([k_r, k_z, k_n * r], -2)
+        self._own, self._backwards = [_steps(t, backwards) for t in (self._k_h, z)], backwards
 
     def push(self, ax_dot: Tensor, ah_dot: Tensor, states_dot: States, W: Tensor) -> tuple[Tensor, States]:
         (h,), out, W_T = states_dot, [], W.mT
-        shape = self.k_x.shape[:1] + self.k_x.shape[2:]
-        known = (ax_dot.view_as(self.k_x) * self.k_x + ah_dot.view_as(self.k_h) * self.k_h).sum(-2)
-        for s, k, z in zip(known.unbind(1), self.k_h.unbind(1), self.z.unbind(1), strict=True):
-            h = torch.addcmul(s, z, h) + ((h @ W_T).view(shape) * k).sum(1)
+        known = (ax_dot.view_as(self._k_x) * self._k_x + ah_dot.view_as(self._k_h) * self._k_h).sum(-2)
+        for s, k, z in zip(_steps(known, self._backwards), *self._own, strict=True):
+            h = torch.addcmul(s, z, h) + ((h @ W_T).view_as(k) * k).sum(1)
             out.append(h)
-        return torch.stack(out, 1), ()
+        return _joined(out, self._backwards), ()
 
     def pull(self, g: Tensor, ends: States, W: Tensor) -> tuple[Tensor, Tensor, States]:
         h = torch.zeros_like(g[:, 0])
-        total, out = [], []
-        for its, k, z in reversed(list(zip(g.unbind(1), self.k_h.unbind(1), self.z.unbind(1), strict=True))):
+        total, out = list[Tensor](), list[Tensor]()
+        for its, k, z in reversed(list(zip(_steps(g, self._backwards), *self._own, strict=True))):
             h = its + h
             a = (h.unsqueeze(1) * k).flatten(1)
             total.append(h)
             out.append(a)
             h = torch.addmm(h * z, a, W)
-        every = torch.stack(total[::-1], 1)
-        return (every.unsqueeze(-2) * self.k_x).flatten(-2), torch.stack(out[::-1], 1), (h,)
+        every = _joined(total[::-1], self._backwards)
+        return (every.unsqueeze(-2) * self._k_x).flatten(-2), _joined(out[::-1], self._backwards), (h,)
 
 
 KINDS: dict[Any, type[Linearized]] = {torch._VF.lstm: LinearizedLSTM, torch._VF.gru: LinearizedGRU}
@@ -149,7 +165,7 @@ class Direction:
         return torch.cat([y[:, 1:], first], 1) if self.backwards else torch.cat([first, y[:, :-1]], 1)
 
     def linearized(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States) -> Linearized:
-        return self.kind(self.turned(a_x), self.turned(a_h), self.turned(before), states)
+        return self.kind(a_x, a_h, before, states, self.backwards)
 
 
 class Recurrence(torch.autograd.Function):
@@ -174,9 +190,8 @@ class Recurrence(torch.autograd.Function):
         W, a_x, a_h, *states = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             return None, None, None, *_twice(ctx, g, ends, W, a_x, a_h, states)
-        own: Direction = ctx.own
-        in_x, in_h, initial = ctx.linearized.pull(own.turned(g), ends, W)
-        return None, None, None, None, own.turned(in_x), own.turned(in_h), *initial
+        in_x, in_h, initial = ctx.linearized.pull(g, ends, W)
+        return None, None, None, None, in_x, in_h, *initial
 
 
 def _twice(
