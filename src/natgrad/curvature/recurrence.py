@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natgrad.capture.layers.recurrence import is_linearized, layers_of, values
+from natgrad.capture.layers.recurrence import Direction, is_linearized, layers_of, values
 from natgrad.curvature.affine_tangents import tangent_of_linear
+
+Dot = Callable[[Any], Tensor | None]
 
 
 def has_tangent(
@@ -35,7 +37,7 @@ def has_tangent(
 
 def tangent_of_network(
     function: Any,
-    dot: Callable[[Any], Tensor | None],
+    dot: Dot,
     out: tuple[Tensor, ...],
     input: Tensor,
     hidden: Any,
@@ -62,10 +64,9 @@ def tangent_of_network(
             states, states_dot = tuple(s[k] for s in initial), tuple(s[k] for s in initial_dot)
             y = its if layer == num_layers - 1 else values(own, x, states)[0]
             before = own.before(y, states[0])
-            a_x, a_h = F.linear(x, own.W_ih, own.b_ih), F.linear(before, own.W_hh, own.b_hh)
-            ax_dot = tangent_of_linear(x, x_dot, own.W_ih, dot(own.W_ih), dot(own.b_ih))
-            ah_dot = tangent_of_linear(before, None, own.W_hh, dot(own.W_hh), dot(own.b_hh))
-            ax_dot, ah_dot = _filled(a_x, ax_dot), _filled(a_h, ah_dot)
+            a_x = F.linear(x, own.W_ih, own.b_ih)
+            ax_dot = _filled(a_x, tangent_of_linear(x, x_dot, own.W_ih, dot(own.W_ih), dot(own.b_ih)))
+            a_h, ah_dot = _of_hidden(own, before, dot, a_x, ax_dot)
             linearized = own.linearized(a_x, a_h, before, states)
             h_dot, ends_dot = linearized.push(ax_dot, ah_dot, states_dot, own.W_hh)
             last.append((h_dot[:, 0 if own.backwards else -1], *ends_dot))
@@ -77,5 +78,25 @@ def tangent_of_network(
     return (x_dot if batch_first else x_dot.transpose(0, 1), *ends)
 
 
+def _of_hidden(
+    own: Direction, before: Tensor, dot: Dot, a_x: Tensor, ax_dot: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The pre-activations of the hidden states, and their tangents as long as the hidden states have none; None if they
+    are added to those of the inputs."""
+    ah_dot = tangent_of_linear(before, None, own.W_hh, dot(own.W_hh), dot(own.b_hh))
+    if not own.kind.adds:
+        a_h = F.linear(before, own.W_hh, own.b_hh)
+        return a_h, _filled(a_h, ah_dot)
+    a_x.view(-1, a_x.shape[-1]).addmm_(before.reshape(-1, before.shape[-1]), own.W_hh.mT)
+    if own.b_hh is not None:
+        a_x.add_(own.b_hh)
+    if ah_dot is not None:
+        ax_dot.add_(ah_dot)
+    return None, None
+
+
 def _filled(a: Tensor, a_dot: Tensor | None) -> Tensor:
-    return torch.zeros_like(a) if a_dot is None else a_dot.expand_as(a)
+    """A tangent in full, that can be written to."""
+    if a_dot is None or a_dot.shape != a.shape:
+        return torch.zeros_like(a) if a_dot is None else a_dot.expand_as(a).clone()
+    return a_dot

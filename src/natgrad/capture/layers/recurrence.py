@@ -35,11 +35,13 @@ class Linearized:
 
     ends: States
     """The last states, apart from `h`."""
+    adds = False
+    """Whether only `a_x + a_h` matters. It may then come as `a_x`, to be written to, with None for `a_h`."""
 
-    def __init__(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States, backwards: bool):
+    def __init__(self, a_x: Tensor, a_h: Tensor | None, before: Tensor, states: States, backwards: bool):
         raise NotImplementedError
 
-    def push(self, ax_dot: Tensor, ah_dot: Tensor, states_dot: States, W: Tensor) -> tuple[Tensor, States]:
+    def push(self, ax_dot: Tensor, ah_dot: Tensor | None, states_dot: States, W: Tensor) -> tuple[Tensor, States]:
         """Tangents of all `h`, and of the other last states. `ah_dot` is without what comes from the tangent of
         `h₋`."""
         raise NotImplementedError
@@ -67,9 +69,11 @@ class LinearizedLSTM(Linearized):
     `k_i = i (1 − i) u`, `k_f = f (1 − f) c₋`, `k_u = i (1 − u²)`, `k_o = o (1 − o) tanh c` and `p = o (1 − tanh² c)`.
     """
 
-    def __init__(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States, backwards: bool):
-        i, f, u, o = (a_x + a_h).chunk(4, -1)
-        i, f, u, o = i.sigmoid(), f.sigmoid(), u.tanh(), o.sigmoid()
+    adds = True
+
+    def __init__(self, a_x: Tensor, a_h: Tensor | None, before: Tensor, states: States, backwards: bool):
+        i, f, u, o = (a_x if a_h is None else a_x + a_h).chunk(4, -1)
+        i, f, u, o = i.sigmoid_(), f.sigmoid_(), u.tanh_(), o.sigmoid_()
         cells, c = [states[1]], states[1]
         for new, kept in zip(_steps(i * u, backwards), _steps(f, backwards), strict=True):
             c = torch.addcmul(new, kept, c)
@@ -85,9 +89,10 @@ class LinearizedLSTM(Linearized):
         own = torch.stack(slopes, -2), f, aten.tanh_backward(o, tanh)
         self._own, self._backwards, self.ends = [_steps(t, backwards) for t in own], backwards, (c,)
 
-    def push(self, ax_dot: Tensor, ah_dot: Tensor, states_dot: States, W: Tensor) -> tuple[Tensor, States]:
+    def push(self, ax_dot: Tensor, ah_dot: Tensor | None, states_dot: States, W: Tensor) -> tuple[Tensor, States]:
         (h, c), out, W_T = states_dot, [], W.mT
-        for a, k, f, p in zip(_steps(ax_dot + ah_dot, self._backwards), *self._own, strict=True):
+        a_dot = ax_dot if ah_dot is None else ax_dot + ah_dot
+        for a, k, f, p in zip(_steps(a_dot, self._backwards), *self._own, strict=True):
             i, f_, u, o = (torch.addmm(a, h, W_T).view_as(k) * k).unbind(1)
             c = torch.addcmul(i.add_(f_).add_(u), f, c)
             h = torch.addcmul(o, p, c)
@@ -113,7 +118,8 @@ class LinearizedGRU(Linearized):
 
     ends = ()
 
-    def __init__(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States, backwards: bool):
+    def __init__(self, a_x: Tensor, a_h: Tensor | None, before: Tensor, states: States, backwards: bool):
+        assert a_h is not None
         (x_r, x_z, x_n), (h_r, h_z, h_n) = a_x.chunk(3, -1), a_h.chunk(3, -1)
         r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
         n = torch.addcmul(x_n, r, h_n).tanh()
@@ -122,7 +128,8 @@ class LinearizedGRU(Linearized):
         self._k_x, self._k_h = torch.stack([k_r, k_z, k_n], -2), torch.stack([k_r, k_z, k_n * r], -2)
         self._own, self._backwards = [_steps(t, backwards) for t in (self._k_h, z)], backwards
 
-    def push(self, ax_dot: Tensor, ah_dot: Tensor, states_dot: States, W: Tensor) -> tuple[Tensor, States]:
+    def push(self, ax_dot: Tensor, ah_dot: Tensor | None, states_dot: States, W: Tensor) -> tuple[Tensor, States]:
+        assert ah_dot is not None
         (h,), out, W_T = states_dot, [], W.mT
         known = (ax_dot.view_as(self._k_x) * self._k_x + ah_dot.view_as(self._k_h) * self._k_h).sum(-2)
         for s, k, z in zip(_steps(known, self._backwards), *self._own, strict=True):
@@ -164,7 +171,7 @@ class Direction:
         first = h.unsqueeze(1)
         return torch.cat([y[:, 1:], first], 1) if self.backwards else torch.cat([first, y[:, :-1]], 1)
 
-    def linearized(self, a_x: Tensor, a_h: Tensor, before: Tensor, states: States) -> Linearized:
+    def linearized(self, a_x: Tensor, a_h: Tensor | None, before: Tensor, states: States) -> Linearized:
         return self.kind(a_x, a_h, before, states, self.backwards)
 
 
