@@ -169,6 +169,8 @@ class Watch:
         around = DistributedDataParallel._active_ddp_module
         if around is not None and self._within is not None and (within := self._within()) is not None:
             within(around)
+        if self._finished is not None and not self.recording:
+            return  # nobody asks for this forward
         device = next(iter(self._parameters.values())).device
         lowered = torch.is_autocast_enabled(device.type)
         precision = torch.get_autocast_dtype(device.type) if lowered else None
