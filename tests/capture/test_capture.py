@@ -501,7 +501,18 @@ class Scaled(nn.Module):
         return self.two(h)
 
 
-UNSUPPORTED = {"Power": lambda: Power(D), "PReLU": lambda: nn.PReLU(dtype=f64)}
+class Attended(nn.Module):
+    """Features that are weighted by a softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(randn(D))
+
+    def forward(self, h):
+        return h * self.weight.softmax(0)
+
+
+UNSUPPORTED = {"Power": lambda: Power(D), "Attended": Attended}
 
 
 class TestAfterwards:

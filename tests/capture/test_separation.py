@@ -168,12 +168,39 @@ class TestCheck:
         natgrad.fisher(model, CE, [(x, y)] * 5, "block")
         assert len(passes) == 2
 
+    def test_again_after_ten_batches(self, monkeypatch):
+        """A gate that opens makes rows depend on one another, in batches of a shape that is known."""
+        passes = self.count(monkeypatch)
+
+        class Gated(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.one, self.two, self.calls = nn.Linear(3, 4), nn.Linear(4, 3), 0
+                self.to(f64)
+
+            def forward(self, x):
+                h = self.one(x).tanh()
+                return self.two(h + (self.calls >= 9) * h.mean(0))
+
+        def forward(model, batch):
+            output = model(batch[0])
+            model.calls += 1
+            return output, batch[1]
+
+        batches = [(torch.randn(5, 3, dtype=f64), torch.arange(5) % 3) for _ in range(10)]
+        model, blocks = Gated(), {}
+        for structure in ("dense", "block"):
+            model.calls = 0
+            blocks[structure] = natgrad.fisher(model, CE, batches, structure, forward=forward)["one"].to_dense()
+        close(blocks["block"], blocks["dense"], 1e-10)
+        assert len(passes) == 2 + 2
+
     def test_of_lengths_that_vary_a_few_times(self, monkeypatch):
         passes = self.count(monkeypatch)
         model, _, _ = made(*ALL["positions first, 4"])
         batches = [(torch.randn(5, t, 3, dtype=f64), torch.arange(5) % 3) for t in range(6, 30)]
         natgrad.fisher(model, CE, batches, "diagonal")
-        assert len(passes) == 2 * 4
+        assert len(passes) == 2 * 4 + 2  # four lengths, and the tenth batch
 
     @pytest.mark.parametrize("first", ["examples", "positions"])
     def test_of_texts_whose_logits_are_flattened(self, first, monkeypatch):

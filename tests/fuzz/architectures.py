@@ -11,7 +11,7 @@ TOKENS = 7
 
 
 def parameter(*shape):
-    return nn.Parameter(torch.randn(*shape) / 2)
+    return nn.Parameter(torch.randn(shape) / 2)
 
 
 class Stage(nn.Module):
@@ -71,6 +71,18 @@ class Tied(Stage):
     def forward(self, h):
         h = F.linear(h, self.W, self.b).tanh()
         return F.linear(F.linear(h, self.W.T, self.c).tanh(), self.W)
+
+
+class Functions(Stage):
+    """Functions of the entries of parameters: a temperature, a gate, a weight that is scaled."""
+
+    def make(self):
+        self.W, self.b = parameter(self.width, self.width), parameter(self.width)
+        self.gate, self.temperature = parameter(self.width), parameter()
+
+    def forward(self, h):
+        h = F.linear(h, 0.5 * self.W, 2 * self.b) * self.temperature.exp()
+        return F.prelu((h - self.b).mT, self.gate).mT * (1 - self.gate.tanh())
 
 
 class Conv(Stage):

@@ -1,4 +1,4 @@
-"""The forms in which functions are given a parameter: itself, a transpose, some rows, any view of it."""
+"""The forms in which functions are given a parameter: itself, a transpose, some rows, any view of it, `exp(w)`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from natgrad.capture.layers import CASTS, OFFSETS, SELECTIONS, VIEWS, View
+from natgrad.capture.layers import CASTS, ELEMENTWISE, MULTIPLES, OFFSETS, SELECTIONS, VIEWS, View
 
 
 @dataclass(frozen=True)
 class Form:
     """A parameter in the form in which a function received it: all of it or some rows, possibly transposed; or, if it
-    is not a `matrix`, its entries in any other order. `select` gives the entries' indices in the parameter, which has
-    `shape`."""
+    is not a `matrix`, its entries in any other order, or a function of each entry. `select` gives the entries' indices
+    in the parameter, which has `shape`."""
 
     name: str
     select: Callable[[], Int[Tensor, ...]]
@@ -29,6 +29,8 @@ class Form:
     matrix: bool = True
     whole: bool = True
     """Whether it has the entries of the parameter in their order."""
+    slope: Tensor | None = None
+    """The derivative of each entry in that of the parameter. None: 1. It is the same for all entries of a matrix."""
 
 
 class Forms:
@@ -49,26 +51,35 @@ class Forms:
         return None if held is None else held[1]
 
     def look_at(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> bool:
-        """Stores the forms that a call returns, if it is a view of a parameter."""
-        if func not in VIEWS and func not in SELECTIONS:
+        """Stores the forms that a call returns, if it is a view of a parameter, or a function of each entry."""
+        if func not in VIEWS and func not in SELECTIONS and func not in ELEMENTWISE:
             return False
         source = args[0] if args else kwargs.get("input", kwargs.get("self"))
-        if func in OFFSETS and sum(isinstance(v, Tensor) for v in (*args, *kwargs.values())) > 1:
+        alone = sum(isinstance(v, Tensor) for v in (*args, *kwargs.values())) == 1
+        if (func in OFFSETS or func in ELEMENTWISE) and not alone:
             return False
         form = self.of(source)
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         if form is None or any(not isinstance(t, Tensor) for t in outs):
             return False
+        if func in CASTS or func in OFFSETS:
+            self._known[id(out)] = out, form
+            return True
+        slope: Tensor | None
+        if func in ELEMENTWISE:
+            slope = _slope(func, args, kwargs)
+            slope = slope if form.slope is None else slope * form.slope
+            own = form if func in MULTIPLES else replace(form, matrix=False, rows=None, transposed=False)
+            self._known[id(out)] = out, replace(own, slope=slope)
+            return True
         view = VIEWS[func](*args, **kwargs) if func in VIEWS else None
         keeps_order = view is not None and not view.transposed
         for i, (t, found) in enumerate(zip(outs, _forms(form, view, len(outs)), strict=True)):
-            select = (
-                form.select
-                if func in CASTS or func in OFFSETS
-                else partial(_select, func, form, args, kwargs, None if t is out else i)
-            )
+            which = None if t is out else i
+            select = partial(_select, func, form, args, kwargs, which)
+            slope = None if form.slope is None else _selected(func, form.slope, args, kwargs, which)
             whole = form.whole and keeps_order and t.numel() == prod(form.shape)
-            self._known[id(t)] = t, replace(found, select=select, whole=whole)
+            self._known[id(t)] = t, replace(found, select=select, whole=whole, slope=slope)
         return True
 
 
@@ -90,6 +101,24 @@ def _select(
     func: Any, form: Form, args: Sequence[Any], kwargs: Mapping[str, Any], which: int | None
 ) -> Int[Tensor, ...]:
     """The indices of the entries of a form that a call selected."""
+    return _selected(func, form.select(), args, kwargs, which)
+
+
+def _selected(func: Any, t: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], which: int | None) -> Tensor:
+    """What a call selects from another tensor of the same shape."""
     others = {k: v for k, v in kwargs.items() if k not in ("input", "self")}
-    numbers = func(form.select(), *args[1:], **others)
-    return numbers if which is None else numbers[which]
+    entries: Tensor = func(t, *args[1:], **others)
+    return entries if which is None else entries[which]
+
+
+def _slope(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The derivative of an elementwise function at each entry of its tensor."""
+    with torch.enable_grad():
+        args = [_leaf(v) for v in args]
+        kwargs = {k: _leaf(v) for k, v in kwargs.items()}
+        (w,) = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        return torch.autograd.grad(func(*args, **kwargs).sum(), w)[0]
+
+
+def _leaf(v: Any) -> Any:
+    return v.detach().requires_grad_() if isinstance(v, Tensor) else v

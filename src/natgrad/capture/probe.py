@@ -198,8 +198,7 @@ class Probe:
 
     def _in_proportion(self, i: int, grouping: Grouping, case: Tensor, digits: int) -> Tensor:
         """Whether the gradients in each row are scaled by the factor of its case."""
-        plain, alive = self._signals()[i], self._alive(i)
-        tolerance = torch.finfo(self.uses[i].a.dtype).eps ** 0.5
+        plain, alive, tolerance = self._signals()[i], self._alive(i), self._tolerance(i)
         fits = torch.ones_like(alive)
         for digit in range(digits):
             factor = torch.exp2(self._exponents(grouping, digit).to(plain.norms.dtype))[case]
@@ -210,8 +209,13 @@ class Probe:
     def _alive(self, i: int) -> Tensor:
         """The rows whose gradient is not negligible compared with the largest."""
         norms = self._signals()[i].norms
-        smallest = min(torch.finfo(self.uses[i].a.dtype).eps ** 0.5, 1e-3)
-        return norms > smallest * norms.max()
+        return norms > min(self._tolerance(i), 1e-3) * norms.max()
+
+    def _tolerance(self, i: int) -> float:
+        """The relative difference that counts as rounding. Powers of two are exact, so only sums that run in another
+        order in each pass round differently. Derivatives may cancel in a parameter, so a small difference matters."""
+        eps = torch.finfo(self.uses[i].a.dtype).eps
+        return float(min(1000 * eps, eps**0.5))
 
     def _signals(self, grouping: Grouping | None = None, digit: int = 0) -> list[Signal]:
         """The signals of all uses in one pass."""

@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.forms import Form, Forms
 from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, RECURRENCES, RESHAPES, SPREADS, Call, Kind
+from natgrad.capture.layers.affine import Affine
+from natgrad.capture.layers.convolution import Convolution
 from natgrad.capture.layers.scale import Scale, product, shift
 from natgrad.capture.spread import Copied, Spreading
 from natgrad.capture.tape import Tape
@@ -98,7 +100,7 @@ class Recorder(TorchFunctionMode):
             if not any(t.requires_grad for t in _tensors(out)):
                 return
             others = self._others
-            calls = self._calls(func, args, kwargs)
+            calls = [part for call in self._calls(func, args, kwargs) for part in self._split(call, out)]
             for call in calls:
                 covered |= self._record(func, call, out)
             if not calls and self._forms.look_at(func, args, kwargs, out):
@@ -129,6 +131,20 @@ class Recorder(TorchFunctionMode):
                     return [(shift if func in ADDITIONS else product)(*tensors)]
         return []
 
+    def _split(self, call: Call, out: Any) -> list[Call]:
+        """The call; or, if it adds a multiple of a bias to a matrix product, as `W h + 2 b`, the product and the
+        addition."""
+        form = self._forms.of(call.bias)
+        if form is None or form.slope is None or isinstance(call.kind, Scale) or not form.matrix:
+            return [call]
+        assert call.bias is not None
+        shape = (-1, *[1] * (out.ndim - 1 - call.kind.features % out.ndim))
+        bias = call.bias.view(shape)
+        self._forms.look_at(Tensor.view, (call.bias, shape), {}, bias)
+        weights = (call.weight,) if call.weight is not None and call.weight not in self._forms else ()
+        others = (call.h, *weights, *call.others)
+        return [replace(call, bias=None), replace(shift(call.h.new_zeros(()), bias), others=others)]
+
     def _record(self, func: Any, call: Call, out: Tensor) -> set[str]:
         """Stores the use in a call. Returns the names of the parameters that it covers."""
         if call.weight is None and self._add_bias(call, out):
@@ -144,6 +160,11 @@ class Recorder(TorchFunctionMode):
         kind = kind.kept(weight is not None, bias is not None)
         if isinstance(kind, Scale):
             kind = _placed(kind, weight, bias)
+        h = call.h.detach()
+        if weight is not None and weight.slope is not None and not isinstance(kind, Scale):
+            if type(kind) not in (Affine, Convolution):
+                return set()
+            h = h * weight.slope.flatten()[0].to(h.dtype)  # (2 W) h is W (2 h)
         others = [call.h, *call.others]
         others += [t for t, form in ((call.weight, weight), (call.bias, bias)) if form is None and t is not None]
         of_matrix = not isinstance(kind, Scale)
@@ -155,11 +176,11 @@ class Recorder(TorchFunctionMode):
             _within(weight.rows, call.rows) if weight is not None and of_matrix else None,
             _within(bias.rows, call.rows) if bias is not None and of_matrix else None,
             func,
-            call.h.detach(),
+            h,
             out,
             _edge(out),
             tuple(get_gradient_edge(t).node for t in others if t.requires_grad),
-            (call.h._version, out._version),
+            (h._version, out._version),
             {form.name: form.shape for form in (weight, bias) if form is not None},
             all(t is None or id(t) in self._names for t in (call.weight, call.bias)),
         )
@@ -179,7 +200,12 @@ class Recorder(TorchFunctionMode):
         assert call.bias is not None
         if isinstance(call.kind, Scale):
             return True
-        return bias.matrix and not bias.transposed and call.bias.shape == (a.shape[call.kind.features],)
+        return (
+            bias.matrix
+            and not bias.transposed
+            and bias.slope is None
+            and call.bias.shape == (a.shape[call.kind.features],)
+        )
 
     def _is_matrix(self, call: Call, weight: Form | None, kind: Kind) -> bool:
         """Whether the weight is used in its layout: some rows of a matrix that is stored row by row, or all of it."""
@@ -198,13 +224,14 @@ class Recorder(TorchFunctionMode):
         if isinstance(use.kind, Scale):
             if (
                 bias.name == use.weight
-                or call.bias.shape != use.kind.spread
+                or _trailing(call.bias.shape) != _trailing(use.kind.spread)
                 or not bias.whole
+                or bias.slope is not None
                 or use.kind.entries[0] is not None
             ):
                 return False
             kind: Kind = replace(use.kind, has_shift=True)
-        elif not bias.matrix or bias.transposed or call.bias.shape != use.a.shape[-1:]:
+        elif not bias.matrix or bias.transposed or bias.slope is not None or call.bias.shape != use.a.shape[-1:]:
             return False
         else:
             kind = use.kind
@@ -287,23 +314,30 @@ class Recorder(TorchFunctionMode):
                     for n, f in self._without_gradients.items():
                         missed[n] = f"{f} in a checkpoint, which needs use_reentrant=False"
                 ahead = uses[node].sources if node in uses else [n for n, _ in node.next_functions if n is not None]
-                if getattr(node, "is_recurrence", False):
-                    ahead = [
-                        n for n, _ in node.next_functions[1:] if n is not None
-                    ]  # the first is the weight, recorded
+                if getattr(node, "is_recurrence", False):  # the first is the weight, whose use is recorded
+                    ahead = [n for n, _ in node.next_functions[1:] if n is not None]
                 left += [(function, n) for n in ahead]
         return missed, reached
 
 
 def _placed(kind: Scale, weight: Form | None, bias: Form | None) -> Scale:
-    """The kind, with the positions of its coordinates in the parameters."""
-    entries, sizes = [], []
+    """The kind, with the positions of its coordinates in the parameters, and their derivatives in them."""
+    entries, sizes, slopes = [], [], []
     for form in (weight, bias):
         chosen = None if form is None or form.whole else form.select().flatten()
         entries.append(chosen)
         sizes.append(0 if form is None else prod(form.shape))
+        slopes.append(None if form is None or form.slope is None else form.slope.flatten())
     is_one = weight is not None and bias is not None and weight.name == bias.name
-    return replace(kind, entries=(entries[0], entries[1]), sizes=(sizes[0], sizes[1]), is_one=is_one)
+    return replace(
+        kind, entries=(entries[0], entries[1]), sizes=(sizes[0], sizes[1]), slopes=(slopes[0], slopes[1]), is_one=is_one
+    )
+
+
+def _trailing(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without its leading axes of length 1, which do not change how a tensor is broadcast."""
+    axes = [i for i, size in enumerate(shape) if size != 1]
+    return tuple(shape[axes[0] :]) if axes else ()
 
 
 def _edge(a: Tensor) -> GradientEdge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -15,6 +16,9 @@ from natgrad.capture.use import Use
 TRUSTED = 4
 """After this many shapes that differ only in lengths, with the same result, further lengths are not checked. The same
 holds for mini-batches of one shape, in which some rows had no gradient."""
+AGAIN = 10
+"""What is known is checked again at call 10, 100, 1000, ...: values may change what depends on what, as those of a gate
+that is zero at first."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class Separation:
         orders = [(order.cases, order.axis, order.interleaved, order.crossed) for order in self.orders]
         return self.groupings, tuple(orders), self.mixed, self.narrow
 
+    def is_coarser(self, other: Separation) -> bool:
+        """Whether some rows depend on one another here that do not there."""
+        mixed = any(m and not before for m, before in zip(self.mixed, other.mixed, strict=True))
+        both = zip(self.groupings, other.groupings, self.mixed, other.mixed, strict=True)
+        return mixed or any(g.cases < before.cases for g, before, m, was in both if not (m or was))
+
     def whole(self) -> Separation:
         """The same, but for uses whose rows cannot be separated the whole batch is one case."""
         examples = _examples(self.groupings)
@@ -64,12 +74,12 @@ class Separation:
 
 
 class SeparationCheck:
-    """Checks each batch shape once, and remembers the result. Keep one object for repeated checks."""
+    """Checks each batch shape once, and a few times later, and remembers the result. Keep one for repeated checks."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Separation] = {}
         self._looks: dict[Hashable, list[Hashable]] = {}
-        self._begun: set[Hashable] = set()
+        self._calls = Counter[Hashable]()
         self._alike: dict[Hashable, list[Ways]] = {}
 
     def of(self, uses: Sequence[Use], output: Tensor, mode: Hashable = None) -> Separation:
@@ -85,22 +95,22 @@ class SeparationCheck:
         """
         for use in uses:
             use.check_input()
-        exact = _signature(uses, output, mode)
-        if exact in self._found:
-            return self._found[exact]
-        alike = _pattern(uses, output, mode)
-        seen = self._alike.setdefault(alike, [])
-        if len(seen) >= TRUSTED and len(set(seen)) == 1:
-            known = _of_ways(uses, len(output), seen[0])
-            if known is not None:
-                return known
+        exact, alike = _signature(uses, output, mode), _pattern(uses, output, mode)
+        known = self._known(uses, output, exact, alike)
+        again = self.begin() and known is not None
+        if known is not None and not again:
+            return known
         probe = Probe(uses, output)
         found = _found(probe)
+        if known is not None and again:
+            if not found.is_coarser(known):
+                return known
+            self._forget()
         if found.is_listed:  # depends on the data
             return found
         ways = _ways(found, uses)
         if ways is not None:
-            seen.append(ways)
+            self._alike.setdefault(alike, []).append(ways)
         if not probe.complete:
             looks = self._looks.setdefault(exact, [])
             looks.append(found.form)
@@ -109,24 +119,38 @@ class SeparationCheck:
         self._found[exact] = found
         return found
 
+    def _known(self, uses: Sequence[Use], output: Tensor, exact: Hashable, alike: Hashable) -> Separation | None:
+        """What was found for this shape, or for enough shapes that differ only in lengths."""
+        if exact in self._found:
+            return self._found[exact]
+        seen = self._alike.get(alike, [])
+        return _of_ways(uses, len(output), seen[0]) if len(seen) >= TRUSTED and len(set(seen)) == 1 else None
+
+    def _forget(self) -> None:
+        for known in (self._found, self._looks, self._alike):
+            known.clear()
+
     def begin(self, of: Hashable = None) -> bool:
-        """Whether this is the first call with this key `of`, for several processes in step."""
-        first = of not in self._begun
-        self._begun.add(of)
-        return first
+        """Whether passes are due at this call with the key `of`: at call 1, 10, 100, ..."""
+        self._calls[of] += 1
+        left = self._calls[of]
+        while left % AGAIN == 0:
+            left //= AGAIN
+        return left == 1
 
     def in_step(self, uses: Sequence[Use], output: Tensor, mode: Hashable = None, *, of: Hashable = None) -> Separation:
-        """The same, if other processes have to make the same number of passes at the same time: `PASSES` at the first
-        call with a key `of`, and none later. Anything not found then is guessed from the shapes."""
-        if self.begin(of):
-            self._found[_signature(uses, output, mode)] = found = _found(Probe(uses, output, in_step=True))
-            ways = _ways(found, uses)
-            self._alike[_pattern(uses, output, mode)] = [] if ways is None else [ways]
-            return found
-        known = self._found.get(_signature(uses, output, mode))
-        seen = self._alike.get(_pattern(uses, output, mode))
+        """The same, if other processes have to make the same number of passes at the same time: `PASSES` whenever
+        passes are due at a call with a key `of`. Anything not found then is guessed from the shapes."""
+        exact, alike = _signature(uses, output, mode), _pattern(uses, output, mode)
+        known, seen = self._found.get(exact), self._alike.get(alike)
         if known is None and seen:
             known = _of_ways(uses, len(output), seen[0])
+        if self.begin(of):
+            found = _found(Probe(uses, output, in_step=True))
+            if known is None or found.is_coarser(known):
+                ways = _ways(found, uses)
+                self._found[exact], self._alike[alike] = found, [] if ways is None else [ways]
+                return found
         return known or assumed_of(uses, output)
 
 

@@ -171,13 +171,13 @@ SCALES = {
     "group norm": lambda: (Around(nn.GroupNorm(2, 4), 4, 1), image(4)),
     "instance norm": lambda: (Around(nn.InstanceNorm1d(3, affine=True), 3, 1), image(3, dimensions=1)),
     "scale and shift": lambda: (Around(Elementwise(4), 4), sequence()),
-    "offsets": lambda: (Around(Offset(4), 4), sequence()),
     "scale by one number": lambda: (Around(Elementwise(shift=False), 4), sequence()),
     "shift by place": lambda: (Around(Elementwise(1, 5, 4, scale=False), 4), sequence()),
     "scale of channels": lambda: (Around(Elementwise(1, 3, 1, 1), 3, 1), image(3)),
     "class token": lambda: (Around(ClassToken(5, 4), 4), sequence()),
 }
 OTHERS = {
+    "offsets": lambda: (Around(Offset(4), 4), sequence()),
     "embedding bag, mean": lambda: (Around(nn.EmbeddingBag(7, 4, padding_idx=1), 4), tokens()),
     "embedding bag, sum": lambda: (Around(nn.EmbeddingBag(7, 4, mode="sum"), 4), tokens()),
     "embedding bag, offsets": lambda: (Around(Bag("mean"), 4), tokens()),

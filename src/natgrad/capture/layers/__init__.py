@@ -6,7 +6,7 @@ from natgrad.capture.layers.inputs import Inputs, InputSums, Rows, Sparse, joine
 from natgrad.capture.layers.kind import Call, Kind, View
 from natgrad.capture.layers.recurrent import RECURRENCES
 from natgrad.capture.layers.scale import ADDITIONS, PRODUCTS, SPREADS, Scale
-from natgrad.capture.layers.views import CASTS, OFFSETS, RESHAPES, SELECTIONS, VIEWS
+from natgrad.capture.layers.views import CASTS, ELEMENTWISE, MULTIPLES, OFFSETS, RESHAPES, SELECTIONS, VIEWS
 
 # How each function's arguments are read.
 PARSERS = {**affine.PARSERS, **bilinear.PARSERS, **convolution.PARSERS, **embedding.PARSERS, **scale.PARSERS}
@@ -15,6 +15,8 @@ __all__ = [
     "ADDITIONS",
     "CASTS",
     "COMPOSITES",
+    "ELEMENTWISE",
+    "MULTIPLES",
     "OFFSETS",
     "PARSERS",
     "PRODUCTS",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from natgrad.capture.layers.einsum import affine_map
 from natgrad.capture.layers.recurrent import UNROLLED
@@ -23,10 +24,32 @@ def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
     return opened
 
 
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """`max(x, 0) + w min(x, 0)`, with one `w`, or one for each channel."""
+    own = weight if weight.numel() == 1 or input.ndim < 2 else weight.view(-1, *[1] * (input.ndim - 2))
+    positive = input > 0
+    return torch.where(positive, input, 0.0) + torch.where(positive, 0.0, input) * own
+
+
+def _difference(*operands: Any, **named: Any) -> Any:
+    """`x - y` as `x + (-y)`. NotImplemented unless both are tensors."""
+    x, y = operands if len(operands) == 2 else (None, None)
+    return x + -y if isinstance(x, Tensor) and isinstance(y, Tensor) and not named else NotImplemented
+
+
+def _quotient(*operands: Any, **named: Any) -> Any:
+    """`x / y` as `x * (1 / y)`. NotImplemented unless both are tensors."""
+    x, y = operands if len(operands) == 2 else (None, None)
+    return x * y.reciprocal() if isinstance(x, Tensor) and isinstance(y, Tensor) and not named else NotImplemented
+
+
 # For each fused function, an equivalent one made of plain torch functions. It may return NotImplemented.
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
     torch.einsum: affine_map,
+    **dict.fromkeys([F.prelu, torch.prelu], _prelu),
+    **dict.fromkeys([torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__], _difference),
+    **dict.fromkeys([torch.div, torch.divide, Tensor.div, Tensor.divide, Tensor.__truediv__], _quotient),
     torch.stack: stacked,
     **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], joined),
     **UNROLLED,

@@ -34,6 +34,9 @@ class Scale(Kind):
     """The positions of the coordinates of scale and shift in their parameters. None: in order."""
     sizes: tuple[int, int] = (0, 0)
     """The sizes of the parameters, if entries are given."""
+    slopes: tuple[Float[Tensor, " o"] | None, Float[Tensor, " o"] | None] = field(default=(None, None), compare=False)
+    """If a function of a parameter is the scale or the shift, as in `exp(w) ∘ z`: the derivative of each coordinate in
+    its entry of the parameter."""
     is_one: bool = False
     """Whether scale and shift are one parameter."""
 
@@ -51,10 +54,14 @@ class Scale(Kind):
         parts = []
         if self.has_scale:
             z = h if self.normalize is None else self.normalize(h)
-            parts.append(self._coordinates(g * z.to(g.dtype)))
+            parts.append(self._sloped(self._coordinates(g * z.to(g.dtype)), 0))
         if self.has_shift:
-            parts.append(self._coordinates(g))
+            parts.append(self._sloped(self._coordinates(g), 1))
         return torch.cat(parts, -1).unsqueeze(-2)
+
+    def _sloped(self, g: Float[Tensor, "*grid o"], which: int) -> Float[Tensor, "*grid o"]:
+        slope = self.slopes[which]
+        return g if slope is None else g * slope.to(g.dtype)
 
     def placed(self, g: Float[Tensor, "n 1 o"]) -> Float[Tensor, "n 1 p"]:
         """The gradients of the coordinates at their positions in the parameters; zero for unused entries."""

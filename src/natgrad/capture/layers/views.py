@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from natgrad.capture.layers.kind import View
@@ -52,6 +53,26 @@ CASTS = {Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.contiguo
 OFFSETS = {
     *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__),
     *(torch.subtract, Tensor.subtract),
+}
+# Functions that multiply all entries by one number, as `2 * w`, or subtract them from one.
+MULTIPLES = {
+    *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply),
+    *(torch.div, Tensor.div, Tensor.__truediv__, torch.divide, Tensor.divide, torch.true_divide),
+    *(torch.neg, Tensor.neg, Tensor.__neg__, torch.negative, Tensor.negative, torch.rsub, Tensor.__rsub__),
+}
+# Functions that change every entry by itself. They may get numbers besides, and no other tensor.
+ELEMENTWISE = {
+    *MULTIPLES,
+    Tensor.__rtruediv__,
+    *(torch.exp, Tensor.exp, torch.exp2, Tensor.exp2, torch.expm1, Tensor.expm1),
+    *(torch.log, Tensor.log, torch.log1p, Tensor.log1p, torch.reciprocal, Tensor.reciprocal),
+    *(torch.sqrt, Tensor.sqrt, torch.rsqrt, Tensor.rsqrt, torch.square, Tensor.square),
+    *(torch.pow, Tensor.pow, Tensor.__pow__, Tensor.__rpow__, torch.abs, Tensor.abs),
+    *(torch.tanh, Tensor.tanh, F.tanh, torch.sigmoid, Tensor.sigmoid, F.sigmoid, F.logsigmoid, F.softplus),
+    *(torch.sin, Tensor.sin, torch.cos, Tensor.cos, torch.erf, Tensor.erf),
+    *(torch.relu, Tensor.relu, F.relu, F.elu, F.gelu, F.silu, F.hardtanh, F.hardsigmoid),
+    *(torch.clamp, Tensor.clamp, torch.clip, Tensor.clip, torch.clamp_min, Tensor.clamp_min),
+    *(torch.clamp_max, Tensor.clamp_max),
 }
 RESHAPES = {
     *(torch.reshape, Tensor.reshape, Tensor.view, torch.flatten, Tensor.flatten, Tensor.unflatten),
