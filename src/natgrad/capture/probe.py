@@ -109,6 +109,10 @@ class Probe:
                 break
         return groupings, orders, forms
 
+    def confirms(self, i: int, grouping: Grouping, order: Order, narrow: bool) -> bool:
+        """Whether each row of a use, in the narrow or the wide form, affects only its own case."""
+        return grouping.cases == 1 or self._fits(self.forms[i][0 if narrow else -1], grouping, order)
+
     def _in_some_form(self, i: int, grouping: Grouping) -> tuple[Order | None, int]:
         for form, number in enumerate(self.forms[i]):
             order = self._order(number, grouping)

@@ -51,12 +51,6 @@ class Separation:
         orders = [(order.cases, order.axis, order.interleaved, order.crossed) for order in self.orders]
         return self.groupings, tuple(orders), self.mixed, self.narrow
 
-    def is_coarser(self, other: Separation) -> bool:
-        """Whether some rows depend on one another here that do not there."""
-        mixed = any(m and not before for m, before in zip(self.mixed, other.mixed, strict=True))
-        both = zip(self.groupings, other.groupings, self.mixed, other.mixed, strict=True)
-        return mixed or any(g.cases < before.cases for g, before, m, was in both if not (m or was))
-
     def whole(self) -> Separation:
         """The same, but for uses whose rows cannot be separated the whole batch is one case."""
         examples = _examples(self.groupings)
@@ -96,15 +90,17 @@ class SeparationCheck:
         for use in uses:
             use.check_input()
         exact, alike = _signature(uses, output, mode), _pattern(uses, output, mode)
-        known = self._known(uses, output, exact, alike)
-        again = self.begin() and known is not None
-        if known is not None and not again:
-            return known
+        seen = self._alike.setdefault(alike, [])
+        guess = self._found.get(exact) or (_of_ways(uses, len(output), seen[0]) if seen else None)
+        known = exact in self._found or (guess is not None and len(seen) >= TRUSTED and len(set(seen)) == 1)
+        again = self.begin() and known
+        if guess is not None and known and not again:
+            return guess
         probe = Probe(uses, output)
-        found = _found(probe)
-        if known is not None and again:
-            if not found.is_coarser(known):
-                return known
+        found = _confirmed(probe, guess) or _found(probe)
+        if again:
+            if found is guess:
+                return found
             self._forget()
         if found.is_listed:  # depends on the data
             return found
@@ -118,13 +114,6 @@ class SeparationCheck:
                 return found
         self._found[exact] = found
         return found
-
-    def _known(self, uses: Sequence[Use], output: Tensor, exact: Hashable, alike: Hashable) -> Separation | None:
-        """What was found for this shape, or for enough shapes that differ only in lengths."""
-        if exact in self._found:
-            return self._found[exact]
-        seen = self._alike.get(alike, [])
-        return _of_ways(uses, len(output), seen[0]) if len(seen) >= TRUSTED and len(set(seen)) == 1 else None
 
     def _forget(self) -> None:
         for known in (self._found, self._looks, self._alike):
@@ -142,20 +131,32 @@ class SeparationCheck:
         """The same, if other processes have to make the same number of passes at the same time: `PASSES` whenever
         passes are due at a call with a key `of`. Anything not found then is guessed from the shapes."""
         exact, alike = _signature(uses, output, mode), _pattern(uses, output, mode)
-        known, seen = self._found.get(exact), self._alike.get(alike)
-        if known is None and seen:
-            known = _of_ways(uses, len(output), seen[0])
+        seen = self._alike.get(alike)
+        known = self._found.get(exact) or (_of_ways(uses, len(output), seen[0]) if seen else None)
         if self.begin(of):
-            found = _found(Probe(uses, output, in_step=True))
-            if known is None or found.is_coarser(known):
+            probe = Probe(uses, output, in_step=True)
+            found = _confirmed(probe, known)
+            if found is None:
+                found = _found(probe)
                 ways = _ways(found, uses)
                 self._found[exact], self._alike[alike] = found, [] if ways is None else [ways]
-                return found
+            return found
         return known or assumed_of(uses, output)
 
 
 def _as(use: Use, narrow: bool) -> Use:
     return use.narrow if narrow and use.narrow is not None else use
+
+
+def _confirmed(probe: Probe, guess: Separation | None) -> Separation | None:
+    """The guess, if it holds of this batch."""
+    if guess is None:
+        return None
+    each = zip(guess.groupings, guess.orders, guess.mixed, guess.narrow, strict=True)
+    held = (
+        mixed or probe.confirms(i, grouping, order, narrow) for i, (grouping, order, mixed, narrow) in enumerate(each)
+    )
+    return guess if all(held) else None
 
 
 def _found(probe: Probe) -> Separation:
