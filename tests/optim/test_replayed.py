@@ -48,7 +48,7 @@ def trained(make, monkeypatch, replays):
         patch.setattr(Replay, "push", lambda self, d: (count.append(1), push(self, d))[1])
         if not replays:
             patch.setattr(Replay, "of", classmethod(lambda cls, tape: None))
-        losses = fit(opt, model, x, y, 24)
+        losses = fit(opt, model, x, y, 14)
     return torch.tensor(losses, dtype=f64), torch.cat([p.detach().flatten() for p in model.parameters()]), len(count)
 
 
