@@ -14,11 +14,12 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.forms import Form, Forms
-from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, RESHAPES, SPREADS, Call, Kind
+from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, RECURRENCES, RESHAPES, SPREADS, Call, Kind
 from natgrad.capture.layers.affine import Affine
 from natgrad.capture.layers.convolution import Convolution
 from natgrad.capture.layers.scale import Scale, product, shift
 from natgrad.capture.spread import Copied, Spreading
+from natgrad.capture.tape import Tape
 from natgrad.capture.use import Use
 
 EXACT = "natgrad.NaturalGradient or structure='dense', which need no layers"
@@ -28,12 +29,14 @@ EXACT = "natgrad.NaturalGradient or structure='dense', which need no layers"
 class Recorder(TorchFunctionMode):
     """While active, records every use of the given parameters in a forward pass with gradients enabled.
 
-    `check(output)` raises an error if the output depends on parameters in any other way.
+    `check(output)` raises an error if the output depends on parameters in any other way. A `tape`, if there is one,
+    keeps all calls.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]):
         super().__init__()
         self.uses: list[Use] = []
+        self.tape: Tape | None = None
         self._names: dict[int, str] = {}
         self._forms = Forms()  # other forms of a parameter: `W.T`, `W.chunk(3)`
         self.know(parameters)
@@ -67,13 +70,17 @@ class Recorder(TorchFunctionMode):
         tensors = _tensors((args, kwargs))
         given = [t for t in tensors if t in self._forms]
         if composite is not None and given and torch.is_grad_enabled():
-            with self:
-                opened = composite(*args, **kwargs)
+            opened = self._recurrence(func, args, kwargs) if func in RECURRENCES else NotImplemented
+            if opened is NotImplemented:
+                with self:
+                    opened = composite(*args, **kwargs)
             if opened is not NotImplemented:
                 return opened
         out = func(*args, **kwargs)
         if func is torch.autograd.grad:
             self.takes_derivatives = True
+        if self.tape is not None:
+            self.tape.note(func, args, kwargs, out)
         if isinstance(out, Tensor) and _is_wrapped(out):  # within torch.func: these tensors are not in the graph
             self._is_transformed = self._is_transformed or bool(given)
             return out
@@ -82,6 +89,18 @@ class Recorder(TorchFunctionMode):
         if func in SPREADS or func in RESHAPES or func is Tensor.__getitem__:
             for copied in self._spreading.look_at(func, args, kwargs, out):
                 self._spread_out(copied, out)
+        return out
+
+    def _recurrence(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The call of a recurrent layer; on the tape it is one."""
+        tape, self.tape = self.tape, None
+        try:
+            with self:
+                out = RECURRENCES[func](*args, **kwargs)
+        finally:
+            self.tape = tape
+        if tape is not None and out is not NotImplemented:
+            tape.note(func, tuple(args), kwargs, out)
         return out
 
     def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, given: list[Tensor]) -> None:
@@ -320,6 +339,8 @@ class Recorder(TorchFunctionMode):
                     for n, f in self._without_gradients.items():
                         missed[n] = f"{f} in a checkpoint, which needs use_reentrant=False"
                 ahead = uses[node].sources if node in uses else [n for n, _ in node.next_functions if n is not None]
+                if getattr(node, "is_recurrence", False):  # the first is the weight, whose use is recorded
+                    ahead = [n for n, _ in node.next_functions[1:] if n is not None]
                 left += [(function, n) for n in ahead]
         return missed, reached
 

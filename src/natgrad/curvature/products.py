@@ -21,9 +21,9 @@ from natgrad.capture.layers import COMPOSITES
 from natgrad.capture.layers.embedding import embedding_bag
 from natgrad.capture.use import Use
 from natgrad.checks.replaced import call_with
+from natgrad.curvature.affine_tangents import tangent_of_convolution, tangent_of_linear
 from natgrad.curvature.jacobian import graph, same_numbers, through_graph
 from natgrad.curvature.tangents import tangent_rule
-from natgrad.linalg.precision import linear
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ class _Replay(TorchFunctionMode):
         W, W_dot = forward_ad.unpack_dual(weight)
         b_dot = None if bias is None else forward_ad.unpack_dual(bias).tangent
         if func is F.linear:
-            a_dot = _tangent_of_linear(h, h_dot, W, W_dot, b_dot)
+            a_dot = tangent_of_linear(h, h_dot, W, W_dot, b_dot)
         else:
-            a_dot = _tangent_of_convolution(partial(func, **also), h, h_dot, W, W_dot, b_dot, *how)
+            a_dot = tangent_of_convolution(partial(func, **also), h, h_dot, W, W_dot, b_dot, *how)
         a = use.a.detach()
         return a if a_dot is None else forward_ad.make_dual(a, a_dot.expand_as(a))
 
@@ -175,43 +175,6 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *h
         W_dot[padding_idx] = 0
         weight = forward_ad.make_dual(W, W_dot)
     return F.embedding(input, weight, padding_idx, *how, **also)
-
-
-def _tangent_of_linear(
-    h: Tensor, h_dot: Tensor | None, W: Tensor, W_dot: Tensor | None, b_dot: Tensor | None
-) -> Tensor | None:
-    """`Ẇ h + W ḣ + ḃ`, computed as `Ẇ (h − m) + W ḣ + (ḃ + Ẇ m)` with the first case as `m`. In low precision, inputs
-    far from zero would otherwise lose all digits of the result."""
-    terms = []
-    if W_dot is not None:
-        m = h.reshape(-1, h.shape[-1])[:1].sum(0)
-        c = torch.linalg.vecdot(W_dot, m)  # a matrix product may have low precision
-        b_dot = c if b_dot is None else c + b_dot
-        terms.append((h - m, W_dot))
-    if h_dot is not None:
-        terms.append((h_dot, W))
-    return linear(terms, b_dot) if terms else b_dot
-
-
-def _tangent_of_convolution(
-    convolve: Callable[..., Tensor],
-    h: Tensor,
-    h_dot: Tensor | None,
-    W: Tensor,
-    W_dot: Tensor | None,
-    b_dot: Tensor | None,
-    *how: Any,
-) -> Tensor | None:
-    """`Ẇ ∗ h + W ∗ ḣ + ḃ`."""
-    a_dot: Tensor | None = None
-    if W_dot is not None:
-        a_dot = convolve(h, W_dot, b_dot, *how)
-    elif b_dot is not None:
-        a_dot = b_dot.view(-1, *[1] * (W.ndim - 2))
-    if h_dot is None:
-        return a_dot
-    through = convolve(h_dot, W, None, *how)
-    return through if a_dot is None else through.add_(a_dot)
 
 
 def _first(use: Use) -> Use:

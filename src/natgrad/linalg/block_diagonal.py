@@ -59,10 +59,14 @@ class Block:
 
     def parts(self, v: Mapping[str, Tensor]) -> Parts:
         """The operator's vector of what is given by the parameters' names; leading axes stay."""
+        if self._as_it_is:
+            return tuple(v[n] for n in self.names)
         return tuple(layout.to_operator(v[n], own, its) for n, layout, own, its in self._ways())
 
     def named(self, parts: Parts) -> dict[str, Tensor]:
         """Undoes `parts`: the tensors by name, in the parameters' shapes."""
+        if self._as_it_is:
+            return dict(zip(self.names, parts, strict=True))
         return {
             n: layout.to_parameter(part, own, its)
             for part, (n, layout, own, its) in zip(parts, self._ways(), strict=True)
@@ -71,6 +75,11 @@ class Block:
     def with_operator(self, operator: Operator) -> Block:
         """The same layer with another matrix."""
         return replace(self, operator=operator)
+
+    @property
+    def _as_it_is(self) -> bool:
+        """Whether the parameters' tensors are the operator's vectors."""
+        return self.layout.form == "plain" and self.shapes == self.operator.space.shapes
 
     def _ways(self) -> Iterator[tuple[str, Layout, tuple[int, ...], tuple[int, ...]]]:
         layouts = (self.layout, *[PLAIN] * (len(self.names) - 1))

@@ -273,11 +273,11 @@ class CenteredInverse(Operator):
     def coordinates(self, parts: Parts) -> Parts:
         """`(W, b + W m)`."""
         W, b = parts
-        return W, b + W @ self.m
+        return W, torch.addmv(b, W, self.m) if W.ndim == 2 else b + W @ self.m
 
     def from_coordinates(self, parts: Parts) -> Parts:
         W, c = parts
-        return W, c - W @ self.m
+        return W, torch.addmv(c, W, self.m, alpha=-1) if W.ndim == 2 else c - W @ self.m
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Centered:
         if damping != 0:

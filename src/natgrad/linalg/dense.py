@@ -45,6 +45,8 @@ class Dense(Operator):
         return f"dense {len(self.matrix)}"
 
     def _matmul(self, parts: Parts) -> Parts:
+        if len(parts) == 1 and parts[0].shape == self.matrix.shape[:1]:
+            return (torch.mv(self.matrix.mT, parts[0]),)
         return self.space.unflatten(self.space.flatten(parts) @ self.matrix)
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Dense:

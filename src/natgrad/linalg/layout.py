@@ -39,6 +39,8 @@ class Layout:
 
     def to_operator(self, t: Tensor, own: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """From a parameter's shape `own` to the operator's `shape`."""
+        if t.shape == shape and self.form == "plain":
+            return t
         lead = t.shape[: t.ndim - len(own)]
         if self.form == "transposed":
             return t.reshape((*lead, *shape[::-1])).mT
@@ -50,6 +52,8 @@ class Layout:
 
     def to_parameter(self, t: Tensor, own: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """Undoes `to_operator`."""
+        if t.shape == own and self.form == "plain":
+            return t
         lead = t.shape[: t.ndim - len(shape)]
         if self.form == "transposed":
             return t.mT.reshape((*lead, *own))

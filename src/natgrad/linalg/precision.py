@@ -65,6 +65,19 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return False
 
 
+def worth_lowering(multiplications: int, device: torch.device) -> bool:
+    """Whether a matrix product of this size takes less time in a lower precision: not a small one on a CPU."""
+    return device.type != "cpu" or multiplications >= WORTH_CASTING
+
+
+def is_full(t: Tensor) -> bool:
+    """Whether matrix products with this tensor are computed in the tensor's own precision."""
+    if t.dtype != torch.float32:
+        return t.dtype == torch.float64
+    place = torch.backends.mkldnn if t.device.type == "cpu" else torch.backends.cuda
+    return place.matmul.fp32_precision in ("none", "ieee")
+
+
 def matmul(first: Tensor, *others: Tensor) -> Tensor:
     """The product of matrices, from left to right, in the precision of the context."""
     if not _casts(first, others[0]):
@@ -91,4 +104,4 @@ def _casts(left: Tensor, right: Tensor) -> bool:
         return False
     if not (left.dtype == right.dtype == torch.float32 and left.ndim > 1 < right.ndim):
         return False
-    return left.numel() * right.numel() >= WORTH_CASTING * left.shape[-1]
+    return worth_lowering(left.numel() * right.numel() // left.shape[-1], left.device)

@@ -15,7 +15,8 @@ from torch import Tensor
 from natgrad.checks.replaced import call_with
 from natgrad.curvature.jacobian import Jacobian, graph, through_graph
 from natgrad.curvature.problem import buffers_kept
-from natgrad.curvature.products import gauss_newton_product, tangent, tangents
+from natgrad.curvature.products import gauss_newton_product, tangents
+from natgrad.curvature.replay import Replay
 from natgrad.linalg.precision import matmul_precision
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, by_forward, in_order, run_again
@@ -79,8 +80,11 @@ class Objective:
             factor = part.factor(sizes)
             if factor is None:  # gradients that were set by hand
                 factor = part.loss.new_tensor(1 / by_hand[part.kind] if part.is_mean else 1.0)
-            rows.append(torch.stack([factor, part.mass, part.loss]))
-        table: list[list[float]] = torch.stack(rows).tolist() if rows else []
+            rows.append([factor, part.mass, part.loss])
+        if self._parameters.device.type == "cpu":
+            table = [[float(t) for t in row] for row in rows]
+        else:
+            table = torch.stack([torch.stack(row) for row in rows]).tolist() if rows else []
         factors, masses, losses = ([row[i] for row in table] for i in range(3))
         return factors, masses, losses
 
@@ -121,7 +125,7 @@ class Objective:
         """Takes the loss, and what was recorded of the layers, for outdated."""
         self.loss = self.evaluate()
         for batch in self.batches:
-            batch.uses = []
+            batch.uses, batch.replay = [], None
 
     @property
     def left_out(self) -> list[str]:
@@ -235,7 +239,7 @@ class Objective:
             by_reverse = [bool(directions) and self._by_reverse(batch, directions[0]) for batch in batches]
             together = [batch for batch, its in zip(batches, by_reverse, strict=True) if not its]
             pushed: dict[int, list[tuple[Tensor, Tensor]]] = {id(batch): [] for batch in batches}
-            with matmul_precision(self._precision):
+            with matmul_precision(self._precision if self._is_heavy(batches) else None):
                 for d in directions:
                     if together:
                         for batch, pair in zip(together, self._forward_mode(together, d), strict=True):
@@ -247,13 +251,29 @@ class Objective:
 
     def _forward_mode(self, batches: list[Batch], d: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Outputs and `J d` for batches of one forward."""
+        if (replay := self._replay(batches)) is not None:
+            output, Jd = replay.push((self._parameters[n], d[n]) for n in d)
+            return [(way(output), way(Jd)) for batch in batches if (way := batch.way) is not None]
         return tangents(self._model, partial(run_again, batches), d, in_order(batches), self._place.duals)
+
+    def _is_heavy(self, batches: list[Batch]) -> bool:
+        """Whether products are large enough for a lower precision to save time."""
+        replay = self._replay(batches)
+        return replay is None or replay.is_heavy
+
+    def _replay(self, batches: list[Batch]) -> Replay | None:
+        """What differentiates the forward of these batches without running the model, if there is such."""
+        replay = batches[0].replay
+        if replay is None or any(batch.replay is not replay for batch in batches) or not replay.intact:
+            return None
+        batches[0].forward.check_inputs()
+        return replay
 
     def _by_reverse(self, batch: Batch, d: Vector) -> bool:
         """Whether `J d` takes two backward passes, as forward mode is not what the backward is."""
         if self._place.shards is not None or batch.is_empty:
             return False
-        key = batch.term.name, batch.shape, batch.forward.mode
+        key = batch.term.name, batch.shape, batch.forward.mode, batch.replay is not None
         run = partial(self._run, batch)
         return self._jacobian.by_reverse(key, self._model, run, d, lambda v: self._forward_mode([batch], v)[0])
 
@@ -298,7 +318,7 @@ class Objective:
                     for n, g in self._product_by_reverse(batch, d).items():
                         total[n] += share * g
                     continue
-                _, Jd = tangent(self._model, batch.run, d, batch.uses)
+                ((_, Jd),) = self._forward_mode([batch], d)
                 DJd = share * batch.term.curvature.product(output.detach(), batch.target, Jd)
                 gradients = torch.autograd.grad(output, leaves, DJd, retain_graph=True, allow_unused=True)
                 for n, g in zip(names, gradients, strict=True):

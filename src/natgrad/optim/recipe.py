@@ -313,10 +313,13 @@ class Recipe:
     @property
     def rule(self) -> StepRule:
         """The step rule, which depends on whether step size and momentum are given or adaptive."""
-        if self.projected is not None and all(group["momentum"] is not None for group in self.parameters.groups):
+        groups = self.parameters.groups
+        if self.projected is not None and all(group["momentum"] is not None for group in groups):
             return self.projected
-        given = (group[name] is not None for group in self.parameters.groups for name in ("lr", "momentum"))
-        return self.fixed if all(given) else self.adaptive
+        for group in groups:
+            if group["lr"] is None or group["momentum"] is None:
+                return self.adaptive
+        return self.fixed
 
     def _measures(self) -> bool:
         """Whether the loss after this step is measured in any case, independent of the predicted decrease."""

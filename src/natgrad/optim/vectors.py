@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 Vector = dict[str, Tensor]
+FEW = 2**17
+"""A vector of at most this many entries is copied into one tensor, as the time of calls counts more."""
 
 
 def dot(u: Vector, v: Vector) -> float:
@@ -20,13 +22,29 @@ def dots(pairs: Iterable[tuple[Vector, Vector]]) -> list[float]:
     """`uᵀ v` of every pair; a GPU is waited for once. Vectors may be empty, as where a rank has no layer."""
     found = list(pairs)
     full = [i for i, (u, _) in enumerate(found) if u]
+    flat: dict[tuple[int, int], Tensor | None] = {}
     sums = []
     for u, v in (found[i] for i in full):
-        sums.append(torch.stack([torch.dot(u[n].flatten(), v[n].flatten()) for n in u]).sum())
+        a, b = _flat(u, u, flat), _flat(v, u, flat)
+        if a is None or b is None or a.dtype != b.dtype:
+            sums.append(torch.stack([torch.dot(u[n].flatten(), v[n].flatten()) for n in u]).sum())
+        else:
+            sums.append(torch.dot(a, b))
     out = [0.0] * len(found)
-    for i, value in zip(full, torch.stack(sums).tolist() if sums else [], strict=True):
+    for i, value in zip(full, torch.stack(sums).tolist() if len(sums) > 1 else [s.item() for s in sums], strict=True):
         out[i] = value
     return out
+
+
+def _flat(v: Vector, names: Vector, known: dict[tuple[int, int], Tensor | None]) -> Tensor | None:
+    """The entries with these names in one tensor, which saves calls; None if that would copy many. `known` has those
+    that were made before, by the vector and the order of its names."""
+    key = id(v), id(v) if list(v) == list(names) else id(names)
+    if key not in known:
+        tensors = [v[n] for n in names]
+        few = sum(t.numel() for t in tensors) <= FEW and all(t.dtype == tensors[0].dtype for t in tensors)
+        known[key] = torch._C._nn.flatten_dense_tensors(tensors) if few else None
+    return known[key]
 
 
 def gram(directions: list[Vector]) -> Tensor:
@@ -36,10 +54,8 @@ def gram(directions: list[Vector]) -> Tensor:
 
 def symmetric(lower: list[float], n: int) -> Tensor:
     """The matrix with these entries on and below its diagonal, row by row, in float64."""
-    Q = torch.zeros(n, n, dtype=torch.float64)
-    rows, columns = torch.tril_indices(n, n)
-    Q[rows, columns] = Q[columns, rows] = torch.tensor(lower, dtype=Q.dtype)
-    return Q
+    rows = [[lower[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(n)] for i in range(n)]
+    return torch.tensor(rows, dtype=torch.float64).view(n, n)
 
 
 def combine(coefficients: list[float], directions: list[Vector]) -> Vector:

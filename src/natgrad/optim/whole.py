@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import signal
 import threading
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 ONE_AT_A_TIME = threading.RLock()
 """Held by what changes torch's global settings: precision of products, levels of forward mode."""
+
+
+COPIED = (dict, list, set, deque)
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def restored_on_error(things: Iterable[Any]) -> Iterator[None]:
 
 
 def _copied(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, (dict, list, set, deque, Counter)) else value
+    return value.copy() if isinstance(value, COPIED) else value
 
 
 @contextlib.contextmanager

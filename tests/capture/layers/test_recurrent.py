@@ -115,3 +115,31 @@ def test_an_LSTM_is_the_linear_maps_it_is_made_of():
 
 def torchs_order(lstm):
     return lstm.weight_ih_l0, lstm.bias_ih_l0, lstm.weight_hh_l0, lstm.bias_hh_l0
+
+
+OPTIONS = [
+    {}, {"bidirectional": True, "batch_first": True}, {"num_layers": 2, "bias": False},
+    {"num_layers": 2, "bidirectional": True, "batch_first": True},
+]  # fmt: skip
+
+
+def loss_of(out):
+    return sum((t * randn(*t.shape, seed=i)).sum() for i, t in enumerate(flat(out)))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_gradients_are_torchs_also_in_inputs_and_initial_states_and_twice(kind, options):
+    layer = kind(3, 4, dtype=f64, **options)
+    x, first = randn(5, 6, 3), state(kind, layer.num_layers, layer.bidirectional, 5 if layer.batch_first else 6)
+    leaves = [t.requires_grad_() for t in (x, *(first if kind is nn.LSTM else (first,)))] + list(layer.parameters())
+    found = []
+    for run in (lambda: layer(x, first), lambda: recorded(layer, x, first)[0]):
+        once = torch.autograd.grad(loss_of(run()), leaves, create_graph=True)
+        again = sum((g * randn(*g.shape, seed=i)).sum() for i, g in enumerate(once))
+        found.append([*once, *torch.autograd.grad(again, leaves)])
+        plain = torch.autograd.grad(loss_of(run()), leaves)
+        for a, b in zip(plain, once, strict=True):
+            close(a, b.detach(), 1e-12)
+    for a, b in zip(*found, strict=True):
+        close(a.detach(), b.detach(), 1e-10)

@@ -4,6 +4,7 @@ from natgrad.capture.layers import affine, bilinear, convolution, embedding, sca
 from natgrad.capture.layers.composite import COMPOSITES
 from natgrad.capture.layers.inputs import Inputs, InputSums, Rows, Sparse, joined, stacked
 from natgrad.capture.layers.kind import Call, Kind, View
+from natgrad.capture.layers.recurrent import RECURRENCES
 from natgrad.capture.layers.scale import ADDITIONS, PRODUCTS, SPREADS, Scale
 from natgrad.capture.layers.views import CASTS, ELEMENTWISE, MULTIPLES, OFFSETS, RESHAPES, SELECTIONS, VIEWS
 
@@ -19,6 +20,7 @@ __all__ = [
     "OFFSETS",
     "PARSERS",
     "PRODUCTS",
+    "RECURRENCES",
     "RESHAPES",
     "SELECTIONS",
     "SPREADS",

@@ -9,38 +9,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from natgrad.capture.layers.recurrence import fused
+
 State = tuple[Tensor, ...]
 Weights = Sequence[Tensor | None]
 
 
 def _elman(nonlinearity: Callable[[Tensor], Tensor]) -> Callable[..., State]:
-    def step(a: Tensor, hidden: State, weights: Weights) -> State:
-        return (nonlinearity(a + F.linear(hidden[0], *_recurrent(weights))),)
+    def step(a_x: Tensor, a_h: Tensor, state: State) -> State:
+        return (nonlinearity(a_x + a_h),)
 
     return step
 
 
-def _lstm(a: Tensor, hidden: State, weights: Weights) -> State:
-    h, c = hidden
-    i, f, g, o = (a + F.linear(h, *_recurrent(weights))).chunk(4, -1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    h = o.sigmoid() * c.tanh()
+def _lstm(a_x: Tensor, a_h: Tensor, state: State) -> State:
+    i, f, g, o = (a_x + a_h).chunk(4, -1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru(a_x: Tensor, a_h: Tensor, state: State) -> State:
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = a_x.chunk(3, -1), a_h.chunk(3, -1)
+    reset, update = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+    new = (x_n + reset * h_n).tanh()
+    return (new + update * (state[0] - new),)
+
+
+def _stepped(step: Callable[..., State], a_x: Tensor, state: State, weights: Weights) -> State:
+    """The next states, from the pre-activations of an input."""
+    h, *others = step(a_x, F.linear(state[0], weights[1], weights[3]), state)  # type: ignore[arg-type]
     if len(weights) == 5 and weights[4] is not None:  # a projection
         h = F.linear(h, weights[4])
-    return h, c
-
-
-def _gru(a: Tensor, hidden: State, weights: Weights) -> State:
-    (h,) = hidden
-    r, z, n = F.linear(h, *_recurrent(weights)).chunk(3, -1)
-    a_r, a_z, a_n = a.chunk(3, -1)
-    reset, update = (a_r + r).sigmoid(), (a_z + z).sigmoid()
-    new = (a_n + reset * n).tanh()
-    return (new + update * (h - new),)
-
-
-def _recurrent(weights: Weights) -> tuple[Any, Any]:
-    return weights[1], weights[3]
+    return h, *others
 
 
 def _network(step: Callable[..., State]) -> Callable[..., Any]:
@@ -94,7 +94,7 @@ def _layer(
     a = F.linear(x, weights[0], weights[2])  # type: ignore[arg-type]
     outputs = []
     for t in reversed(range(x.shape[1])) if backwards else range(x.shape[1]):
-        state = step(a[:, t], state, weights)
+        state = _stepped(step, a[:, t], state, weights)
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if backwards else outputs, 1), state
 
@@ -104,7 +104,8 @@ def _cell(step: Callable[..., State]) -> Callable[..., Any]:
 
     def run(input: Tensor, hidden: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
         single = isinstance(hidden, Tensor)
-        state = step(F.linear(input, w_ih, b_ih), (hidden,) if single else tuple(hidden), (w_ih, w_hh, b_ih, b_hh))
+        a = F.linear(input, w_ih, b_ih)
+        state = _stepped(step, a, (hidden,) if single else tuple(hidden), (w_ih, w_hh, b_ih, b_hh))
         return state[0] if single else state
 
     return run
@@ -120,3 +121,8 @@ UNROLLED: dict[Any, Callable[..., Any]] = {
     torch._VF.lstm_cell: _cell(_lstm),
     torch._VF.gru_cell: _cell(_gru),
 }
+RECURRENCES: dict[Any, Callable[..., Any]] = {
+    torch._VF.lstm: fused(torch._VF.lstm, _lstm),
+    torch._VF.gru: fused(torch._VF.gru, _gru),
+}
+"""The same where gradients are all that is computed from it: the fused function, and one loop over time backward."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from math import prod
 from typing import Any
@@ -17,7 +18,7 @@ from natgrad.capture.recorder import Recorder
 from natgrad.capture.use import Use
 from natgrad.curvature.blocks import assemble, named_blocks
 from natgrad.linalg import Block, BlockDiagonal
-from natgrad.linalg.precision import matmul_precision
+from natgrad.linalg.precision import matmul_precision, worth_lowering
 from natgrad.linalg.state import dump, restore
 from natgrad.optim.decay import Decay
 from natgrad.optim.labels import Labels
@@ -27,7 +28,7 @@ from natgrad.optim.preconditioner.base import Preconditioner, Sizes
 from natgrad.optim.preconditioner.ladder import Ladder
 from natgrad.optim.preconditioner.options import Options
 from natgrad.optim.preconditioner.ranks import Names, Ranks, Spread
-from natgrad.optim.preconditioner.running import RUNNING
+from natgrad.optim.preconditioner.running import RUNNING, Statistics
 from natgrad.optim.preconditioner.statistics import LayerStatistics
 from natgrad.optim.rules.damping import weighted_median
 from natgrad.optim.rules.stage import Figures
@@ -60,6 +61,7 @@ class LayerBlocks(Preconditioner):
         self.inverse_age = 0
         self.bases_age: int | None = None
         self.frozen: frozenset[str] = frozenset()
+        self._scale: tuple[Statistics, frozenset[str], float] | None = None  # of which averages, without which names
         self.statistics = LayerStatistics(optimizer, parameters, labels, options, self.running, self.ranks)
 
     def chosen(self) -> dict[str, Any]:
@@ -152,8 +154,7 @@ class LayerBlocks(Preconditioner):
         if self.options.structure == "input":  # its damping is in units of the inputs
             return torch.zeros(len(directions), len(directions), dtype=torch.float64)
         precision = self.parameters.precision
-        cast = [{n: t.to(precision) for n, t in d.items()} for d in directions]
-        return damping * gram([self._in_coordinates(d) for d in cast])
+        return damping * gram([self._in_coordinates(_in_precision(d, precision)) for d in directions])
 
     def _in_coordinates(self, d: Vector) -> Vector:
         usable = {names for names in self._usable(d) if len(names) > 1}
@@ -169,13 +170,13 @@ class LayerBlocks(Preconditioner):
         return {names for names in self._layers() if all(n in v for n in names)}
 
     def apply(self, v: Vector) -> Vector:
-        v = {n: t.to(self.parameters.precision) for n, t in v.items()} if self.running.layers else v
+        v = _in_precision(v, self.parameters.precision) if self.running.layers else v
         usable = self._usable(v)
         rest = self._rest(v, usable)
         blocks = [b for b in (self.inverse or {}).values() if b.names in usable]
         out = rest | self.ranks.applied(self._by_block, blocks, v, self._also(rest), usable)
         # In the order of the parameters, so that sums over them do not depend on the order of the layers.
-        return {n: out[n].to(p.dtype) for n, p in self.parameters.items() if n in out and p.requires_grad}
+        return {n: _cast(out[n], p.dtype) for n, p in self.parameters.items() if n in out and p.requires_grad}
 
     def _rest(self, v: Vector, usable: Names) -> Vector:
         """The direction of parameters without a block."""
@@ -189,7 +190,7 @@ class LayerBlocks(Preconditioner):
         """The directions of whole layers. `rest` has the directions of parts without a factor, if there are any."""
         out: Vector = {}
         for block in blocks:
-            with matmul_precision(self.options.matmul_precision):
+            with matmul_precision(self.options.matmul_precision) if _is_heavy(block) else nullcontext():
                 parts = block.operator.apart(block.parts(v))
             # The move of the mean pre-activation is computed in full precision, because inputs far from zero cost many
             # digits.
@@ -213,10 +214,15 @@ class LayerBlocks(Preconditioner):
     def scale(self) -> float:
         if not self.running.reads_gradients:
             return 1.0  # the damping is relative
+        known, alone = self._scale, self.parameters.place.world.size == 1
+        if alone and known is not None and known[0] is self.running.total and known[1] == self.frozen:
+            return known[2]
         operators = [block.operator for block in self._own_blocks().values()]
         traces = torch.stack([op.trace_in_coordinates() for op in operators]).tolist() if operators else []
         means = [(trace / op.space.size, float(op.space.size)) for trace, op in zip(traces, operators, strict=True)]
-        return weighted_median(self.ranks.means(means))
+        scale = weighted_median(self.ranks.means(means))
+        self._scale = self.running.total, self.frozen, scale
+        return scale
 
     # Saving --------------------------------------------------------------------------------------------
 
@@ -263,6 +269,21 @@ class LayerBlocks(Preconditioner):
             )
         for layer, op in running.blocks().items():
             _check_fits(layer, op.space.size, op.space.shapes, op.dtype, self.parameters)
+
+
+def _is_heavy(block: Block) -> bool:
+    """Whether products with the block's factors are large enough for a lower precision to save time."""
+    shape, operator = block.operator.space.shapes[0], block.operator
+    return len(shape) != 2 or worth_lowering(prod(shape) * max(shape), operator.device)
+
+
+def _in_precision(v: Vector, dtype: torch.dtype) -> Vector:
+    return {n: _cast(t, dtype) for n, t in v.items()}
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`, without the call where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _check_fits(

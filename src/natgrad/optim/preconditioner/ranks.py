@@ -93,8 +93,9 @@ class Ranks:
 
     def coordinates(self, blocks: list[Block], d: Vector, usable: Names) -> Vector:
         """A vector with the parts of some layers in the coordinates of these layers: this rank's share of it."""
+        d = dict(d)
         for block in blocks:
-            d = d | block.named(block.operator.coordinates(block.parts(d)))
+            d |= block.named(block.operator.coordinates(block.parts(d)))
         return d
 
     def everywhere(self, own: dict[Layer, Operator]) -> dict[Layer, Operator]:

@@ -198,8 +198,9 @@ class Adaptive(StepRule):
     def _bounded(self, minimum: Minimum, F: torch.Tensor, stage: Stage) -> Minimum:
         """The minimum, shortened to the bound on the divergence, and so that the predicted decrease is at most the
         loss."""
-        c = torch.tensor(minimum.coefficients, dtype=torch.float64)
-        minimum = minimum.shortened(self._share_within(0.5 * float(c @ F @ c)))
+        if self.max_kl is not None:
+            c = torch.tensor(minimum.coefficients, dtype=torch.float64)
+            minimum = minimum.shortened(self._share_within(0.5 * float(c @ F @ c)))
         if stage.objective.nonnegative and stage.loss > 0:  # a target out of range makes it negative
             minimum = minimum.shortened(minimum.share_that_promises(stage.loss))
         return minimum

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PARALLEL = 1e-6
+"""Directions count as parallel if the matrix of their cosines, in the metric of the curvature, has a smaller
+eigenvalue."""
+
 
 @dataclass(frozen=True)
 class Minimum:
@@ -47,21 +51,43 @@ def minimize(Q: Tensor, slope: Tensor, fixed: dict[int, float]) -> Minimum | Non
 
     Reference: Martens & Grosse (2015), section 7.
     """
-    c = torch.zeros_like(slope)
-    for i, value in fixed.items():
-        c[i] = value
-    free = [i for i in range(len(slope)) if i not in fixed]
+    rows: list[list[float]] = Q.tolist()  # a few numbers, for which Python is faster than torch
+    g: list[float] = slope.tolist()
+    c = [fixed.get(i, 0.0) for i in range(len(g))]
+    free = [i for i in range(len(g)) if i not in fixed]
     if free:
-        H = Q[free][:, free]
-        # In units of each direction's curvature, a nearly parallel pair gives a small eigenvalue.
-        unit = H.diagonal().sqrt()
-        if not (torch.isfinite(H).all() and (unit > 0).all()):
+        if not all(math.isfinite(rows[i][j]) for i in free for j in free) or not all(rows[i][i] > 0 for i in free):
             return None
-        correlation = H / torch.outer(unit, unit)
-        rhs = -(slope[free] + Q[free] @ c) / unit
-        if torch.linalg.eigvalsh(correlation)[0] < 1e-6:  # parallel: use only the first direction
-            c[free[0]] = rhs[0] / unit[0]
-        else:
-            c[free] = torch.linalg.solve(correlation, rhs) / unit
-    found = Minimum(c.tolist(), float(slope @ c), float(0.5 * c @ Q @ c))
-    return found if torch.isfinite(c).all() and math.isfinite(found.change) else None
+        # In units of each direction's curvature, a nearly parallel pair gives a small eigenvalue.
+        unit = [math.sqrt(rows[i][i]) for i in free]
+        rhs = [-(g[i] + _dot(rows[i], c)) / u for i, u in zip(free, unit, strict=True)]
+        correlation = [
+            [rows[i][j] / (u * v) for j, v in zip(free, unit, strict=True)] for i, u in zip(free, unit, strict=True)
+        ]
+        found = _solved(correlation, rhs)
+        if found is None:  # parallel: use only the first direction
+            found = [rhs[0]]
+        for i, u, value in zip(free, unit, found, strict=False):
+            c[i] = value / u
+    minimum = Minimum(c, _dot(g, c), 0.5 * _dot(c, [_dot(row, c) for row in rows]))
+    return minimum if all(map(math.isfinite, c)) and math.isfinite(minimum.change) else None
+
+
+def _dot(u: list[float], v: list[float]) -> float:
+    return sum(a * b for a, b in zip(u, v, strict=True))
+
+
+def _solved(correlation: list[list[float]], rhs: list[float]) -> list[float] | None:
+    """The solution of a system of unit diagonal; None if its smallest eigenvalue is below `PARALLEL`."""
+    if len(rhs) == 1:
+        return rhs
+    if len(rhs) == 2:
+        r = correlation[0][1]
+        if 1 - abs(r) < PARALLEL:
+            return None
+        return [(rhs[0] - r * rhs[1]) / (1 - r * r), (rhs[1] - r * rhs[0]) / (1 - r * r)]
+    H = torch.tensor(correlation, dtype=torch.float64)
+    if not torch.isfinite(H).all() or torch.linalg.eigvalsh(H)[0] < PARALLEL:
+        return None
+    solved: list[float] = torch.linalg.solve(H, torch.tensor(rhs, dtype=torch.float64)).tolist()
+    return solved

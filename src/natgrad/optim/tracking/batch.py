@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.capture.use import Use
+from natgrad.curvature.replay import Replay
 from natgrad.losses import OutputCurvature
 from natgrad.optim.tracking.factors import Observed
 from natgrad.optim.tracking.forward import Forward, RandomState, changed_in_place, with_versions
@@ -49,10 +50,10 @@ class Sharing:
 class Batch(Observed):
     """A batch whose loss was asked for.
 
-    `way` leads from what the model returns to the loss's input; None where no forward can be run again. `statistics`
-    is what the preconditioner has taken of it, `weight` the factor that the loss's gradient was multiplied by, so that
-    ranks count by their cases, `versions` those of the parameters at the forward, `scalar` the loss that the model has
-    computed itself.
+    `way` leads from what the model returns to the loss's input; None where no forward can be run again. `statistics` is
+    what the preconditioner has taken of it, `replay` differentiates the forward again, `weight` the factor that the
+    loss's gradient was multiplied by, so that ranks count by their cases, `versions` those of the parameters at the
+    forward, `scalar` the loss that the model has computed itself.
     """
 
     term: Term
@@ -67,6 +68,7 @@ class Batch(Observed):
     statistics: Any = None
     fault: str | None = None
     uses: list[Use] = field(default_factory=list)
+    replay: Replay | None = None
     weight: float = 1.0
     sharing: Sharing | None = None
     scalar: weakref.ref[Tensor] | None = None

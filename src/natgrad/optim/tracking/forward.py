@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from natgrad.capture.recorder import Recorder
+from natgrad.curvature.replay import Replay
 from natgrad.optim.tracking.returned import Returned, Way
 
 
@@ -19,7 +20,8 @@ from natgrad.optim.tracking.returned import Returned, Way
 class Forward:
     """A forward of the model: its arguments, its random state, its modules' modes, what it returned, what was recorded.
 
-    `autocast` is the lower precision it ran in, if it did. `compiled`: it ran in compiled code, where no uses are seen.
+    `replay` can differentiate it again. `autocast` is the lower precision it ran in, if it did. `compiled`: it ran in
+    compiled code, where no uses are seen.
     """
 
     model: nn.Module
@@ -29,13 +31,16 @@ class Forward:
     autocast: torch.dtype | None = None
     compiled: bool = False
     recorder: Recorder | None = None
+    replay: Replay | None = None
     returned: Returned | None = None
     modes: list[tuple[nn.Module, bool]] = field(init=False)
     inputs: list[tuple[Tensor, int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.modes = [(m, m.training) for m in self.model.modules()]
-        self.inputs = with_versions((self.args, self.kwargs))
+        is_plain = not self.kwargs and all(isinstance(a, Tensor) for a in self.args)
+        trees = self.args if is_plain else ((self.args, self.kwargs),)
+        self.inputs = [noted for tree in trees for noted in with_versions(tree)]
 
     def again(self, forward: Callable[..., Any], way: Way) -> Tensor:
         """The loss's input from `forward` on the same arguments: with the same random numbers, in the same precision,
@@ -53,12 +58,7 @@ class Forward:
         Raises:
             RuntimeError: if an argument has been changed in place since.
         """
-        if (t := changed_in_place(self.inputs)) is not None:
-            raise RuntimeError(
-                f"an input of the model, of shape {tuple(t.shape)}, was changed in place after the forward, and "
-                "the step runs the model on it again; give the model a copy (x.clone()), or change it after the "
-                "step"
-            )
+        self.check_inputs()
         try:
             return self._run(forward, ways)
         except RuntimeError as error:
@@ -80,6 +80,15 @@ class Forward:
             returned = forward(*self.args, **self.kwargs)
             outputs = [way(returned) for way in ways]
         return [full_precision(output) for output in outputs]
+
+    def check_inputs(self) -> None:
+        """Raises RuntimeError if an argument has been changed in place since."""
+        if (t := changed_in_place(self.inputs)) is not None:
+            raise RuntimeError(
+                f"an input of the model, of shape {tuple(t.shape)}, was changed in place after the forward, and "
+                "the step runs the model on it again; give the model a copy (x.clone()), or change it after the "
+                "step"
+            )
 
     @property
     def unchanged(self) -> bool:
@@ -110,7 +119,8 @@ def full_precision(output: Tensor) -> Tensor:
 
 def with_versions(tree: Any) -> list[tuple[Tensor, int]]:
     """The tensors in a tree of tuples, lists and dictionaries, each with how often it was written to."""
-    return [(t, _version(t)) for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    leaves = [tree] if isinstance(tree, Tensor) else tree_leaves(tree)
+    return [(t, _version(t)) for t in leaves if isinstance(t, Tensor)]
 
 
 def changed_in_place(noted: list[tuple[Tensor, int]]) -> Tensor | None:

@@ -26,10 +26,12 @@ class Meant:
     def check(self, model: nn.Module, forward: Forward, output: Tensor, target: Any, term: Term) -> None:
         """Raises ValueError if the two differ in how they read the labels; warns if they differ otherwise."""
         assert forward.returned is not None
-        loss, logits = forward.returned.loss, forward.returned.logits
-        given = arguments(model, forward.args, forward.kwargs)
+        loss = forward.returned.loss
+        if loss is None or not loss.requires_grad:
+            return
+        logits, given = forward.returned.logits, arguments(model, forward.args, forward.kwargs)
         key = kind_of_batch(given)
-        if loss is None or not loss.requires_grad or "labels" not in given or key in self._seen:
+        if "labels" not in given or key in self._seen:
             return
         if not torch.is_grad_enabled() or not math.isfinite(float(loss.detach())):
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -50,7 +51,7 @@ class Returned:
         for held in self._tensors:
             view = held.view(output)
             if view is not None:
-                return lambda value, path=held.path, view=view: view(_at(value, path))  # type: ignore[misc]
+                return Part(held.path, view)
         return None
 
     @property
@@ -63,6 +64,17 @@ class Returned:
         """The nodes of the autograd graph that the tensors come from."""
         alive = (held.ref() for held in self._tensors)
         return self._nodes | {t.grad_fn for t in alive if t is not None and t.grad_fn is not None}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The way to one of the tensors that were returned (`path`), or to a view of it."""
+
+    path: Path
+    view: Way
+
+    def __call__(self, value: Any) -> Tensor:
+        return self.view(_at(value, self.path))
 
 
 class Held:

@@ -24,7 +24,7 @@ from natgrad.optim.tracking.forward import Forward, RandomState
 from natgrad.optim.tracking.meant import Meant
 from natgrad.optim.tracking.origin import forward_of, read
 from natgrad.optim.tracking.own import Found, OwnLoss
-from natgrad.optim.tracking.returned import Way
+from natgrad.optim.tracking.returned import Part, Way
 from natgrad.optim.tracking.unchanged import Unchanged
 from natgrad.optim.tracking.watch import Watch
 
@@ -129,8 +129,9 @@ class Tracker:
 
     def arm(self) -> None:
         """Sets whether the next forward is recorded."""
-        due = self.observer.due()
-        self.watch.recording = due or self.observer.runs_again()
+        due, runs_again = self.observer.due(), self.observer.runs_again()
+        self.watch.recording, self.watch.observes = due or runs_again, due
+        self.watch.replays = runs_again and self.place.shards is None and not self.derives
         self.watch.kind = DerivativeRecorder if due and self.derives else None
 
     # Between forward and step --------------------------------------------------------------------------
@@ -227,6 +228,8 @@ class Tracker:
                     batch.fault = LOSS_NOT_FINITE
             if self.observer.runs_again() and recorded is output and not self.derives:
                 batch.uses = uses
+        if isinstance(way, Part) and not way.path:  # linear in what the model returned
+            batch.replay = forward.replay
         if own is None:
             return self._noted(batch, loss)
         batch.scalar = weakref.ref(own.scalar)

@@ -16,6 +16,8 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.tap import Tap
+from natgrad.capture.tape import Tape
+from natgrad.curvature.replay import Replay
 from natgrad.optim.tracking.buffers import Buffers
 from natgrad.optim.tracking.forward import Forward, RandomState
 from natgrad.optim.tracking.returned import Returned
@@ -26,11 +28,12 @@ class Watch:
     use; the last one whatever became of it.
 
     While `recording`, the uses of the parameters in them are kept too. Forwards of the model inside of its own forward
-    belong to the outermost. A `wrapper` whose forward is the model's may return it in other tensors. `within`, a
-    method, is called in a forward that is part of that of a `DistributedDataParallel`. `finished`, a method, is given
-    every forward at its end, and none is kept. `also` are modules whose forwards count as the model's, where these are
-    called by themselves. `frozen`: uses of frozen parameters are recorded too. Nothing keeps the optimizer alive, and a
-    copy of the model is not watched.
+    belong to the outermost. `replays`: also what is needed to differentiate them again; where only this is wanted
+    (`observes` is false), and the last forward had it, uses are left out. A `wrapper` whose forward is the model's may
+    return it in other tensors. `within`, a method, is called in a forward that is part of that of a
+    `DistributedDataParallel`. `finished`, a method, is given every forward at its end, and none is kept. `also` are
+    modules whose forwards count as the model's, where these are called by themselves. `frozen`: uses of frozen
+    parameters are recorded too. Nothing keeps the optimizer alive, and a copy of the model is not watched.
     """
 
     def __init__(
@@ -46,11 +49,14 @@ class Watch:
     ):
         self.recording = True
         self.kind: type[Recorder] | None = None  # that the next forward is recorded by; None: the ordinary one
+        self.replays = False
+        self.observes = True
+        self._replayed = False  # whether the last forward could be
         self._model, self._parameters = weakref.ref(model), dict(parameters)
         self.buffers = Buffers(model)
         self.forwards: list[Forward] = []
         self._now: Forward | None = None
-        self._recorder: Recorder | None = None
+        self._recorder: Recorder | Tape | None = None
         self._depth = 0
         self._outermost: FrameType | None = None
         self._suspended = False
@@ -94,7 +100,7 @@ class Watch:
 
         def seen(tensors: dict[str, Tensor]) -> None:
             watch = me()
-            if watch is not None and watch._recorder is not None:
+            if watch is not None and isinstance(watch._recorder, Recorder):
                 watch._recorder.know({n: t for n, t in tensors.items() if n in watch._parameters})
 
         self._handles += [weakref.finalize(self, handle.remove) for handle in follow(seen)]
@@ -115,7 +121,7 @@ class Watch:
     def end_step(self) -> None:
         """Keeps no forward but those of which something is in use, and of these no record."""
         for forward in self.forwards:
-            forward.recorder = None
+            forward.recorder = forward.replay = None
         self.forwards = [f for f in self.forwards if f.returned is not None and f.returned.let_go()]
 
     def recorder(self, kind: type[Recorder] | None = None) -> Recorder:
@@ -166,12 +172,19 @@ class Watch:
         around = DistributedDataParallel._active_ddp_module
         if around is not None and self._within is not None and (within := self._within()) is not None:
             within(around)
+        if self._finished is not None and not self.recording:
+            return  # nobody asks for this forward
         device = next(iter(self._parameters.values())).device
         lowered = torch.is_autocast_enabled(device.type)
         precision = torch.get_autocast_dtype(device.type) if lowered else None
         self._now = Forward(model, args, kwargs, RandomState(device), precision, compiled)
         if self.recording and not compiled:  # compiled code has no function modes
-            self._recorder = self.recorder()
+            tape = Tape() if self.replays else None
+            if tape is not None and self._replayed and not self.observes:
+                self._recorder = tape
+            else:
+                self._recorder = self.recorder()
+                self._recorder.tape = tape
             self._recorder.__enter__()
             self._stance = torch.compiler.set_stance("force_eager")
 
@@ -185,9 +198,15 @@ class Watch:
         self.clear()
         if forward is None or output is None:
             return  # one that raised returns nothing, and cannot be followed by a loss
-        forward.returned, forward.recorder = Returned(output), recorder
-        if recorder is not None:
+        forward.returned = Returned(output)
+        tape = recorder
+        if isinstance(recorder, Recorder):
+            forward.recorder, tape = recorder, recorder.tape
             recorder.let_go()
+        if isinstance(tape, Tape):
+            tape.end(output)
+            forward.replay = Replay.of(tape)
+            self._replayed = forward.replay is not None
         finished = None if self._finished is None else self._finished()
         if finished is None:
             self.forwards.append(forward)
@@ -212,7 +231,7 @@ def _running(frame: FrameType) -> bool:
     return caller is not None
 
 
-def _leave(recorder: Recorder) -> None:
+def _leave(recorder: Recorder | Tape) -> None:
     """Takes the recorder off the stack of function modes, also from below others."""
     above: list[Any] = []
     while recorder in _get_current_function_mode_stack():
