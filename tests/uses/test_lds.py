@@ -140,6 +140,16 @@ def test_lines_that_are_no_results_are_said(tmp_path):
         assert path.read_text() == f"{whole}{line}\n"
 
 
+def test_queries_that_say_nothing_are_warned_of():
+    *_, retrain = ridge()
+    scores = randn(6, 40)
+    scores[1] = 0.0
+    with pytest.warns(RuntimeWarning, match="the scores' sums of 1 of 6 queries are the same for all subsets"):
+        assert natgrad.lds(scores, retrain, subsets=5).per_query[1] == 0
+    with pytest.warns(RuntimeWarning, match="the found losses of 6 of 6 queries are the same for all subsets"):
+        assert natgrad.lds(randn(6, 40), lambda i, s: torch.ones(6), subsets=5).score == 0
+
+
 def test_scores_and_seeds_that_say_nothing_are_refused():
     *_, retrain = ridge()
     scores = randn(6, 40)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from natgrad.capture.cases import Cases
 from natgrad.capture.graph import refuse_reentrant
 from natgrad.capture.layer import Layer
 from natgrad.capture.reading import example_gradients
@@ -25,6 +26,7 @@ from natgrad.curvature.structure import Structure
 from natgrad.curvature.structures import STRUCTURES, Options
 from natgrad.curvature.terms import Losses, Terms
 from natgrad.distributed.gathering import jointly
+from natgrad.distributed.world import World
 from natgrad.linalg import BlockDiagonal, Dense, Operator, Space
 
 Chosen = str | Mapping[str, str]
@@ -112,8 +114,8 @@ def fisher(
 
     Reference: Martens & Grosse (2015), arXiv:1503.05671; Martens (2014), arXiv:1412.1193.
     """
-    _check_structure(structure)
-    problem = _problem(
+    check_structure(structure)
+    problem = problem_of(
         model,
         loss,
         data,
@@ -127,7 +129,7 @@ def fisher(
         dtype=dtype,
         progress=progress,
     )
-    return _matrix(problem, structure, Options(centered, sharing, max_dim, rank))
+    return matrix_of(problem, structure, Options(centered, sharing, max_dim, rank))
 
 
 def gauss_newton(
@@ -181,8 +183,8 @@ def gauss_newton(
 
     Reference: Martens (2014), arXiv:1412.1193.
     """
-    _check_structure(structure)
-    problem = _problem(
+    check_structure(structure)
+    problem = problem_of(
         model,
         loss,
         data,
@@ -196,7 +198,7 @@ def gauss_newton(
         dtype=dtype,
         progress=progress,
     )
-    return _matrix(problem, structure, Options(centered, sharing, max_dim, rank))
+    return matrix_of(problem, structure, Options(centered, sharing, max_dim, rank))
 
 
 def hessian(
@@ -236,7 +238,7 @@ def hessian(
     Reference: Pearlmutter (1994), "Fast Exact Multiplication by the Hessian".
     """
     check_choice("structure", structure, ("implicit", "dense", "block"))
-    problem = _problem(model, loss, data, forward, weights, params=params, dtype=dtype, progress=progress)
+    problem = problem_of(model, loss, data, forward, weights, params=params, dtype=dtype, progress=progress)
 
     def of(own: Problem) -> Operator:
         implicit = ImplicitHessian(own)
@@ -249,7 +251,7 @@ def hessian(
     return _sum(problem, of) if isinstance(problem, Terms) else of(problem)
 
 
-def _problem(
+def problem_of(
     model: nn.Module,
     loss: Losses,
     data: Any,
@@ -257,6 +259,7 @@ def _problem(
     weights: Mapping[str, float] | None,
     **options: Any,
 ) -> Problem | Terms:
+    """One loss's problem, or the weighted sum of several losses'."""
     if isinstance(loss, Mapping):
         return Terms(model, loss, data, forward, weights, **options)
     if weights is not None:
@@ -273,7 +276,8 @@ def _sum(terms: Terms, matrix: Callable[[Problem], Operator]) -> Operator:
     return reduce(operator.add, each)
 
 
-def _check_structure(structure: Any) -> None:
+def check_structure(structure: Any) -> None:
+    """Raises TypeError or ValueError unless it is the name of a structure, or names by layer."""
     if isinstance(structure, Tensor):
         raise TypeError(
             "structure is a Tensor; expected its name, and data as one pair: (model, loss, (input, target), structure)"
@@ -282,7 +286,8 @@ def _check_structure(structure: Any) -> None:
         check_choice("structure", structure, ALL_STRUCTURES)
 
 
-def _matrix(problem: Problem | Terms, structure: Chosen, options: Options) -> Operator:
+def matrix_of(problem: Problem | Terms, structure: Chosen, options: Options) -> Operator:
+    """The matrix of any structure."""
     check_flag("centered", options.centered)
     check_choice("sharing", options.sharing, SHARING)
     check_max_dim(options.max_dim)
@@ -304,11 +309,26 @@ def _norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(parameters, norms.tolist(), strict=True))
 
 
+class InPasses(Protocol):
+    """What a matrix that is made layer by layer is summed over."""
+
+    @property
+    def world(self) -> World: ...
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def is_mean(self) -> bool: ...
+
+    def passes(self, count: int, between: Callable[[], None]) -> Iterator[Cases]: ...
+
+
 def _implicit(problem: Problem) -> Operator:
     return ImplicitGaussNewton(problem) if problem.estimator == "exact" else ImplicitSampled(problem)
 
 
-def of_layers(problem: Problem | Terms, structure: Chosen, options: Options) -> BlockDiagonal:
+def of_layers(problem: InPasses, structure: Chosen, options: Options) -> BlockDiagonal:
     """The matrix of a structure that is made layer by layer."""
 
     def make(name: str) -> Structure:

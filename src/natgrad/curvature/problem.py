@@ -148,9 +148,12 @@ class Problem:
             return self.curvature.signed_columns(output.detach(), target)
         return ((1, column) for column in self.columns(output, target))
 
-    def recorded(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Recorder, Tensor, Tensor]]:
-        """Each batch's output and target, with the recorded uses of the given parameters."""
-        for batch in self:
+    def recorded(
+        self, parameters: Mapping[str, Tensor], batches: Iterable[Any] | None = None
+    ) -> Iterator[tuple[Recorder, Tensor, Tensor]]:
+        """Each batch's output and target, with the recorded uses of the given parameters; of the data, or of the given
+        batches of it."""
+        for batch in self if batches is None else batches:
             recorder = Recorder(parameters)
             # Compiled code has no function modes.
             with torch.compiler.set_stance("force_eager"), torch.enable_grad(), recorder:

@@ -109,12 +109,13 @@ def _of_term(name: str, names: tuple[str, ...], forward: Forward | None) -> Forw
             result = (model(batch[0]), batch[1]) if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise ValueError(f"{what} {described(result)}; expected a pair (outputs, targets) of two dictionaries")
-        return _entry(result[0], name, names, "outputs"), _entry(result[1], name, names, "targets")
+        return entry(result[0], name, names, "outputs"), entry(result[1], name, names, "targets")
 
     return of_term
 
 
-def _entry(values: Any, name: str, names: tuple[str, ...], what: str) -> Any:
+def entry(values: Any, name: str, names: tuple[str, ...], what: str) -> Any:
+    """One term's part of a dictionary; ValueError if there is none."""
     known = ", ".join(map(repr, names))
     if not isinstance(values, Mapping):
         raise ValueError(

@@ -15,7 +15,7 @@ from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.eigen import inverse_from_cholesky, semidefinite
 from natgrad.linalg.fitting import check_axes, check_tensors
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen, factored_inverses
-from natgrad.linalg.operator import Operator, check_operator
+from natgrad.linalg.operator import DENSE_LIMIT, Operator, check_operator
 from natgrad.linalg.space import Parts, Space
 
 
@@ -200,6 +200,12 @@ class Centered(Operator):
         rows = self._rows()
         if rows is not None:
             return CenteredPower(rows, 1.0, damping)
+        if self.space.size > DENSE_LIMIT:
+            raise TypeError(
+                f"a centered block of {self.space.size} rows, whose bias's part is not diagonal in the weight's output "
+                "basis (as KFOC's is not), is damped by way of the dense matrix, which is too large; use "
+                "centered=False, or damping_style='centered'"
+            )
         eye = torch.eye(self.space.size, dtype=self.dtype, device=self.device)
         return Dense(self.to_dense() + damping * eye, self.space)
 

@@ -32,7 +32,8 @@ class Piece(NamedTuple):
         if W is None:
             assert b is not None
             return b @ self.g.sum(2).flatten(0, 1).mT
-        a = self.h @ W.mT[..., None, :, :]
+        # Two axes for the inputs: with three, a product with many vectors would copy W for every example.
+        a = (self.h.flatten(0, 1) @ W.mT).unflatten(-2, self.h.shape[:2])
         if b is not None:
             a = a + b[..., None, None, :]
         return torch.einsum("...nto,nkto->...nk", a, self.g).flatten(-2)

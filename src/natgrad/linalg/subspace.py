@@ -35,37 +35,41 @@ def project(operator: Operator, v: Any, keep: float, which: str) -> Any:
     check_within("keep", keep, "[0, 1]")
     check_choice("which", which, SIDES, meanings=SIDES)
     parts, join = operator._read(v, f"{operator._label()}.project(v)")
-    e, multiply = _eigenbasis(operator)
+    e, multiply = eigenbasis(operator)
     count = round(keep * len(e))
     kept = e.argsort(descending=which == "largest", stable=True)[:count]
     return join(multiply(parts, torch.zeros_like(e).index_fill(0, kept, 1.0)))
 
 
 @singledispatch
-def _eigenbasis(operator: Operator) -> tuple[Float[Tensor, " size"], Multiply]:
-    """The eigenvalues, and the function that multiplies coefficients in the same order."""
+def eigenbasis(operator: Operator) -> tuple[Float[Tensor, " size"], Multiply]:
+    """The eigenvalues, and the function that multiplies coefficients in the same order.
+
+    Raises:
+        TypeError: if the structure has no eigenbasis, and is too large to be formed.
+    """
     if operator.space.size > FORMED or not holds_tensors(operator):
         raise TypeError(
             f"{operator._label()} has a structure without a known eigenbasis, and with {operator.space.size} rows it "
             "is too large to form; use structure='kfac', 'diagonal' or 'dense', or 'ekfac' with centered=False"
         )
-    return _eigenbasis(Dense(operator._dense(), operator.space))
+    return eigenbasis(Dense(operator._dense(), operator.space))
 
 
-@_eigenbasis.register
+@eigenbasis.register
 def _(operator: Dense) -> tuple[Tensor, Multiply]:
     e, U = eigh(operator.matrix, "the matrix")
     space = operator.space
     return e, lambda parts, c: space.unflatten(((space.flatten(parts) @ U) * c) @ U.mT)
 
 
-@_eigenbasis.register
+@eigenbasis.register
 def _(operator: Diagonal) -> tuple[Tensor, Multiply]:
     space = operator.space
     return space.flatten(operator.values), lambda parts, c: space.unflatten(space.flatten(parts) * c)
 
 
-@_eigenbasis.register
+@eigenbasis.register
 def _(operator: KroneckerEigen) -> tuple[Tensor, Multiply]:
     U_B, U_A, shape = operator.U_B, operator.U_A, operator.values.shape
 
@@ -76,14 +80,14 @@ def _(operator: KroneckerEigen) -> tuple[Tensor, Multiply]:
     return operator.values.flatten(), multiply
 
 
-@_eigenbasis.register
+@eigenbasis.register
 def _(operator: Kronecker) -> tuple[Tensor, Multiply]:
-    return _eigenbasis(operator.eigen())
+    return eigenbasis(operator.eigen())
 
 
-@_eigenbasis.register
+@eigenbasis.register
 def _(operator: Homogeneous) -> tuple[Tensor, Multiply]:
-    e, multiply = _eigenbasis(operator.stacked)
+    e, multiply = eigenbasis(operator.stacked)
 
     def apart(parts: Parts, c: Tensor) -> Parts:
         W, b = parts
@@ -93,15 +97,15 @@ def _(operator: Homogeneous) -> tuple[Tensor, Multiply]:
     return e, apart
 
 
-@_eigenbasis.register
+@eigenbasis.register
 def _(operator: CenteredKronecker) -> tuple[Tensor, Multiply]:
     """The eigenbasis of `A ⊗ B`, which is the same matrix."""
-    return _eigenbasis(Homogeneous(Kronecker(operator.A, operator.B)))
+    return eigenbasis(Homogeneous(Kronecker(operator.A, operator.B)))
 
 
-@_eigenbasis.register
+@eigenbasis.register
 def _(operator: Rows) -> tuple[Tensor, Multiply]:
-    found = [_eigenbasis(part) for part in operator.parts]
+    found = [eigenbasis(part) for part in operator.parts]
     sizes = [len(e) for e, _ in found]
     heights = [part.space.shapes[0][0] for part in operator.parts]
 
@@ -114,9 +118,9 @@ def _(operator: Rows) -> tuple[Tensor, Multiply]:
     return torch.cat([e for e, _ in found]), multiply
 
 
-@_eigenbasis.register
+@eigenbasis.register
 def _(operator: BlockDiagonal) -> tuple[Tensor, Multiply]:
-    found = {name: _eigenbasis(block.operator) for name, block in operator.layers.items()}
+    found = {name: eigenbasis(block.operator) for name, block in operator.layers.items()}
     sizes = [len(e) for e, _ in found.values()]
 
     def multiply(parts: Parts, c: Tensor) -> Parts:

@@ -30,6 +30,8 @@ class Evidence:
         loss: the summed loss at `θ`; of a squared error, half of it.
         entries: of a squared error, how many entries the targets have; else 0.
         temperature: `T`.
+        constant: of several terms, the logarithm of what their noises normalize by, `Σ ω entries log(σ √2π)`. The
+            noises are then part of the matrix and of the loss, and `entries` is 0.
     """
 
     matrix: Matrix
@@ -37,6 +39,7 @@ class Evidence:
     loss: float
     entries: int = 0
     temperature: float = 1.0
+    constant: float = 0.0
 
     def scale(self, sigma: float) -> float:
         return 1 / (sigma**2 * self.temperature)
@@ -51,7 +54,7 @@ class Evidence:
         return self.log_likelihood(sigma) - 0.5 * (scatter - P.log_prior() + P.logdet())
 
     def log_likelihood(self, sigma: float) -> float:
-        return -self.scale(sigma) * self.loss - self.entries * log(sigma * (2 * pi) ** 0.5)
+        return -self.scale(sigma) * self.loss - self.entries * log(sigma * (2 * pi) ** 0.5) - self.constant
 
     def maximized(self, precisions: Precisions, sigma: float, per: str, noise: bool) -> tuple[Precisions, float]:
         """The precisions, one for each group, and the noise, at the maximum of the marginal likelihood.

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.checks.parameters import Selection
-from natgrad.checks.values import check_choice, check_count, check_function, described
-from natgrad.curvature.matrices import fisher
+from natgrad.checks.values import check_choice, check_count, check_function, described, did_you_mean
+from natgrad.curvature.matrices import check_structure, matrix_of, problem_of
 from natgrad.curvature.problem import Forward, Problem
+from natgrad.curvature.structures import Options
+from natgrad.curvature.terms import Losses, Terms
 from natgrad.linalg import BlockDiagonal, Operator
 from natgrad.linalg.arguments import check_damping
 from natgrad.uses.covariance import output_covariance
-from natgrad.uses.order import rows_in_order
+from natgrad.uses.objective import Objective, sum_over
 from natgrad.uses.refined import ByCases, refined
 from natgrad.uses.rows import Rows, loss_columns, measure_columns
 from natgrad.uses.scores import Queries, Scores
 from natgrad.uses.subset import moved, warn_in_training
+from natgrad.uses.unrolled import Checkpoint, averaged, read_segments, unrolled_queries, weights_kept
 
 PER = {"example": "one score for each training example", "token": "one for each position of its inputs"}
 TOLERANCE = 1e-3
@@ -28,7 +33,7 @@ TOLERANCE = 1e-3
 
 def influence(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Losses,
     train: Any,
     query: Any = None,
     structure: str | Mapping[str, str] = "ekfac",
@@ -37,11 +42,15 @@ def influence(
     refine: int = 0,
     rank: int | None = None,
     per: str = "example",
-    measure: Callable[[Tensor, Any], Tensor] | None = None,
+    measure: Callable[[Tensor, Any], Tensor] | str | None = None,
     factors: Operator | None = None,
+    checkpoints: Sequence[Checkpoint] | None = None,
+    times: float | int | Sequence[float | int] | None = None,
+    segments: int | None = None,
+    weights: Mapping[str, float] | None = None,
     estimator: str = "exact",
     samples: int = 1,
-    centered: bool = True,
+    centered: bool | None = None,
     sharing: str = "expand",
     params: Selection = None,
     forward: Forward | None = None,
@@ -58,32 +67,52 @@ def influence(
     over `train`, which for losses of canonical links is the Gauss-Newton matrix. Batches are streamed, and gradients of
     training examples formed some at a time; the queries' gradients are held, `queries x parameters` numbers.
 
+    With `checkpoints` of the training, scores take account of how it went, and of the end that it may not have come to:
+    training is unrolled step by step, and each segment `ℓ` of it is replaced by gradient descent with the matrix `F_ℓ`
+    and the gradients `∇ℓ_i,ℓ` that are the means over the segment's checkpoints. With its time `t_ℓ`, the sum of the
+    learning rates of its steps,
+
+        s_qi = ∇ℓ_qᵀ Σ_ℓ S_L ⋯ S_ℓ+1 φ_ℓ ∇ℓ_i,ℓ
+        S_ℓ = exp(−t_ℓ (F_ℓ + λ I)),    φ_ℓ = (I − S_ℓ) (F_ℓ + λ I)⁻¹
+
+    (SOURCE). One checkpoint and infinite time give the first formula. Of K-FAC and EKFAC the factors are averaged.
+
     Args:
-        model: a trained model, in evaluation mode.
-        loss: its loss, any that `natgrad.fisher` takes.
+        model: a trained model, in evaluation mode; with `checkpoints`, at the end of the training.
+        loss: its loss, any that `natgrad.fisher` takes; or a dictionary of losses, the terms of a sum, with outputs and
+            targets by the same keys. `ℓ` is then the weighted sum of an example's own losses.
         train: the training data, as for `natgrad.fisher`: a pair, or an iterable of batches that can be read twice, in
             a fixed order.
         query: data of the same form. None: the influence of every training example on itself, `(training examples,)`.
         structure: any of `natgrad.fisher`.
         damping: `λ`. It should be about the weight decay of the training, and not far below a tenth of the mean of
-            the curvature's diagonal.
+            the curvature's diagonal; with `checkpoints`, the weight decay.
         refine: at most so many steps of conjugate gradients on the exact Fisher information, from the structure's
             solution and preconditioned by it.
         rank: keep the preconditioned query gradients of each weight matrix in this rank, `rank (d_in + d_out)` numbers.
         per: `"example"`, or `"token"`: `(queries, training examples, positions)`, the share of each position of the
             layers' inputs, which sum to the score.
         measure: `measure(output, target)`, one number for each example, in the place of the query's loss. Like a loss
-            it should fall where the prediction gets better.
+            it should fall where the prediction gets better. With several losses: the name of one, whose loss alone is
+            the query's.
         factors: the matrix, where it is there already: what `natgrad.fisher`, `gauss_newton` or `load` returned.
-        estimator, samples, centered, sharing, params, forward, generator, dtype, progress: as for `natgrad.fisher`.
+        checkpoints: state dicts of the model during its training, or files of them (`torch.save` or safetensors), in
+            order. The model has its own weights again afterwards.
+        times: of each checkpoint the learning rate times the number of steps that it stands for (`math.inf`: until it
+            converged); with momentum `β` the learning rate over `1 − β`. A number: the same for all.
+        segments: how many; each takes equally many checkpoints. None: one for each checkpoint.
+        weights: of several losses, by name, as for `natgrad.fisher`.
+        centered: as for `natgrad.fisher`. None: True; with `checkpoints` False, as a centered EKFAC of large layers has
+            no eigenbasis.
+        estimator, samples, sharing, params, forward, generator, dtype, progress: as for `natgrad.fisher`.
 
     Returns:
         A tensor `(queries, training examples)`, whose `top(k)` are the examples with the largest scores.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `natgrad.fisher` does.
-        ValueError: also if a query has no gradient, data are shuffled, or `factors` are of another model or of other
-            weights.
+        ValueError: also if a query has no gradient, data are shuffled, or `factors` or `checkpoints` are of another
+            model or, for `factors`, of other weights.
         RuntimeError: if the damped matrix is not positive definite.
 
     Example:
@@ -95,55 +124,124 @@ def influence(
         >>> scores.shape, scores.top(1).indices.shape
         (torch.Size([2, 40]), torch.Size([2, 1]))
 
-    Reference: Koh & Liang (2017), arXiv:1703.04730; Grosse et al. (2023), arXiv:2308.03296.
+    Reference: Koh & Liang (2017), arXiv:1703.04730; Grosse et al. (2023), arXiv:2308.03296; with checkpoints: Bae, Lin,
+    Lorraine & Grosse (2024), arXiv:2405.12186.
     """
     check_damping(damping)
+    check_structure(structure)
     check_choice("per", per, PER, meanings=PER)
     check_count("refine", refine, "steps", least=0)
     if rank is not None:
         check_count("rank", rank)
-    check_function("measure", measure, "of the output and the target that returns one number for each example")
     if per == "token" and (rank is not None or query is None):
         raise ValueError("per='token' takes queries of full rank; leave rank out, and give query=")
+    if measure is not None and query is None:
+        raise ValueError("measure= is of the queries, and there are none; give query=, or leave measure out")
+    if checkpoints is None and (times is not None or segments is not None):
+        raise ValueError("times= and segments= are of checkpoints=, which are not given; leave them out")
     train = list(train) if isinstance(train, Iterator) else train
-
-    def problem(data: Any) -> Problem:
-        return Problem(model, loss, data, params=params, forward=forward, dtype=dtype, progress=progress)
-
-    training = problem(train)
-    warn_in_training(training.model)
-    F = _checked(factors, training)
+    how: dict[str, Any] = {
+        "forward": forward, "weights": weights, "estimator": estimator, "samples": samples, "params": params,
+        "generator": generator, "dtype": dtype, "progress": progress,
+    }  # fmt: skip
+    objective = Objective(problem_of(model, loss, train, **how))
+    warn_in_training(objective.model)
+    asked: Objective | None = None
+    columns: Callable[[Problem], Any] = loss_columns
+    query = list(query) if isinstance(query, Iterator) else query
+    if query is not None:
+        asked = Objective(problem_of(model, loss, query, **how))
+        asked, columns = _of_measure(asked, measure)
+    options = Options(checkpoints is None if centered is None else centered, sharing)
+    if checkpoints is not None:
+        _check_alone(structure, query=query, refine=refine, factors=factors)
+        stretches = read_segments(objective.model, checkpoints, times, segments)
+        assert asked is not None
+        gradients = _gradients(asked, query, columns)
+        found = []
+        with weights_kept(objective.model):
+            matrices = [(averaged(objective, s.states, structure, options), s.time) for s in stretches]
+            for (states, _), v in zip(stretches, unrolled_queries(matrices, gradients, damping), strict=True):
+                for state in states:
+                    objective.model.load_state_dict(state)
+                    found.append(_scores(objective, train, v / len(states), matrices[0][0], rank, per))
+        return Scores(torch.stack(found).sum(0))
+    F = _checked(factors, objective)
     if F is None:
-        F = fisher(
-            model, loss, train, structure, estimator=estimator, samples=samples, centered=centered, sharing=sharing,
-            params=params, forward=forward, generator=generator, dtype=dtype, progress=progress,
-        )  # fmt: skip
+        F = matrix_of(objective.problem, structure, options)
     inverse = F.inverse(damping)
-    exact = ByCases(training) if refine else None
+    exact: Operator | None = None
+    if refine:
+        each = zip(objective.weights, objective.terms.values(), strict=True)
+        exact = reduce(operator.add, (ByCases(p) if w == 1 else w * ByCases(p) for w, p in each))
 
     def solved(b: Tensor) -> Tensor:
         x = inverse @ b
         return x if exact is None else refined(exact, damping, inverse, b, x, refine, TOLERANCE)
 
-    def trained() -> Iterator[Rows]:
-        return rows_in_order("train", training, train, loss_columns(training))
-
-    if query is None:
+    if asked is None:
         refine_by = None if exact is None else solved
-        return Scores(torch.cat([_with_itself(rows, inverse, refine_by) for rows in trained()]))
-    query = list(query) if isinstance(query, Iterator) else query
-    asked = problem(query)
-    columns = measure_columns(measure) if measure else loss_columns(asked)
-    gradients = _gradients(rows_in_order("query", asked, query, columns))
-    space = F.space
-    v = dict(zip(space.names or (), space.unflatten(solved(gradients)), strict=True))
-    queries = Queries(v, rank)
-    score = queries.position_scores if per == "token" else queries.scores
-    each = [score(rows) for rows in trained()]
-    return Scores(torch.cat(each, 1))
+        batches = objective.batches("train", train)
+        return Scores(torch.cat([_with_itself(objective, batch, inverse, refine_by) for batch in batches]))
+    return Scores(_scores(objective, train, solved(_gradients(asked, query, columns)), F, rank, per))
 
 
-def _checked(factors: Any, problem: Problem) -> Operator | None:
+def _of_measure(asked: Objective, measure: Any) -> tuple[Objective, Callable[[Problem], Any]]:
+    """The queries' objective, and what the columns of its rows are."""
+    if measure is None:
+        return asked, loss_columns
+    several = isinstance(asked.problem, Terms)
+    if isinstance(measure, str) and several:
+        if measure not in asked.terms:
+            raise ValueError(
+                f"measure={measure!r} is no term; expected one of {', '.join(map(repr, asked.terms))}"
+                f"{did_you_mean(measure, asked.terms)}"
+            )
+        return Objective(asked.terms[measure]), loss_columns
+    if several:
+        raise ValueError(
+            f"measure is {described(measure)}, which takes one output, and the losses are several; expected "
+            f"the name of one: {', '.join(map(repr, asked.terms))}"
+        )
+    check_function("measure", measure, "of the output and the target that returns one number for each example")
+    return asked, lambda problem: measure_columns(measure)
+
+
+def _check_alone(structure: Any, query: Any, refine: int, factors: Any) -> None:
+    """What influence through checkpoints does not take."""
+    if query is None:
+        raise ValueError("with checkpoints= there is no self-influence; give query=, which may be the training data")
+    if refine:
+        raise ValueError(
+            f"refine={refine} solves with one matrix, and checkpoints= have several; leave one of them out"
+        )
+    if factors is not None:
+        raise ValueError("factors= are one matrix, and each segment of checkpoints= has its own; leave factors out")
+    if structure == "implicit":
+        raise ValueError(
+            "structure='implicit' has no eigenvectors, which checkpoints= need; use 'ekfac', 'kfac', 'diagonal', "
+            "'block' or 'dense'"
+        )
+
+
+def _scores(objective: Objective, train: Any, v: Tensor, F: Operator, rank: int | None, per: str) -> Tensor:
+    """The inner products of vectors `(q, size)` with the gradient of every training example."""
+    by_name = dict(zip(F.space.names or (), F.space.unflatten(v), strict=True))
+    queries = [Queries(by_name, rank) for _ in objective.terms]
+    if per == "token":
+        found = [
+            sum_over(objective.weights, (q.position_scores(rows) for q, rows in zip(queries, batch, strict=True)))
+            for batch in objective.batches("train", train)
+        ]
+    else:
+        found = [
+            sum_over(objective.weights, (q.scores(rows) for q, rows in zip(queries, batch, strict=True)))
+            for batch in objective.batches("train", train)
+        ]
+    return torch.cat(found, 1)
+
+
+def _checked(factors: Any, problem: Objective) -> Operator | None:
     """Factors that are given, if they are a matrix of the problem's parameters."""
     if factors is None:
         return None
@@ -170,9 +268,9 @@ def _checked(factors: Any, problem: Problem) -> Operator | None:
     return factors
 
 
-def _gradients(batches: Iterator[Rows]) -> Tensor:
+def _gradients(asked: Objective, query: Any, columns: Callable[[Problem], Any]) -> Tensor:
     """The query gradients, `(queries, size)`."""
-    found = [rows.space.flatten(tuple(p[:, 0] for p in rows.dense().values())) for rows in batches]
+    found = [asked.gradients(batch) for batch in asked.batches("query", query, columns)]
     gradients = torch.cat(found)
     size = gradients.norm(dim=1)
     if not torch.isfinite(size).all():
@@ -188,14 +286,16 @@ def _gradients(batches: Iterator[Rows]) -> Tensor:
     return gradients
 
 
-def _with_itself(rows: Rows, inverse: Operator, solved: Callable[[Tensor], Tensor] | None) -> Tensor:
+def _with_itself(
+    objective: Objective, batch: tuple[Rows, ...], inverse: Operator, solved: Callable[[Tensor], Tensor] | None
+) -> Tensor:
     """`∇ᵀ (F + λ I)⁻¹ ∇` of every example."""
-    if solved is None and isinstance(inverse, BlockDiagonal):
+    rows = batch[0]
+    if solved is None and isinstance(inverse, BlockDiagonal) and not isinstance(objective.problem, Terms):
         return output_covariance(rows, inverse, diagonal=True)[:, 0]
     found = []
     step = max(1, (1 << 25) // rows.space.size)
     for start in range(0, len(rows), step):
-        part = rows.part(slice(start, start + step))
-        g = rows.space.flatten(tuple(p[:, 0] for p in part.dense().values()))
+        g = objective.gradients(batch, slice(start, start + step))
         found.append((g * (inverse @ g if solved is None else solved(g))).sum(1))
     return torch.cat(found)

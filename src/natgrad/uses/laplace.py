@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.checks.parameters import Selection
-from natgrad.checks.values import check_choice
+from natgrad.checks.values import check_choice, described
 from natgrad.curvature.low_rank import RANK
-from natgrad.curvature.matrices import fisher
-from natgrad.curvature.problem import Forward, Problem
+from natgrad.curvature.matrices import fisher, problem_of
+from natgrad.curvature.problem import Forward
+from natgrad.curvature.terms import Losses, Terms
 from natgrad.linalg import BlockDiagonal, Operator, Space
-from natgrad.losses.elementwise import SquaredError
+from natgrad.uses.likelihood import Likelihood
 from natgrad.uses.posterior import LaplacePosterior
-from natgrad.uses.rows import summed
 from natgrad.uses.subset import chosen, warn_in_training
 
 BIASES = {"coupled": "a layer's weight and bias in one block", "apart": "in a block each"}
@@ -24,13 +24,14 @@ BIASES = {"coupled": "a layer's weight and bias in one block", "apart": "in a bl
 
 def laplace(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Losses,
     data: Any,
     structure: str | Mapping[str, str] = "kfac",
     subset: Selection = "all",
     *,
     prior_precision: float | int | Tensor | Mapping[str, float | int | Tensor] = 1.0,
-    sigma_noise: float | None = None,
+    sigma_noise: float | Mapping[str, float] | None = None,
+    weights: Mapping[str, float] | None = None,
     temperature: float = 1.0,
     bias: str = "coupled",
     estimator: str = "exact",
@@ -51,12 +52,17 @@ def laplace(
     of a Gaussian prior with mean zero, and `T` the temperature. `nn.MSELoss` is read as a Gaussian of standard
     deviation `sigma_noise` about each entry of the output: `F = JᵀJ / σ²`.
 
+    With several losses `{"class": ..., "box": ...}` the logarithm of the likelihood is the sum of the terms', each
+    times its weight: `F = Σ_t ω_t F_t`, where `F_t` of `nn.MSELoss` has its own `σ_t`. Predictions are then
+    dictionaries by the same keys.
+
     `θ` should be (about) a maximum of the posterior: a model trained with weight decay. Put the model in evaluation
     mode first. Call `fit_prior()` before predictions, as the default prior is arbitrary.
 
     Args:
         model: a trained model; it must keep its weights while the posterior is in use.
-        loss: the loss it was trained with, any that `natgrad.fisher` takes.
+        loss: the loss it was trained with, any that `natgrad.fisher` takes; or a dictionary of losses, the terms of a
+            sum, with outputs and targets by the same keys.
         data: the training data, as for `natgrad.fisher`; it is read twice (three times for `"ekfac"`), and not kept.
         structure: any of `natgrad.fisher`. With `"implicit"` determinants are estimates, of 20 random vectors and 100
             products each, and there are no draws of weights.
@@ -64,7 +70,10 @@ def laplace(
             parameters or modules, or a predicate on parameter names. All other weights are held fixed.
         prior_precision: `δ`, a number `> 0`, or a dict of them by parameter or layer; tensors of a parameter's shape
             give each weight its own.
-        sigma_noise: the standard deviation of targets under `nn.MSELoss`. None: 1, until `fit_prior` estimates it.
+        sigma_noise: the standard deviation of targets under `nn.MSELoss`. None: 1, until `fit_prior` estimates it. With
+            several losses: a dictionary by term; one that is left out is the root mean square of its residuals, and
+            `fit_prior` keeps it.
+        weights: of several losses, by name: `ω`, the powers of their likelihoods. Default: 1 for each.
         temperature: `T`; below 1 the posterior is sharper.
         bias: `"coupled"` holds a layer's weight and bias in one block, `"apart"` in one each (K-FAC and EKFAC).
         estimator, samples, centered, sharing, rank, forward, generator, dtype, progress: as for `natgrad.fisher`.
@@ -87,16 +96,20 @@ def laplace(
     """
     check_choice("bias", bias, BIASES, meanings=BIASES)
     data = list(data) if isinstance(data, Iterator) else data
-    problem = Problem(model, loss, data, params=chosen(model, loss, data, subset, forward), forward=forward)
-    warn_in_training(problem.model)
+    selected = chosen(model, loss, data, subset, forward)
+    problem = problem_of(model, loss, data, forward, weights, params=selected)
+    warn_in_training(model)
+    if isinstance(sigma_noise, Mapping) and not isinstance(problem, Terms):
+        raise ValueError(f"sigma_noise is {described(sigma_noise)}; with one loss expected a number > 0")
+    its = Likelihood.of(problem, sigma_noise)
 
     def matrix(names: list[str]) -> Operator:
         F = fisher(
-            model, summed(problem.curvature).module, data, structure, estimator=estimator, samples=samples,
-            centered=centered, sharing=sharing, rank=rank, params=names, forward=forward, generator=generator,
-            dtype=dtype, progress=progress,
+            model, its.losses, data, structure, estimator=estimator, samples=samples, centered=centered,
+            sharing=sharing, rank=rank, params=names, forward=forward, generator=generator, dtype=dtype,
+            progress=progress, weights=its.factors,
         )  # fmt: skip
-        return 0.5 * F if isinstance(problem.curvature, SquaredError) else F
+        return F if its.factor == 1 else its.factor * F
 
     names = list(problem.parameters)
     biases = [n for n in names if n.rpartition(".")[2].startswith("bias")]
@@ -113,24 +126,9 @@ def laplace(
         M: Operator = BlockDiagonal(layers, Space(tuple(tuple(own[n].shape) for n in names), tuple(names)))
     else:
         M = matrix(names)
-    total, entries = _loss(problem)
-    posterior = LaplacePosterior(model, loss, M, total, entries, forward=forward)
+    posterior = LaplacePosterior(model, loss, M, its.total, its.entries, forward, its.noises, its.constant)
     posterior.prior_precision = prior_precision
     posterior.temperature = temperature
-    if sigma_noise is not None:
+    if sigma_noise is not None and not isinstance(sigma_noise, Mapping):
         posterior.sigma_noise = sigma_noise
     return posterior
-
-
-def _loss(problem: Problem) -> tuple[float, int]:
-    """The summed loss over the data, of a squared error half of it; and how many entries its targets have."""
-    curvature = summed(problem.curvature)
-    half, entries = (0.5 if isinstance(curvature, SquaredError) else 1.0), 0
-    total = torch.zeros((), dtype=torch.float64, device=problem.device)
-    with torch.no_grad():
-        for batch in problem:
-            output, target = problem.run(problem.model, batch)
-            total += half * curvature.loss(output, target).double()
-            entries += output.numel() if isinstance(curvature, SquaredError) else 0
-    count = torch.tensor(float(entries), device=problem.device)
-    return float(problem.world.sum(total, "the loss")), int(problem.world.sum(count, "the loss"))

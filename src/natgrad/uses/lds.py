@@ -15,6 +15,7 @@ from torch import Tensor
 
 from natgrad.checks.files import write_whole
 from natgrad.checks.values import check_count, check_flag, check_function, check_within, described
+from natgrad.checks.warning import warn
 
 Retrain = Callable[[Tensor, Any], Tensor]
 
@@ -103,6 +104,9 @@ def lds(
     """
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         raise ValueError(f"scores is {described(scores)}; expected a Tensor of shape (queries, training examples)")
+    if not len(scores) or scores.is_complex():
+        what = "complex" if scores.is_complex() else "of no query"
+        raise ValueError(f"scores are {what}; expected real numbers, of at least one query")
     if not torch.isfinite(scores).all():
         raise ValueError(
             f"{int((~torch.isfinite(scores)).sum())} of {scores.numel()} scores are not finite; look for a damping "
@@ -116,7 +120,12 @@ def lds(
     check_function("retrain", retrain, "of indices and a seed that returns the loss of every query")
     queries, examples = scores.shape
     kept = round(fraction * examples)
-    check_count("the size of a subset", kept, "examples")
+    if not 0 < kept < examples:
+        raise ValueError(
+            f"fraction={fraction} of {examples} training examples are {kept}; expected at least 1, and fewer than all"
+        )
+    if path is not None and not isinstance(path, (str, PathLike)):
+        raise TypeError(f"path is {described(path)}; expected the name of a file")
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randperm(examples, generator=generator)[:kept].sort().values for _ in range(subsets)]
     results = Results(path, {"examples": examples, "queries": queries, "fraction": fraction, "seed": seed})
@@ -137,6 +146,9 @@ def lds(
         members[k, indices] = True
     predicted = -(members.to(torch.float64) @ scores.detach().as_subclass(Tensor).cpu().double().mT)
     each = correlations(predicted.mT, losses.mT)
+    for what, values in (("found losses", losses), ("scores' sums", predicted)):
+        if same := int((values == values[0]).all(0).sum()):
+            warn(f"the {what} of {same} of {queries} queries are the same for all subsets; such queries count as 0")
     error = float(each.std()) / queries**0.5 if queries > 1 else float("nan")
     return LDS(float(each.mean()), error, each, losses, members)
 

@@ -55,6 +55,9 @@ def merge(
 
     Reference: Matena & Raffel (2022), arXiv:2111.09832; Daheim et al. (2024), arXiv:2310.12808.
     """
+    for name, given in (("models", models), ("matrices", matrices), ("weights", weights)):
+        if not isinstance(given, (list, tuple)) and not (name == "weights" and given is None):
+            raise TypeError(f"{name} is {described(given)}; expected a list with one for each model")
     models, matrices = list(models), list(matrices)
     check_number("damping", damping)
     if len(models) < 2 or len(models) != len(matrices):

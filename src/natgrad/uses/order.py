@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from natgrad.curvature.problem import Problem
 from natgrad.uses.rows import Columns, Rows, rows_of
 
 
-def rows_in_order(name: str, problem: Problem, data: Any, columns: Columns) -> Iterator[Rows]:
-    """The rows of every batch of a problem whose batches are the same at each pass.
+def rows_in_order(
+    name: str, problem: Problem, data: Any, columns: Columns, batches: Iterable[Any] | None = None
+) -> Iterator[Rows]:
+    """The rows of every batch of a problem whose batches are the same at each pass; `batches` are those of one pass.
 
     Unless the data are known to be, the first batch is read again at the end, and its outputs and targets compared.
 
@@ -28,7 +30,7 @@ def rows_in_order(name: str, problem: Problem, data: Any, columns: Columns) -> I
             "shuffle=False"
         )
     first: Any = None
-    for rows in rows_of(problem, columns):
+    for rows in rows_of(problem, columns, batches):
         first = (rows.output, rows.target) if first is None else first
         yield rows
     if isinstance(data, (list, tuple)) or isinstance(sampler, SequentialSampler):

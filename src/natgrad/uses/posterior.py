@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -10,26 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from natgrad.checks.replaced import call_with
 from natgrad.checks.values import check_count, check_generator, check_number
 from natgrad.curvature.problem import Forward, Problem
+from natgrad.curvature.terms import Losses
 from natgrad.linalg import Operator
 from natgrad.linalg.files import read, save
-from natgrad.losses.elementwise import SquaredError
-from natgrad.uses.covariance import output_covariance
 from natgrad.uses.evidence import Evidence
+from natgrad.uses.head import Head, Heads
 from natgrad.uses.precision import Matrix, Precision
-from natgrad.uses.predictive import (
-    Outputs,
-    Prediction,
-    check_link,
-    needs_covariance,
-    of_draws,
-    predicted,
-    probabilities,
-)
+from natgrad.uses.predictive import Prediction
 from natgrad.uses.prior import Precisions, read_precisions
-from natgrad.uses.rows import Rows, outputs_problem, rows_of, unit_columns
 from natgrad.uses.subset import Fingerprint
 
 
@@ -40,13 +31,19 @@ class LaplacePosterior:
     `N(f(x), J P⁻¹ Jᵀ)` is known exactly. `linearized=False` evaluates the network at drawn weights instead, which often
     fits its own data badly (Immer, Korzepa & Bauer 2021).
 
+    With several losses, `predict`, `functional_variance` and `sample` return a dictionary with an entry for each term;
+    with `term=` that of one term alone.
+
     Args:
         model: the trained model.
-        loss: its loss.
+        loss: its loss, or a dictionary of several.
         matrix: the Fisher information of the sum over the data; of `nn.MSELoss`, `JᵀJ`.
         total_loss: the summed loss at the weights; of `nn.MSELoss`, half of it.
         entries: of `nn.MSELoss`, how many entries all targets have.
         forward: as for `natgrad.fisher`.
+        noises: of several losses, the standard deviations of those that are `nn.MSELoss`. They are part of the matrix
+            and of the loss.
+        constant: of several losses, what the noises add to the logarithm of the likelihood.
 
     Example:
         >>> import torch, natgrad
@@ -62,20 +59,26 @@ class LaplacePosterior:
     def __init__(
         self,
         model: nn.Module,
-        loss: nn.Module,
+        loss: Losses,
         matrix: Operator,
         total_loss: float,
         entries: int = 0,
         forward: Forward | None = None,
+        noises: Mapping[str, float] | None = None,
+        constant: float = 0.0,
     ):
         self.model, self.loss, self.forward = model, loss, forward
         names = list(matrix.space.names or ())
-        self._problem = Problem(model, loss, [], params=names)
-        self._curvature = self._problem.curvature
+        self._noises = dict(noises or {})
+        heads: dict[str | None, Head] = {}
+        for term, one in loss.items() if isinstance(loss, Mapping) else [(None, loss)]:
+            self._problem = Problem(model, one, [], params=names)
+            heads[term] = Head(model, self._problem.curvature, names, forward, term, matrix.dtype)
+        self._heads = Heads(heads)
         self.weights = {n: p.detach().clone() for n, p in self._problem.parameters.items()}
         self._rest = Fingerprint.of(self._problem.model, names)
         weights = {n: w.to(matrix.dtype) for n, w in self.weights.items()}
-        self._evidence = Evidence(Matrix(matrix), weights, total_loss, entries)
+        self._evidence = Evidence(Matrix(matrix), weights, total_loss, entries, constant=constant)
         self._precisions = read_precisions(1.0, matrix)
         self._sigma, self._sigma_given = 1.0, False
 
@@ -92,15 +95,21 @@ class LaplacePosterior:
         self._forget()
 
     @property
-    def sigma_noise(self) -> float:
-        """The standard deviation of targets under `nn.MSELoss`. It can be set."""
-        return self._sigma
+    def sigma_noise(self) -> float | dict[str, float]:
+        """The standard deviation of targets under `nn.MSELoss`. It can be set. With several losses: of each such term;
+        they are part of the matrix."""
+        return dict(self._noises) if self._heads.several else self._sigma
 
     @sigma_noise.setter
-    def sigma_noise(self, value: float) -> None:
-        if not self._has_noise:
+    def sigma_noise(self, value: float | int) -> None:
+        if self._heads.several:
             raise ValueError(
-                f"sigma_noise is the noise of nn.MSELoss, and the loss is {type(self.loss).__name__}; leave it out"
+                "sigma_noise cannot be set with several losses, as the noises weigh the terms in the matrix; pass "
+                "sigma_noise={...} to natgrad.laplace"
+            )
+        if not self._heads.has_noise:
+            raise ValueError(
+                f"sigma_noise is the noise of nn.MSELoss, and the loss is {self._heads.label}; leave it out"
             )
         check_number("sigma_noise", value, positive=True)
         self._sigma, self._sigma_given = float(value), True
@@ -115,12 +124,8 @@ class LaplacePosterior:
     def temperature(self, value: float) -> None:
         check_number("temperature", value, positive=True)
         e = self._evidence
-        self._evidence = Evidence(e.matrix, e.weights, e.loss, e.entries, float(value))
+        self._evidence = replace(e, temperature=float(value))
         self._forget()
-
-    @property
-    def _has_noise(self) -> bool:
-        return isinstance(self._curvature, SquaredError)
 
     def _forget(self) -> None:
         self.__dict__.pop("_posterior", None)
@@ -136,7 +141,8 @@ class LaplacePosterior:
             per: one precision for all weights (`"one"`), for each `"layer"`, each named `"parameter"`, or each weight
                 (`"entry"`). Several in one block of K-FAC with `bias="coupled"` are exact; a large block of EKFAC
                 takes one.
-            noise: whether to fit `sigma_noise` as well, under `nn.MSELoss`. None: unless it was given.
+            noise: whether to fit `sigma_noise` as well, under `nn.MSELoss`. None: unless it was given, and there is one
+                loss.
 
         Raises:
             ValueError: if the marginal likelihood has no maximum: weights that are all zero, or that the data do not
@@ -145,9 +151,14 @@ class LaplacePosterior:
 
         Single weights (`per="entry"`) that are zero, or that the data do not depend on, keep the precision they have.
         """
-        fit_noise = self._has_noise and not self._sigma_given if noise is None else noise
-        if fit_noise and not self._has_noise:
-            raise ValueError(f"noise=True is for nn.MSELoss, and the loss is {type(self.loss).__name__}; leave it out")
+        fit_noise = self._heads.has_noise and not self._sigma_given if noise is None else noise
+        if fit_noise and self._heads.several:
+            raise ValueError(
+                "noise=True is for one loss: with several the noises weigh the terms in the matrix; pass "
+                "sigma_noise={...} to natgrad.laplace"
+            )
+        if fit_noise and not self._heads.has_noise:
+            raise ValueError(f"noise=True is for nn.MSELoss, and the loss is {self._heads.label}; leave it out")
         start = self._sigma
         if fit_noise and not self._sigma_given and self._evidence.loss > 0:  # from the residuals' root mean square
             start = (2 * self._evidence.loss / self._evidence.entries) ** 0.5
@@ -171,6 +182,10 @@ class LaplacePosterior:
         own = self._evidence.matrix.M
         precisions = self._precisions if prior_precision is None else read_precisions(prior_precision, own)
         check_number("sigma_noise", sigma_noise, positive=True, optional=True)
+        if sigma_noise is not None and not self._heads.has_noise:
+            raise ValueError(
+                f"sigma_noise is the noise of one nn.MSELoss, and the loss is {self._heads.label}; leave it out"
+            )
         return self._evidence.value(precisions, self._sigma if sigma_noise is None else sigma_noise)
 
     @property
@@ -184,54 +199,60 @@ class LaplacePosterior:
         self,
         x: Any,
         *,
-        link: str | None = None,
+        link: str | Mapping[str, str] | None = None,
         samples: int = 100,
         linearized: bool = True,
         batch_size: int = 256,
         generator: torch.Generator | None = None,
-    ) -> Tensor | Prediction:
+        term: str | None = None,
+    ) -> Any:
         """The prediction at inputs `x`, with the uncertainty of the weights.
 
         Args:
             x: a batch of inputs, what `model(x)` takes; with a `forward`, a batch that it takes, whose target is not
                 looked at.
             link: for probabilities: `"probit"` (the default), `"mc"` (draws of the outputs), `"bridge"` and
-                `"bridge_norm"` (the Laplace bridge).
+                `"bridge_norm"` (the Laplace bridge). With several losses a dictionary.
             samples: how many draws `"mc"` and `linearized=False` take.
             linearized: predict with the linearized model; False: with networks of drawn weights.
             batch_size: how many examples of a tensor `x` are worked on at a time.
             generator: the source of the draws.
+            term: of several losses, the one to predict for. None: all of them.
 
         Returns:
             The probabilities, in the shape of the output, for `nn.CrossEntropyLoss` and `nn.BCEWithLogitsLoss`; else a
-            `Prediction` with `mean`, `variance` (of a target, with the noise) and `functional_variance`.
+            `Prediction` with `mean`, `variance` (of a target, with the noise) and `functional_variance`. With several
+            losses a dictionary of these.
         """
         check_count("samples", samples, "draws")
         check_generator(generator, self._problem.device)
-        link = check_link(self._curvature, link)
+        heads = self._heads.chosen(term)
+        links = self._heads.links(link, heads)
+        self._check_weights()
         if not linearized:
-            drawn = self._network_outputs(x, samples, batch_size, generator)
-            return of_draws(self._curvature, drawn, self._sigma)
-        diagonal = not needs_covariance(self._curvature, link)
-        found = [
-            predicted(self._curvature, outputs, link, self._sigma, samples, generator)
-            for outputs in self._outputs(x, batch_size, diagonal)
-        ]
-        if isinstance(found[0], Tensor):
-            return torch.cat([p for p in found if isinstance(p, Tensor)])
-        parts = [p for p in found if isinstance(p, Prediction)]
-        return Prediction(*(torch.cat([getattr(p, w) for p in parts]) for w in Prediction.__dataclass_fields__))
+            drawn = self.sample_weights(samples, generator)
+            return self._heads.of(heads, lambda t, head: head.predict_from(x, drawn, self._noise(t), batch_size))
+        sigma = self._posterior.covariance
 
-    def functional_variance(self, x: Any, *, diagonal: bool = False, batch_size: int = 256) -> Tensor:
+        def of(t: str | None, head: Head) -> Tensor | Prediction:
+            return head.predict(x, sigma, self._noise(t), links[t], samples, batch_size, generator)
+
+        return self._heads.of(heads, of)
+
+    def functional_variance(
+        self, x: Any, *, diagonal: bool = False, batch_size: int = 256, term: str | None = None
+    ) -> Any:
         """`J P⁻¹ Jᵀ`, the covariance of every example's outputs: `(examples, outputs, outputs)`.
 
         Args:
-            x: as for `predict`.
+            x, term: as for `predict`.
             diagonal: the variances alone, in the shape of the output.
             batch_size: as for `predict`.
         """
-        found = self._outputs(x, batch_size, diagonal)
-        return torch.cat([outputs.variance if diagonal else outputs.covariance for outputs in found])
+        heads = self._heads.chosen(term)
+        self._check_weights()
+        sigma = self._posterior.covariance
+        return self._heads.of(heads, lambda t, head: head.functional_variance(x, sigma, diagonal, batch_size))
 
     def sample(
         self,
@@ -241,22 +262,22 @@ class LaplacePosterior:
         linearized: bool = True,
         batch_size: int = 256,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """`n` draws of the prediction, `(n, *output)`, each of one model for all of `x`: probabilities for
-        `nn.CrossEntropyLoss` and `nn.BCEWithLogitsLoss`, the model's outputs for other losses.
+        term: str | None = None,
+    ) -> Any:
+        """`n` draws of the prediction, `(n, *output)`, each of one model for all of `x`, and for all losses:
+        probabilities for `nn.CrossEntropyLoss` and `nn.BCEWithLogitsLoss`, the model's outputs for other losses.
 
         Args:
-            x, linearized, batch_size, generator: as for `predict`.
+            x, linearized, batch_size, generator, term: as for `predict`.
             n: how many.
         """
+        heads = self._heads.chosen(term)
+        self._check_weights()
         if not linearized:
-            return probabilities(self._curvature, self._network_outputs(x, n, batch_size, generator))
+            weights = self.sample_weights(n, generator)
+            return self._heads.of(heads, lambda t, head: head.sample_from(x, weights, batch_size))
         draws = self._draws(n, generator)
-        found = []
-        for rows in self._rows(x, batch_size):
-            moves = rows.times(draws)
-            found.append(rows.output + moves.reshape(n, *rows.output.shape))
-        return probabilities(self._curvature, torch.cat(found, 1))
+        return self._heads.of(heads, lambda t, head: head.sample(x, draws, batch_size))
 
     def sample_weights(self, n: int = 100, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """`n` draws of the weights, `(n, *shape)` for each parameter: what `torch.func.functional_call` takes under
@@ -273,40 +294,8 @@ class LaplacePosterior:
         check_generator(generator, self._problem.device)
         return self._posterior.sample(n, generator)
 
-    def _outputs(self, x: Any, batch_size: int, diagonal: bool) -> Iterator[Outputs]:
-        for rows in self._rows(x, batch_size):
-            yield Outputs(rows.output, output_covariance(rows, self._posterior.covariance, diagonal))
-
-    def _rows(self, x: Any, batch_size: int) -> Iterator[Rows]:
-        return rows_of(self._at(x, batch_size), unit_columns)
-
-    def _at(self, x: Any, batch_size: int) -> Problem:
-        """The model on some inputs, whose weights must be those of the posterior."""
-        check_count("batch_size", batch_size, "examples")
-        self._check_weights()
-        batches = x.split(batch_size) if isinstance(x, Tensor) and x.ndim else [x]
-        names = list(self.weights)
-        return outputs_problem(self.model, iter(batches), names, self._output, self._evidence.matrix.M.dtype)
-
-    def _output(self, model: Callable[..., Any], batch: Any) -> Tensor:
-        output = model(batch) if self.forward is None else self.forward(model, batch)[0]  # type: ignore[arg-type]
-        return self._curvature.join(output)
-
-    def _network_outputs(self, x: Any, n: int, batch_size: int, generator: torch.Generator | None) -> Tensor:
-        problem, weights = self._at(x, batch_size), self.sample_weights(n, generator)
-        found = []
-        with torch.no_grad():
-            for batch in problem:
-                each = []
-                for i in range(n):
-                    own = {name: w[i] for name, w in weights.items()}
-
-                    def forward(*args: Any, own: dict[str, Tensor] = own, **kwargs: Any) -> Any:
-                        return call_with(problem.model, own, args, kwargs)
-
-                    each.append(problem.run(forward, batch)[0])
-                found.append(torch.stack(each))
-        return torch.cat(found, 1)
+    def _noise(self, term: str | None) -> float:
+        return self._sigma if term is None else self._noises.get(term, 1.0)
 
     def _check_weights(self) -> None:
         own = self._problem.parameters
@@ -334,21 +323,23 @@ class LaplacePosterior:
                 "weights": self.weights,
                 "numbers": [e.loss, e.entries, e.temperature, self._sigma, self._sigma_given],
                 "rest": self._rest.sizes,
-                "loss": type(self.loss).__name__,
+                "loss": self._heads.label,
+                "noises": self._noises,
+                "constant": e.constant,
             },
             path,
         )
 
     @classmethod
     def load(
-        cls, path: str | PathLike[str], model: nn.Module, loss: nn.Module, *, forward: Forward | None = None
+        cls, path: str | PathLike[str], model: nn.Module, loss: Losses, *, forward: Forward | None = None
     ) -> LaplacePosterior:
         """The posterior that `save` wrote.
 
         Args:
             path: the file.
             model: the model it was taken of, with the weights of then.
-            loss: its loss.
+            loss: its loss, or its losses.
             forward: as for `natgrad.fisher`.
 
         Raises:
@@ -357,8 +348,6 @@ class LaplacePosterior:
         state = read(path)
         if not (isinstance(state, dict) and "laplace" in state):
             raise ValueError(f"{path} holds no Laplace posterior; expected a file that LaplacePosterior.save wrote")
-        if state["loss"] != type(loss).__name__:
-            raise ValueError(f"{path} is of a model under {state['loss']} and loss is {type(loss).__name__}; give that")
         shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
         wrong = [n for n, w in state["weights"].items() if shapes.get(n) != w.shape]
         if wrong:
@@ -367,7 +356,12 @@ class LaplacePosterior:
                 "is no such parameter of this one; give the model that the posterior was taken of"
             )
         total, entries, temperature, sigma, given = state["numbers"]
-        posterior = cls(model, loss, state["laplace"], total, entries, forward)
+        noises, constant = state.get("noises", {}), state.get("constant", 0.0)
+        posterior = cls(model, loss, state["laplace"], total, entries, forward, noises, constant)
+        if state["loss"] != posterior._heads.label:
+            raise ValueError(
+                f"{path} is of a model under {state['loss']} and loss is {posterior._heads.label}; give that"
+            )
         posterior.weights, posterior._rest = state["weights"], Fingerprint(state["rest"])
         posterior._check_weights()
         posterior.temperature = temperature
@@ -380,4 +374,4 @@ class LaplacePosterior:
             f" to {float(deltas.max().exp()):.3g}" if deltas.max() - deltas.min() > 1e-6 else ""
         )
         size = self._evidence.matrix.M.space.size
-        return f"LaplacePosterior({type(self.loss).__name__}, {size} weights, prior precision {span})"
+        return f"LaplacePosterior({self._heads.label}, {size} weights, prior precision {span})"

@@ -11,6 +11,7 @@ from natgrad.checks.parameters import Selection, select_parameters
 from natgrad.checks.values import check_count, check_number, check_within
 from natgrad.linalg import Operator
 from natgrad.linalg.krylov import conjugate_gradient
+from natgrad.linalg.space import Parts
 from natgrad.uses.weights import flat, parameters_of
 
 
@@ -98,7 +99,7 @@ def prune(
     theta = flat(F, own)
     flags = tuple(torch.full(p.shape, n in chosen, device=p.device) for n, p in own.items())
     prunable = F.space.flatten(flags)
-    variance = F.space.flatten(F.inverse(damping)._diagonal())
+    variance = F.space.flatten(_inverse_diagonal(F, damping))
     total = round(sparsity * int(prunable.sum()))
     out = torch.zeros_like(prunable)
     new = theta
@@ -114,6 +115,17 @@ def prune(
             p.copy_(value)
     masks = dict(zip(own, F.space.unflatten(~out), strict=True))
     return Pruned({n: masks[n] for n in chosen}, float(0.5 * (change @ (F @ change))))
+
+
+def _inverse_diagonal(F: Operator, damping: float) -> Parts:
+    inverse = F.inverse(damping)
+    try:
+        return inverse._diagonal()
+    except TypeError as error:
+        raise TypeError(
+            f"the inverse of F ({F.describe()}) has no diagonal, which tells what the weights are worth; use "
+            "structure='kfac', 'ekfac', 'block', 'diagonal' or 'dense'"
+        ) from error
 
 
 def _chosen(model: nn.Module, own: dict[str, nn.Parameter], params: Selection) -> list[str]:

@@ -76,13 +76,13 @@ class Rows:
         return {n: out[n] for n in self.space.names or ()}
 
 
-def rows_of(problem: Problem, columns: Columns) -> Iterator[Rows]:
-    """The rows of every batch of a problem.
+def rows_of(problem: Problem, columns: Columns, batches: Iterable[Any] | None = None) -> Iterator[Rows]:
+    """The rows of every batch of a problem, or of the given ones.
 
     Layers that the capture supports are read as cases. If it does not support a parameter, or the output's rows see one
     another, the rows of that batch come from autograd alone, one example after the other.
     """
-    for recorder, output, target in problem.recorded(problem.parameters):
+    for recorder, output, target in problem.recorded(problem.parameters, batches):
         own = list(columns(output.detach(), target))
         try:
             layers = _captured(problem, recorder, output, own)
@@ -92,9 +92,10 @@ def rows_of(problem: Problem, columns: Columns) -> Iterator[Rows]:
 
 
 def _captured(problem: Problem, recorder: Recorder, output: Tensor, columns: list[Tensor]) -> BlockDiagonal:
+    blocks: dict[str, Block] = {}
     parts = ExactStructure()
-    add_batch(parts, problem, recorder, output, columns)
-    blocks = named_blocks(parts.build(is_mean=False), problem.parameters)
+    if add_batch(parts, problem, recorder, output, columns):
+        blocks = named_blocks(parts.build(is_mean=False), problem.parameters)
     reached = {n for block in blocks.values() for n in block.names}
     for name, p in problem.parameters.items():  # a parameter that this batch did not use has rows of zeros
         if name not in reached:
@@ -105,9 +106,12 @@ def _captured(problem: Problem, recorder: Recorder, output: Tensor, columns: lis
 
 def add_batch(
     parts: ExactStructure, problem: Problem, recorder: Recorder, output: Tensor, columns: list[Tensor]
-) -> None:
-    """Takes the rows of a recorded batch into the exact blocks."""
-    uses = recorder.check(output)
+) -> bool:
+    """Takes the rows of a recorded batch into the exact blocks. False if they are all zero, as the output depends on no
+    parameter."""
+    uses = recorder.check(output, reached=problem.reached)
+    if problem.reached and (not uses or not output.requires_grad):
+        return False
     mode = tuple(module.training for module in problem.model.modules())
     separation = problem.separation.of(uses, output, mode).whole()
     if any(grouping.members > 1 for grouping in separation.groupings):
@@ -116,6 +120,7 @@ def add_batch(
         use.forget_output()
     one = torch.ones((), dtype=problem.dtype, device=problem.device)
     parts.add(read_cases(uses, output, lambda: columns, one, problem.dtype, separation=separation, sampled=False))
+    return True
 
 
 def joined_layers(parts: ExactStructure, problem: Problem) -> Joint:
@@ -146,15 +151,18 @@ def outputs_problem(
     params: Selection = None,
     output: Callable[[Any, Any], Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    reached: bool = False,
 ) -> Problem:
-    """A model on inputs without targets: each batch is what `output(model, batch)` takes, by default `model(batch)`."""
+    """A model on inputs without targets: each batch is what `output(model, batch)` takes, by default `model(batch)`.
+    With `reached` the output may depend on none of the parameters."""
     take = output or (lambda model, batch: model(batch))
 
     def forward(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
         out = take(model, batch)
         return out, torch.zeros_like(out) if isinstance(out, Tensor) else out
 
-    return Problem(model, nn.MSELoss(reduction="sum"), data, params=params, forward=forward, dtype=dtype)
+    loss = nn.MSELoss(reduction="sum")
+    return Problem(model, loss, data, params=params, forward=forward, dtype=dtype, reached=reached)
 
 
 def loss_columns(problem: Problem) -> Columns:

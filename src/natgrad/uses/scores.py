@@ -81,7 +81,10 @@ class Queries:
         Raises:
             ValueError: if a layer's inputs have no positions, or other ones.
         """
-        sizes = {name: 0 if isinstance(cases, ColumnBlock) else cases.h.shape[1] for name, _, cases in rows.blocks()}
+        used = [(name, block, cases) for name, block, cases in rows.blocks() if not is_zero(cases)]
+        sizes = {name: 0 if isinstance(cases, ColumnBlock) else cases.h.shape[1] for name, _, cases in used}
+        if not sizes:
+            raise ValueError("the loss does not depend on the parameters, so tokens have no scores; look at params=")
         usual = max(sizes.values())
         for name, size in sizes.items():
             if size != usual:
@@ -91,11 +94,11 @@ class Queries:
                     "tokens; leave it out with params=, as a predicate on names"
                 )
         total: Tensor | None = None
-        for name, block, cases in rows.blocks():
+        for name, block, cases in used:
             W, b = self._weights(name, block, cases)
             assert not isinstance(W, LowRank)
             for start, part in _parts(cases, self.count * cases.h.shape[1] * cases.g.shape[-1]):
-                a = 0.0 if W is None else part.h @ W.mT[:, None]  # (q, n, t, o)
+                a = 0.0 if W is None else (part.h.flatten(0, 1) @ W.mT).unflatten(-2, part.h.shape[:2])  # (q, n, t, o)
                 a = a if b is None else a + b[:, None, None]
                 share = (torch.as_tensor(a) * part.g[:, 0]).sum(-1)
                 if total is None:
@@ -134,6 +137,11 @@ class Queries:
                 own = W.flatten(1) @ (g.mT @ h).flatten(1).mT
             found.append(own if b is None else own + b @ g.sum(1).mT)
         return torch.cat(found, 1)
+
+
+def is_zero(cases: ExactBlock) -> bool:
+    """Whether these are the zeros of parameters that a batch does not use."""
+    return isinstance(cases, ColumnBlock) and not cases.S.any()
 
 
 def part_size(cases: ExactBlock, W: Tensor | LowRank | None) -> int:

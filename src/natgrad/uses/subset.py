@@ -14,16 +14,20 @@ from torch.nn.modules.dropout import _DropoutNd
 from natgrad.capture.layers.scale import Scale
 from natgrad.checks.parameters import Selection
 from natgrad.checks.warning import warn
+from natgrad.curvature.matrices import problem_of
 from natgrad.curvature.problem import Forward, Problem
+from natgrad.curvature.terms import Losses, Terms
 from natgrad.linalg import Operator
 
 
-def chosen(model: nn.Module, loss: nn.Module, data: Any, subset: Selection, forward: Forward | None) -> Selection:
+def chosen(model: nn.Module, loss: Losses, data: Any, subset: Selection, forward: Forward | None) -> Selection:
     """The parameters that a subset means: `"all"`, the `"last_layer"`, names of parameters or modules, a predicate."""
     if subset is None or subset == "all":
         return None
     if isinstance(subset, str) and subset == "last_layer":
-        return last_layer(Problem(model, loss, data, forward=forward))
+        problem = problem_of(model, loss, data, forward, None)
+        problems = problem.problems.values() if isinstance(problem, Terms) else [problem]
+        return list(dict.fromkeys(n for one in problems for n in last_layer(one)))
     if callable(subset):
         return subset
     wanted = [subset] if isinstance(subset, str) else subset
@@ -34,9 +38,10 @@ def chosen(model: nn.Module, loss: nn.Module, data: Any, subset: Selection, forw
 
 
 def last_layer(problem: Problem) -> list[str]:
-    """The weight and bias of the affine map that a forward uses last."""
-    for recorder, _, _ in problem.recorded(problem.parameters):
-        for use in reversed(recorder.uses):
+    """The weight and bias of the affine map that a forward uses last; of several outputs, the last that this output
+    depends on."""
+    for recorder, output, _ in problem.recorded(problem.parameters):
+        for use in reversed(recorder.check(output, reached=True) if problem.reached else recorder.uses):
             if use.weight and not isinstance(use.kind, Scale):
                 return [n for n in (use.weight, use.bias) if n]
         break

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.checks.values import check_count, check_number
+from natgrad.curvature.matrices import problem_of
 from natgrad.curvature.problem import Forward, Problem, check_mass
+from natgrad.curvature.terms import Losses
 from natgrad.linalg import Operator
 from natgrad.linalg.arguments import check_damping
+from natgrad.uses.objective import Objective
 from natgrad.uses.subset import warn_in_training
 from natgrad.uses.weights import flat, parameters_of
 
@@ -40,7 +45,7 @@ class Unlearned:
 
 def unlearn(
     model: nn.Module,
-    loss: nn.Module,
+    loss: Losses,
     forget: Any,
     F: Operator,
     *,
@@ -49,6 +54,7 @@ def unlearn(
     step_size: float | None = None,
     damping: float = 1e-3,
     forward: Forward | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Unlearned:
     """Raises a model's loss on some data, and changes what it does on all other data as little as that allows: a few
     uphill Gauss-Newton steps,
@@ -64,7 +70,7 @@ def unlearn(
 
     Args:
         model: a trained model, which is changed in place. Put it in evaluation mode first.
-        loss: its loss, any that `natgrad.fisher` takes.
+        loss: its loss, any that `natgrad.fisher` takes, or a dictionary of several.
         forget: the data to forget, as for `natgrad.fisher`.
         F: the matrix of the data to be retained, at the model's weights: `natgrad.fisher(model, loss, retained)`, of
             any structure. Its parameters are those that are changed.
@@ -73,7 +79,7 @@ def unlearn(
             Each is of the same length in the norm of `F + λ I`. Begin with a hundredth of a nat, the default.
         step_size: `α`; with one `increase` does not count.
         damping: `λ`.
-        forward: as for `natgrad.fisher`.
+        forward, weights: as for `natgrad.fisher`.
 
     Returns:
         The losses on `forget`, and the predicted increase of the others'.
@@ -104,14 +110,14 @@ def unlearn(
     check_number("step_size", step_size, positive=True, optional=True)
     check_damping(damping)
     own = parameters_of(model, F)
-    problem = Problem(model, loss, forget, params=list(own), forward=forward)
-    warn_in_training(problem.model)
+    objective = Objective(problem_of(model, loss, forget, forward, weights, params=list(own)))
+    warn_in_training(objective.model)
     before, start = {n: p.detach().clone() for n, p in own.items()}, flat(F, own)
     inverse = F.inverse(damping)
     losses: list[float] = []
     try:
         for _ in range(steps):
-            value, gradient = _loss(problem, own, F)
+            value, gradient = _objective(objective, own, F)
             losses.append(value)
             direction = inverse @ gradient
             rise = float(gradient @ direction)
@@ -121,7 +127,7 @@ def unlearn(
             with torch.no_grad():
                 for p, d in zip(own.values(), F.space.unflatten(direction), strict=True):
                     p.add_(alpha * d)
-        losses.append(_loss(problem, own, F)[0])
+        losses.append(_objective(objective, own, F)[0])
     except BaseException:
         with torch.no_grad():
             for n, p in own.items():
@@ -131,12 +137,27 @@ def unlearn(
     return Unlearned(tuple(losses), float(0.5 * (change @ (F @ change))))
 
 
-def _loss(problem: Problem, own: dict[str, nn.Parameter], F: Operator) -> tuple[float, Tensor]:
+def _objective(objective: Objective, own: dict[str, nn.Parameter], F: Operator) -> tuple[float, Tensor]:
     """The objective over the data and its gradient, a flat vector of `F`.
 
     Raises:
         ValueError: if they are not finite.
     """
+    total, gradient = 0.0, torch.zeros(F.space.size, dtype=F.dtype, device=F.device)
+    for weight, problem in zip(objective.weights, objective.terms.values(), strict=True):
+        value, slope = _loss(problem, own, F)
+        total += weight * float(value)
+        gradient += weight * slope
+    if not (isfinite(total) and torch.isfinite(gradient).all()):
+        raise ValueError(
+            f"the loss on the data to forget is {total:g}, or its gradient is not finite; look for NaN in the data, or "
+            "pass a smaller increase or step_size"
+        )
+    return total, gradient
+
+
+def _loss(problem: Problem, own: dict[str, nn.Parameter], F: Operator) -> tuple[Tensor, Tensor]:
+    """The value and the gradient of one loss."""
     curvature, leaves = problem.curvature, list(own.values())
     total, mass = torch.zeros((), dtype=F.dtype, device=F.device), torch.zeros((), dtype=F.dtype, device=F.device)
     gradient = torch.zeros(F.space.size, dtype=F.dtype, device=F.device)
@@ -147,20 +168,18 @@ def _loss(problem: Problem, own: dict[str, nn.Parameter], F: Operator) -> tuple[
         weight = curvature.normalizer(output, target).to(F.dtype) if problem.is_mean else mass.new_ones(())
         if problem.is_mean and not weight > 0:
             continue  # all of its targets are ignored
-        found = torch.autograd.grad(value, leaves, allow_unused=True)
-        parts = tuple((torch.zeros_like(p) if g is None else g).to(F.dtype) for p, g in zip(leaves, found, strict=True))
-        gradient += weight * F.space.flatten(parts)
         total += weight * value.detach()
         mass += weight
+        if value.requires_grad:  # a term may depend on other parameters alone
+            found = torch.autograd.grad(value, leaves, allow_unused=True)
+            every = zip(leaves, found, strict=True)
+            gradient += weight * F.space.flatten(
+                tuple((torch.zeros_like(p) if g is None else g).to(F.dtype) for p, g in every)
+            )
     if problem.is_mean:
         check_mass(mass, True)
         total, gradient = total / mass, gradient / mass
-    if not (torch.isfinite(total) and torch.isfinite(gradient).all()):
-        raise ValueError(
-            f"the loss on the data to forget is {float(total):g}, or its gradient is not finite; look for NaN in the "
-            "data, or pass a smaller increase or step_size"
-        )
-    return float(total), gradient
+    return total, gradient
 
 
 def _why(gradient: Tensor, damping: float) -> str:

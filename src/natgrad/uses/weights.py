@@ -18,9 +18,12 @@ def parameters_of(model: nn.Module, F: Any, name: str = "F", as_then: bool = Tru
     matrix was computed, unless they need not be `as_then`.
 
     Raises:
-        TypeError: if it is no matrix of named parameters.
-        ValueError: if it is of another model, or in another dtype or on another device.
+        TypeError: if it is no matrix of named parameters, or the model no module.
+        ValueError: if it is of another model, or in another dtype or on another device; or if the model has weights
+            that are not finite, unless they need not be `as_then`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {described(model)}; expected an instance of torch.nn.Module")
     if not isinstance(F, Operator):
         raise TypeError(f"{name} is {described(F)}; expected a matrix, such as natgrad.fisher(model, loss, data)")
     if F.space.names is None:
@@ -39,6 +42,8 @@ def parameters_of(model: nn.Module, F: Any, name: str = "F", as_then: bool = Tru
                 f"{name} is {F.dtype} on {F.device}, and {n!r} is {own[n].dtype} on {own[n].device}; expected "
                 f"{name}.to({str(own[n].device)!r}, {wanted})"
             )
+    if as_then and (bad := next((n for n in F.space.names if not torch.isfinite(own[n]).all()), None)):
+        raise ValueError(f"{bad!r} of the model has entries that are not finite; look for a training that diverged")
     if as_then and (other := moved(F, own)):
         warn(
             f"{name} was computed at other weights: {other!r} has changed since; expected it at the model's "
