@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.overrides import _len_torch_function_stack
 
 from pairwise import mark_all_but_some, mark_the_rest
 
@@ -14,6 +15,17 @@ settings.load_profile("natgrad")
 def one_thread():
     """Test processes with more threads than cores keep one another waiting."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_function_mode_survives_a_test():
+    """Also ends those that do, so that one failure stays one."""
+    before = _len_torch_function_stack()
+    yield
+    left = _len_torch_function_stack() - before
+    for _ in range(left):
+        torch._C._pop_torch_function_stack()
+    assert left == 0
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,21 +1,24 @@
-"""Which parametrizations of a test run always.
+"""Selects the parametrizations that `make test` runs.
 
-Of tests marked `pairs` enough that every two values of two parameters meet once: most faults take one option, or two
-together, and a test of four parameters then has a tenth of the runs. Of tests that compute something, at most `MOST`,
-spread evenly over the list. Those that are left out are marked `long`: `make test-all` runs them, and so does
-`pytest -k name`.
+- For a test marked `pairs`: enough rows that every two values of two parameters occur together. Most faults need one
+  option, or two together, and a test of four parameters then has a tenth of the runs.
+- For any other test that computes something: at most `MOST` rows, spread evenly over the list. The name of the test
+  decides where they start, so that the tests of one table of rows cover different rows of it.
+
+All other rows are marked `long`: `make test-all` runs them, and so does `pytest -k name`.
 """
 
 from itertools import combinations
+from zlib import crc32
 
 MOST = 8
 WHOLE = ("docs", "errors", "release")
-"""Folders whose tests read texts: thousands in seconds."""
+"""Folders whose tests only read texts, thousands in seconds: all their rows run."""
 
 
 def enough(rows):
-    """Indices of a subset of `rows`, which are dicts of a parameter's value by its name. Each time that row is taken
-    that has the most pairs which are not yet met; the first of equals."""
+    """Indices of a subset of `rows`, which are dicts of parameter values by name. It repeatedly takes the row with the
+    most pairs that have not occurred yet; of equal rows, the first."""
     left = [{frozenset(pair) for pair in combinations(row.items(), 2)} or {frozenset(row.items())} for row in rows]
     wanted, chosen = set().union(*left), []
     while wanted:
@@ -26,7 +29,7 @@ def enough(rows):
 
 
 def mark_the_rest(items, mark):
-    """Adds `mark` to the items of tests marked `pairs` that are not needed."""
+    """Adds `mark` to the items of tests marked `pairs` that `enough` leaves out."""
     functions = {}
     for item in items:
         if item.get_closest_marker("pairs") and not item.get_closest_marker("slow"):
@@ -38,16 +41,22 @@ def mark_the_rest(items, mark):
                 item.add_marker(mark)
 
 
+def spread(name, count):
+    """Indices of at most `MOST` of `count` rows, at even distances; `name` decides where they start."""
+    start = crc32(name.encode())
+    return {(start + round(i * count / MOST)) % count for i in range(MOST)}
+
+
 def mark_all_but_some(items, mark, root):
-    """Adds `mark` to the items of tests with more than `MOST` parametrizations, but for so many of them."""
+    """Adds `mark` to the items of tests with more than `MOST` parametrizations, except those of `spread`."""
     functions = {}
     for item in items:
         if any(item.get_closest_marker(name) for name in ("slow", "long", "pairs")) or not hasattr(item, "callspec"):
             continue
         if item.path.is_relative_to(root) and item.path.relative_to(root).parts[0] not in WHOLE:
             functions.setdefault((item.path, item.originalname, item.cls), []).append(item)
-    for its in functions.values():
-        kept = {round(i * (len(its) - 1) / (MOST - 1)) for i in range(MOST)}
+    for (_, name, _), its in functions.items():
+        kept = spread(name, len(its))
         for i, item in enumerate(its):
-            if i not in kept and len(its) > MOST:
+            if i not in kept:
                 item.add_marker(mark)

@@ -41,7 +41,7 @@ def test_every_help_fits_80_columns(
         (("inspct",), "there is no command 'inspct'; expected one of "),
         (("inspct",), "did you mean 'inspect'?\n"),
         (("--verzion",), "there is no option --verzion; did you mean '--version'? `natgrad --help`"),
-        (("demo", "--sedonds", "3"), "did you mean '--seconds'? `natgrad demo --help` lists what is accepted.\n"),
+        (("demo", "--sedonds", "3"), "did you mean '--seconds'? `natgrad demo --help` lists the options.\n"),
         (
             ("demo", "--task", "mnst"),
             "--task was 'mnst'; expected --task curves or --task mnist; did you mean",
@@ -95,4 +95,4 @@ def test_output_that_cannot_be_written_is_one_line(arguments: list[str]) -> None
         )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "could not be (No space left on device)" in done.stderr
+    assert "could not be written (No space left on device)" in done.stderr

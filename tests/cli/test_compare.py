@@ -133,7 +133,7 @@ def test_a_loss_that_kfac_does_not_know_leaves_it_out(folder: Path, capfd: pytes
         (["mine:one_value"], ["returned a tuple of 2"]),
         (["mine:shapes"], ["what mine:shapes returned cannot be trained", "9x7"]),
         (["mine:unequal"], ["9 inputs and 8 targets"]),
-        (["mine:once"], ["can be read once only"]),
+        (["mine:once"], ["can be read only once"]),
         (["mine:nothing"], ["an empty list"]),
         (["mine:number"], ["the data are a int", "DataLoader"]),
         (["mine:frozen"], ["no optimizer can train", "does not require grad"]),
@@ -164,10 +164,10 @@ class TestAdvice:
         its = [outcome("AdamW 0.001", 0.5, 0.6), outcome("KFAC", 0.1, 0.7), outcome("Muon", 0.4, 0.5, cost=1.5)]
         said = advice(its, held_out=True)
         assert said == (
-            "Use make(Muon): in the same time its held-out loss comes to 0.5, against 0.6 with AdamW at 0.001, and a "
-            "step costs 1.5 of AdamW's."
+            "Use make(Muon): in the same time its held-out loss reaches 0.5, against 0.6 with AdamW at 0.001, and a "
+            "step takes 1.5 times as long as AdamW's."
         )
-        assert advice(its, held_out=False).startswith("Use make(KFAC): in the same time its training loss comes to 0.1")
+        assert advice(its, held_out=False).startswith("Use make(KFAC): in the same time its training loss reaches 0.1")
 
     def test_adamw_is_kept_unless_another_is_better_by_more_than_two_percent(self) -> None:
         its = [outcome("AdamW 0.001", 0.5, 0.6), outcome("AdamW 0.003", 0.5, 0.5), outcome("KFAC", 0.1, 0.495)]
@@ -184,7 +184,7 @@ class TestAdvice:
     def test_what_diverged_is_not_advised(self) -> None:
         its = [outcome("AdamW 0.001", math.nan, math.nan, status="diverged"), outcome("Muon", 1.0, 2.0)]
         assert "AdamW's is not finite" in advice(its, held_out=True)
-        assert advice(its[:1], held_out=True).startswith("No optimizer came to a finite loss")
+        assert advice(its[:1], held_out=True).startswith("No optimizer reached a finite loss")
         assert rows(its)[0][0] == "Muon"
         assert rows(its)[1][0] == "AdamW 0.001 (diverged)"
 
@@ -223,7 +223,7 @@ class TestSplit:
     def test_a_data_set_without_a_whole_batch(self) -> None:
         x = torch.zeros(5, 1)
         divided = split(DataLoader(TensorDataset(x, x), batch_size=9, shuffle=True, drop_last=True), 8)
-        with pytest.raises(UserError, match="no whole batch"):
+        with pytest.raises(UserError, match="no complete batch"):
             next(divided.training(0))
 
 

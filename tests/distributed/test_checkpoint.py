@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import natgrad
+import rank_errors
+import rank_training
 import work
 from natgrad.curvature.bases import turned
 from natgrad.linalg.eigen import eigh, inverse_from_cholesky
@@ -31,10 +33,10 @@ def test_resumed_on_other_ranks(ranks, tmp_path, recipe, saved, resumed):
     def run(place, steps, how):
         n, sharded = place
         if n == 0:
-            return work.trained_in(None, options, steps, how)
-        return ranks(n, work.trained_in, options, steps, how | {"sharded": sharded})[0]
+            return rank_training.trained_in(None, options, steps, how)
+        return ranks(n, rank_training.trained_in, options, steps, how | {"sharded": sharded})[0]
 
-    whole, _ = work.trained_in(None, options, 20, {})
+    whole, _ = rank_training.trained_in(None, options, 20, {})
     folder = str(tmp_path / "checkpoint")
     run(saved, 12, {"save": folder})
     for place in resumed:
@@ -44,7 +46,7 @@ def test_resumed_on_other_ranks(ranks, tmp_path, recipe, saved, resumed):
 
 
 def test_one_ranks_state_is_not_the_whole_one(ranks):
-    said = ranks(2, work.state_of_one_rank)
+    said = ranks(2, rank_errors.state_of_one_rank)
     assert all("save it with torch.distributed.checkpoint" in s for s in said)
 
 
@@ -52,7 +54,7 @@ def test_no_checkpoint(tmp_path):
     opt = natgrad.KFAC(work.network(), torch.nn.CrossEntropyLoss())
     with pytest.raises(FileNotFoundError, match="has no checkpoint"):
         natgrad.load_checkpoint(opt, tmp_path)
-    work.trained_in(None, EXACT, 1, {"save": str(tmp_path)})
+    rank_training.trained_in(None, EXACT, 1, {"save": str(tmp_path)})
     with pytest.raises(ValueError, match="has no 'opt'; it has 'model', 'optimizer'"):
         natgrad.load_checkpoint(opt, tmp_path, key="opt")
 
@@ -65,9 +67,11 @@ def test_no_checkpoint(tmp_path):
 )
 def test_resumed_to_the_last_bit_on_one_process(tmp_path, options):
     """In single precision too: matrices come back in the layout in which they were."""
-    whole, _ = work.trained_in(None, options, 14, {"dtype": torch.float32})
-    work.trained_in(None, options, 9, {"dtype": torch.float32, "save": str(tmp_path)})
-    resumed, _ = work.trained_in(None, options, 14, {"dtype": torch.float32, "first": 9, "load": str(tmp_path)})
+    whole, _ = rank_training.trained_in(None, options, 14, {"dtype": torch.float32})
+    rank_training.trained_in(None, options, 9, {"dtype": torch.float32, "save": str(tmp_path)})
+    resumed, _ = rank_training.trained_in(
+        None, options, 14, {"dtype": torch.float32, "first": 9, "load": str(tmp_path)}
+    )
     for n, p in whole.items():
         assert torch.equal(resumed[n], p), n
 

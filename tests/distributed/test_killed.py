@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import work
+import rank_errors
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 24, 4
@@ -89,7 +89,7 @@ def test_the_others_end_with_an_error_that_names_what_they_waited_for(tmp_path, 
     context = multiprocessing.get_context("spawn")
     outbox = context.Queue()
     others = [
-        context.Process(target=work.left_alone, args=(r, str(tmp_path / "store"), how, outbox), daemon=True)
+        context.Process(target=rank_errors.left_alone, args=(r, str(tmp_path / "store"), how, outbox), daemon=True)
         for r in range(2)
     ]
     for process in others:
@@ -97,4 +97,6 @@ def test_the_others_end_with_an_error_that_names_what_they_waited_for(tmp_path, 
     said = outbox.get(timeout=60)
     for process in others:
         process.kill()
-    assert re.match(r"rank 0 of 2 did not get .+ from the others: .+ One of them has ended or takes another way", said)
+    assert re.match(
+        r"rank 0 of 2 did not get .+ from the others: .+ Another rank has ended, or runs different code", said
+    )

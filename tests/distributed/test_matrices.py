@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-import work
+import rank_matrices
 
 ASKED = {
     "kfac": {},
@@ -32,16 +32,16 @@ ASKED = {
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
 def test_matrices_are_those_of_one_process(ranks, asked, reduction):
-    expected = work.matrix(None, asked, reduction, "even")
+    expected = rank_matrices.matrix(None, asked, reduction, "even")
     for n, share in ((2, "uneven"), (4, "none")):
-        for own in ranks(n, work.matrix, asked, reduction, share):
+        for own in ranks(n, rank_matrices.matrix, asked, reduction, share):
             assert torch.allclose(own, expected, rtol=0, atol=1e-10), (n, share)
 
 
 @pytest.mark.parametrize(("n", "share"), [*itertools.product((1, 2, 4), ("even", "none"))])
 def test_residuals_are_those_of_one_process(ranks, n, share):
-    expected = work.residuals(None, "even")
-    for own in ranks(n, work.residuals, share):
+    expected = rank_matrices.residuals(None, "even")
+    for own in ranks(n, rank_matrices.residuals, share):
         assert own.keys() == expected.keys()
         for layer, figures in expected.items():
             assert own[layer] == pytest.approx(figures, rel=1e-9, abs=1e-10, nan_ok=True), layer
@@ -49,37 +49,41 @@ def test_residuals_are_those_of_one_process(ranks, n, share):
 
 def test_labels_differ_from_rank_to_rank_and_the_matrix_does_not(ranks):
     asked = {"structure": "ekfac", "estimator": "mc", "samples": 400}
-    first, second = ranks(2, work.matrix, asked, "mean", "same")
-    exact = work.matrix(None, {"structure": "ekfac"}, "mean", "even")
+    first, second = ranks(2, rank_matrices.matrix, asked, "mean", "same")
+    exact = rank_matrices.matrix(None, {"structure": "ekfac"}, "mean", "even")
     assert torch.equal(first, second)
     assert (first - exact).norm() < 0.2 * exact.norm()
-    one, other = ranks(2, work.labels)
+    one, other = ranks(2, rank_matrices.labels)
     assert one != other
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "dense", "implicit"])
 def test_what_one_rank_raises_all_raise(ranks, structure):
     asked = {"structure": structure}
-    for rank, said in enumerate(ranks(4, work.matrix_error, asked, "nan")):
+    for rank, said in enumerate(ranks(4, rank_matrices.matrix_error, asked, "nan")):
         assert "entries of the model's output are not finite" in said
         assert said.startswith("ValueError: on rank 2 of 4" if rank != 2 else "ValueError:")
-    for rank, said in enumerate(ranks(4, work.matrix_error, asked, "key")):
+    for rank, said in enumerate(ranks(4, rank_matrices.matrix_error, asked, "key")):
         assert said == ("KeyError: 'images'" if rank == 2 else "RuntimeError: on rank 2 of 4: KeyError: 'images'")
-    assert all("is empty" in said or "divides by 0" in said for said in ranks(2, work.matrix_error, asked, "empty"))
+    assert all(
+        "is empty" in said or "divides by 0" in said for said in ranks(2, rank_matrices.matrix_error, asked, "empty")
+    )
 
 
 def test_random_vectors_are_the_same_on_all_ranks(ranks):
-    (trace, exact), *others = ranks(2, work.estimated)
+    (trace, exact), *others = ranks(2, rank_matrices.estimated)
     assert all(other == (trace, exact) for other in others)
     assert abs(trace - exact) < 0.3 * exact
 
 
 def test_different_vectors_are_not_multiplied(ranks):
-    assert all("the ranks multiply different vectors" in said for said in ranks(2, work.matrix_error, {}, "vectors"))
+    assert all(
+        "the ranks multiply different vectors" in said for said in ranks(2, rank_matrices.matrix_error, {}, "vectors")
+    )
 
 
 def test_sharded_models_are_refused(ranks):
-    said = ranks(2, work.matrix_error, {}, "sharded")
+    said = ranks(2, rank_matrices.matrix_error, {}, "sharded")
     assert all("the model's parameters are sharded over ranks (fully_shard)" in s for s in said)
 
 

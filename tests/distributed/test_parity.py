@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-import work
+import rank_errors
+import rank_training
 
 EXACT = {"estimator": "exact", "matmul_precision": "highest", "statistics_share": 1.0}
 RECIPES = {
@@ -47,7 +48,7 @@ def alone():
     def of(options, steps, how=None):
         key = str((options, steps, how))
         if key not in known:
-            known[key] = work.trained_in(None, options, steps, how or {})
+            known[key] = rank_training.trained_in(None, options, steps, how or {})
         return known[key]
 
     return of
@@ -65,13 +66,13 @@ def ways():
 @pytest.mark.parametrize(("n", "sharded", "recipe"), list(ways()))
 def test_weights_are_those_of_one_process(ranks, alone, n, sharded, recipe):
     options = EXACT | RECIPES[recipe]
-    compare(ranks(n, work.trained_in, options, 30, {"sharded": sharded}), alone(options, 30))
+    compare(ranks(n, rank_training.trained_in, options, 30, {"sharded": sharded}), alone(options, 30))
 
 
 @pytest.mark.parametrize("recipe", ["all adaptive", pytest.param("EKFAC", marks=pytest.mark.slow)])
 def test_weights_are_those_of_one_process_where_there_are_copies_of_shards(ranks, alone, recipe):
     options = EXACT | RECIPES[recipe]
-    compare(ranks(4, work.trained_in, options, 30, {"sharded": "hsdp"}), alone(options, 30))
+    compare(ranks(4, rank_training.trained_in, options, 30, {"sharded": "hsdp"}), alone(options, 30))
 
 
 @pytest.mark.pairs
@@ -92,12 +93,12 @@ def test_weights_are_those_of_one_process_where_there_are_copies_of_shards(ranks
 @pytest.mark.parametrize("recipe", ["all adaptive", "EKFAC", pytest.param("given step size", marks=pytest.mark.long)])
 def test_ranks_count_by_their_cases(ranks, alone, n, how, recipe):
     options = EXACT | RECIPES[recipe]
-    compare(ranks(n, work.trained_in, options, 20, how), alone(options, 20, how))
+    compare(ranks(n, rank_training.trained_in, options, 20, how), alone(options, 20, how))
 
 
 @pytest.mark.parametrize("how", [{"uneven": True}, {"uneven": "none"}, {"microbatches": 3}, {"clip": 0.5}], ids=str)
 def test_ranks_with_shards_count_by_their_cases(ranks, alone, how):
-    compare(ranks(2, work.trained_in, EXACT, 20, how | {"sharded": "fsdp"}), alone(EXACT, 20, how))
+    compare(ranks(2, rank_training.trained_in, EXACT, 20, how | {"sharded": "fsdp"}), alone(EXACT, 20, how))
 
 
 @pytest.mark.parametrize(
@@ -109,27 +110,31 @@ def test_ranks_with_shards_count_by_their_cases(ranks, alone, how):
 )
 def test_weights_are_those_of_one_process_where_ranks_have_no_layer(ranks, alone, recipe):
     options, how = EXACT | RECIPES[recipe], {"few": True}
-    compare(ranks(4, work.trained_in, options, 14, how | {"sharded": "fsdp"}), alone(options, 14, how))
+    compare(ranks(4, rank_training.trained_in, options, 14, how | {"sharded": "fsdp"}), alone(options, 14, how))
 
 
 @pytest.mark.parametrize("recipe", ["all adaptive", "EKFAC", "given step size"])
 def test_ranks_that_run_out_of_data_join_the_others(ranks, recipe):
     options, batches = EXACT | RECIPES[recipe], [14, 9]
-    expected = work.joined(None, options, batches)
-    for weights in ranks(2, work.joined, options, batches):
+    expected = rank_training.joined(None, options, batches)
+    for weights in ranks(2, rank_training.joined, options, batches):
         for n, p in expected.items():
             assert torch.allclose(weights[n], p, rtol=0, atol=1e-9), n
 
 
 def test_the_first_batch_is_not_empty_everywhere(ranks):
-    assert all(said.startswith("the first batch has no cases on any rank") for said in ranks(2, work.nothing))
+    assert all(said.startswith("the first batch has no cases on any rank") for said in ranks(2, rank_errors.nothing))
 
 
 @pytest.mark.parametrize("sharded", ["", "fsdp"])
 @pytest.mark.parametrize("options", [{}, {"lr": 0.1, "momentum": 0.9, "damping": 0.1}], ids=["adaptive", "given"])
 @pytest.mark.parametrize(
     ("train", "uneven"),
-    [(work.trained_on_own_loss, False), (work.trained_on_terms, False), (work.trained_on_terms, True)],
+    [
+        (rank_training.trained_on_own_loss, False),
+        (rank_training.trained_on_terms, False),
+        (rank_training.trained_on_terms, True),
+    ],
     ids=["a model's own loss", "two terms", "two terms, uneven"],
 )
 def test_other_objectives(ranks, sharded, options, train, uneven):

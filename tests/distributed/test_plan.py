@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-import work
+import rank_messages
 from natgrad.cli import main
 from natgrad.distributed.plan import Machine, Prediction, Settings, best, predict
 from natgrad.distributed.sizes import MODELS, Size, sizes_of
@@ -15,14 +15,14 @@ from natgrad.distributed.sizes import MODELS, Size, sizes_of
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_bytes_sent_are_those_of_a_run(ranks, adaptive):
     """The moments go round once in the first step, and each inverse once from one rank to the others."""
-    came = ranks(2, work.planned, adaptive)
+    came = ranks(2, rank_messages.planned, adaptive)
     sizes, _, _ = came[0]
     assert all(sent["the moments"] == sum(s.moments_sent(8) for s in sizes) + 16 for _, sent, _ in came)
     assert sum(sent["the inverses"] for _, sent, _ in came) == sum(s.inverse_sent(8) for s in sizes)
 
 
 def test_bytes_held_are_those_of_a_run(ranks):
-    for sizes, _, held in ranks(2, work.planned, False):
+    for sizes, _, held in ranks(2, rank_messages.planned, False):
         assert held == sum(s.held(8) for s in sizes)
 
 
@@ -117,13 +117,13 @@ def test_the_command_plans_for_a_model_of_ones_own(capsys, tmp_path, monkeypatch
     ("arguments", "words"),
     [
         (["gpt3"], "'gpt3' is not a model; expected gpt2-small, llama-7b, or MODULE:FUNCTION"),
-        (["gpt2-small", "--ranks", "1;2"], "--ranks was '1;2'; expected numbers of ranks with commas between"),
+        (["gpt2-small", "--ranks", "1;2"], "--ranks was '1;2'; expected numbers separated by commas"),
         (["gpt2-small", "--ranks", "0"], "--ranks was '0'; expected"),
-        (["gpt2-small", "--batch", "0"], "--batch was 0; expected the examples on each rank, at least 1"),
+        (["gpt2-small", "--batch", "0"], "--batch was 0; expected the batch size on each rank, at least 1"),
         (["gpt2-small", "--bandwidth", "-1"], "--bandwidth was -1; expected a positive number, in GB/s"),
         (["gpt2-small", "--machine", "missing.json"], "cannot be read (No such file or directory)"),
-        (["gpt2-small", "--machine", "words.json"], "holds something else than positive numbers"),
-        (["gpt2-small", "--machine", "others.json"], "holds something else than positive numbers"),
+        (["gpt2-small", "--machine", "words.json"], "does not have positive numbers"),
+        (["gpt2-small", "--machine", "others.json"], "does not have positive numbers"),
     ],
 )
 def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, arguments, words):
@@ -138,7 +138,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, arguments, words):
 
 def test_sizes_of_a_model_without_factors():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).double()
-    sizes = sizes_of(*work.moments_of(model, torch.randn(6, 3, dtype=torch.float64)))
+    sizes = sizes_of(*rank_messages.moments_of(model, torch.randn(6, 3, dtype=torch.float64)))
     assert [(s.name, s.inputs, s.outputs, s.other, s.parameters) for s in sizes] == [
         ("0", (3, 3), (4, 4), 0, 16),
         ("1", (), (), 12, 8),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-import work
+import rank_errors
+import rank_training
 
 OPTIONS = {
     "all adaptive": {"estimator": "exact", "matmul_precision": "highest", "statistics_share": 1.0},
@@ -14,13 +15,13 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("how", ["late", "part"])
 def test_the_weights_are_those_of_one_process(ranks, how, options):
-    expected, _ = work.trained(None, OPTIONS[options], 12)
-    for weights in ranks(2, work.trained_within, how, OPTIONS[options], 12):
+    expected, _ = rank_training.trained(None, OPTIONS[options], 12)
+    for weights in ranks(2, rank_training.trained_within, how, OPTIONS[options], 12):
         for n, p in expected.items():
             assert torch.allclose(weights[n], p, rtol=0, atol=1e-9), n
 
 
 @pytest.mark.parametrize("kind", ["NaturalGradient", "PRONG"])
 def test_an_optimizer_for_one_rank_says_so(ranks, kind):
-    for said in ranks(2, work.refused_within, kind):
-        assert said.startswith(f"{kind} sees the batches of its own rank alone, and the model is on 2 ranks")
+    for said in ranks(2, rank_errors.refused_within, kind):
+        assert said.startswith(f"{kind} sees only the batches of its own rank, but the model is on 2 ranks")

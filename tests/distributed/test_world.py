@@ -6,24 +6,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import work
+import rank_errors
+import rank_messages
+import rank_training
 from natgrad.distributed.assignment import assign
 from natgrad.distributed.packing import Form, empty, filled, form_of, from_triangle, leaves, packed, triangle, unpacked
 from oracles import close
 
 
 def test_optimizers_for_one_rank_say_so(ranks):
-    for said in ranks(2, work.refused, "NaturalGradient"):
-        assert said.startswith("NaturalGradient sees the batches of its own rank alone, and the model is on 2 ranks")
+    for said in ranks(2, rank_errors.refused, "NaturalGradient"):
+        assert said.startswith("NaturalGradient sees only the batches of its own rank, but the model is on 2 ranks")
 
 
 def test_PRONG_says_so_too(ranks):
-    for said in ranks(2, work.refused_by_prong):
-        assert said.startswith("PRONG sees the batches of its own rank alone, and the model is on 2 ranks")
+    for said in ranks(2, rank_errors.refused_by_prong):
+        assert said.startswith("PRONG sees only the batches of its own rank, but the model is on 2 ranks")
 
 
 def test_a_NaN_on_one_rank_is_a_step_that_all_reject(ranks):
-    for rank, said in enumerate(ranks(4, work.spoiled)):
+    for rank, said in enumerate(ranks(4, rank_errors.spoiled)):
         assert [accepted for accepted, _ in said][2:4] == [False, True]
         assert said[2][1].startswith("the loss is not finite" if rank == 1 else "a batch has a fault on rank 1")
 
@@ -33,18 +35,18 @@ def test_bytes_sent_are_those_of_the_formula(ranks):
     sizes = [(5, 7), (7, 7), (7, 3)]
     means = sum(i + 1 for i, _ in sizes) + 2
     sums = sum(i * (i + 1) // 2 + o * (o + 1) // 2 + 1 for i, o in sizes) + 3 * 7 + 1
-    for came in ranks(2, work.sent):
+    for came in ranks(2, rank_messages.sent):
         assert came["the moments"] == 8 * (means + sums)
 
 
 def test_moments_travel_while_the_backward_runs(ranks):
-    for said in ranks(2, work.under_way):
+    for said in ranks(2, rank_messages.under_way):
         assert said == [(True,), (False, True), (True,), (False,), (False,)]
 
 
 def test_a_loss_that_one_rank_has_not_used_has_no_part_in_the_statistics(ranks):
-    expected = work.dropped(None)
-    for came in ranks(2, work.dropped):
+    expected = rank_training.dropped(None)
+    for came in ranks(2, rank_training.dropped):
         for n, p in expected.items():
             close(came[n], p, 1e-9)
 

@@ -137,7 +137,7 @@ ROWS = [
     ("too few products", lambda: matrix("implicit").solve(flat(), damping=0.1, max_iter=1), RuntimeError,
      "conjugate gradients ", "pass a larger damping"),
     ("a product with another layer's bias", lambda: BLOCK.Wb @ torch.ones(3), ValueError,
-     "v has shape (3,); expected (4,), with any axes before"),
+     "v has shape (3,); expected (4,), with any leading axes"),
     ("cases of two counts", lambda: linalg.ExactBlock(torch.ones(2, 1, 3), torch.ones(1, 1, 1, 4), bias=True),
      ValueError, "h has shape (2, 1, 3) and g (1, 1, 1, 4); expected (n, t, d_in) and"),
     ("a matrix without names", a_matrix_by_itself, ValueError,

@@ -47,12 +47,12 @@ ROWS = [
     ("another matrix", lambda: matrix() @ matrix(), ValueError,
      "BlockDiagonal @ v: got a BlockDiagonal, expected a dict"),
     ("a vector of another dtype", lambda: matrix().solve(flat(dtype=torch.float64), damping=1.0), ValueError,
-     "BlockDiagonal.solve(v): 0.weight is torch.float64 on cpu, the matrix torch.float32 on cpu; expected the same: "
-     ".to('cpu', torch.float32)"),
+     "BlockDiagonal.solve(v): 0.weight is torch.float64 on cpu, but the matrix is torch.float32 on cpu; expected "
+     "the same: .to('cpu', torch.float32)"),
     ("a vector on another device", lambda: matrix() @ flat(device="meta"), ValueError,
-     "0.weight is torch.float32 on meta, the matrix torch.float32 on cpu; expected the same"),
+     "0.weight is torch.float32 on meta, but the matrix is torch.float32 on cpu; expected the same"),
     ("NaN to solve for", lambda: matrix("implicit").solve(flat() * torch.nan, damping=1.0), ValueError,
-     "43 entries of v are not finite, and conjugate gradients cannot solve for them; look for NaN or inf"),
+     "43 entries of v are not finite, so conjugate gradients cannot solve; look for NaN or inf"),
     ("two tensors for three parts", lambda: linalg.Diagonal((EYE, EYE, EYE)) @ (EYE, EYE), ValueError,
      "Diagonal @ v: got 2 tensors, expected tensors of shapes (2, 2), (2, 2), (2, 2), or one flat tensor of 12"),
     # Damping and powers
@@ -72,7 +72,7 @@ ROWS = [
      "exponent='-0.5' is not usable: expected a finite number, such as -0.5"),
     ("a power that is NaN", lambda: matrix("dense").power(torch.nan, 1.0), ValueError, "exponent=nan is not usable: "),
     ("a scale that is infinite", lambda: matrix() * float("inf"), ValueError,
-     "a matrix was scaled by inf: expected a finite number"),
+     "a matrix was scaled by inf; expected a finite number"),
     # Draws, orders, layers
     ("no draws", lambda: matrix().sample(0, damping=1.0), ValueError,
      "n=0 is not usable: expected a whole number of draws, at least 1"),
@@ -96,9 +96,9 @@ ROWS = [
     ("factors of whole numbers", lambda: linalg.Kronecker(EYE, EYE.long()), TypeError,
      "B has dtype torch.int64; expected"),
     ("factors of two dtypes", lambda: linalg.Kronecker(EYE, EYE.double()), ValueError,
-     "A is torch.float32 on cpu and B torch.float64 on cpu; expected the same: B.to(A)"),
+     "A is torch.float32 on cpu, but B is torch.float64 on cpu; expected the same: B.to(A)"),
     ("a factor that is not square", lambda: linalg.Kronecker(EYE[:1], EYE), ValueError,
-     "A has shape (1, 2), expected a square matrix, or its diagonal"),
+     "A has shape (1, 2); expected a square matrix, or its diagonal"),
     ("a matrix that is not square", lambda: linalg.Dense(EYE[:1]), ValueError,
      "matrix has shape (1, 2); expected a square one"),
     ("a diagonal by itself", lambda: linalg.Diagonal(EYE[0]), TypeError,

@@ -10,7 +10,7 @@ import natgrad
 
 SOURCES = Path(natgrad.__file__).parent
 MEND = re.compile(
-    r"expected|\b(use|pass|give|leave|look|make|call|take|keep|freeze|skip|load|mend|define|change|install|run|move|"
+    r"expected|\b(use|pass|give|leave|look|make|call|take|keep|freeze|skip|load|mend|correct|check|compute|choose|define|change|install|run|move|"
     r"convert|replace|write|did you mean|say which|say damping|too|return|scale|save|choose|let)\b",
     re.IGNORECASE,
 )

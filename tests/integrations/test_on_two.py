@@ -8,6 +8,8 @@ import on_two
 import test_transformers as hugging_face
 from loops import OPTIONS, plain_loop, same, weights
 
+pytestmark = pytest.mark.long  # two processes; `tests/distributed/test_within.py` has what the wrappers do
+
 
 @pytest.fixture(scope="module")
 def came(tmp_path_factory):

@@ -17,9 +17,12 @@ def test_homogeneous_inverse(d_in, seed):
     close(homogeneous_inverse(C, m), torch.linalg.inv(homogeneous(C, m)), 1e-9)
 
 
-def test_homogeneous_inverse_of_a_singular_covariance():
+@pytest.mark.parametrize("ridge", [0.0, torch.finfo(f64).eps])  # also if only rounding makes it definite
+def test_homogeneous_inverse_of_a_singular_covariance(ridge):
+    covariance = torch.ones(2, 2, dtype=f64)
+    covariance[1, 1] += ridge
     with pytest.raises(ValueError, match=r"covariance C.*singular"):
-        homogeneous_inverse(torch.ones(3, 3, dtype=f64), torch.zeros(3, dtype=f64))
+        homogeneous_inverse(covariance, torch.zeros(2, dtype=f64))
 
 
 @given(d_in=sizes, d_out=sizes, seed=seeds)

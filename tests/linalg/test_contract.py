@@ -253,13 +253,49 @@ def test_samples_repeat_with_their_generator(make):
     assert torch.equal(first, again)
 
 
-@every_operator
 @pytest.mark.parametrize("damping", [-1e-3, float("nan"), float("inf")])
-def test_a_damping_that_is_no_damping(make, damping):
-    case = make(2, 3, 0)
-    for operation in (case.op.inverse, case.op.logdet, lambda d: case.op.solve(vector(case)[0], d)):
-        with pytest.raises(ValueError, match="damping"):
-            operation(damping)
+def test_a_damping_that_is_no_damping(damping):
+    for make in CASES:
+        case = make(2, 3, 0)
+        for operation in (case.op.inverse, case.op.logdet, lambda d, its=case: its.op.solve(vector(its)[0], d)):
+            with pytest.raises(ValueError, match=r"^damping="):
+                operation(damping)
+
+
+def test_without_a_damping_nothing_is_added():
+    for make in CASES:
+        case = make(2, 3, 0)
+        close(case.op.inverse().to_dense(), torch.linalg.inv(case.dense), TOL)
+        close(case.op.power(2.0).to_dense(), case.dense @ case.dense, TOL)
+        close(case.op.logdet(), torch.logdet(case.dense), TOL)
+        v = vector(case)[0]
+        close(case.op.solve(v), torch.linalg.solve(case.dense, v), TOL)
+
+
+@pytest.mark.parametrize("exponent", [float("nan"), float("inf"), "2"])
+def test_an_exponent_that_is_no_finite_number(exponent):
+    for make in CASES:
+        with pytest.raises(ValueError, match=r"^exponent="):
+            make(2, 3, 0).op.power(exponent, 0.1)
+
+
+def test_scalars_and_the_diagonal_of_every_operator():
+    for make in CASES:
+        case = make(2, 3, 0)
+        close(case.op.trace(), case.dense.trace(), TOL)
+        close(case.op.norm(), torch.linalg.matrix_norm(case.dense), TOL)
+        close(flatten(case.op.diagonal()), case.dense.diagonal(), TOL)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_the_factor_of_the_samples_of_every_operator(damping):
+    """`L Lᵀ = (M + λ I)⁻¹`, with the columns of `L` one by one: exact, where draws have an error."""
+    for make in CASES:
+        case = make(2, 3, 0)
+        size = len(case.dense)
+        parts = case.op.space.unflatten(torch.eye(size, dtype=f64))
+        L = case.op.space.flatten(case.op._inverse_factor(parts, damping))
+        close(L.mT @ L, torch.linalg.inv(case.damped(damping)), TOL)
 
 
 @every_operator

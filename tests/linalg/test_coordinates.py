@@ -38,11 +38,14 @@ def test_the_matrix_and_its_damped_inverses_are_exact_whatever_the_shifts_gradie
     T = torch.eye(8, dtype=f64)
     T[4:, :4] = M.m.diag()
     centered = dense + damping * T.mT @ T
+    back = torch.linalg.inv(T)
+    close(M.trace_in_coordinates(), (back.mT @ dense @ back).trace(), 1e-8)
     inverse = M.inverse(damping, damping_style="centered")
     scale = damping / (1 + M.m.square().max())
     close(scale * inverse.to_dense(), scale * torch.linalg.inv(centered), 1e-8)
     close(scale * inverse.diagonal()[1], scale * torch.linalg.inv(centered).diagonal()[4:], 1e-8)
     close(inverse.inverse().to_dense() / centered.norm(), centered / centered.norm(), 1e-7)
+    close(inverse.logdet(), -torch.logdet(centered), 1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, f64])

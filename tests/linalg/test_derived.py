@@ -198,6 +198,17 @@ def test_inverse_and_logdet(name, damping, d_out, d_in, seed):
         close(op.logdet(damping), torch.logdet(damped), TOL)
 
 
+def test_without_a_damping_nothing_is_added():
+    for row in TABLE.values():
+        op, dense = row.make(2, 3, 0)
+        if row.can("inverse"):
+            close(op.inverse().to_dense(), torch.linalg.inv(dense), TOL)
+        if row.can("power"):
+            close(op.power(2.0).to_dense(), dense @ dense, TOL)
+        if row.can("logdet"):
+            close(op.logdet(), torch.logdet(dense), TOL)
+
+
 @rows_with("power")
 @every_size
 @given(d_out=sizes, d_in=sizes, seed=seeds, exponent=st.sampled_from([0.5, 2.0]))
@@ -305,5 +316,5 @@ def test_a_lone_bias_has_no_part_of_a_weight(part):
 def test_a_lone_weight_held_by_columns_has_no_part_of_a_bias():
     G = ColumnBlock(randn(3, 2, 12), ((4, 3),))
     close(G.WW.to_dense(), G.to_dense(), 1e-12)
-    with pytest.raises(ValueError, match=r"one parameter, of shape \(4, 3\), and has no bb"):
+    with pytest.raises(ValueError, match=r"one parameter, of shape \(4, 3\), so it has no bb"):
         _ = G.bb

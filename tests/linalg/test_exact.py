@@ -24,6 +24,7 @@ print(error, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
 def test_a_solve_with_785000_rows_and_2000_cases_takes_less_than_2_GiB():
     run = subprocess.run([sys.executable, "-c", SOLVE], capture_output=True, text=True, check=True)
@@ -83,8 +84,15 @@ def test_the_notes_four_parts(order):
     close(G.bW @ W, G.bW.to_dense() @ W.flatten(), 1e-12)
 
 
+@pytest.mark.parametrize("part", ["Wb", "bW"])
+def test_an_unknown_order_of_a_part_is_an_error(part):
+    G = ExactBlock(randn(5, 2, 3), randn(5, 2, 2, 4, seed=1), bias=True)
+    with pytest.raises(ValueError, match="order='numpy'"):
+        getattr(G, part).to_dense("numpy")
+
+
 def test_undamped_it_is_singular_where_it_has_fewer_columns_than_rows():
     G = ExactBlock(randn(2, 1, 3), randn(2, 1, 1, 4), bias=True)
     for operation in (G.inverse, G.logdet, lambda: G.power(-0.5)):
-        with pytest.raises(ValueError, match=r"16 rows and at most 2 columns' rank: it is singular; pass a damping"):
+        with pytest.raises(ValueError, match=r"16 rows and a rank of at most 2, so it is singular; pass a damping"):
             operation()

@@ -63,6 +63,16 @@ def test_small_ones_are_not_cast(compute, monkeypatch):
         assert error(compute(16, torch.float32), compute(16, torch.float64)) < 1e-2
 
 
+def test_the_size_of_a_product_counts_its_multiplications(monkeypatch):
+    monkeypatch.setattr(precision, "WORTH_CASTING", 81)
+    A, B = random(10, 4).float(), random(4, 2).float()  # 80 multiplications
+    with matmul_precision("medium"):
+        full = precision.matmul(A, B)
+        monkeypatch.setattr(precision, "WORTH_CASTING", 80)
+        assert torch.equal(full, A @ B)
+        assert not torch.equal(precision.matmul(A, B), full)
+
+
 def test_not_where_the_processor_has_no_such_products(monkeypatch):
     monkeypatch.setattr(precision, "_multiplies_in_bfloat16", lambda: False)
     with matmul_precision("medium"):

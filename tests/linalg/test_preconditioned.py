@@ -172,7 +172,7 @@ def test_nystrom_of_a_matrix_of_low_rank():
 ERRORS = {
     "not a matrix": ({"preconditioner": torch.eye(4)}, TypeError, "preconditioner is a Tensor"),
     "other vectors": ({"preconditioner": Dense(spd(5, 1))}, ValueError, "expected the same parameters"),
-    "other dtype": ({"preconditioner": Dense(spd(4, 1).float())}, ValueError, "make both with the same dtype"),
+    "other dtype": ({"preconditioner": Dense(spd(4, 1).float())}, ValueError, "compute both with the same dtype"),
     "negative": ({"preconditioner": Dense(-spd(4, 1), None)}, (ValueError, RuntimeError), "definite"),
     "tol": ({"tol": 2.0}, ValueError, "tol=2.0"),
     "too few": ({"tol": 1e-14, "max_iter": 1}, RuntimeError, "in 1 products"),

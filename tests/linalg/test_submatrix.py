@@ -43,7 +43,7 @@ def test_whole_blocks_keep_their_structure():
 
 def test_names_that_are_not_there():
     F = matrix("kfac")
-    with pytest.raises(KeyError, match=r"no parameter or module is called '0.wieght'.*did you mean '0.weight'"):
+    with pytest.raises(KeyError, match=r"no parameter or module has the name '0.wieght'.*did you mean '0.weight'"):
         F["0.wieght"]
     with pytest.raises(TypeError, match="is indexed by an int; expected a name"):
         F[0]

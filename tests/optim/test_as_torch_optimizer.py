@@ -270,7 +270,7 @@ def test_a_loss_within_the_models_own_forward_says_for_what_to_make_the_optimize
             return opt.loss(self.net(X), LABELS)
 
     step = Step()
-    with pytest.raises(RuntimeError, match=r"before the model's forward had returned.*: KFAC\(self\.net, \.\.\.\)"):
+    with pytest.raises(RuntimeError, match=r"before the model's forward returned.*: KFAC\(self\.net, \.\.\.\)"):
         step(natgrad.KFAC(step, nn.CrossEntropyLoss()))
     assert step(natgrad.KFAC(step.net, nn.CrossEntropyLoss())).requires_grad
 

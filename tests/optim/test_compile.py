@@ -69,7 +69,6 @@ def run(order, make, backend, steps=4):
     return torch.tensor(fit(opt, forward, X, Y, steps))
 
 
-@pytest.mark.pairs
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("make", MAKE)
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)

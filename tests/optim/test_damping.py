@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import natgrad
-from natgrad.optim.rules.damping import LevenbergMarquardt, calibrate
+from natgrad.optim.rules.damping import HIGHEST, Eager, LevenbergMarquardt, calibrate
 from oracles import net, randn
 
 RULE = LevenbergMarquardt(factor=0.5, floor=0.01)
@@ -52,6 +52,13 @@ def test_rejections_in_a_row_raise_it_ever_faster_and_not_to_infinity():
         damping = RULE.after_rejection(damping, k, 2.0)
     assert damping == 1e3 * 2
     assert RULE.after_rejection(1e35, 1, 1.0) == 1e35
+
+
+def test_the_eager_rule_doubles_after_rejections_up_to_its_limit():
+    rule = Eager(factor=0.5, floor=0.01)
+    assert [rule.after_rejection(3.0, k, 1.0) for k in (1, 2, 3)] == [6.0, 12.0, 24.0]
+    assert rule.after_rejection(3.0, 100, 2.0) == HIGHEST * 2.0
+    assert rule.after_rejection(1e35, 1, 1.0) == 1e35  # above the limit, it stays
 
 
 @given(scale=positive, ratio=st.floats(0.25, 1e6))

@@ -127,6 +127,15 @@ class TestBuffers:
         self.spoiled(model, opt)
         assert torch.equal(model.get_buffer("1.running_mean"), torch.full((6,), 2.0, dtype=torch.float64))
 
+    def test_that_are_none_or_whole_numbers_do_not_matter(self):
+        model = nn.Sequential(nn.Linear(D, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, C)).double()
+        model.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
+        step(model, opt)
+        self.spoiled(model, opt)
+        step(model, opt)
+        assert opt.diagnostics["accepted"]
+
 
 def test_of_many_rejected_steps_in_a_row_a_few_are_told():
     model, opt = made()
@@ -243,7 +252,8 @@ torch.save(model.state_dict(), path.with_suffix(".end"))
 """
 
 
-@pytest.mark.parametrize("last", [6, pytest.param(13, marks=pytest.mark.long)])
+@pytest.mark.long  # three processes; `test_robustness.py` resumes within one
+@pytest.mark.parametrize("last", [6, 13])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(last, tmp_path):
     script = tmp_path / "training.py"
     script.write_text(textwrap.dedent(TRAINING))

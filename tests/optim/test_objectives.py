@@ -302,3 +302,13 @@ def test_terms_with_and_without_derivatives_make_one_exact_step(extra):
     opt.step()
     assert names == list(dict(model.named_parameters()))
     close(flatten(dict(model.named_parameters())) - start, expected, 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [({}, "loss is an empty dictionary"), ({"": nn.MSELoss()}, "name ''"), ({3: nn.MSELoss()}, "name 3")],
+    ids=["no terms", "an empty name", "a number"],
+)
+def test_terms_need_names(losses, message):
+    with pytest.raises(ValueError, match=message):
+        natgrad.KFAC(nn.Linear(2, 1), losses)

@@ -26,6 +26,9 @@ NETS = {
 }
 
 
+SEEDS = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
+
+
 def data_of(widths, loss, count):
     x = torch.randn(count, widths[0], dtype=torch.float64) + 1
     if isinstance(loss, nn.MSELoss):
@@ -65,18 +68,18 @@ class TestKfac:
         return model, natgrad.KFAC(model, loss, generator=torch.Generator().manual_seed(seed), **EVERY_STEP), simple
 
     @pytest.mark.parametrize("name", NETS)
-    def test_takes_the_steps_of_the_simple_one(self, name):
+    @SEEDS
+    def test_takes_the_steps_of_the_simple_one(self, name, seed):
         widths, activation, loss, size = NETS[name]
-        for seed in range(2):
-            model, opt, simple = self.both(widths, activation, loss, seed)
-            x, y = data_of(widths, loss, 5 * size)
-            for _ in range(25):
-                batch = torch.randint(len(x), (size,))
-                before = simple.step(x[batch], y[batch])
-                assert step(opt, model, x[batch], y[batch]) == pytest.approx(before, rel=1e-12)
-                assert distance(model, simple.model) < 1e-8
-                assert opt.diagnostics["damping"] == pytest.approx(simple.damping, rel=1e-8)
-                hand_over(opt, model, simple, simple.model)
+        model, opt, simple = self.both(widths, activation, loss, seed)
+        x, y = data_of(widths, loss, 5 * size)
+        for _ in range(25):
+            batch = torch.randint(len(x), (size,))
+            before = simple.step(x[batch], y[batch])
+            assert step(opt, model, x[batch], y[batch]) == pytest.approx(before, rel=1e-12)
+            assert distance(model, simple.model) < 1e-8
+            assert opt.diagnostics["damping"] == pytest.approx(simple.damping, rel=1e-8)
+            hand_over(opt, model, simple, simple.model)
 
     def test_by_itself_the_simple_one_gets_to_the_same_parameters(self):
         model, opt, simple = self.both((3, 10, 2), nn.Tanh, MSE, 0)
@@ -112,30 +115,30 @@ class TestKfac:
 
 class TestNaturalGradient:
     @pytest.mark.parametrize("name", NETS)
-    def test_takes_the_steps_of_the_simple_one(self, name):
+    @SEEDS
+    def test_takes_the_steps_of_the_simple_one(self, name, seed):
         widths, activation, loss, size = NETS[name]
         widths = [min(width, 6) for width in widths]
-        for seed in range(2):
-            torch.manual_seed(seed)
-            model = net(*widths, activation=activation)
-            other = copy.deepcopy(model)
-            simple = natural_gradient_simple.SimpleNaturalGradient(other, loss)
-            opt = natgrad.NaturalGradient(model, loss)
-            x, y = data_of(widths, loss, size)
-            steps = 0
-            while steps < 15:
-                before = simple.step(x, y)
-                assert step(opt, model, x, y) == pytest.approx(before, rel=1e-8)
-                assert distance(model, other) < 1e-8
-                if -opt.diagnostics["predicted_change"] < 1e-10 * before:
-                    break  # at the minimum, where the reduction ratio is rounding
-                assert opt.diagnostics["damping"] == pytest.approx(simple.damping, rel=1e-8)
-                steps += 1
-                with torch.no_grad():  # go on from the same place, so that rounding does not add up over the steps
-                    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-                        q.copy_(p)
-                simple.delta = torch.cat([opt.state[p]["delta"].flatten() for p in model.parameters()])
-            assert steps > 0
+        torch.manual_seed(seed)
+        model = net(*widths, activation=activation)
+        other = copy.deepcopy(model)
+        simple = natural_gradient_simple.SimpleNaturalGradient(other, loss)
+        opt = natgrad.NaturalGradient(model, loss)
+        x, y = data_of(widths, loss, size)
+        steps = 0
+        while steps < 15:
+            before = simple.step(x, y)
+            assert step(opt, model, x, y) == pytest.approx(before, rel=1e-8)
+            assert distance(model, other) < 1e-8
+            if -opt.diagnostics["predicted_change"] < 1e-10 * before:
+                break  # at the minimum, where the reduction ratio is rounding
+            assert opt.diagnostics["damping"] == pytest.approx(simple.damping, rel=1e-8)
+            steps += 1
+            with torch.no_grad():  # go on from the same place, so that rounding does not add up over the steps
+                for p, q in zip(model.parameters(), other.parameters(), strict=True):
+                    q.copy_(p)
+            simple.delta = torch.cat([opt.state[p]["delta"].flatten() for p in model.parameters()])
+        assert steps > 0
 
 
 @pytest.mark.parametrize(("module", "most"), [(kfac_simple, 150), (natural_gradient_simple, 65)])

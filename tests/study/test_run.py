@@ -149,11 +149,11 @@ def test_figures_of_own_tasks(given):
         ("two", ["a tuple of 2", "evaluate"]),
         ("no_model", ["a int as its model"]),
         ("no_data", ["a int as its data"]),
-        ("read_once", ["read once only", "DataLoader"]),
+        ("read_once", ["read only once", "DataLoader"]),
         ("no_batches", ["without a batch"]),
-        ("odd_batches", ["a tuple of 3", "pairs"]),
+        ("odd_batches", ["tuple of 3", "pairs"]),
         ("no_function", ["a int as its fourth", "evaluate(model)"]),
-        ("text_as_figure", ["returned a str", "less of it is better"]),
+        ("text_as_figure", ["returned a str", "lower is better"]),
         ("nothing", ["'nothing' does not exist"]),
     ],
 )
@@ -278,7 +278,7 @@ def test_runs_are_kept_and_a_changed_spec_is_noticed(given):
     more = spec_of(OWN.replace("seeds = 2", "seeds = 4"))
     assert kept(given / "out", more).keys() == {key(job)}
     changed = spec_of(OWN.replace("steps = 5", "steps = 6"))
-    with pytest.raises(UserError, match=r"own, KFAC, seed 0 is kept with steps = 5 where the spec has 6.*--replace"):
+    with pytest.raises(UserError, match=r"own, KFAC, seed 0 has steps = 5, but the spec has 6.*--replace"):
         kept(given / "out", changed)
     (given / "given_task.py").write_text(MODULE + "# another text")
     with pytest.raises(UserError, match="another text of its module"):
@@ -304,7 +304,7 @@ def test_runs_of_other_programs(given):
     (folder / "b.json").write_text(json.dumps({**run, "task": "not of this study"}))
     assert [r["optimizer"] for r in others(given / "out", spec)] == ["else"]
     (folder / "c.json").write_text("[]")
-    with pytest.raises(UserError, match=r"c\.json is no run"):
+    with pytest.raises(UserError, match=r"c\.json is not a run"):
         others(given / "out", spec)
 
 

@@ -149,7 +149,7 @@ MISTAKES = {
     ),
     "misspelt tasks": (GOOD.replace("tasks", "task"), ["no key 'task'", "did you mean 'tasks'?"]),
     "misspelt optimizers": (GOOD.replace("optimizers", "optimisers"), ["no key 'optimisers'", "'optimizers'?"]),
-    "two budgets": ("seconds = 3\n" + GOOD, ["steps", "beside seconds"]),
+    "two budgets": ("seconds = 3\n" + GOOD, ["steps", "together with seconds"]),
     "steps of the wrong type": (GOOD.replace("20", "2.5"), ["steps is 2.5", "whole number"]),
     "no steps": (GOOD.replace("20", "0"), ["steps is 0", "at least 1"]),
     "negative seconds": (GOOD.replace("steps = 20", "seconds = -1"), ["seconds is -1", "above 0"]),

@@ -328,7 +328,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
         LaplacePosterior.load(path, net(4, 6, 3), loss)
     with pytest.raises(ValueError, match="is of a model under CrossEntropyLoss and loss is MSELoss"):
         LaplacePosterior.load(path, model, nn.MSELoss())
-    with pytest.raises(ValueError, match=r"holds a dict and no matrix.*LaplacePosterior.load"):
+    with pytest.raises(ValueError, match=r"holds a dict, not a matrix.*LaplacePosterior.load"):
         natgrad.load(path)
     natgrad.fisher(model, loss, data).save(path)
     with pytest.raises(ValueError, match="holds no Laplace posterior"):

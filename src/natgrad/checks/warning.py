@@ -11,9 +11,9 @@ from types import FrameType
 import jaxtyping
 import torch
 
-OWN = Path(__file__).resolve().parent.parent
-BETWEEN = (OWN, *(Path(module.__file__ or "").resolve().parent for module in (torch, jaxtyping)))
-PASSED_OVER = tuple(f"{folder}{os.sep}" for folder in BETWEEN)
+BETWEEN = (Path(__file__).parent.parent, *(Path(module.__file__ or "").parent for module in (torch, jaxtyping)))
+# Code knows its file by the path that it was imported from, which may contain a link, as in a linked environment.
+PASSED_OVER = tuple(f"{folder}{os.sep}" for path in BETWEEN for folder in (path, path.resolve()))
 
 
 def warn(message: str) -> None:

@@ -1,4 +1,4 @@
-"""The command ``natgrad``: its options, and how it reports a user's mistakes."""
+"""The command ``natgrad``: its options, and how it reports users' mistakes."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def _commands(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Natural-gradient optimizers for PyTorch, and what their curvature is made of."""
+    """Natural-gradient optimizers for PyTorch, and tools to look at their curvature."""
 
 
 @app.command()
@@ -39,11 +39,11 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the images, the first weights and the batches.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-demo"),
 ) -> None:
-    """Train a deep autoencoder with Adam, K-FAC and centered K-FAC, and write a report on them.
+    """Train a deep autoencoder with Adam, K-FAC and centered K-FAC, and write a report that compares them.
 
-    Ctrl-C stops the training and still writes what there is; a second Ctrl-C aborts.
+    Ctrl-C stops the training and still writes a report; a second Ctrl-C aborts.
     """
-    # The demo brings in torch and matplotlib, which `natgrad --help` need not wait for.
+    # The demo imports torch and matplotlib; `natgrad --help` should not wait for them.
     from natgrad.cli.demo import run_demo
 
     run_demo(task, seconds, seed, out)
@@ -59,17 +59,19 @@ def inspect(
             "training.py:problem. A module is looked for in the current directory first.",
         ),
     ],
-    estimator: Annotated[str, typer.Option(help="Of the output curvature: exact, mc or empirical.")] = "exact",
-    seed: Annotated[int, typer.Option(help="Seed of torch, of the labels of mc and of the permutations.")] = 0,
-    permutations: Annotated[int, typer.Option(help="Of the test of independence; 0 leaves it out.")] = 200,
+    estimator: Annotated[
+        str, typer.Option(help="Estimator of the output curvature: exact, mc or empirical.")
+    ] = "exact",
+    seed: Annotated[int, typer.Option(help="Seed for torch, for the labels of mc and for the permutations.")] = 0,
+    permutations: Annotated[int, typer.Option(help="Permutations of the independence test; 0 skips it.")] = 200,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-inspect"),
     device: Annotated[
         str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps. Default: where the model is.")
     ] = None,
 ) -> None:
-    """Measure, layer by layer, what K-FAC leaves out on your own model, and say what to do about it.
+    """Measure, layer by layer, what K-FAC neglects in your own model, and what to do about it.
 
-    Prints a table and advice, and writes a report.
+    Prints a table with advice, and writes a report.
     """
     from natgrad.cli.inspect import run_inspect
 
@@ -87,15 +89,15 @@ def compare(
         ),
     ],
     seconds: Annotated[float, typer.Option(help="Processor time of each optimizer, in seconds.")] = 60.0,
-    batch: Annotated[int, typer.Option(help="Examples of a batch, where the data are a pair of tensors.")] = 64,
+    batch: Annotated[int, typer.Option(help="Batch size, if the data are a pair of tensors.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of torch and of the batches.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("natgrad-compare"),
 ) -> None:
-    """Try AdamW, Muon, NewtonMuon and KFAC on your own model for equal time, and say which to use.
+    """Train your own model with AdamW, Muon, NewtonMuon and KFAC for equal time, and recommend one of them.
 
-    Every optimizer begins with the same weights and sees the same batches; a tenth of the data is held out.
+    Every optimizer starts from the same weights and sees the same batches; a tenth of the data is held out.
 
-    Ctrl-C stops and writes the report on what there is; a second Ctrl-C aborts.
+    Ctrl-C stops and writes a report on the runs so far; a second Ctrl-C aborts.
     """
     from natgrad.cli.compare import run_compare
 
@@ -118,20 +120,20 @@ def study(
     processes: Annotated[
         int | None,
         typer.Option(
-            help="Runs at a time, which share the machine. Default: one for each core, at most 8; 1 if budgets are in "
-            "seconds."
+            help="Number of runs at the same time; they share the machine. Default: one for each core, at most 8; 1 if "
+            "budgets are in seconds."
         ),
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Run anew what was kept from another spec.")] = False,
-    print_spec: Annotated[bool, typer.Option("--print", help="Print the TOML file, to begin your own with.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Repeat saved runs that came from another spec.")] = False,
+    print_spec: Annotated[bool, typer.Option("--print", help="Print the TOML file, as a start for your own.")] = False,
 ) -> None:
     """Compare optimizers on tasks over several seeds, and write a report with confidence intervals.
 
-    Finished runs are kept in the folder: the same command resumes from there.
+    Finished runs are saved in the folder: the same command resumes from there.
 
-    Ctrl-C stops and writes the report on what there is; a second Ctrl-C aborts.
+    Ctrl-C stops and writes a report on the runs so far; a second Ctrl-C aborts.
 
-    Your own model, and all that a SPEC may say: docs/study.md.
+    For your own model, and everything that SPEC can contain, see docs/study.md.
     """
     from natgrad.cli.study import run, show
 
@@ -150,20 +152,22 @@ def plan(
             help="gpt2-small, llama-7b, or MODULE:FUNCTION for a function that returns (model, loss, data).",
         ),
     ],
-    ranks: Annotated[str, typer.Option(help="Numbers of devices, with commas between.")] = "1,8,64,1024",
-    batch: Annotated[int, typer.Option(help="Examples of a batch on each device.")] = 8,
-    bandwidth: Annotated[float | None, typer.Option(help="Of a device's link, in GB/s each way. Default: 25.")] = None,
-    latency: Annotated[float | None, typer.Option(help="Of a message, in microseconds. Default: 20.")] = None,
-    flops: Annotated[float | None, typer.Option(help="Of matrix products, in TFLOP/s. Default: 62.")] = None,
-    memory: Annotated[float | None, typer.Option(help="Of a device, in GiB. Default: 80.")] = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of devices, separated by commas.")] = "1,8,64,1024",
+    batch: Annotated[int, typer.Option(help="Batch size on each device.")] = 8,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Bandwidth of a device in GB/s each way. Default: 25.")
+    ] = None,
+    latency: Annotated[float | None, typer.Option(help="Latency of a message in microseconds. Default: 20.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Speed of matrix products in TFLOP/s. Default: 62.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Memory of a device in GiB. Default: 80.")] = None,
     machine: Annotated[
-        Path | None, typer.Option(help="File of constants, as benchmarks/constants.py writes it; options override it.")
+        Path | None, typer.Option(help="File of constants, written by benchmarks/constants.py; options override it.")
     ] = None,
     given_step_size: Annotated[
-        bool, typer.Option("--given-step-size", help="Plan for lr and momentum that are numbers.")
+        bool, typer.Option("--given-step-size", help="Plan for a fixed lr and momentum.")
     ] = False,
 ) -> None:
-    """Predict the time of a step and the memory on many devices, and which scheme to use there.
+    """Predict the time of a step and the memory on many devices, and recommend a scheme.
 
     Replicated is DistributedDataParallel, sharded is fully_shard. docs/scaling.md has the formulas.
     """
@@ -175,7 +179,7 @@ def plan(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 if all went well, 2 after one line about a user's mistake."""
+    """Run the command line and exit: with 0 on success, with 2 after one line about a user's mistake."""
     if arguments is None:
         arguments = sys.argv[1:]
         wait_asleep(arguments)
@@ -190,17 +194,17 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to be printed is not tried again at the exit
-        _fail(f"what was to be printed or written could not be ({error.strerror}); free space, or give another place.")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the rest of the output is not printed again at exit
+        _fail(f"the output could not be written ({error.strerror}); free some space, or choose another folder.")
     except Exception as error:
-        # Unknown options and unreadable numbers. Typer draws a box around them, and their class lives in
-        # click or in typer, as the version of typer has it; both give the message this way.
+        # Unknown options and unreadable numbers. Typer draws a box around them. Their class is in click or in typer,
+        # depending on the version of typer; both give the message in the same way.
         describe = getattr(error, "format_message", None)
         if describe is None:
             raise
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "natgrad"
-        if type(error).__name__ == "NoSuchOption" and context is not None:  # whose guesses vary with the version
+        if type(error).__name__ == "NoSuchOption" and context is not None:  # its guesses depend on the version
             from natgrad.checks.values import did_you_mean
 
             wrong = getattr(error, "option_name", "")
@@ -208,14 +212,14 @@ def main(arguments: list[str] | None = None) -> None:
             words = f"there is no option {wrong}{did_you_mean(wrong, known, alike=0.75)}"
         else:
             words = describe()
-        _fail(f"{words.rstrip('.')}{'' if words.endswith('?') else '.'} `{command} --help` lists what is accepted.")
+        _fail(f"{words.rstrip('.')}{'' if words.endswith('?') else '.'} `{command} --help` lists the options.")
     if status == 130:
         print("natgrad: aborted", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _check_command(arguments: list[str]) -> None:
-    """Report a command that does not exist, with the nearest one that does."""
+    """Report an unknown command, with the most similar known one."""
     known = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None]
     known += [group.name for group in app.registered_groups if group.name]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in known:

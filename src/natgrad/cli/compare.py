@@ -1,4 +1,4 @@
-"""`natgrad compare`: optimizers on a user's own model, for equal time, and a sentence of advice."""
+"""`natgrad compare`: trains a user's own model with several optimizers for equal time, and gives advice."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from natgrad.study.training import Budget
 
 HEADINGS = ("optimizer", "steps", "ms/step", "AdamW steps", "training loss", "held-out loss")
 LINES = 4
-"""Of progress for each optimizer, where there is no terminal."""
+"""Progress lines for each optimizer, if the output is not a terminal."""
 
 
 def run_compare(target: str, seconds: float, batch: int, seed: int, out: Path) -> None:
     """Train the model of `MODULE:FUNCTION` with each optimizer from the same weights, and write the report to `out`."""
     if not (0 < seconds < math.inf):
-        raise UserError(f"--seconds was {seconds:g}; expected a number above 0; give, say, --seconds 60.")
+        raise UserError(f"--seconds was {seconds:g}; expected a number above 0, such as --seconds 60.")
     if batch < 1:
-        raise UserError(f"--batch was {batch}; expected at least 1; leave it out for 64.")
+        raise UserError(f"--batch was {batch}; expected at least 1; the default is 64.")
     check_seed(seed)
     torch.manual_seed(seed)
     problem = _problem(target, batch, seed)
@@ -40,7 +40,7 @@ def run_compare(target: str, seconds: float, batch: int, seed: int, out: Path) -
     console = Console()
     console.print(
         f"{target}: {len(entries)} optimizers from the same weights, {seconds:g} s of the processor for each. "
-        "Ctrl-C stops and writes what there is.",
+        "Ctrl-C stops and writes a report on the runs so far.",
         highlight=False,
         soft_wrap=True,
     )
@@ -51,7 +51,7 @@ def run_compare(target: str, seconds: float, batch: int, seed: int, out: Path) -
                 entry, problem, Budget(seconds=seconds), lambda: interruption.requested, _Progress(console, seconds)
             )
             if interruption.requested:
-                console.print("Stopped early: the last run, which was not over, is left out.")
+                console.print("Stopped early: the unfinished run is left out.")
                 break
             outcomes.append(outcome)
             console.print(_line(outcome), highlight=False, soft_wrap=True, markup=False)
@@ -60,7 +60,7 @@ def run_compare(target: str, seconds: float, batch: int, seed: int, out: Path) -
         if all(o.status == "refused" for o in outcomes):
             raise UserError(
                 f"no optimizer can train what {target} returned: AdamW raised {outcomes[0].error}; expected a model, a "
-                "loss and data with which loss.backward() works; mend the function."
+                "loss and data for which loss.backward() works; correct the function."
             )
         held_out = bool(problem.data.held_out)
         sentence = advice(outcomes, held_out)
@@ -97,7 +97,7 @@ def _problem(target: str, batch: int, seed: int) -> Problem:
 
 
 class _Progress:
-    """A line for each optimizer now and then, which a terminal overwrites."""
+    """A line for each optimizer at intervals; a terminal overwrites it."""
 
     def __init__(self, console: Console, seconds: float):
         self._console, self._seconds, self._next = console, seconds, 0.0
@@ -121,7 +121,7 @@ def _line(outcome: Outcome) -> str:
 
 
 def rows(outcomes: list[Outcome]) -> list[tuple[str, ...]]:
-    """The table under `HEADINGS`, the best first."""
+    """The rows of the table under `HEADINGS`, the best optimizer first."""
     costs = [o.cost for o in outcomes if o.contestant.name.startswith("AdamW") and o.costs]
     unit = min(costs, default=math.nan)
     which = "held-out" if any(math.isfinite(o.last("held-out")) for o in outcomes) else "training"
@@ -179,7 +179,7 @@ def _write(
 
 
 def draw(outcomes: list[Outcome], held_out: bool, path: Path) -> None:
-    """The figures against time, one panel for the training data and one for what is held out."""
+    """The figures against time: one panel for the training data, one for the held-out data."""
     which = ["training", "held-out"] if held_out else ["training"]
     figure = new_figure(4.1 * len(which), 3.9)
     panels = figure.subplots(1, len(which), squeeze=False)[0]

@@ -17,8 +17,8 @@ from natgrad.study.measure import condition_number
 class LayerConditioning:
     """The condition numbers at one affine layer's input.
 
-    Inputs that are the same for every image are left out of both matrices. `floored_*` count the eigenvalues
-    that were raised to the floor: where there are any, the condition number is only a lower bound.
+    Inputs that are equal for all images are left out of both matrices. `floored_*` count the eigenvalues that were
+    raised to the floor; if there are any, the condition number is only a lower bound.
     """
 
     layer: str

@@ -1,4 +1,4 @@
-"""The demo from its options to its report."""
+"""The demo, from its options to its report."""
 
 import math
 from pathlib import Path
@@ -21,9 +21,9 @@ TASKS = ("curves", "mnist")
 
 
 def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
-    """Train one autoencoder with each optimizer for some seconds of processor time, and write the report to `out`."""
+    """Train an autoencoder with each optimizer for some seconds of processor time, and write the report to `out`."""
     if not (0 < seconds < math.inf):
-        raise UserError(f"--seconds was {seconds:g}; expected a number above 0; give, say, --seconds 40.")
+        raise UserError(f"--seconds was {seconds:g}; expected a number above 0, such as --seconds 40.")
     check_seed(seed)
     if task_name not in TASKS:
         near = did_you_mean(task_name, TASKS)
@@ -37,7 +37,7 @@ def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
         runs = demo_runs()
         console.print(
             f"{task.name}: {len(task.images):,} images, an autoencoder {'-'.join(map(str, task.widths))} "
-            f"and back, {seconds:g} s of processor time for each optimizer. Ctrl-C stops and writes what there is.",
+            f"and back, {seconds:g} s of processor time for each optimizer. Ctrl-C stops and writes the report.",
             highlight=False,
             soft_wrap=True,
         )
@@ -54,7 +54,7 @@ def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
                 )
                 if interruption.requested:
                     break
-        # The centered run's model, or the last one that an interruption left.
+        # The model of the centered run, or the last one before an interruption.
         conditioned = [run for run in runs if run.model is not None][-1]
         assert conditioned.model is not None
         outcome = Outcome(
@@ -74,5 +74,5 @@ def run_demo(task_name: str, seconds: float, seed: int, out: Path) -> None:
     if few := too_few_steps(runs, seconds):
         console.print(few, soft_wrap=True, highlight=False)
     if outcome.interrupted:
-        console.print("Stopped early: the report has what there was.")
+        console.print("Stopped early: the report covers the training so far.")
     console.print(f"Report: {visible(str(report))}", soft_wrap=True, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""What the demo found out, and the files that say so."""
+"""The results of the demo, and the files that present them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from natgrad.study.tasks import SUBSET
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that the demo found out, as the report needs it."""
+    """The results of the demo that the report needs."""
 
     task: Task
     seconds: float
@@ -55,13 +55,13 @@ def write_all(outcome: Outcome, out: Path) -> Path:
 
 
 def write_results(outcome: Outcome, path: Path) -> None:
-    """Write everything that was measured as JSON; numbers that are not finite become null."""
+    """Write all measurements as JSON; numbers that are not finite become null."""
     assert outcome.task.images is not None
     results = {
         "task": outcome.task.name,
         "seed": outcome.seed,
         "seconds": outcome.seconds,
-        "clock": "processor time of all threads over their number, without the first step",
+        "clock": "processor time of all threads divided by their number, without the first step",
         "too_few_steps": bool(too_few_steps(outcome.runs, outcome.seconds)),
         "interrupted": outcome.interrupted,
         "images": len(outcome.task.images),

@@ -1,4 +1,4 @@
-"""The option `--device`: where a user's model and data are moved to."""
+"""The option `--device`: the device that a user's model and data are moved to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_device(given: str) -> torch.device:
     """The device of this name.
 
     Raises:
-        UserError: if torch knows no such device, or it is not there.
+        UserError: if torch does not know the device, or it is not available.
     """
     try:
         device = torch.device(given)
@@ -30,7 +30,7 @@ def check_device(given: str) -> torch.device:
 
 
 def devices() -> list[str]:
-    """Those that are there."""
+    """The available devices."""
     found = ["cpu"]
     if torch.cuda.is_available():
         found += ["cuda", *(f"cuda:{i}" for i in range(1, torch.cuda.device_count()))]
@@ -40,9 +40,9 @@ def devices() -> list[str]:
 
 
 def on_device(data: Any, device: torch.device) -> Any:
-    """The data with every tensor on the device: one pair at once, batches one by one as they are read."""
+    """The data with every tensor on the device: a pair at once, batches one by one as they are read."""
     if isinstance(data, (Tensor, str, Mapping)) or not isinstance(data, Iterable):
-        return data  # which is refused later, by name
+        return data  # a later check raises an error
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
         return moved(data, device)
     return Moved(data, device) if isinstance(data, Sized) else MovedIterable(data, device)
@@ -52,7 +52,7 @@ class MovedIterable:
     """Batches that are moved as they are read."""
 
     def __init__(self, data: Iterable[Any], device: torch.device):
-        # An iterator can be read once only.
+        # An iterator can be read only once.
         self._data, self._device = list(data) if isinstance(data, Iterator) else data, device
 
     def __iter__(self) -> Iterator[Any]:
@@ -60,7 +60,7 @@ class MovedIterable:
 
 
 class Moved(MovedIterable):
-    """The same of data that say how many batches they are."""
+    """The same for data that know their number of batches."""
 
     def __len__(self) -> int:
         return len(self._data)  # type: ignore[arg-type]

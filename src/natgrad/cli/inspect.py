@@ -28,11 +28,11 @@ from natgrad.study.target import load_problem, words
 
 
 def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: Path, device: str | None) -> None:
-    """Measure what K-FAC leaves out on the model, loss and data of `MODULE:FUNCTION`, and write the report to `out`.
+    """Measure what K-FAC neglects for the model, loss and data of `MODULE:FUNCTION`, and write the report to `out`.
 
-    `device` is where the model, the loss and each batch are moved to; None leaves them where they are.
+    `device` is the device that model, loss and each batch are moved to; None leaves them where they are.
 
-    Under torchrun the function is called on every rank, and gives its part of the data; rank 0 writes.
+    Under torchrun, the function is called on every rank and returns the rank's part of the data; rank 0 writes.
     """
     if estimator not in ESTIMATORS:
         raise UserError(
@@ -66,7 +66,8 @@ def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: 
 
 @contextlib.contextmanager
 def _ranks(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
-    """The model on the ranks that torchrun has started, and which of them this is; by itself, the model as it is."""
+    """The model on the ranks that torchrun has started, and this process's rank; without torchrun, the model
+    unchanged."""
     if "WORLD_SIZE" not in os.environ or isinstance(model, DistributedDataParallel):
         yield model, dist.get_rank() if dist.is_initialized() else 0
         return
@@ -82,7 +83,7 @@ def _ranks(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
 
 
 def of_mode(model: nn.Module) -> list[Advice]:
-    """What to do about a model that is inspected as it trains."""
+    """Advice for a model that is inspected in training mode."""
     if any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in model.modules()):
         return [
             Advice("do", "the model is in training mode, and dropout was drawn: return model.eval() for a trained one.")
@@ -136,5 +137,5 @@ def _residual(
             permutations=permutations,
             progress=True,
         )
-    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: the model's own, on data of another shape
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: from the model, on data of a wrong shape
         raise UserError(f"what {target} returned cannot be inspected: {words(error)}") from error

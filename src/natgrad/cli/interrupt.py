@@ -1,4 +1,4 @@
-"""Stopping at the first Ctrl-C without losing what has been done."""
+"""Stopping at the first Ctrl-C without losing results."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Interruption:
-    """While entered, the first Ctrl-C only sets `requested`; a second one interrupts as usual."""
+    """Within the context, the first Ctrl-C only sets `requested`; a second one interrupts as usual."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -1,4 +1,4 @@
-"""`natgrad plan`: what a step costs on many devices."""
+"""`natgrad plan`: the cost of a step on many devices."""
 
 import json
 from dataclasses import fields, replace
@@ -19,17 +19,17 @@ from natgrad.study.target import load_problem
 
 UNITS = {"flops": ("TFLOP/s", 1e12), "bandwidth": ("GB/s", 1e9), "latency": ("µs", 1e-6), "memory": ("GiB", 2.0**30)}
 LEAST = 1e-4
-"""Seconds: a shorter step is not worth predicting."""
+"""Seconds: a shorter step is not worth a prediction."""
 
 
 def run_plan(target: str, ranks: str, machine: Path | None, given: dict[str, float | None], settings: Settings) -> None:
-    """Print the predictions for a model on so many ranks, by both schemes.
+    """Print the predictions for a model on several numbers of ranks, for both schemes.
 
-    `given` are constants of the machine in the units of `UNITS`; None: those of the file, or the defaults.
+    `given` are constants of the machine in the units of `UNITS`. None: the value from the file, or else the default.
     """
     counts = _counts(ranks)
     if settings.batch < 1:
-        raise UserError(f"--batch was {settings.batch}; expected the examples on each rank, at least 1.")
+        raise UserError(f"--batch was {settings.batch}; expected the batch size on each rank, at least 1.")
     constants = _machine(machine, given)
     layers = _layers(target)
     table = Table(box=None, pad_edge=False)
@@ -56,13 +56,13 @@ def run_plan(target: str, ranks: str, machine: Path | None, given: dict[str, flo
         console.print(f"  {scheme}: {spent}", soft_wrap=True)
     console.print(_assumed(constants, machine), soft_wrap=True, markup=False)
     if any(p.time < LEAST for p in last.values()):
-        console.print("Less than 0.1 ms is less than Python takes to start it: of so small a model, time it.")
+        console.print("Less than 0.1 ms is less than Python takes to start a step: measure a model of this size.")
 
 
 def _assumed(constants: Machine, file: Path | None) -> str:
     values = {name: getattr(constants, name) / unit for name, (_, unit) in UNITS.items()}
     said = ", ".join(f"{name} {value:.3g} {UNITS[name][0]}" for name, value in values.items())
-    return f"Assumed of a device: {said}" + ("" if file else " (--machine: your own, by benchmarks/constants.py)")
+    return f"Assumed for a device: {said}" + ("" if file else " (for yours: --machine, from benchmarks/constants.py)")
 
 
 def _row(p: Prediction, chosen: bool, memory: float) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ def _counts(ranks: str) -> list[int]:
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise UserError(f"--ranks was {ranks!r}; expected numbers of ranks with commas between, say 1,8,64.")
+        raise UserError(f"--ranks was {ranks!r}; expected numbers separated by commas, such as 1,8,64.")
     return counts
 
 
@@ -96,7 +96,7 @@ def _machine(file: Path | None, given: dict[str, float | None]) -> Machine:
             good = False
         if not good:
             raise UserError(
-                f"--machine {file} holds something else than positive numbers for some of {', '.join(names)}; expected "
+                f"--machine {file} does not have positive numbers for some of {', '.join(names)}; expected "
                 "a file that benchmarks/constants.py wrote."
             )
     for name, value in given.items():
@@ -123,4 +123,4 @@ def _layers(target: str) -> list[Size]:
         structure.add(cases)
         return sizes_of(structure.moments, problem.parameters, cases.examples)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"what {target} returned cannot be planned for: {type(error).__name__}: {error}") from error
+        raise UserError(f"no plan is possible for what {target} returned: {type(error).__name__}: {error}") from error

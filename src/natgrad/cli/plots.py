@@ -16,7 +16,7 @@ from natgrad.cli.training import Run
 from natgrad.report.figures import COLOURS, PAGE, name_bars, new_figure, save, tidy
 from natgrad.study.images import SIDE
 
-# Of the lines, beside their colours.
+# Line styles, in addition to the colours.
 STYLES = ((0, (5, 1.5)), (0, (1.5, 1)), "solid")
 
 
@@ -34,13 +34,13 @@ def error_figure(runs: Sequence[Run]) -> Figure:
             continue
         errors = [point.squared_error for point in run.curve]
         times = [point.seconds for point in run.curve]
-        # Step 0 has no place on a logarithmic axis.
+        # A logarithmic axis has no place for step 0.
         steps = [point.step or np.nan for point in run.curve]
         for axes, x in ((by_time, times), (by_step, steps)):
             axes.plot(x, errors, color=colour, linestyle=style, linewidth=2, label=run.optimizer)
             axes.plot(x[-1:], errors[-1:], "o", color=colour, markersize=5)
     by_time.set_yscale("log")
-    # The first moments' fall from the first weights would press all that follows together.
+    # The fall in the first moments would compress all that follows.
     settled = [point.squared_error for run in runs for point in run.curve[2:]]
     if settled:
         by_time.set_ylim(bottom=0.92 * min(settled), top=1.1 * max(settled))
@@ -61,7 +61,7 @@ def error_figure(runs: Sequence[Run]) -> Figure:
 def plot_reconstructions(
     runs: Sequence[Run], images: Float[Tensor, "images pixels"], path: Path, count: int = 10
 ) -> None:
-    """Show the first images, and under them what each optimizer's model makes of them."""
+    """Show the first images, and below them each optimizer's reconstructions."""
     originals = images[:count]
     rows = [("original", originals)]
     for run in runs:
@@ -113,7 +113,7 @@ def plot_conditioning(layers: Sequence[LayerConditioning], path: Path) -> None:
 
 
 def _plain_log_ticks(axes: Axes) -> None:
-    """Label 1, 2, 5, 10, ..., or more where the axis is short, as plain numbers."""
+    """Label 1, 2, 5, 10, ..., or more labels on a short axis, as plain numbers."""
     low, high = axes.get_ylim()
     if not (0 < low < high < float("inf")):
         return

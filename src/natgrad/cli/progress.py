@@ -1,4 +1,4 @@
-"""Showing how the training goes: a live display on a terminal, and plain lines elsewhere."""
+"""Progress of the training: a live display on a terminal, plain lines elsewhere."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ LINES_PER_RUN = 5
 
 
 class TrainingDisplay:
-    """One row for each optimizer, kept up to date while entered; pass `update` to `train`."""
+    """One row for each optimizer, updated within the context; pass `update` to `train`."""
 
     def __init__(self, console: Console, runs: Sequence[Run], seconds: float) -> None:
         self._console = console
@@ -23,7 +23,7 @@ class TrainingDisplay:
         self._rows: dict[str, TaskID] = {}
         self._next_line: dict[str, float] = {}
         if console.is_terminal:
-            # The words fill a terminal of the usual 80 columns; the bar comes where there is more.
+            # The words fill the usual 80 columns of a terminal; a wider one also has the bar.
             bar = [BarColumn(bar_width=16)] if console.width >= 100 else []
             self._live = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -49,7 +49,7 @@ class TrainingDisplay:
             self._live.stop()
 
     def update(self, run: Run) -> None:
-        """Show the run's present state."""
+        """Show the current state of the run."""
         if self._live is not None:
             self._live.update(
                 self._rows[run.optimizer],
@@ -89,13 +89,13 @@ FEW_STEPS = 100
 
 
 def calibration(runs: Sequence[Run]) -> str:
-    """A sentence on what the first steps took, of which the budgets know nothing."""
+    """A sentence on the time of the first steps, which is not part of the budgets."""
     took = ", ".join(f"{run.optimizer} {run.first_step:.2g} s" for run in runs if run.final and run.final.step)
     return f"Calibration of the damping (the first step, not counted above): {took}." if took else ""
 
 
 def too_few_steps(runs: Sequence[Run], seconds: float) -> str:
-    """A sentence if an optimizer took so few steps that the comparison means nothing; else empty."""
+    """A sentence if an optimizer took too few steps for a comparison; else empty."""
     few = [f"{run.optimizer} took {run.final.step}" for run in runs if run.final and run.final.step < FEW_STEPS]
     if not few or any(run.diverged for run in runs):
         return ""

@@ -1,4 +1,4 @@
-"""What a command leaves behind: a folder with results.json, and report.html with its pictures inside."""
+"""The output of a command: a folder with results.json, and report.html with its pictures embedded."""
 
 import base64
 import contextlib
@@ -18,49 +18,49 @@ from natgrad.report.words import visible
 
 
 def check_writable(out: Path) -> None:
-    """Make the folder if need be, and raise UserError if nothing can be written there."""
+    """Make the folder if needed, and raise UserError if it is not writable."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise UserError(
-            f"--out was {str(out)!r}, which cannot be written ({error.strerror}); expected a folder "
-            "that you may write to; give another one with --out."
+            f"--out was {str(out)!r}, which cannot be written ({error.strerror}); choose another folder with --out, "
+            "one that you may write to."
         ) from error
 
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """While entered, what cannot be written, on a full disk say, is a UserError that names the folder."""
+    """Within the context, a failed write (as on a full disk) becomes a UserError that names the folder."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"--out was {str(out)!r}, where nothing more can be written ({error.strerror or error}); expected a folder "
-            "with space left, that you may write to; free some, or give another one with --out."
+            f"--out was {str(out)!r}, but writing failed ({error.strerror or error}); free some space, or choose "
+            "another folder with --out, one that you may write to."
         ) from error
 
 
 def check_seed(seed: int) -> None:
-    """Raise UserError unless torch's generators take the seed."""
+    """Raise UserError unless torch's generators accept the seed."""
     if not (0 <= seed < 2**63):
-        raise UserError(f"--seed was {seed}; expected 0 to 2^63 - 1; give, say, --seed 0.")
+        raise UserError(f"--seed was {seed}; expected 0 to 2^63 - 1, such as --seed 0.")
 
 
 def finite(value: int | float) -> int | float | None:
-    """The number itself, or None where JSON has none for it."""
+    """The number, or None if JSON cannot represent it."""
     return value if math.isfinite(value) else None
 
 
 def write_json(results: Mapping[str, Any], path: Path) -> None:
-    """Write what was measured, and on what machine."""
+    """Write the measurements, and the machine they are from."""
     results = {**results, "machine": describe_machine()}
     write_whole(path, [json.dumps(results, indent=1, allow_nan=False).encode(), b"\n"])
 
 
 def write_page(template: str, pictures: Mapping[str, Path], path: Path, **context: Any) -> None:
-    """Write the report as one page that needs nothing from anywhere else."""
+    """Write the report as one self-contained page."""
     environment = Environment(
         loader=PackageLoader("natgrad.cli", "."), autoescape=True, undefined=StrictUndefined, finalize=_shown
     )
@@ -73,5 +73,5 @@ def write_page(template: str, pictures: Mapping[str, Path], path: Path, **contex
 
 
 def _shown(value: Any) -> Any:
-    """What stands in the page for a value: of text, its control characters as escapes."""
+    """A value as the page shows it: control characters of strings are escaped."""
     return visible(value, lines=True) if type(value) is str else value

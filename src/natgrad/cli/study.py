@@ -29,9 +29,9 @@ MOST_PROCESSES = 8
 
 
 def run(given: str, out: Path | None, processes: int | None, replace: bool) -> None:
-    """Run what is not there yet, keep every run in `out`, and write the report there."""
+    """Run what is missing, save every run in `out`, and write the report there."""
     if processes is not None and processes < 1:
-        raise UserError(f"--processes was {processes}; expected at least 1; leave it out to use the machine's cores.")
+        raise UserError(f"--processes was {processes}; expected at least 1; leave it out for the default.")
     spec = load_spec(given)
     check_tasks(spec)
     out = Path("natgrad-study") / spec.name if out is None else out
@@ -45,7 +45,7 @@ def run(given: str, out: Path | None, processes: int | None, replace: bool) -> N
     console.print(
         f"{visible(spec.title)}: {_count(len(spec.optimizers), 'optimizer')}, {_count(len(spec.tasks), 'task')}, "
         f"{_count(len(spec.seeds), 'seed')}; {len(results)} runs are finished, {processes} at a time. "
-        "Ctrl-C stops and writes what there is.",
+        "Ctrl-C stops and writes a report on the runs so far.",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -92,7 +92,7 @@ def show(given: str) -> None:
 
 
 def check_tasks(spec: Spec) -> None:
-    """Raises UserError if a task cannot be made."""
+    """Raises UserError if a task cannot be created."""
     for task in spec.tasks:
         if ":" in task.use:
             own_task(task.name, task.use, spec.seeds[0])
@@ -101,7 +101,7 @@ def check_tasks(spec: Spec) -> None:
 
 
 def default_processes(spec: Spec) -> int:
-    """One where runs are given a time, else as many as fit the cores, at most 8."""
+    """One if budgets are in seconds, else one for each core, at most 8."""
     if spec.in_seconds:
         return 1
     return max(1, min(cores() // spec.threads, MOST_PROCESSES, len(list(jobs(spec)))))

@@ -1,4 +1,4 @@
-"""Showing how a study goes: a live display on a terminal, and a line for each run elsewhere."""
+"""Progress of a study: a live display on a terminal, and a line for each run elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from natgrad.study.statistics import final
 
 
 class StudyDisplay:
-    """While entered, a bar of all runs and one of each that is running; pass every event to `show`."""
+    """Within the context, a bar for all runs and one for each active run; pass every event to `show`."""
 
     def __init__(self, console: Console, total: int) -> None:
         self._console = console
@@ -46,7 +46,7 @@ class StudyDisplay:
             self._live.stop()
 
     def show(self, event: Event, waiting: int) -> None:
-        """Show what has come of a run; `waiting` is how many have no result yet."""
+        """Show the event of a run; `waiting` is the number of runs without a result."""
         if event.result is not None:
             self._finished += 1
             self._console.print(visible(closing(event)), markup=False, highlight=False, soft_wrap=True)

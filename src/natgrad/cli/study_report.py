@@ -1,4 +1,4 @@
-"""What a study leaves behind: results.json, the pictures and report.html."""
+"""The output of a study: results.json, the pictures and report.html."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_report(summary: Summary, out: Path) -> Path:
 
 
 def draw(summary: Summary, out: Path) -> dict[str, Path]:
-    """Draw what there is to draw; the pictures' paths by what they show."""
+    """Draw the pictures for which there are data; returns their paths by subject."""
     pictures, files = {}, file_names(t.entry.name for t in summary.tasks)
     for task in summary.tasks:
         name = task.entry.name
@@ -94,7 +94,7 @@ def reached_rows(reached: Sequence[Reached]) -> list[list[str]]:
 
 
 def more_rows(task: TaskSummary) -> list[list[str]]:
-    """The medians of the other figures that were evaluated, the headings first; nothing where there are none."""
+    """The medians of the other evaluated figures, the headings first; empty if there are none."""
     names = task.more_figures
     if not names:
         return []
@@ -107,7 +107,7 @@ def more_rows(task: TaskSummary) -> list[list[str]]:
 
 
 def setting_rows(summary: Summary) -> list[tuple[str, ...]]:
-    """Task, optimizer, setting, how many were tried, steps taken back."""
+    """Task, optimizer, setting, number of settings tried, steps taken back."""
     return [
         (
             t.entry.name,

@@ -1,4 +1,4 @@
-"""Training an autoencoder with one optimizer, and recording how it went."""
+"""Training an autoencoder with one optimizer, and recording the progress."""
 
 import copy
 import math
@@ -35,11 +35,11 @@ class Point:
 
 @dataclass
 class Run:
-    """One optimizer's training: what it was told to do, and what came of it.
+    """One optimizer's training: its settings, and the results.
 
-    `kind` is "adam" or "kfac", and `settings` are keyword arguments of that optimizer. `train` fills in the
-    rest: `curve` on a fixed subset of the images, `final` on all of them. `first_step` is the processor time of the
-    first step, in which K-FAC calibrates its damping and torch loads its libraries; `seconds` are those of all others.
+    `kind` is "adam" or "kfac", and `settings` are keyword arguments of that optimizer. `train` sets the other fields:
+    `curve` is on a fixed subset of the images, `final` on all of them. `first_step` is the processor time of the first
+    step, in which K-FAC calibrates its damping and torch loads its libraries; `seconds` is that of all other steps.
     """
 
     optimizer: str
@@ -79,7 +79,7 @@ def train(
 ) -> None:
     """Train a copy of `initial` for some seconds of processor time, or until `stopped()`, and record it in `run`.
 
-    Neither evaluation nor the first step count. `on_step` is called after each step and each evaluation.
+    Neither evaluation nor the first step counts. `on_step` is called after each step and each evaluation.
     """
     model = run.model = copy.deepcopy(initial)
     take_step = make_step(run, model)
@@ -108,8 +108,8 @@ def train(
 
 
 class ProcessorClock:
-    """Seconds in which this process has computed: the sum over its threads, divided by how many torch uses. On an idle
-    machine that is about the time on the wall; on a busy one what other programs take is not in it."""
+    """Seconds of computation by this process: the sum over its threads, divided by torch's number of threads. On an
+    idle machine this is about the wall-clock time; on a busy one it excludes the time of other programs."""
 
     def __init__(self) -> None:
         self._left_out = 0.0
@@ -118,7 +118,7 @@ class ProcessorClock:
         return time.process_time() / torch.get_num_threads() - self._left_out
 
     def leave_out(self, work: Callable[[], None]) -> float:
-        """Do the work while the clock stands; return how long it took."""
+        """Do the work while the clock is stopped; return the work's duration."""
         start = self()
         work()
         took = self() - start
@@ -127,7 +127,7 @@ class ProcessorClock:
 
 
 def make_step(run: Run, model: nn.Sequential) -> Callable[[Tensor], None]:
-    """Build the run's optimizer; return the function that takes one step on a batch and notes its loss."""
+    """Build the run's optimizer; return the function that takes one step on a batch and records its loss."""
     if run.kind == "adam":
         adam = torch.optim.Adam(model.parameters(), **run.settings)
 
@@ -150,7 +150,7 @@ def make_step(run: Run, model: nn.Sequential) -> Callable[[Tensor], None]:
         kfac.zero_grad()
         loss.backward()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of a rejected step, which is counted instead
+            warnings.simplefilter("ignore", RuntimeWarning)  # from a rejected step, which is counted instead
             kfac.step()
         run.batch_loss = loss.item()
         run.damping = float(kfac.diagnostics["damping"])

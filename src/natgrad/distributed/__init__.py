@@ -1,4 +1,4 @@
-"""Several ranks: who computes what, how sums come together and results are handed round."""
+"""Several ranks: which rank computes what, how sums are reduced, and how results are sent to the other ranks."""
 
 from natgrad.distributed.assignment import assign
 from natgrad.distributed.placement import placed, unwrapped

@@ -1,4 +1,4 @@
-"""Who computes what: pieces of work spread over ranks, so that the last to finish is early."""
+"""Which rank computes what: pieces of work are assigned to ranks so that the last rank finishes early."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ K = TypeVar("K", bound=Hashable)
 
 
 def assign(costs: Mapping[K, float], ranks: int) -> dict[K, int]:
-    """The rank of every piece of work: the longest first, each to the rank that has least to do (Graham 1969), and
-    then exchanged between the busiest rank and the others for as long as that helps.
+    """The rank of every piece of work. The longest pieces come first, each for the rank with the least work (Graham
+    1969). Then pieces are exchanged between the busiest rank and the others, as long as that helps.
 
-    Every rank comes to the same result, if the costs are in the same order.
+    Every rank computes the same result if the costs are in the same order.
 
     Example:
         >>> assign({"a": 4.0, "b": 3.0, "c": 3.0, "d": 2.0, "e": 2.0, "f": 2.0}, 2)
@@ -33,10 +33,10 @@ def assign(costs: Mapping[K, float], ranks: int) -> dict[K, int]:
 
 
 def _improve(own: list[list[K]], load: list[float], costs: Mapping[K, float]) -> bool:
-    """Moves a piece away from the busiest rank, or swaps it for a smaller one, if both are then less busy than it was.
-    Whether there was one."""
+    """Moves a piece away from the busiest rank, or swaps it for a smaller one, if both ranks are then less busy than
+    the busiest was. Returns whether there was such a piece."""
     busiest = load.index(max(load))
-    least = 1e-9 * load[busiest]  # sums in another order differ by rounding
+    least = 1e-9 * load[busiest]  # sums in different orders differ by rounding
     for rank in sorted(range(len(load)), key=load.__getitem__):
         for mine in own[busiest] if rank != busiest else ():
             for theirs in (None, *own[rank]):
@@ -54,6 +54,6 @@ def _improve(own: list[list[K]], load: list[float], costs: Mapping[K, float]) ->
 
 
 def cost(shapes: Iterable[torch.Size]) -> float:
-    """What it takes to invert factors of these shapes, or to find their eigenvectors, up to a factor: the cubes of the
-    sides of matrices, and the lengths of diagonals."""
+    """The cost of inverting factors of these shapes, or of finding their eigenvectors, up to a constant: the cube of
+    the side of a matrix, the length of a diagonal."""
     return float(sum(shape[0] ** 3 if len(shape) == 2 else shape.numel() for shape in shapes))

@@ -1,4 +1,5 @@
-"""Matrices of the data of several ranks: what one rank raises all raise, and random numbers are in common or apart."""
+"""Matrices from the data of several ranks: an error on one rank is raised on all; random numbers are shared or
+separate."""
 
 from __future__ import annotations
 
@@ -18,9 +19,10 @@ class _Elsewhere(Exception):
 
 @contextlib.contextmanager
 def jointly(world: World, what: str) -> Iterator[Callable[[], None]]:
-    """Within, each rank works on its own data, and at the end all go on, or all raise what one of them has raised.
+    """Within the context, each rank works on its own data. At the end, all ranks continue, or all raise the error of
+    one.
 
-    Gives a function that is called before ranks wait for one another within.
+    The context yields a function to call before ranks wait for one another.
     """
 
     def agree(error: Exception | None = None) -> None:
@@ -42,7 +44,7 @@ def jointly(world: World, what: str) -> Iterator[Callable[[], None]]:
 
 
 def in_common(world: World, generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
-    """A generator that draws the same on all ranks: the one given, in the state of rank 0's."""
+    """A generator that draws the same numbers on all ranks: the given one, with the state of rank 0."""
     if world.size == 1:
         return generator
     if generator is None:
@@ -52,7 +54,7 @@ def in_common(world: World, generator: torch.Generator | None, device: torch.dev
 
 
 def apart(world: World, generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
-    """A generator that draws other numbers on every rank, seeded by one that draws the same on all."""
+    """A generator that draws different numbers on each rank. Its seed is drawn from a generator shared by all ranks."""
     if world.size == 1 or generator is None:
         return generator
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))

@@ -1,4 +1,4 @@
-"""Nested results as flat buffers and back: what one rank sends and another reads."""
+"""Nested results packed into flat buffers and unpacked again, for sending between ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Form:
-    """A tensor without its values. Of a symmetric matrix the upper triangle alone is sent."""
+    """A tensor without its values. For a symmetric matrix, only the upper triangle is sent."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -25,7 +25,7 @@ class Form:
 
     @property
     def size(self) -> int:
-        """How many numbers are sent."""
+        """The number of entries that are sent."""
         if self.symmetric:
             d = self.shape[0]
             return d * (d + 1) // 2
@@ -33,7 +33,7 @@ class Form:
 
 
 def form_of(value: Any) -> Any:
-    """Nested dictionaries, lists and tuples with forms in place of their tensors."""
+    """Nested dictionaries, lists and tuples, with forms in place of the tensors."""
     if isinstance(value, Tensor):
         return Form.of(value)
     if isinstance(value, dict):
@@ -54,7 +54,7 @@ def leaves(value: Any, kind: type) -> Iterator[Any]:
 
 
 def filled(form: Any, tensors: Iterator[Tensor]) -> Any:
-    """The forms' places taken by tensors."""
+    """The value with tensors in place of the forms."""
     if isinstance(form, Form):
         return next(tensors)
     if isinstance(form, dict):
@@ -71,7 +71,7 @@ def packed(tensors: Iterable[Tensor], forms: Sequence[Form]) -> dict[torch.dtype
 
 
 def empty(forms: Sequence[Form], device: torch.device) -> dict[torch.dtype, Tensor]:
-    """Buffers to receive them in."""
+    """Buffers to receive the tensors in."""
     sizes: dict[torch.dtype, int] = {}
     for form in forms:
         sizes[form.dtype] = sizes.get(form.dtype, 0) + form.size
@@ -79,7 +79,7 @@ def empty(forms: Sequence[Form], device: torch.device) -> dict[torch.dtype, Tens
 
 
 def unpacked(buffers: dict[torch.dtype, Tensor], forms: Sequence[Form]) -> list[Tensor]:
-    """The tensors of the buffers."""
+    """The tensors in the buffers."""
     start = dict.fromkeys(buffers, 0)
     tensors = []
     for form in forms:

@@ -1,4 +1,4 @@
-"""Where a model's parameters are: whole on every rank, or a shard on each."""
+"""Whether a model's parameters are whole on every rank, or sharded."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from natgrad.distributed.world import CPU, World
 
 
 def placed(model: nn.Module) -> Whole:
-    """Where the parameters of a model are that may be wrapped by `DistributedDataParallel`, or sharded by
+    """The placement of a model's parameters. The model may be wrapped by `DistributedDataParallel`, or sharded by
     `fully_shard`.
 
     Raises:
-        TypeError: if it is no module.
+        TypeError: if it is not a module.
         NotImplementedError: if some parameters are sharded in another way.
     """
     check_model(model)
     device = next((p.device for p in model.parameters()), CPU)
     if isinstance(model, DistributedDataParallel):
         return Whole(model.module, World(model.process_group, device))
-    # The classes of sharded parameters take longer to import than all else here: where there are some, they are.
+    # The import of sharded parameters' classes takes longer than everything else here, so it happens only if needed.
     if "torch.distributed.tensor" in sys.modules:
         from natgrad.distributed.sharded import sharded
 
@@ -33,13 +33,13 @@ def placed(model: nn.Module) -> Whole:
 
 
 def placed_within(around: DistributedDataParallel, model: nn.Module) -> Whole:
-    """Where the parameters are of a model that is a part of what is in `DistributedDataParallel`."""
+    """The placement of the parameters of a model that is part of a module in `DistributedDataParallel`."""
     device = next((p.device for p in model.parameters()), CPU)
     return Whole(model, World(around.process_group, device))
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, World]:
-    """The module within `DistributedDataParallel`, and the ranks it is on; any other module, alone.
+    """The module inside `DistributedDataParallel` with its ranks; any other module with a single rank.
 
     Raises:
         NotImplementedError: if parameters are sharded.
@@ -47,16 +47,16 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, World]:
     place = placed(model)
     if place.shards is not None:
         raise NotImplementedError(
-            "the model's parameters are sharded over ranks (fully_shard); expected whole parameters, and "
-            "torch.nn.parallel.DistributedDataParallel for several ranks"
+            "the model's parameters are sharded over ranks (fully_shard); expected whole parameters: for "
+            "several ranks, use torch.nn.parallel.DistributedDataParallel"
         )
     return place.model, place.world
 
 
 def refuse_ranks(optimizer: str, place: Whole) -> None:
-    """Raises NotImplementedError for an optimizer of one rank where there are several."""
+    """Raises NotImplementedError if there are several ranks, for an optimizer that supports one."""
     if place.world.size > 1 or place.shards:
         raise NotImplementedError(
-            f"{optimizer} sees the batches of its own rank alone, and the model is on {place.world.size} ranks; use "
+            f"{optimizer} sees only the batches of its own rank, but the model is on {place.world.size} ranks; use "
             "natgrad.KFAC"
         )

@@ -1,4 +1,4 @@
-"""What a step of K-FAC costs on many ranks: bytes held and sent, and a prediction of its time."""
+"""The cost of a K-FAC step on many ranks: memory, bytes sent, and a prediction of its time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SCHEMES = ("replicated", "sharded")
 
 @dataclass(frozen=True)
 class Machine:
-    """What one device and its link do: products and factorizations in FLOP/s, bytes/s in each direction, seconds for a
-    message, bytes of memory.
+    """The speed of one device and its link: products and factorizations in FLOP/s, bytes/s in each direction, seconds
+    for one message, and bytes of memory.
 
-    The defaults are assumptions, not measurements: 0.4 of the TF32 peak of an A100 (156 TFLOP/s by its data sheet), an
-    eighth of that for factorizations, and 200 Gbit/s of network for each device. `benchmarks/constants.py` measures
-    those of a machine at hand.
+    The defaults are assumptions, not measurements: 0.4 of the TF32 peak of an A100 (156 TFLOP/s according to its data
+    sheet), an eighth of that for factorizations, and 200 Gbit/s of network for each device. `benchmarks/constants.py`
+    measures the values of your machine.
     """
 
     flops: float = 62e12
@@ -30,15 +30,15 @@ class Machine:
     latency: float = 20e-6
     memory: float = 80 * 2.0**30
     overlap: bool = True
-    """Whether what torch sends during forward and backward takes nothing from them."""
+    """Whether torch's communication during forward and backward does not slow them down."""
 
     def all_reduce(self, size: int | float, ranks: int) -> float:
-        """Seconds for the sum of `size` bytes over all ranks, which all get: `2 (N − 1)/N · size / bandwidth`."""
+        """Seconds for an all-reduce of `size` bytes: `2 (N − 1)/N · size / bandwidth`."""
         return 2 * self.spread(size, ranks)
 
     def spread(self, size: int | float, ranks: int, messages: int = 1) -> float:
-        """Seconds until all ranks have `size` bytes, of which each had its share at first, in so many messages one
-        after the other; or, the other way round, until each has its share of the sum."""
+        """Seconds for an all-gather: at first each rank has its share of `size` bytes, at the end all ranks have all of
+        them. The data are sent in `messages` messages, one after the other. A reduce-scatter takes the same time."""
         if ranks == 1:
             return 0.0
         return size * (ranks - 1) / ranks / self.bandwidth + self.latency * (messages - 1 + ceil(log2(ranks)))
@@ -46,7 +46,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Settings:
-    """What `KFAC` is asked to do. The defaults are its own."""
+    """The settings of `KFAC`. The defaults are those of `KFAC`."""
 
     batch: int = 8
     """Examples on each rank."""
@@ -61,7 +61,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one step on so many ranks: seconds by what they are spent on, and bytes on the rank that holds most."""
+    """The prediction for one step: seconds by purpose, and the bytes on the rank that holds the most."""
 
     scheme: str
     ranks: int
@@ -74,18 +74,19 @@ class Prediction:
 
     @property
     def sending(self) -> float:
-        """Of it, the seconds in which nothing is computed."""
+        """The seconds in which nothing is computed."""
         return float(sum(s for what, s in self.seconds.items() if what.endswith("sent")))
 
 
 def predict(layers: Sequence[Size], ranks: int, scheme: str, machine: Machine, settings: Settings) -> Prediction:
-    """The cost of one step on average over the intervals: `docs/scaling.md` has the formulas.
+    """The average cost of one step over the intervals; `docs/scaling.md` has the formulas.
 
-    Sums of gradients and, under `"replicated"`, of moments overlap with the backward; under `"sharded"`, sums of
-    gradients and the bringing together of parameters do, with forward and backward; the rest does not.
+    Some communication overlaps with computation. With `"replicated"`, the sums of gradients and of moments overlap with
+    the backward. With `"sharded"`, the sums of gradients and the gathering of parameters overlap with forward and
+    backward.
 
     Raises:
-        ValueError: for a scheme that is none.
+        ValueError: for an unknown scheme.
 
     Example:
         >>> layers = [Size.affine(str(i), 4096, 4096, cases=2048) for i in range(32)]
@@ -143,6 +144,6 @@ def predict(layers: Sequence[Size], ranks: int, scheme: str, machine: Machine, s
 
 
 def best(predictions: Iterable[Prediction], memory: float) -> Prediction | None:
-    """The fastest of those that fit into so many bytes, if one does."""
+    """The fastest prediction that fits into `memory` bytes, if there is one."""
     fitting = [p for p in predictions if p.held <= memory]
     return min(fitting, key=lambda p: p.time) if fitting else None

@@ -1,4 +1,4 @@
-"""Moments of all ranks' examples, from those of each rank's own."""
+"""Moments over the examples of all ranks, from the moments of each rank."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ HASH = 2**16
 
 @dataclass(frozen=True)
 class Keep:
-    """Which rank of `world` keeps the moments of which layers, by their parameters' names; `copies` are the ranks that
-    keep the same."""
+    """Which rank of `world` keeps the moments of which layers, by the names of their parameters. `copies` are the ranks
+    that keep the same moments."""
 
     world: World
     owners: Mapping[tuple[str, ...], int]
@@ -32,15 +32,14 @@ class Keep:
 def reduced(
     moments: Mapping[Layer, Moments], world: World, what: str, keep: Keep | None = None
 ) -> dict[Layer, Moments]:
-    """The sums over the ranks, of one's own and all others' cases: of all layers; or, with `keep`, of those that are
-    this rank's.
+    """The moments over the cases of all ranks: for all layers or, with `keep`, for the layers that this rank keeps.
 
-    First counts and means, then the sums around the common means, of which nothing cancels however far the inputs are
-    from zero. Of symmetric sums the triangles are sent: `d_in + 1` numbers in double precision and
-    `d_in (d_in + 1)/2 + d_out (d_out + 1)/2 + 1` others for a layer.
+    Counts and means are reduced first, then the sums around the common means. So nothing cancels, however far the
+    inputs are from zero. For symmetric sums, only the triangles are sent: for each layer `d_in + 1` numbers in double
+    precision and `d_in (d_in + 1)/2 + d_out (d_out + 1)/2 + 1` other numbers.
 
     Raises:
-        ValueError: if the ranks have seen different layers.
+        ValueError: if the ranks have used different layers.
     """
     if world.size == 1 or not moments:
         return dict(moments)
@@ -50,11 +49,11 @@ def reduced(
 
 
 class Reduction:
-    """`reduced` for all layers, under way: counts and means are brought together when it is made, the sums around them
-    until its result is asked for.
+    """`reduced` for all layers, asynchronously: counts and means are reduced at construction, the sums around them
+    until the result is requested.
 
     Raises:
-        ValueError: if the ranks have seen different layers.
+        ValueError: if the ranks have used different layers.
     """
 
     def __init__(self, moments: Mapping[Layer, Moments], world: World, what: str):
@@ -71,7 +70,7 @@ class Reduction:
 
 
 def completed(moments: Mapping[Layer, Moments], world: World) -> dict[Layer, Moments]:
-    """With zeros for what other ranks have moments of and this one has not."""
+    """The moments, with zeros for the layers that only other ranks have moments of."""
     if world.size == 1:
         return dict(moments)
     every = chain.from_iterable(world.gather(_layouts(moments), "the layers of ranks that have data"))
@@ -79,7 +78,7 @@ def completed(moments: Mapping[Layer, Moments], world: World) -> dict[Layer, Mom
 
 
 def summed(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[Layer, Moments]:
-    """`reduced`, where a rank may have no cases at all."""
+    """Like `reduced`, if a rank may have no cases."""
     return reduced(completed(moments, world), world, what) if world.size > 1 else dict(moments)
 
 
@@ -111,12 +110,12 @@ def _around_common_means(moments: Mapping[Layer, Moments], world: World, what: s
     for m in affine.values():
         n = m.count.double().reshape(1)
         parts += [n, torch.where(n > 0, m.mean.double() * n, 0.0)]
-    # Other layers mean buffers of other lengths, which must not meet in a reduction.
+    # Different layers would mean buffers of different lengths, which must not be reduced together.
     own = [float(hashed), float(hashed**2)]
     if world.numbers(own, what) != [world.size * v for v in own]:
         raise ValueError(
-            f"the ranks used different layers in a forward that took statistics; rank {world.rank} used "
-            f"{', '.join(layer.label for layer in moments)}. Expected the same on all"
+            f"the ranks used different layers in a forward that took statistics: rank {world.rank} used "
+            f"{', '.join(layer.label for layer in moments)}. Expected the same layers on all ranks"
         )
     if not parts:
         return dict(moments)
@@ -132,14 +131,14 @@ def _around_common_means(moments: Mapping[Layer, Moments], world: World, what: s
 
 
 def _sums(m: Moments) -> list[Tensor]:
-    """What is left to add up."""
+    """The sums that remain to be reduced."""
     if isinstance(m, AffineMoments):
         return [m.scatter, m.output, m.mass]
     return [m.products, m.mass] if isinstance(m, ScaleMoments) else [*m.values, m.mass]
 
 
 def _forms(m: Moments) -> list[Form]:
-    """Their forms, with which are symmetric matrices."""
+    """The forms of these sums, which tell the symmetric matrices."""
     return [Form(tuple(t.shape), t.dtype, isinstance(m, AffineMoments) and t.ndim == 2) for t in _sums(m)]
 
 
@@ -157,7 +156,7 @@ def _layouts(moments: Mapping[Layer, Moments]) -> list[Any]:
 
 
 def _zeros(layouts: Iterable[Any], device: torch.device) -> dict[Layer, Moments]:
-    """Moments of no cases."""
+    """Moments without cases."""
     found: dict[Layer, Moments] = {}
     for layer, kind, forms in layouts:
         tensors = (torch.zeros(f.shape, dtype=f.dtype, device=device) for f in leaves(forms, Form))

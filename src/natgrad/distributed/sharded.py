@@ -1,4 +1,4 @@
-"""A model under `torch.distributed.fsdp.fully_shard`: a shard of its parameters on each rank."""
+"""A model under `torch.distributed.fsdp.fully_shard`: each rank has a shard of the parameters."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Named = Mapping[str, Tensor]
 
 
 class Sharded(Whole):
-    """Every rank has a share of the rows of each parameter, as after `torch.distributed.fsdp.fully_shard`: whole ones
-    are there for the time of a forward or backward alone.
+    """Every rank has a share of the rows of each parameter, as after `torch.distributed.fsdp.fully_shard`. Whole
+    parameters exist only during a forward or backward.
 
     Raises:
         NotImplementedError: if a parameter is whole, or sharded in another way.
@@ -36,7 +36,7 @@ class Sharded(Whole):
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self.settle()
         names: dict[int, str] = {id(p): n for n, p in model.named_parameters()}
-        # Where each unit's parameters are: of all modules in it that are not in a unit of their own.
+        # The places of each unit's parameters: in all its modules that are not in another unit.
         self._places: list[list[tuple[nn.Module, str, str]]] = []
         for unit in self._units:
             assert isinstance(unit, nn.Module)
@@ -58,11 +58,11 @@ class Sharded(Whole):
         return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
     def total(self, values: list[float]) -> list[float]:
-        sums = self.world.numbers(values, "the numbers that a step is decided by")
+        sums = self.world.numbers(values, "the scalars that decide about a step")
         return [v * self.shards.size / self.world.size for v in sums]
 
     def any(self, flag: bool) -> bool:
-        return self.world.numbers([float(flag)], "what is wrong with a shard")[0] > 0
+        return self.world.numbers([float(flag)], "the faults of shards")[0] > 0
 
     def settle(self) -> None:
         for unit in self._units:
@@ -127,7 +127,7 @@ class Sharded(Whole):
 
 
 def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
-    """The unit, and the modules in it that are not in a unit of their own."""
+    """The unit, and its modules that are not in another unit."""
     yield unit
     for child in unit.children():
         if not isinstance(child, FSDPModule):
@@ -135,7 +135,7 @@ def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
 
 
 def sharded(model: nn.Module, device: torch.device) -> Sharded | None:
-    """Where the parameters are that `fully_shard` has sharded; None if they are whole.
+    """The placement of parameters sharded by `fully_shard`; None if they are whole.
 
     Raises:
         NotImplementedError: if some are sharded in another way.
@@ -145,7 +145,7 @@ def sharded(model: nn.Module, device: torch.device) -> Sharded | None:
     if not isinstance(model, FSDPModule):
         name = next(n for n, p in model.named_parameters() if isinstance(p, DTensor))
         raise NotImplementedError(
-            f"parameter {name!r} is sharded over ranks (a DTensor) and the model itself is not; expected "
+            f"parameter {name!r} is sharded over ranks (a DTensor), but the model itself is not; expected "
             "torch.distributed.fsdp.fully_shard(model) on the whole model, after its parts"
         )
     model.reshard()
@@ -153,7 +153,7 @@ def sharded(model: nn.Module, device: torch.device) -> Sharded | None:
     for n, p in model.named_parameters():
         if not isinstance(p, DTensor) or (mesh is not None and p.device_mesh != mesh):
             raise NotImplementedError(
-                f"parameter {n!r} is not sharded as the others are; expected all parameters to be sharded by "
+                f"parameter {n!r} is not sharded like the others; expected all parameters to be sharded by "
                 "fully_shard over one mesh"
             )
         mesh = p.device_mesh
@@ -165,8 +165,8 @@ def sharded(model: nn.Module, device: torch.device) -> Sharded | None:
         return Sharded(model, world, Shards(own, None))
     if mesh.size() != dist.get_world_size():
         raise NotImplementedError(
-            f"the mesh {mesh} has two dimensions and {mesh.size()} of {dist.get_world_size()} ranks; expected all: "
-            "make the mesh of all ranks"
+            f"the mesh {mesh} has two dimensions and {mesh.size()} of {dist.get_world_size()} ranks; expected all "
+            "ranks: make the mesh from all ranks"
         )
     world = World(dist.group.WORLD, device)
     return Sharded(model, world, Shards(World(mesh.get_group(1), device), World(mesh.get_group(0), device)))

@@ -1,4 +1,4 @@
-"""Shards of parameters: brought together for one layer at a time, each on the rank that has its factors."""
+"""Shards of parameters, gathered one layer at a time on the rank that has the layer's factors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class Shards:
-    """Ranks that have one copy of the parameters between them, each some rows; `copies` are the ranks that have the
+    """Ranks that together hold one copy of the parameters, each some of the rows. `copies` are the ranks that hold the
     same shard of another copy."""
 
     def __init__(self, world: World, copies: World | None):
@@ -26,7 +26,7 @@ class Shards:
         self.size, self.rank = world.size, world.rank
 
     def whole(self, local: Named, parameters: Named) -> dict[str, Tensor]:
-        """Every tensor from the shards of all ranks."""
+        """Every whole tensor, from the shards of all ranks."""
         from torch.distributed.tensor import DTensor
 
         out = {}
@@ -42,7 +42,7 @@ class Shards:
     def gathered(
         self, local: Named, owners: Mapping[str, int], shapes: Mapping[str, Sequence[int]]
     ) -> dict[str, Tensor]:
-        """The named tensors that are this rank's to work on, whole, from the shards of all."""
+        """The whole named tensors that this rank works on, from the shards of all ranks."""
         names = self._by_owner(owners)
         if not owners:
             return {}
@@ -57,7 +57,7 @@ class Shards:
     def scattered(
         self, whole: Named, owners: Mapping[str, int], shapes: Mapping[str, Sequence[int]], like: Tensor
     ) -> dict[str, Tensor]:
-        """Undoes `gathered`: this rank's shards of the named tensors, which their owners have whole."""
+        """The inverse of `gathered`: this rank's shards of the named tensors, whose owners have them whole."""
         names = self._by_owner(owners)
         if not owners:
             return {}
@@ -84,19 +84,19 @@ class Shards:
 
 
 def _share(rows: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The first row of a rank, and how many it has: as `torch.chunk` shares them out."""
+    """The first row of a rank and its number of rows, as in `torch.chunk`."""
     most = -(-rows // ranks)
     start = min(rank * most, rows)
     return start, min(most, rows - start)
 
 
 def offsets_in(name: str, p: Any) -> None:
-    """Raises NotImplementedError for a parameter that is not sharded by its rows over the last dimension of a mesh."""
+    """Raises NotImplementedError unless a parameter is sharded by its rows over the last dimension of a mesh."""
     from torch.distributed.tensor import Shard
 
     *outer, last = p.placements
     if not (isinstance(last, Shard) and last.dim == 0) or not all(o.is_replicate() for o in outer) or len(outer) > 1:
         raise NotImplementedError(
-            f"parameter {name!r} is placed as {p.placements}; expected Shard(0) on one dimension of the mesh, and at "
-            "most one dimension of copies"
+            f"parameter {name!r} has the placements {p.placements}; expected Shard(0) on one dimension of the mesh, "
+            "and at most one dimension of copies"
         )

@@ -1,4 +1,4 @@
-"""The sizes of a model's layers, and what follows from them: numbers held and sent, and multiplications."""
+"""The sizes of a model's layers, and what follows: memory, bytes sent, and multiplications."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Shape = tuple[int, ...]
 class Size:
     """The sizes of one layer.
 
-    `inputs` and `outputs` are the shapes of its factors, `(d, d)` or `(d,)` where one is kept as its diagonal. `other`
-    counts the entries of other moments, for layers without factors. `cases` are its cases in one example.
+    `inputs` and `outputs` are the shapes of its factors, `(d, d)`, or `(d,)` for a diagonal. `other` is the number of
+    entries of other moments, for layers without factors. `cases` is the number of cases in one example.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Size:
 
     @classmethod
     def affine(cls, name: str, d_in: int, d_out: int, *, bias: bool = True, cases: int | float = 1) -> Size:
-        """An affine map's, with `KFAC`'s own `max_dim`.
+        """The size of an affine map, with the default `max_dim` of `KFAC`.
 
         Example:
             >>> Size.affine("fc", 768, 3072).moments_sent(4)  # 769 numbers in double precision, two triangles, the mass
@@ -46,12 +46,12 @@ class Size:
 
     @classmethod
     def embedding(cls, name: str, rows: int, d_out: int, cases: int | float) -> Size:
-        """An embedding's: its input factor is a diagonal, and it multiplies nothing."""
+        """The size of an embedding. Its input factor is a diagonal, and it multiplies nothing."""
         return cls(name, rows * d_out, (rows,), (d_out, d_out), cases=cases)
 
     @classmethod
     def scale(cls, name: str, d: int, *, shift: bool = True) -> Size:
-        """A normalization's: for each coordinate the products of the gradients of scale and shift."""
+        """The size of a normalization. Each coordinate has the products of the gradients of scale and shift."""
         return cls(name, d * (1 + shift), bias=shift, other=d * (3 if shift else 1))
 
     @property
@@ -59,19 +59,19 @@ class Size:
         return [self.inputs, self.outputs] if self.inputs else []
 
     def moments_sent(self, itemsize: int) -> int:
-        """Bytes that a rank gives for the moments: count and mean in double precision, the triangles of the sums, and
-        the mass."""
+        """The bytes that a rank sends for the moments: count and mean in double precision, the triangles of the sums,
+        and the mass."""
         means = 8 * (self.inputs[0] + 1) if self.inputs else 0
         return means + itemsize * (sum(map(triangle, self.shapes)) + self.other + 1)
 
     def inverse_sent(self, itemsize: int) -> int:
-        """Bytes of the damped inverse: with a bias, the mean of the inputs and an output factor of the bias's own; of a
-        scale with a shift four numbers a coordinate."""
+        """The bytes of the damped inverse. With a bias, it includes the mean of the inputs and a separate output factor
+        for the bias. For a scale with a shift, it has four numbers for each coordinate."""
         own = [*self.shapes, *([self.outputs, self.inputs[:1]] if self.bias else [])]
         return itemsize * (sum(map(triangle, own)) if self.inputs else self.other + self._cross)
 
     def held(self, itemsize: int) -> int:
-        """Bytes of moments and inverse where they are held."""
+        """The bytes of moments and inverse on the rank that holds them."""
         factors = sum(map(prod, self.shapes)) + self.other
         means = self.inputs[0] * (1 + self.bias) + 1 if self.inputs else 0
         of_bias = prod(self.outputs) if self.bias and self.inputs else 0
@@ -79,30 +79,30 @@ class Size:
 
     @property
     def _cross(self) -> int:
-        """What the inverse of a scale with a shift has more than its moments."""
+        """The number of entries that the inverse of a scale with a shift has beyond its moments."""
         return self.other // 3 if self.bias and not self.inputs else 0
 
     def inverse_flops(self) -> float:
-        """`d³` for the Cholesky factor and the inverse of each factor; the bias's is one more."""
+        """`d³` for the Cholesky factor and inverse of each factor; the bias's output factor is inverted separately."""
         return cost(map(torch.Size, [*self.shapes, *([self.outputs] if self.bias and self.inputs else [])]))
 
     def direction_flops(self) -> float:
-        """`B⁻¹ ∇ C⁻¹`: a product with each factor that is a matrix."""
+        """`B⁻¹ ∇ C⁻¹`: one product with each factor that is a matrix."""
         weights = prod(s[0] for s in self.shapes) if self.inputs else self.parameters
         return 2.0 * weights * sum(s[0] if len(s) == 2 else 1 for s in self.shapes)
 
     def moments_flops(self) -> float:
-        """The two products of one case."""
+        """The two outer products of one case."""
         return 2.0 * sum(map(prod, self.shapes))
 
 
 def triangle(shape: Shape) -> int:
-    """How many entries are sent of a symmetric matrix, or of a diagonal."""
+    """The number of entries that are sent for a symmetric matrix, or for a diagonal."""
     return shape[0] * (shape[0] + 1) // 2 if len(shape) == 2 else shape[0]
 
 
 def sizes_of(moments: Mapping[Layer, Moments], parameters: Mapping[str, torch.Tensor], examples: int) -> list[Size]:
-    """The sizes of the layers of a model, from the moments of so many of its examples."""
+    """The sizes of a model's layers, from the moments of `examples` examples."""
     sizes = []
     for layer, m in moments.items():
         count = sum(parameters[n].numel() for n in layer.names)
@@ -121,9 +121,10 @@ def sizes_of(moments: Mapping[Layer, Moments], parameters: Mapping[str, torch.Te
 
 
 def gpt2_small(length: int = 1024) -> list[Size]:
-    """GPT-2 small: 12 blocks of width 768, 50,257 tokens whose embedding is also the head (Radford et al. 2019)."""
+    """GPT-2 small: 12 blocks of width 768, and 50,257 tokens with an embedding tied to the head (Radford et al.
+    2019)."""
     d, tokens = 768, 50257
-    # Used twice for each token; as the head it multiplies.
+    # Used twice for each token; only the head multiplies.
     tied = replace(Size.embedding("wte", tokens, d, 2 * length), products=1.0 * tokens * d)
     sizes = [tied, Size.embedding("wpe", 1024, d, length), Size.scale("ln_f", d)]
     for k in range(12):
@@ -146,4 +147,4 @@ def llama_7b(length: int = 2048) -> list[Size]:
 
 
 MODELS = {"gpt2-small": gpt2_small, "llama-7b": llama_7b}
-"""By name, functions of the number of tokens of an example."""
+"""Functions of the number of tokens in an example, by name."""

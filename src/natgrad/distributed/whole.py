@@ -16,7 +16,7 @@ Named = Mapping[str, Tensor]
 
 
 class Whole:
-    """Every rank has all parameters, as within `DistributedDataParallel`; or there is one rank."""
+    """Every rank has all parameters, as in `DistributedDataParallel`; or there is only one rank."""
 
     shards: Shards | None = None
 
@@ -28,24 +28,24 @@ class Whole:
         return t
 
     def stored(self, p: Tensor, t: Tensor) -> Tensor:
-        """A local tensor of a parameter as a checkpoint is to have it."""
+        """A local tensor of a parameter, in the form for a checkpoint."""
         return t
 
     def total(self, values: list[float]) -> list[float]:
-        """Numbers that are sums over the entries of local parts, over all parts: the same on all ranks."""
-        return self.world.agreed(values, "the numbers that a step is decided by")
+        """Totals over all parts of numbers that are sums over the entries of local parts; the same on all ranks."""
+        return self.world.agreed(values, "the scalars that decide about a step")
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so for one of the parts."""
+        """Whether the flag is set for any part."""
         return flag
 
     def settle(self) -> None:
-        """After the parameters have been written to, or a forward has been run without a backward."""
+        """Called after the parameters were written to, or after a forward without a backward."""
 
     def follow(self, seen: Callable[[dict[str, Tensor]], None]) -> list[Any]:
-        """Hooks by which `seen` is called with the parameters that a forward uses, where they are not the model's."""
+        """Hooks that call `seen` with the parameters that a forward uses, if these are not the model's own tensors."""
         return []
 
     def duals(self, direction: Named) -> contextlib.AbstractContextManager[Duals]:
-        """Within, the parameters that a forward of the model uses have the direction for tangents."""
+        """Within the context, the parameters used by a forward have `direction` as tangents."""
         return duals_in_place(self.model, direction)

@@ -1,4 +1,4 @@
-"""Ranks that see different data: what they send one another."""
+"""Ranks that see different data: what they send to one another."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CPU = torch.device("cpu")
 
 
 class World:
-    """Some ranks of `torch.distributed`, with tensors on `device`; or one that is alone: then nothing is sent.
+    """Some ranks of `torch.distributed`, with tensors on `device`; or a single rank, which sends nothing.
 
-    Every method but the properties is called by all ranks, in the same order. `sent` counts the bytes that this rank
-    has given to each purpose.
+    All ranks call every method, in the same order; only the properties may be read by one rank alone. `sent` counts the
+    bytes that this rank sent for each purpose.
 
     Raises:
-        RuntimeError: by every method, if another rank has ended or was waited for in vain, with the purpose's name.
-            How long is waited is the `timeout` of `torch.distributed.init_process_group`.
+        RuntimeError: by every method, if another rank has ended or does not answer; the error names the purpose. The
+            waiting time is the `timeout` of `torch.distributed.init_process_group`.
     """
 
     def __init__(self, group: Any = None, device: torch.device = CPU):
@@ -45,7 +45,7 @@ class World:
         return values
 
     def begin_sum(self, values: Tensor, what: str) -> Callable[[], Tensor]:
-        """The sum over the ranks, in place, while other work goes on; what is returned waits for it."""
+        """The sum over the ranks, in place, asynchronously; the returned function waits for it."""
         work = dist.all_reduce(values, group=self.group, async_op=True)
         self.sent[what] += values.nbytes
 
@@ -57,7 +57,8 @@ class World:
         return wait
 
     def sum_at(self, values: Sequence[Tensor], what: str) -> Tensor:
-        """The sum over the ranks of what each has for this rank: `values[r]` is for rank `r`, and is overwritten."""
+        """The sum over the ranks of their contributions to this rank: `values[r]` is for rank `r`, and is
+        overwritten."""
         with self._waiting(what):
             works = [
                 dist.reduce(v, group=self.group, group_dst=r, async_op=True) for r, v in enumerate(values) if v.numel()
@@ -74,8 +75,8 @@ class World:
         return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device), what).tolist()
 
     def agreed(self, values: list[float], what: str) -> list[float]:
-        """The same numbers on all ranks, where each has computed them from what all have: rounding may differ from rank
-        to rank, and decisions may not."""
+        """The same numbers on all ranks, when each rank has computed them from the same data. Rounding may differ from
+        rank to rank, but decisions must not."""
         return self.numbers([v / self.size for v in values], what)
 
     def gather(self, value: Any, what: str) -> list[Any]:
@@ -91,7 +92,7 @@ class World:
         """The results of this rank's own pieces of work.
 
         Raises:
-            ValueError: on all ranks, if a piece of work of one of them does.
+            ValueError: on all ranks, if the work of one rank raises it.
         """
         if self.size == 1:
             return {key: do() for key, do in work.items()}
@@ -106,11 +107,11 @@ class World:
         return results
 
     def share(self, work: Mapping[str, Callable[[], Any]], costs: Mapping[str, float], what: str) -> dict[str, Any]:
-        """The results of all pieces of work, each of which one rank does. A result is an operator, or nested
+        """The results of all pieces of work, each computed by one rank. A result is an operator, or nested
         dictionaries, lists and tuples of operators, tensors, numbers and strings.
 
         Raises:
-            ValueError: on all ranks, if one piece of work does.
+            ValueError: on all ranks, if one piece of work raises it.
         """
         owners = assign({key: costs[key] for key in work}, self.size)
         results = self.together({key: do for key, do in work.items() if owners[key] == self.rank}, what)
@@ -121,8 +122,8 @@ class World:
         return {key: restore(merged[key]) for key in work}
 
     def exchanged(self, value: Any, what: str) -> list[Any]:
-        """Every rank's nested dictionaries, lists and tuples of tensors, numbers and strings. Of symmetric matrices the
-        triangles are sent."""
+        """Every rank's nested dictionaries, lists and tuples of tensors, numbers and strings. For symmetric matrices,
+        only the triangles are sent."""
         if self.size == 1:
             return [value]
         forms = self.gather(form_of(value), what)
@@ -143,8 +144,8 @@ class World:
         ]
 
     def handed_over(self, values: Tensor, to: Sequence[int], came: Sequence[int], what: str) -> list[Tensor]:
-        """What each rank has for this one: `values` has `to[r]` numbers for rank `r`, one after the other, and rank `r`
-        has `came[r]` for this rank."""
+        """The numbers that each rank has for this rank. `values` holds `to[r]` numbers for each rank `r`, one after the
+        other, and rank `r` has `came[r]` numbers for this rank."""
         received = values.new_empty(sum(came))
         with self._waiting(what):
             dist.all_to_all_single(received, values, list(came), list(to), group=self.group)
@@ -158,6 +159,6 @@ class World:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self.rank} of {self.size} did not get {what} from the others: {error}. One of them has ended "
-                "or takes another way; look at the first error of all ranks' output"
+                f"rank {self.rank} of {self.size} did not get {what} from the others: {error}. Another rank has "
+                "ended, or runs different code; look for the first error in the output of all ranks"
             ) from error

@@ -1,4 +1,4 @@
-"""Checks of what operators are given, and the error of a singular matrix."""
+"""Checks of the arguments of operators, and the error of a singular matrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_damping(damping: float, style: str = "exact") -> None:
 
 
 def check_plain(what: str, style: str, instead: str = "") -> None:
-    """Raises TypeError for a damping style that a matrix does not have: one without factors and centered coordinates.
+    """Raises TypeError for a damping style that a matrix does not support: it has no factors or centered coordinates.
 
     >>> check_plain("a sum", "factored")
     Traceback (most recent call last):

@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Block:
-    """One layer of a `BlockDiagonal`: its operator, and how its parameters are the operator's vectors.
+    """One layer of a `BlockDiagonal`: its operator, and how its parameters map to the operator's vectors.
 
     Args:
         operator: the layer's matrix, on `(W, b)`, on `W` or on `b`.
-        names: of the parameters it acts on, one for each part of its vectors.
-        layout: how the first parameter's tensor is the matrix `(d_out, d_in)`.
-        shapes: of the parameters' tensors; where left out, the operator's own, through the layout.
-        function: what torch calls the layer, `"linear"` say.
+        names: of the parameters that it acts on, one for each part of its vectors.
+        layout: how the first parameter's tensor maps to the matrix `(d_out, d_in)`.
+        shapes: of the parameters' tensors. Default: the operator's own shapes, mapped through the layout.
+        function: torch's name of the layer's function, such as `"linear"`.
 
     Example:
         >>> import torch
@@ -58,13 +58,13 @@ class Block:
             )
 
     def parts(self, v: Mapping[str, Tensor]) -> Parts:
-        """The operator's vector of what is given by the parameters' names; leading axes stay."""
+        """The operator's vector, from tensors by parameter name; leading axes are kept."""
         if self._as_it_is:
             return tuple(v[n] for n in self.names)
         return tuple(layout.to_operator(v[n], own, its) for n, layout, own, its in self._ways())
 
     def named(self, parts: Parts) -> dict[str, Tensor]:
-        """Undoes `parts`: the tensors by name, in the parameters' shapes."""
+        """The inverse of `parts`: the tensors by name, in the parameters' shapes."""
         if self._as_it_is:
             return dict(zip(self.names, parts, strict=True))
         return {
@@ -89,16 +89,16 @@ class Block:
 class BlockDiagonal(Operator):
     """`blockdiag(M_1, M_2, ...)`: independent blocks, one for each layer, over the named parameters of a model.
 
-    What `natgrad.fisher` returns for the structures that go by layers. Every operation is done block by block: traces
-    and log-determinants add up, inverses and powers are again of this kind. A vector is a `dict` of name to tensor, or
-    one flat tensor of `space.size` numbers.
+    `natgrad.fisher` returns this for structures with one block per layer. Every operation works block by block: traces
+    and log-determinants are sums over blocks, inverses and powers are block diagonal again. A vector is a `dict` of
+    name to tensor, or one flat tensor of `space.size` numbers.
 
     Args:
         layers: the blocks by the layers' names.
         space: the parameters of all layers, named, in the model's order.
 
     Raises:
-        ValueError: by `inverse`, `power` and `logdet`, if a block cannot; its layer is named.
+        ValueError: by `inverse`, `power` and `logdet`, if a block fails; the error names its layer.
 
     Example:
         >>> import torch
@@ -121,9 +121,10 @@ class BlockDiagonal(Operator):
 
     @property
     def blocks(self) -> dict[str, Operator]:
-        """Each layer's operator by the layer's name, acting on its parameters.
+        """Each layer's operator on its parameters, by the layer's name.
 
-        One whose weight is a matrix in another form than its tensor's (`addmm`'s, a kernel) is a matrix of named parts.
+        If the matrix of a weight has another shape than its tensor (in `addmm`, a kernel), the operator acts on named
+        parts.
         """
         return ByLayer({name: self._alone(name, block) for name, block in self.layers.items()})
 
@@ -138,7 +139,7 @@ class BlockDiagonal(Operator):
         return f"{super().__repr__()[:-1]}{more})"
 
     def diagonal_factors(self) -> dict[str, str]:
-        """The layers of which a factor is kept as its diagonal, and which: `{"head": "B 50257 (diagonal)"}`."""
+        """The layers that keep only the diagonal of a factor, and which factor: `{"head": "B 50257 (diagonal)"}`."""
         described = {name: block.operator.describe().split(", ") for name, block in self.layers.items()}
         found = {name: [part for part in parts if part.endswith("(diagonal)")] for name, parts in described.items()}
         return {name: ", ".join(parts) for name, parts in found.items() if parts}
@@ -216,7 +217,7 @@ class BlockDiagonal(Operator):
         return BlockDiagonal(self._by_layer(lambda block: block.with_operator(change(block.operator))), self.space)
 
     def _by_layer(self, of: Callable[[Block], T]) -> dict[str, T]:
-        """Something of every block; an error names the layer."""
+        """Applies `of` to every block; an error names the layer."""
         found = {}
         for name, block in self.layers.items():
             try:

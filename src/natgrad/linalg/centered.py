@@ -1,4 +1,4 @@
-"""The centered Kronecker product: weight and bias apart, the input factor a covariance."""
+"""The centered Kronecker product: weight and bias are separate, and the input factor is a covariance."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from natgrad.linalg.space import Parts, Space
 class CenteredKronecker(Operator):
     """`A ⊗ B` for `A = [[C + m mᵀ, m], [mᵀ, 1]]`, held as `Tᵀ blockdiag(C ⊗ B, B) T`.
 
-    It acts on the pair `(W, b)`. `T: (W, b) ↦ (W, b + W m)` has determinant 1, so that inverse, determinant
-    and samples all come from `C` and `B` alone. Plain damping takes the eigenbases of `A` and `B`. With
-    `damping_style="centered"` it is added in the centered coordinates `(W, b + W m)`: the damped solve, as a change of
-    the layer's function, then does not depend on a shift of its inputs.
+    It acts on the pair `(W, b)`. `T: (W, b) ↦ (W, b + W m)` has determinant 1, so inverse, determinant and samples
+    follow from `C` and `B` alone. Plain damping uses the eigenbases of `A` and `B`. `damping_style="centered"` adds the
+    damping in the centered coordinates `(W, b + W m)`: then the damped solve, as a change of the layer's function, does
+    not depend on a shift of the layer's inputs.
 
     Args:
         covariance: `C = cov(h)`, `(d_in, d_in)`, or its diagonal.
@@ -33,7 +33,7 @@ class CenteredKronecker(Operator):
         output: `B`, `(d_out, d_out)`, or its diagonal.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not match.
 
     Example:
         >>> import torch
@@ -68,8 +68,8 @@ class CenteredKronecker(Operator):
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         """`(A ⊗ B + λ I)⁻¹`; with `damping_style="centered"` `T⁻¹ blockdiag(C ⊗ B + λ I, B + λ I)⁻¹ T⁻ᵀ`.
 
-        `damping_style="factored"` replaces the first block of that by `(C + π√λ I) ⊗ (B + √λ/π I)`. The bias keeps
-        `B + λ I`: its input factor is 1, so the weight's π is not its own.
+        `damping_style="factored"` replaces that first block by `(C + π√λ I) ⊗ (B + √λ/π I)`. The bias keeps `B + λ I`:
+        its input factor is 1, so the π of the weight does not apply to it.
         """
         check_damping(damping, damping_style)
         if damping == 0 or damping_style == "centered":
@@ -85,15 +85,15 @@ class CenteredKronecker(Operator):
         return self.inverse(damping) if exponent == -1 else self._plain().power(exponent, damping)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
-        """`log det (A ⊗ B + λ I)`; undamped `d_out logdet C + (d_in + 1) logdet B`."""
+        """`log det (A ⊗ B + λ I)`; without damping `d_out logdet C + (d_in + 1) logdet B`."""
         check_damping(damping)
         return self._centered.logdet() if damping == 0 else self._plain().logdet(damping)
 
     def _plain(self) -> Homogeneous | Centered:
         """The same matrix in a form to which `λ I` can be added: in the eigenbases of `A` and `B`. The eigenvalues of
-        `A` are found in float64, as a large mean leaves few digits to the covariance.
+        `A` are computed in float64: a large mean leaves few significant digits for the covariance.
 
-        Where `C` is a diagonal, and `A` would take too much memory: by the rows of the centered form.
+        If `C` is a diagonal and `A` would take too much memory, the rows of the centered form are used instead.
         """
         if self.C.ndim == 1:
             return self._centered
@@ -138,16 +138,16 @@ class CenteredKronecker(Operator):
 
 
 class Centered(Operator):
-    """`Tᵀ blockdiag(weight, bias) T` with `T: (W, b) ↦ (W, b + W m)`: centered EKFAC's block, and any other whose
+    """`Tᵀ blockdiag(weight, bias) T` with `T: (W, b) ↦ (W, b + W m)`: centered EKFAC's block, and any other block whose
     weight and bias are independent in centered coordinates. It acts on the pair `(W, b)`.
 
-    Plain damping goes by the rows in the weight's output basis, where they are independent of one another; with
-    `damping_style="centered"` it is added to both blocks.
+    Plain damping works on the rows in the weight's output basis, where the rows are independent.
+    `damping_style="centered"` adds the damping to both blocks.
 
     Args:
         weight: on `W`, `(d_out, d_in)`.
-        bias: on the mean pre-activation `b + W m`, `(d_out,)`. One that is not diagonal in the weight's output basis is
-            damped, but for `damping_style="centered"`, by way of the dense matrix.
+        bias: on the mean pre-activation `b + W m`, `(d_out,)`. If it is not diagonal in the weight's output basis,
+            plain damping uses the dense matrix.
         mean: `m = E[h]`, `(d_in,)`.
 
     Example:
@@ -179,7 +179,7 @@ class Centered(Operator):
         return W, b + W @ self.m
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
-        """`(M + λ I)⁻¹`; with `damping_style="centered"` (and `"factored"`, as there are no factors to damp)
+        """`(M + λ I)⁻¹`. With `damping_style="centered"`, and also `"factored"` because there are no factors to damp:
         `T⁻¹ blockdiag(weight + λ I, bias + λ I)⁻¹ T⁻ᵀ`."""
         check_damping(damping, damping_style)
         if damping == 0 or damping_style != "exact":
@@ -196,7 +196,7 @@ class Centered(Operator):
         return self._damped(damping).logdet() if damping else self.weight.logdet() + self.bias.logdet()
 
     def _damped(self, damping: float) -> CenteredPower | Dense:
-        """`M + λ I`, by its rows, or dense."""
+        """`M + λ I`, by rows, or dense."""
         rows = self._rows()
         if rows is not None:
             return CenteredPower(rows, 1.0, damping)
@@ -219,7 +219,7 @@ class Centered(Operator):
         rounding = 64 * torch.finfo(self.dtype).eps * len(beta) ** 0.5 * P.norm()
         if P.ndim == 2 and (P - beta.diag()).norm() > rounding:
             return None
-        # Of a bias without gradient rounding may leave what is below zero.
+        # Rounding may make the values of a bias without gradient negative.
         beta = torch.where(beta.abs() <= rounding, beta.clamp_min(0), beta)
         return CenteredRows(U_A, U_B, weight.values, beta, self.m if U_A is None else self.m @ U_A)
 
@@ -264,7 +264,7 @@ class CenteredInverse(Operator):
         return self.from_coordinates(self.apart(parts))
 
     def apart(self, parts: Parts) -> Parts:
-        """`ΔW` and the change `Δb + ΔW m = bias(∇_b)` of the mean pre-activation, without the last step."""
+        """`ΔW` and `Δb + ΔW m = bias(∇_b)`, the change of the mean pre-activation."""
         grad_W, grad_b = parts
         (W,) = self.weight._matmul((torch.addcmul(grad_W, grad_b.unsqueeze(-1), self.m, value=-1),))
         (c,) = self.bias._matmul((grad_b,))
@@ -293,7 +293,7 @@ class CenteredInverse(Operator):
         return self.weight.trace() + self.weight.diagonal_along(self.m).sum() + self.bias.trace()
 
     def _diagonal(self) -> Parts:
-        """`b = c − W m` has the variances of `c` and of `W m`, which are independent."""
+        """`b = c − W m`, so its variance is that of `c` plus that of `W m`, which are independent."""
         (W,), (c,) = self.weight._diagonal(), self.bias._diagonal()
         return W, c + self.weight.diagonal_along(self.m)
 
@@ -302,13 +302,15 @@ class CenteredInverse(Operator):
 
 
 def _space_of(weight: Kronecker | KroneckerEigen, bias: Operator, mean: Tensor) -> Space:
-    """The vectors `(W, b)` of a weight's operator and a bias's. Raises where they do not fit together."""
+    """The vectors `(W, b)` of the operators of weight and bias. Raises if these do not match."""
     if not isinstance(weight, (Kronecker, KroneckerEigen)):
         raise TypeError(f"weight is {described(weight)}; expected a Kronecker or a KroneckerEigen")
     check_operator("a centered block", "bias", bias)
     d_out, d_in = weight.space.shapes[0]
     if bias.space.shapes != ((d_out,),):
-        raise ValueError(f"bias acts on {bias.space.describe()}; expected vectors of {d_out}, as the weight has rows")
+        raise ValueError(
+            f"bias acts on {bias.space.describe()}; expected vectors of {d_out}, one entry for each row of weight"
+        )
     check_tensors("a centered block", {"mean": (mean, (d_in,))})
     return Space(((d_out, d_in), (d_out,)))
 
@@ -319,7 +321,7 @@ def matrix_of(F: Tensor) -> Dense | Diagonal:
 
 
 def factor_of(operator: Operator) -> Tensor:
-    """What `matrix_of` was given."""
+    """The inverse of `matrix_of`."""
     return operator.values[0] if isinstance(operator, Diagonal) else operator._dense()
 
 
@@ -333,7 +335,7 @@ def homogeneous_inverse(C: Float[Tensor, "d d"], m: Float[Tensor, " d"]) -> Floa
         m: the mean of `h`, `(d_in,)`.
 
     Raises:
-        ValueError: if `C` is singular, or the shapes do not fit.
+        ValueError: if `C` is singular, or the shapes do not match.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""A centered block with plain damping, and its powers: row by row in the basis of the outputs."""
+"""A centered block with plain damping, and its powers, row by row in the basis of the outputs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class CenteredRows:
     Row `j` has the matrix `M_j = diag(d_j, 0) + β_j z zᵀ` on its weights and its bias, with `z = [m; 1]`.
 
     Args:
-        U_A: the basis of the inputs; None: the identity.
-        U_B: that of the outputs.
-        d: the eigenvalues of the weight's part.
-        beta: those of the bias's part.
+        U_A: the basis of the inputs; None for the identity.
+        U_B: the basis of the outputs.
+        d: the eigenvalues of the weight's block.
+        beta: the eigenvalues of the bias's block.
         m: the mean of the inputs, in their basis.
     """
 
@@ -68,7 +68,8 @@ class CenteredRows:
 
 
 class Diagonals(NamedTuple):
-    """What the diagonal of a matrix is found from whose rows are `diag(values) + weight k kᵀ` and `bias`."""
+    """The row-wise quantities that give the diagonal of a matrix. Each row has the matrix `diag(values) + weight k kᵀ`
+    for its weights, and `bias` for its bias."""
 
     values: Float[Tensor, "o i"]
     weight: Float[Tensor, " o"]
@@ -76,11 +77,11 @@ class Diagonals(NamedTuple):
     bias: Float[Tensor, " o"]
 
     def traces(self) -> Float[Tensor, " o"]:
-        """Of every row's matrix."""
+        """The trace of each row's matrix."""
         return self.values.sum(-1) + self.weight * self.k.square().sum(-1) + self.bias
 
     def in_parameters(self, rows: CenteredRows) -> Parts:
-        """The diagonal itself."""
+        """The diagonal, in the order of the parameters."""
         U_A, U_B = (None if U is None else U.square() for U in (rows.U_A, rows.U_B))
         W = factor.rotate(self.values, None, U_A, back=True)
         W = W + self.weight.unsqueeze(-1) * factor.rotate(self.k, None, rows.U_A, back=True).square()
@@ -93,7 +94,7 @@ class Resolvent:
 
         a M + τI = T_ρᵀ blockdiag(diag(a d + τ) + γ m mᵀ, aβ + τ) T_ρ,      T_ρ: (W, b) ↦ (W, b + ρ W m)
 
-    which is centering with a smaller mean: `ρ = 1` without damping. All terms are positive, so nothing cancels.
+    This is centering with a smaller mean: `ρ = 1` without damping. All terms are positive, so nothing cancels.
     """
 
     def __init__(self, d: Tensor, beta: Tensor, m: Tensor, tau: float, a: float = 1.0):
@@ -139,7 +140,7 @@ class Resolvent:
         return Diagonals(self.E, -self.gamma / self.change, self.k, self.q + self.rho.square() * self.mu / self.change)
 
     def diagonals_of_product(self) -> Diagonals:
-        """Of `M (a M + τI)⁻¹`."""
+        """The same for `M (a M + τI)⁻¹`."""
         bias = self.beta * self.q / self.change
         return Diagonals(self.d * self.E, self.tau**2 * bias, self.k, bias)
 
@@ -152,9 +153,9 @@ class Resolvent:
 
 
 class CenteredPower(Operator):
-    """`(M + λI)^p` for a centered block `M`, with plain damping: its inverse, the damped matrix itself, its roots.
+    """`(M + λI)^p` for a centered block `M`, with plain damping: the inverse, the damped matrix, its roots.
 
-    Exponents that are no whole numbers are sums of damped inverses, to a relative error of rounding.
+    For a fractional exponent, the power is a sum of damped inverses, with a relative error at rounding level.
 
     Args:
         rows: `M`, in its bases.
@@ -183,7 +184,7 @@ class CenteredPower(Operator):
         return "centered, plain damping"
 
     def _fraction(self, s: float) -> list[Term]:
-        """Terms of `x^-s` over the spectrum, which is within the rows' traces."""
+        """Terms of `x^-s` on the interval that contains the spectrum, bounded by the rows' traces."""
         if not s:
             return []
         low = 1 / float(self._resolvent.diagonals().traces().max())
@@ -241,11 +242,11 @@ class CenteredPower(Operator):
 
     @property
     def _identity(self) -> float:
-        """The multiple of the identity in the matrix: the damping's, or all of the power zero."""
+        """The multiple of the identity in the matrix: from the damping, or all of it for the power zero."""
         return {1.0: self.damping, 0.0: 1.0}.get(self.exponent, 0.0)
 
     def _diagonals(self, what: str) -> list[tuple[float, Diagonals]]:
-        """What the diagonal is the sum of, besides the identity's share."""
+        """The terms of the diagonal, apart from the identity's share."""
         if self.exponent == 0:
             return []
         if self.exponent == -1:

@@ -1,4 +1,4 @@
-"""A layer's exact block from its columns themselves, where a layer is no plain affine map of its inputs."""
+"""A layer's exact block from its columns, for layers that are not a plain affine map of their inputs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from natgrad.linalg.space import Parts, Space
 
 
 class ColumnBlock(ExactBlock):
-    """`G = S Sᵀ` with the columns of `S` written out: `√scale` times the gradient of every example and column of `D`.
+    """`G = S Sᵀ` with explicit columns of `S`: `√scale` times the gradient for every example and column of `D`.
 
     Args:
         columns: `(examples n, k, size)`, in torch order.
-        shapes: those of the parts of a vector.
+        shapes: of the parts of a vector.
         scale: `1/N` for the mean over cases.
 
     Example:
@@ -57,7 +57,7 @@ class ColumnBlock(ExactBlock):
 
     @property
     def S(self) -> Float[Tensor, "n k p"]:
-        """The columns as they were given, without the scale; those of several batches filled up with zeros."""
+        """The given columns, without the scale; with several batches, padded with zeros."""
         return stacked([p.g[:, :, 0] for p in self.pieces])
 
     def _split(self, parts: Parts) -> tuple[Tensor | None, Tensor | None]:
@@ -86,7 +86,9 @@ class ColumnBlock(ExactBlock):
     @property
     def bb(self) -> Dense:
         if len(self.shapes) < 2:
-            raise ValueError(f"this block is of one parameter, of shape {self.shapes[0]}, and has no bb; expected two")
+            raise ValueError(
+                f"this block has one parameter, of shape {self.shapes[0]}, so it has no bb; expected two parameters"
+            )
         b = self.space.unflatten(self.S)[-1].flatten(0, 1).flatten(1)
         return Dense(self.scale * b.mT @ b)
 
@@ -100,5 +102,5 @@ class ColumnBlock(ExactBlock):
 
 
 def written(columns: Float[Tensor, "n k p"]) -> Piece:
-    """Columns that are written out, as the cases of a lone bias of as many numbers."""
+    """Explicit columns, represented as the cases of a bias with as many entries."""
     return Piece(columns.new_empty(len(columns), 1, 0), columns.unsqueeze(2))

@@ -1,4 +1,4 @@
-"""Sums and multiples of operators that have no structure of their own in common."""
+"""Sums and multiples of operators for which no structure is kept."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from natgrad.linalg.space import Parts
 
 @later
 class Scaled(Operator):
-    """`factor M`, where `M` has no multiple of its own structure. Operations are `M`'s own, with `damping / factor`.
+    """`factor M`, for an `M` whose structure cannot be scaled. Operations are those of `M`, with `damping / factor`.
 
     Args:
         operator: `M`.
-        factor: a finite number. With one that is not above zero there are products, trace, norm and diagonal.
+        factor: a finite number. If it is not above zero, only products, trace, norm and diagonal are available.
 
     Raises:
         ValueError: by `inverse`, `power`, `logdet` and `sample`, if the factor is not above zero.
@@ -88,13 +88,13 @@ class Scaled(Operator):
 
 @later
 class Sum(Operator):
-    """`M₁ + M₂ + ...`. `damping` is added to the parameters' own coordinates, whatever the terms are.
+    """`M₁ + M₂ + ...`. `damping` is added in the parameters' own coordinates, for any terms.
 
-    Products, trace and diagonal are exact. `solve` and `inverse` use conjugate gradients; a power, a
-    log-determinant and samples need `Dense(F.to_dense(), F.space)`.
+    Products, trace and diagonal are exact. `solve` and `inverse` use conjugate gradients. For a power, a
+    log-determinant or samples, use `Dense(F.to_dense(), F.space)`.
 
     Args:
-        terms: operators on the same vectors, at least one; sums among them are taken apart.
+        terms: operators on the same vectors, at least one; sums among them are split into their terms.
 
     Example:
         >>> import torch

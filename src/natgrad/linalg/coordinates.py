@@ -1,4 +1,4 @@
-"""Pairs of a scale and a shift, coordinate by coordinate: blocks of two rows."""
+"""Pairs of a scale and a shift: one block of two rows for each coordinate."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ WHAT = "a block of scale and shift"
 
 
 class CoordinateBlocks(Operator):
-    """`[[E[g_w²], E[g_w g_c]], [E[g_w g_c], E[g_c²]]]` for each coordinate of `(w, c)`, nothing between coordinates.
+    """`[[E[g_w²], E[g_w g_c]], [E[g_w g_c], E[g_c²]]]` for each coordinate of `(w, c)`; zero between coordinates.
 
     Held as `Tᵀ [[v, r], [r, s]] T` with `T: (w, c) ↦ (w, c + m w)`, `s = E[g_c²]`, `m = E[g_w g_c]/s`, `r = 0` and
-    `v = E[g_w²] − m² s`. With `y = w z + c` and one place per example `m` is the mean of `z`, weighted by `g²`, and
+    `v = E[g_w²] − m² s`. For `y = w z + c` with one position per example, `m` is the mean of `z` weighted by `g²`. Then
     `damping_style="centered"`, which damps these coordinates, does not depend on a shift of `z`.
 
-    A shift may have no gradient but for rounding, as before another normalization. A quotient of rounding errors is no
-    mean: there `m = 0`, and `r = E[g_w g_c]`, so that the matrix is what it is.
+    The gradient of a shift may be zero up to rounding, for example before another normalization. A quotient of rounding
+    errors is not a mean: there `m = 0` and `r = E[g_w g_c]`, which represents the same matrix.
 
     Args:
         scale: `v`, `(d,)`.
         mean: `m`, `(d,)`.
         shift: `s`, `(d,)`.
-        cross: `r`, `(d,)`; None: zeros.
+        cross: `r`, `(d,)`; None for zeros.
 
     Example:
         >>> import torch
@@ -57,7 +57,7 @@ class CoordinateBlocks(Operator):
         """From `E[g_w²]`, `E[g_w g_c]` and `E[g_c²]`, each `(d,)`."""
         has_mean = cc > torch.finfo(cc.dtype).eps ** 0.5 * ww
         m = torch.where(has_mean, wc / cc, 0.0)
-        # Not below zero but for rounding, by Cauchy and Schwarz.
+        # Negative only by rounding, by the Cauchy-Schwarz inequality.
         return cls((ww - m * wc).clamp_min(0), m, cc, torch.where(has_mean, 0.0, wc))
 
     def describe(self) -> str:
@@ -74,13 +74,13 @@ class CoordinateBlocks(Operator):
         return w, c + self.m * w
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> CoordinateBlocks | CoordinateInverse:
-        """`(M + λ I)⁻¹`, coordinate by coordinate; with `damping_style="centered"` (and `"factored"`, as there are no
-        factors to damp) `T⁻¹ [[v + λ, r], [r, s + λ]]⁻¹ T⁻ᵀ`."""
+        """`(M + λ I)⁻¹`, coordinate by coordinate. With `damping_style="centered"`, and also `"factored"` because there
+        are no factors to damp: `T⁻¹ [[v + λ, r], [r, s + λ]]⁻¹ T⁻ᵀ`."""
         check_damping(damping, damping_style)
         if damping and damping_style == "exact":
             return self.power(-1.0, damping)
         v, s = (positive(x + damping, WHAT, damping) for x in (self.v, self.s))
-        # What is left of each given the other; where r = 0, all of it.
+        # The Schur complement of each; the entry itself if r = 0.
         v_alone, s_alone = (positive(x, WHAT, damping) for x in (v - self.r.square() / s, s - self.r.square() / v))
         return CoordinateInverse(1 / v_alone, self.m, 1 / s_alone, -self.r / (v_alone * s))
 
@@ -114,7 +114,7 @@ class CoordinateBlocks(Operator):
         return self.v + 2 * self.m * self.r + self.m.square() * self.s, self.m * self.s + self.r, self.s
 
     def determinants(self) -> Tensor:
-        """Of every coordinate's block: of a difference of products only where there is no mean."""
+        """Of each coordinate's block. Only a block without a mean needs a difference of products."""
         vs = self.v * self.s
         return torch.where(self.r == 0, vs, (vs - self.r.square()).clamp_min(0))
 
@@ -171,7 +171,7 @@ class CoordinateInverse(Operator):
         return self.from_coordinates(self.apart(parts))
 
     def apart(self, parts: Parts) -> Parts:
-        """`Δw` and the change `Δc + m Δw` of the mean output, without the last step."""
+        """`Δw` and `Δc + m Δw`, the change of the mean output."""
         w, c = parts
         w = w - self.m * c
         return self.v * w + self.r * c, self.s * c + self.r * w

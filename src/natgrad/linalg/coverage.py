@@ -1,4 +1,4 @@
-"""What a matrix holds of every parameter: how it is used, by which structure it is held, in how much memory."""
+"""How a matrix represents each parameter: how it is used, by which structure, in how much memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ HEADINGS = ("parameter", "shape", "use", "structure", "memory")
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One parameter. `bytes` are those of its block, which it shares with the others of its layer (`layer`)."""
+    """One parameter. `bytes` is the size of its block, which it shares with the other parameters of its layer
+    (`layer`)."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -28,11 +29,11 @@ class CoverageRow:
 
 
 class Coverage:
-    """What `coverage()` of a matrix gives: a `CoverageRow` for each parameter, in the model's order; printed, a table.
+    """The result of `coverage()`: a `CoverageRow` for each parameter, in the model's order. It prints as a table.
 
     Args:
-        rows: with `parameter`, `shape`, `layer`, `use`, `structure`, and `bytes` of the layer's block.
-        notes: what else is to be known of the matrix, a sentence each: lines below the table.
+        rows: with `parameter`, `shape`, `layer`, `use`, `structure`, and the `bytes` of the layer's block.
+        notes: more facts about the matrix, one sentence each, printed below the table.
 
     Example:
         >>> import torch, natgrad
@@ -55,7 +56,8 @@ class Coverage:
         return [asdict(row) for row in self.rows]
 
     def table(self) -> str:
-        """A line for each parameter; a block's memory stands with its first parameter. The last line has the sum."""
+        """One line for each parameter. A block's memory is in the line of its first parameter, the sum in the last
+        line."""
         lines = [HEADINGS, *self._lines(), ("all", "", "", "", _size(self._total()))]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["  ".join(word.ljust(n) for word, n in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -85,7 +87,7 @@ class Coverage:
 
 @later
 def operator_html(operator: Operator) -> str:
-    """A matrix for notebooks: each block of one with blocks, else a line."""
+    """A matrix for notebooks: a table of its blocks, or else one line."""
     note = f"{operator.space.size:,} rows, {str(operator.dtype).removeprefix('torch.')}, on {operator.device}"
     if not isinstance(operator, BlockDiagonal):
         held = nbytes(operator)

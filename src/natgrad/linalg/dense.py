@@ -1,4 +1,4 @@
-"""A matrix held in full, over vectors of any form."""
+"""A matrix with explicit entries, over vectors of any form."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Dense(Operator):
     """A symmetric matrix `(size, size)` in torch order. The reference for every other structure.
 
     Args:
-        matrix: `(size, size)`, symmetric; it is not copied.
+        matrix: `(size, size)`, symmetric; not copied.
         space: the form of its vectors. None: tensors of shape `(size,)`.
 
     Raises:
-        ValueError: by what needs it, if the damped matrix is not positive definite.
+        ValueError: by operations that need it, if the damped matrix is not positive definite.
 
     Example:
         >>> import torch
@@ -37,7 +37,9 @@ class Dense(Operator):
         check_tensors("Dense", {"matrix": (matrix, matrix.shape)})
         self.space = space or Space(((len(matrix),),))
         if self.space.size != len(matrix):
-            raise ValueError(f"matrix has {len(matrix)} rows and space {self.space.size} numbers; expected as many")
+            raise ValueError(
+                f"matrix has {len(matrix)} rows but space has {self.space.size} numbers; expected the same"
+            )
         self.dtype, self.device = matrix.dtype, matrix.device
         self._eigh: tuple[Tensor, Tensor] | None = None
 
@@ -50,7 +52,7 @@ class Dense(Operator):
         return self.space.unflatten(self.space.flatten(parts) @ self.matrix)
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Dense:
-        check_damping(damping, damping_style)  # a matrix of one factor: both styles add `damping I` to it
+        check_damping(damping, damping_style)  # without factors or centered coordinates, every style adds `damping I`
         damped = self.matrix + damping * torch.eye(len(self.matrix), dtype=self.dtype, device=self.device)
         return Dense(inverse_from_cholesky(damped, "the matrix", damping), self.space)
 

@@ -1,4 +1,4 @@
-"""How a matrix's eigenvalues are spread: all of them where the structure has them, else by Lanczos quadrature."""
+"""The distribution of a matrix's eigenvalues: exact if the structure gives them, else by Lanczos quadrature."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SpectralDensity:
 
     Args:
         nodes: eigenvalues, or the nodes of a quadrature, ascending.
-        weights: the share of the spectrum that each stands for.
+        weights: the share of the spectrum that each node represents.
         size: how many eigenvalues the matrix has.
         exact: whether the nodes are the eigenvalues themselves.
 
@@ -60,7 +60,7 @@ class SpectralDensity:
     def plot(self, path: str | PathLike[str], bins: int = 60) -> None:
         """Draws a histogram of the eigenvalues by their size, on logarithmic axes, to an image file.
 
-        Eigenvalues below rounding count as zero, and stand in the title.
+        Eigenvalues below rounding count as zero; the title gives their share.
         """
         from natgrad.report.figures import COLOURS, new_figure, save, tidy
 
@@ -94,7 +94,7 @@ class SpectralDensity:
 def spectral_density(
     operator: Operator, samples: int = 10, steps: int = 100, generator: torch.Generator | None = None
 ) -> SpectralDensity:
-    """The eigenvalues, or the mean of the quadratures of `samples` random vectors, of `steps` products each."""
+    """The exact eigenvalues, or the mean quadrature of `samples` random vectors with `steps` products each."""
     check_count("steps", steps, "products")
     try:
         e = eigenvalues(operator).sort().values

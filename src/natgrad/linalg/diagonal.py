@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import described
-from natgrad.linalg.arguments import check_damping
+from natgrad.linalg.arguments import check_damping, check_exponent
 from natgrad.linalg.eigen import positive
 from natgrad.linalg.fitting import check_tensors
 from natgrad.linalg.operator import Operator
@@ -17,11 +17,11 @@ class Diagonal(Operator):
     """`diag(values)`: products, inverses and powers entry by entry.
 
     Args:
-        values: the diagonal as the parts of a vector: one tensor for each of the space's shapes.
-        space: the form of its vectors. None: tensors of the values' own shapes.
+        values: the diagonal, as the parts of a vector: one tensor for each shape of the space.
+        space: the form of its vectors. None: tensors with the shapes of the values.
 
     Raises:
-        ValueError: by what needs it, if an entry of the damped diagonal is not above zero.
+        ValueError: by operations that need it, if an entry of the damped diagonal is not positive.
 
     Example:
         >>> import torch
@@ -37,7 +37,9 @@ class Diagonal(Operator):
         self.space = space or Space(tuple(tuple(v.shape) for v in self.values))
         labels = self.space.labels()
         if not self.values or len(labels) != len(self.values):
-            raise ValueError(f"values has {len(self.values)} tensors and space {len(labels)} parts; expected as many")
+            raise ValueError(
+                f"values has {len(self.values)} tensors but space has {len(labels)} parts; expected the same"
+            )
         fitting = zip(labels, zip(self.values, self.space.shapes, strict=True), strict=True)
         check_tensors("Diagonal", dict(fitting))
         self.dtype, self.device = self.values[0].dtype, self.values[0].device
@@ -49,10 +51,11 @@ class Diagonal(Operator):
         return tuple(v * p for v, p in zip(self.values, parts, strict=True))
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Diagonal:
-        check_damping(damping, damping_style)  # a matrix of one factor: both styles add `damping I` to it
+        check_damping(damping, damping_style)  # without factors or centered coordinates, every style adds `damping I`
         return self.power(-1.0, damping)
 
     def power(self, exponent: float, damping: float = 0.0) -> Diagonal:
+        check_exponent(exponent)
         return Diagonal(tuple(v**exponent for v in self._damped(damping)), self.space)
 
     def logdet(self, damping: float = 0.0) -> Tensor:

@@ -14,7 +14,7 @@ from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
 
 FORMED = 2_000
-"""A matrix of no more rows than this is formed where there is no other way to its powers or eigenvectors."""
+"""If there is no other way to its powers or eigenvectors, a matrix with at most this many rows is formed."""
 
 
 class DiagonalPlusLowRank(Operator):
@@ -24,8 +24,8 @@ class DiagonalPlusLowRank(Operator):
 
         M + λ I = D^½ (I + Z diag(w) Zᵀ) D^½,    (M + λ I)⁻¹ = D⁻¹ − (D^-½ Z) diag(w / (1 + w)) (D^-½ Z)ᵀ
 
-    so that inverses, determinants and samples take `size rank²` operations (Woodbury's identity). Other powers have no
-    such form: they are those of the dense matrix, up to 2,000 rows.
+    so inverses, determinants and samples take `size rank²` operations (Woodbury's identity). Other powers have no such
+    form: for up to 2,000 rows, they are computed from the dense matrix.
 
     Args:
         d: the diagonal, `(size,)`, in torch order.
@@ -34,7 +34,7 @@ class DiagonalPlusLowRank(Operator):
         space: the form of its vectors. None: tensors of shape `(size,)`.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not match.
 
     Example:
         >>> import torch
@@ -68,7 +68,7 @@ class DiagonalPlusLowRank(Operator):
         return self.space.unflatten(self.d * v + ((v @ self.U) * self.values) @ self.U.mT)
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> DiagonalPlusLowRank:
-        check_damping(damping, damping_style)  # a matrix without coordinates or factors: all styles add `damping I`
+        check_damping(damping, damping_style)  # without factors or centered coordinates, every style adds `damping I`
         root, Z, w = self._whitened(damping)
         return DiagonalPlusLowRank(root.square().reciprocal(), Z / root.unsqueeze(1), -w / (1 + w), self.space)
 
@@ -79,8 +79,8 @@ class DiagonalPlusLowRank(Operator):
             return self.inverse(damping)
         if self.space.size > FORMED:
             raise TypeError(
-                f"{self._label()} has no power {exponent} of its own, and its {self.space.size} rows are too many to "
-                "form it; use structure='kfac' or 'diagonal', or 'dense' for a small model"
+                f"{self._label()} has no power {exponent} of its own, and with {self.space.size} rows it is too large "
+                "to form; use structure='kfac' or 'diagonal', or 'dense' for a small model"
             )
         return Dense(self._dense(), self.space).power(exponent, damping)
 
@@ -124,14 +124,15 @@ class DiagonalPlusLowRank(Operator):
 
 
 def nearest_low_rank(block: ExactBlock, rank: int) -> DiagonalPlusLowRank:
-    """The `rank` largest eigenvalues of an exact block with their vectors, and beside them what makes its diagonal the
-    exact one.
+    """The `rank` largest eigenvalues of an exact block with their eigenvectors, plus the diagonal that makes the
+    result's diagonal exact.
 
-    Eigenvalues that equal the last one, as under squared error, are kept, too: a part of their vectors would be any
-    part. (Where the block and its Gram matrix have more than 2,000 rows they are not known.)
+    Eigenvalues equal to the last one are kept too, as they occur with squared error: their eigenvectors are not unique,
+    so a part of them would be arbitrary. (If the block and its Gram matrix have more than 2,000 rows, they are not
+    known.)
     """
     space, count = block.space, min(block.space.size, block.rank_bound, rank)
-    if count == 0:  # a layer that no case has reached
+    if count == 0:  # a layer without cases
         zeros = torch.zeros(space.size, dtype=block.dtype, device=block.device)
         return DiagonalPlusLowRank(zeros, zeros[:, None][:, :0], zeros[:0], space)
     if min(block.space.size, block.rank_bound) > FORMED:
@@ -144,8 +145,8 @@ def nearest_low_rank(block: ExactBlock, rank: int) -> DiagonalPlusLowRank:
         eps = torch.finfo(every.dtype).eps
         kept = (every >= every[-count] - eps**0.5 * every[-1]) & (every > every[-1] * eps * len(every))
         e, Q = every[kept], Q[:, kept]
-        if not block._is_small():  # eigenvectors of SᵀS: those of S Sᵀ are S q / √e
+        if not block._is_small():  # from the eigenvectors q of SᵀS, those of S Sᵀ are S q / √e
             Q = torch.cat([p.flatten(1) for p in block._outer(Q.mT)], 1).mT * (block.scale / e).sqrt()
         U = Q
     rest = space.flatten(block._diagonal()) - U.square() @ e
-    return DiagonalPlusLowRank(rest.clamp_min(0), U, e, space)  # what is below zero is rounding
+    return DiagonalPlusLowRank(rest.clamp_min(0), U, e, space)  # negative values are rounding errors

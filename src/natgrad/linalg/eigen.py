@@ -1,4 +1,4 @@
-"""Eigenvalues and Cholesky factors, with one clear error where a matrix has none."""
+"""Eigenvalues and Cholesky factors, with one clear error if a matrix has none."""
 
 import torch
 from jaxtyping import Float
@@ -7,14 +7,13 @@ from torch import Tensor
 from natgrad.linalg.arguments import singular
 
 WELL_CONDITIONED = 1e-4
-"""The least ratio of two pivots for which float32 keeps about three digits of an inverse."""
+"""The smallest ratio of two pivots for which float32 keeps about three digits of an inverse."""
 
 
 def eigh(M: Float[Tensor, "d d"], what: str) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-    """Ascending eigenvalues and eigenvectors of a symmetric matrix, row by row in memory.
+    """Ascending eigenvalues and eigenvectors of a symmetric matrix, in row-major memory.
 
-    On matrices with many equal eigenvalues the float32 solver can fail, or return NaN and say nothing; float64 is
-    tried then.
+    On matrices with many equal eigenvalues the float32 solver can fail, or silently return NaN. Then float64 is used.
     """
     if not torch.isfinite(M).all():
         raise ValueError(f"{what} has entries that are not finite; look for NaN or inf in the data or the model")
@@ -29,8 +28,8 @@ def eigh(M: Float[Tensor, "d d"], what: str) -> tuple[Float[Tensor, " d"], Float
 
 
 def semidefinite(e: Float[Tensor, " d"], what: str) -> Float[Tensor, " d"]:
-    """The eigenvalues of a matrix that is positive semidefinite but for rounding: those below zero by rounding alone
-    are zero. ValueError where one is below that."""
+    """The eigenvalues of a matrix that is positive semidefinite up to rounding. Values that are negative by rounding
+    become zero. Raises ValueError if a value is below that."""
     if e.min() < -_rounding(e, 0.0):
         raise ValueError(
             f"{what} is indefinite: its smallest eigenvalue is {float(e.min()):.3g}, its largest {float(e.max()):.3g}; "
@@ -40,7 +39,8 @@ def semidefinite(e: Float[Tensor, " d"], what: str) -> Float[Tensor, " d"]:
 
 
 def positive(values: Tensor, what: str, damping: float) -> Tensor:
-    """The eigenvalues, checked to be positive, and without damping above rounding: nothing is clamped."""
+    """The eigenvalues, after a check that they are positive, and above rounding if there is no damping. Nothing is
+    clamped."""
     smallest = values.min()
     if not smallest > _rounding(values, damping):
         raise singular(what, damping, float(smallest))
@@ -48,12 +48,12 @@ def positive(values: Tensor, what: str, damping: float) -> Tensor:
 
 
 def inverse_from_cholesky(M: Float[Tensor, "d d"], what: str, damping: float) -> Float[Tensor, "d d"]:
-    """The inverse of a positive definite matrix; ValueError where it is not (numerically) that.
+    """The inverse of a positive definite matrix; ValueError if it is not (numerically) positive definite.
 
-    Matrices in float32 take the float64 way, at twice the time, unless their pivots are within `WELL_CONDITIONED`.
-    They are scaled first: the factors of layers with vanishing gradients fill with denormal numbers, which slows the
-    processor a hundredfold. The inverse, which is symmetric, is given row by row, as one from a checkpoint is: products
-    with it are then the same to the last bit.
+    Float32 matrices are inverted in float64, in twice the time, unless the ratio of their pivots is above
+    `WELL_CONDITIONED`. They are scaled first: factors of layers with vanishing gradients contain many denormal numbers,
+    which slow the processor down a hundredfold. The inverse, which is symmetric, is stored in row-major order, like one
+    from a checkpoint: products with it are then the same to the last bit.
     """
     scale = M.diagonal().mean()
     if M.dtype == torch.float32 and scale > 0:
@@ -72,7 +72,7 @@ def inverse_from_cholesky(M: Float[Tensor, "d d"], what: str, damping: float) ->
 
 
 def _rounding(values: Tensor, damping: float) -> Tensor:
-    """Below this, an eigenvalue that was not damped cannot be told from zero."""
+    """Without damping, an eigenvalue below this cannot be distinguished from zero."""
     if damping > 0:
         return values.new_zeros(())
     return values.abs().max() * torch.finfo(values.dtype).eps * max(values.shape)

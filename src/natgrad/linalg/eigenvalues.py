@@ -25,15 +25,15 @@ from natgrad.linalg.rows import Rows
 from natgrad.linalg.state import dump
 
 FORMED = 2_000
-"""A matrix of no more rows than this is formed where its structure has no eigenvalues of its own."""
+"""If its structure gives no eigenvalues, a matrix with at most this many rows is formed."""
 
 
 @later
 def eigenvalues(operator: Operator) -> Float[Tensor, " size"]:
-    """All eigenvalues of an operator, in no order.
+    """All eigenvalues of an operator, in no particular order.
 
     Raises:
-        TypeError: if its structure has none, and it is too large to be formed.
+        TypeError: if its structure gives none, and it is too large to be formed.
     """
     return _of(operator)
 
@@ -63,14 +63,14 @@ def condition(operator: Operator, damping: float) -> Tensor:
 def _of(operator: Operator) -> Tensor:
     if operator.space.size > FORMED or not holds_tensors(operator):
         raise TypeError(
-            f"{operator._label()} has no eigenvalues by its structure, and its {operator.space.size} rows are too many "
-            "to form it; use top_eigenvalues(k) or spectral_density(), which take products alone"
+            f"{operator._label()} has a structure without known eigenvalues, and with {operator.space.size} rows it "
+            "is too large to form; use top_eigenvalues(k) or spectral_density(), which need only products"
         )
     return eigh(operator._dense(), operator._label())[0]
 
 
 def holds_tensors(operator: Operator) -> bool:
-    """Whether an operator is made of tensors, and not of a model and data."""
+    """Whether an operator consists of tensors, not of a model and data."""
     try:
         dump(operator)
     except TypeError:
@@ -100,12 +100,12 @@ def _(operator: Kronecker) -> Tensor:
 
 @_of.register
 def _(operator: CenteredKronecker) -> Tensor:
-    """Those of `A ⊗ B`."""
+    """The eigenvalues of `A ⊗ B`."""
     return _products(operator.A, operator.B)
 
 
 def _products(A: Tensor, B: Tensor) -> Float[Tensor, " size"]:
-    """Of `A ⊗ B`; those of a factor that are rounding count as zero."""
+    """The eigenvalues of `A ⊗ B`; factor eigenvalues at rounding level count as zero."""
     found = []
     for F, name in ((B, "the factor B"), (A, "the factor A")):
         e = factor.eigen(F, name)[0]
@@ -126,7 +126,7 @@ def _(operator: ExactBlock) -> Tensor:
 
 @_of.register
 def _(operator: CoordinateBlocks) -> Tensor:
-    """Of `[[p, q], [q, s]]`: `(p + s)/2 ± √((p − s)²/4 + q²)`."""
+    """The eigenvalues of `[[p, q], [q, s]]`: `(p + s)/2 ± √((p − s)²/4 + q²)`."""
     p, q, s = operator.products()
     half, root = (p + s) / 2, torch.hypot((p - s) / 2, q)
     return torch.cat([half - root, half + root])

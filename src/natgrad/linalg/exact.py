@@ -1,4 +1,4 @@
-"""One layer's exact block `E[x xᵀ ⊗ Σ_k g_k g_kᵀ]`, held as its cases and never formed unless asked for."""
+"""One layer's exact block `E[x xᵀ ⊗ Σ_k g_k g_kᵀ]`, stored as its cases and formed only on request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.linalg.arguments import check_damping, check_plain
+from natgrad.linalg.arguments import check_damping, check_exponent, check_plain
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.eigen import eigh, semidefinite
 from natgrad.linalg.gram import MEMORY, add_gram, add_square, mirrored
@@ -17,15 +17,15 @@ from natgrad.linalg.pieces import Piece, chunks, squares, stacked, summed
 from natgrad.linalg.space import Parts, Space, check_order
 
 COLUMNS = 64
-"""How many vectors of the block's own size are held at a time."""
+"""How many vectors of the block's size are held at a time."""
 
 
 class ExactBlock(Operator):
     """`G = S Sᵀ`, with a column `s_ik = √scale · Σ_t g_ikt ⊗ x_it` for every example `i` and column `k` of `D`.
 
     `x = [h; 1]` with a bias. It acts on the pair `(W, b)`, on `W` alone, or (inputs of width zero) on `b` alone.
-    Products cost one pass over the cases; inverse, powers, log-determinant and spectrum go through the Gram
-    matrix `SᵀS`, `(n k)²` instead of `(d_in d_out)²` numbers, or through `G` itself where that is smaller.
+    Products cost one pass over the cases. Inverse, powers, log-determinant and spectrum use the Gram matrix `SᵀS`, with
+    `(n k)²` instead of `(d_in d_out)²` numbers, or `G` itself if that is smaller.
 
     Args:
         h: the inputs, `(examples n, positions t, d_in)`.
@@ -34,7 +34,7 @@ class ExactBlock(Operator):
         scale: `1/N` for the mean over cases.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not match.
 
     Example:
         >>> import torch
@@ -77,12 +77,12 @@ class ExactBlock(Operator):
 
     @property
     def h(self) -> Float[Tensor, "n t i"]:
-        """The inputs of all batches, filled up with zeros to one number of positions."""
+        """The inputs of all batches, padded with zeros to the same number of positions."""
         return stacked([p.h for p in self.pieces])
 
     @property
     def g(self) -> Float[Tensor, "n k t o"]:
-        """The gradients of all batches, filled up likewise."""
+        """The gradients of all batches, padded in the same way."""
         return stacked([p.g for p in self.pieces])
 
     def describe(self) -> str:
@@ -143,7 +143,7 @@ class ExactBlock(Operator):
         """`SᵀS`: `(x_i·x_j)(g_ik·g_jq)` times the scale, summed over the positions of both.
 
         Args:
-            memory: how many bytes are taken for what is written out at a time.
+            memory: the number of bytes for the part of `S` that is held at a time.
         """
         gram = torch.zeros(self.rank_bound, self.rank_bound, dtype=self.dtype, device=self.device)
         self.add_gram(gram, memory)
@@ -160,7 +160,8 @@ class ExactBlock(Operator):
         return self.scale**0.5 * torch.cat(rows).mT
 
     def spectrum(self) -> Float[Tensor, " r"]:
-        """The eigenvalues, ascending; the `size − n k` further ones are zero where there are fewer columns."""
+        """The eigenvalues, ascending. If there are fewer columns than rows, the other `size − n k` eigenvalues are
+        zero."""
         return self._eigen()[0]
 
     def _is_small(self) -> bool:
@@ -173,7 +174,7 @@ class ExactBlock(Operator):
         return self._formed
 
     def _eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of the smaller of `G` and `SᵀS`, and eigenvectors of that."""
+        """Eigenvalues and eigenvectors of the smaller of `G` and `SᵀS`."""
         if self._spectrum is None:
             M = self._dense_form().matrix if self._is_small() else self.gram()
             e, Q = eigh(M, "the exact block")
@@ -189,6 +190,7 @@ class ExactBlock(Operator):
         return self.power(-1.0, damping)
 
     def power(self, exponent: float, damping: float = 0.0) -> Operator:
+        check_exponent(exponent)
         check_damping(damping)
         if self._is_small():
             return self._dense_form().power(exponent, damping)
@@ -227,20 +229,20 @@ class ExactBlock(Operator):
         return ExactBlock.of(self.pieces, bias=self.bias, scale=factor * self.scale)
 
     def rank_deficient(self) -> ValueError:
-        """The error of an undamped inverse where there are fewer columns than rows; it is returned, not raised."""
+        """The error of an undamped inverse if there are fewer columns than rows. It is returned, not raised."""
         return ValueError(
-            f"the exact block has {self.space.size} rows and at most {self.rank_bound} columns' rank: it is singular; "
+            f"the exact block has {self.space.size} rows and a rank of at most {self.rank_bound}, so it is singular; "
             "pass a damping"
         )
 
-    # The note's parts ----------------------------------------------------------------------------------
+    # The parts of the block ---------------------------------------------------------------------------
 
     @property
     def WW(self) -> ExactBlock:
         """`E[h hᵀ ⊗ Σ g gᵀ]`: the block of the weight with itself, on `W`.
 
         Raises:
-            ValueError: as `Wb`, `bW` do too, if the block is a lone bias's.
+            ValueError: also from `Wb` and `bW`, if the block is of a bias alone.
         """
         self._check_weight("WW")
         return ExactBlock.of(self.pieces, bias=False, scale=self.scale)
@@ -253,7 +255,7 @@ class ExactBlock(Operator):
 
     @property
     def Wb(self) -> CrossBlock:
-        """`E[h ⊗ Σ g gᵀ]`, which takes `b` to the weight's coordinates."""
+        """`E[h ⊗ Σ g gᵀ]`, which maps `b` to the coordinates of the weight."""
         self._check_weight("Wb")
         return CrossBlock(self, to_weight=True)
 
@@ -271,7 +273,7 @@ class ExactBlock(Operator):
 
 
 class CrossBlock:
-    """The block between weight and bias: `Wb @ b` is of `W`'s shape, `bW @ W` of `b`'s."""
+    """The block between weight and bias: `Wb @ b` has the shape of `W`, `bW @ W` that of `b`."""
 
     def __init__(self, block: ExactBlock, to_weight: bool):
         self._both = ExactBlock.of(block.pieces, bias=True, scale=block.scale)
@@ -280,7 +282,7 @@ class CrossBlock:
     def __matmul__(self, v: Tensor) -> Tensor:
         source = self._both.space.shapes[int(self.to_weight)]
         if tuple(v.shape[-len(source) :]) != source:
-            raise ValueError(f"v has shape {tuple(v.shape)}; expected {source}, with any axes before")
+            raise ValueError(f"v has shape {tuple(v.shape)}; expected {source}, with any leading axes")
         zero = [v.new_zeros(*v.shape[: v.ndim - len(source)], *s) for s in self._both.space.shapes]
         parts = (zero[0], v) if self.to_weight else (v, zero[1])
         return self._both._matmul(parts)[0 if self.to_weight else 1]
@@ -290,7 +292,8 @@ class CrossBlock:
         return CrossBlock(self._both, not self.to_weight)
 
     def to_dense(self, order: str = "torch") -> Tensor:
-        """`(d_out d_in, d_out)` for `Wb`, its transpose for `bW`; rows of `W` stacked, or its columns (`"vec"`)."""
+        """`(d_out d_in, d_out)` for `Wb`, its transpose for `bW`. `order`: rows of `W` stacked (`"torch"`), or columns
+        (`"vec"`)."""
         check_order(order)
         d_out = self._both.space.shapes[1][0]
         Wb = CrossBlock(self._both, True)
@@ -312,7 +315,8 @@ class ExactPower(Operator):
         floor = e[-1] * torch.finfo(e.dtype).eps * len(e)
         kept = e.where(e > floor, 1.0)
         change = (kept + damping) ** exponent - self._rest
-        # Below rounding, the derivative in place of the quotient; undamped such directions are not in the range.
+        # At rounding level, the derivative replaces the quotient. Without damping, such directions are not in the
+        # range.
         limit = exponent * damping ** (exponent - 1) if damping > 0 else 0.0
         self._coefficients = torch.where(e > floor, change / kept, limit)
 
@@ -330,6 +334,7 @@ class ExactPower(Operator):
     def power(self, exponent: float, damping: float = 0.0) -> Operator:
         if damping != 0:
             raise self._cannot("damped power")
+        check_exponent(exponent)
         return ExactPower(self.block, exponent * self.exponent, self.damping)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
@@ -346,7 +351,7 @@ class ExactPower(Operator):
         return (e.square().sum() + (self.space.size - len(e)) * self._rest**2).sqrt()
 
     def _diagonal(self) -> Parts:
-        """`λ^p + Σ_j c_j (S q_j)²`, with some of the columns `S q_j` at a time."""
+        """`λ^p + Σ_j c_j (S q_j)²`, with a chunk of the columns `S q_j` at a time."""
         total = [torch.full(s, self._rest, dtype=self.dtype, device=self.device) for s in self.space.shapes]
         for Q, c in zip(self._Q.mT.split(COLUMNS), self._coefficients.split(COLUMNS), strict=True):
             for part, Sq in zip(total, self.block._outer(Q), strict=True):

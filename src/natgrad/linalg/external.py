@@ -1,4 +1,4 @@
-"""To SciPy's sparse linear algebra and back."""
+"""Conversion to and from SciPy's sparse linear operators."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def linear_operator(
     dtype: torch.dtype,
     device: torch.device,
 ) -> LinearOperator:
-    """One from products with the rows of a tensor."""
+    """A SciPy operator from products with the rows of a tensor."""
     held = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
     def columns(apply: Callable[[Tensor], Tensor], V: Any) -> Any:
@@ -66,15 +66,15 @@ def linear_operator(
 
 
 class External(Operator):
-    """A symmetric `scipy.sparse.linalg.LinearOperator`, or anything that SciPy makes one of, as an operator.
+    """A symmetric `scipy.sparse.linalg.LinearOperator`, or anything that SciPy converts to one, as an operator.
 
     Args:
-        matrix: of shape `(size, size)`; it has to be symmetric, which is not checked.
+        matrix: of shape `(size, size)`; it must be symmetric, which is not checked.
         space: the form of its vectors. None: tensors of shape `(size,)`.
-        dtype: that of the vectors. None: the matrix's own.
+        dtype: of the vectors. None: the matrix's own.
 
     Raises:
-        ValueError: if it is not square, or of another size than the space.
+        ValueError: if it is not square, or its size is not that of the space.
 
     Example:
         >>> import scipy.sparse, torch

@@ -1,4 +1,4 @@
-"""A symmetric factor of a Kronecker product: a matrix `(d, d)`, or a diagonal held as a vector `(d,)`."""
+"""A symmetric factor of a Kronecker product: a matrix `(d, d)`, or a diagonal stored as a vector `(d,)`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from natgrad.linalg.precision import matmul
 
 Factor = Float[Tensor, "d *d"]
 Basis = Float[Tensor, "d d"] | None
-"""Orthonormal columns; None for those of the identity."""
+"""Orthonormal columns; None for the identity."""
 
 
 def describe(name: str, F: Tensor) -> str:
@@ -59,12 +59,12 @@ def add_to_diagonal(F: Tensor, value: Tensor | float) -> Tensor:
 
 
 def add(F: Tensor, G: Tensor) -> Tensor:
-    """`F + G`; a matrix where either is one."""
+    """`F + G`; a matrix if either is one."""
     return F + G if F.ndim == G.ndim else full(F) + full(G)
 
 
 def inverse(F: Tensor, what: str, damping: float) -> Tensor:
-    """`F⁻¹`. Raises ValueError where `F` is not (numerically) positive definite."""
+    """`F⁻¹`. Raises ValueError if `F` is not (numerically) positive definite."""
     return 1 / positive(F, what, damping) if F.ndim == 1 else inverse_from_cholesky(F, what, damping)
 
 

@@ -1,4 +1,5 @@
-"""Operators as safetensors files: tensors, what they are, and a checksum of both. Reading one runs no code."""
+"""Operators as safetensors files: tensors, a description of the operator, and a checksum of both. Reading runs no
+code."""
 
 from __future__ import annotations
 
@@ -30,12 +31,12 @@ CHUNK = 1 << 20
 
 @later
 def save(value: Any, path: str | PathLike[str]) -> None:
-    """Writes an operator, or a dictionary that holds some, to a safetensors file: the tensors, and in the metadata what
-    they are and a checksum.
+    """Writes an operator, or a dictionary of operators, to a safetensors file: the tensors, and in the metadata their
+    description and a checksum.
 
     Raises:
         TypeError: for a matrix that holds a model and data.
-        OSError: if the file cannot be written; what was there before is there still.
+        OSError: if the file cannot be written; an existing file is then unchanged.
     """
     state, tensors = dump(value), dict[str, Tensor]()
     structure = json.dumps(_described(state, tensors, {}))
@@ -47,17 +48,18 @@ def save(value: Any, path: str | PathLike[str]) -> None:
 def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> Operator:
     """The matrix that `save` wrote to `path`.
 
-    A checksum is compared: a file that was cut short or changed is refused. Nothing in a file is run, whoever made it.
+    The checksum is verified: a truncated or changed file is rejected. No code in a file is run, so its origin does not
+    matter.
 
     Args:
         path: a safetensors file.
-        model: the module it is to be used with; its parameters are checked against the matrix's names and shapes.
+        model: the module that the matrix is for; its parameters must have the matrix's names and shapes.
         device: where the tensors go.
 
     Raises:
         OSError: if there is no such file (FileNotFoundError), or it cannot be read.
-        ValueError: if it is no whole and unharmed matrix of this library, or of a later version of the format, or of
-            another model.
+        ValueError: if it is not an intact matrix file of this library, or if it has a later version of the format, or
+            is for another model.
 
     Example:
         >>> import tempfile, torch, natgrad
@@ -69,8 +71,8 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: s
     operator = read(path, device=device)
     if not isinstance(operator, Operator):
         raise ValueError(
-            f"{path} holds {described(operator)} and no matrix; expected a file that a matrix's save() wrote. A "
-            "Laplace posterior is loaded by natgrad.LaplacePosterior.load"
+            f"{path} holds {described(operator)}, not a matrix; expected a file written by a matrix's save(). To load "
+            "a Laplace posterior, use natgrad.LaplacePosterior.load"
         )
     if model is not None:
         _check_model(operator.space, model, str(path))
@@ -78,26 +80,26 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, device: s
 
 
 def read(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> Any:
-    """What `save` wrote to `path`."""
+    """The value that `save` wrote to `path`."""
     if not Path(path).is_file():
         kind = IsADirectoryError if Path(path).is_dir() else FileNotFoundError
-        raise kind(f"{path} is no file; expected a safetensors file that save() wrote")
-    device = torch.empty(0, device=device).device  # torch's own error for one that is not there
+        raise kind(f"{path} is not a file; expected a safetensors file that save() wrote")
+    device = torch.empty(0, device=device).device  # an unavailable device raises torch's own error
     structure, tensors = _read(Path(path), device)
     try:
         return restore(_built(structure, tensors))
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever an argument that is none does to a constructor
+    except Exception as error:  # an invalid argument can raise anything in a constructor
         said = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
-            f"{path} is damaged, or of another version of natgrad: its matrix cannot be put together "
+            f"{path} is damaged, or written by another version of natgrad: its matrix cannot be restored "
             f"({type(error).__name__}: {said}); save the matrix again"
         ) from error
 
 
 def sealed(tensors: dict[str, Tensor], structure: str) -> list[bytes | memoryview]:
-    """The pieces of a file that holds the tensors, what they are, and a checksum of it all."""
+    """The pieces of a file with the tensors, their description, and a checksum of both."""
     metadata = {"natgrad": structure, "format": FORMAT, "checksum": BLANK.decode()}
     blank = memoryview(safetensors.torch.save(tensors, metadata=metadata))
     start, end = _place_of_checksum(bytes(blank[: _end_of_header(blank)]))
@@ -105,7 +107,7 @@ def sealed(tensors: dict[str, Tensor], structure: str) -> list[bytes | memoryvie
 
 
 def _described(value: Any, tensors: dict[str, Tensor], numbers: dict[int, int]) -> Any:
-    """A state for JSON. Its tensors are numbered and copied to `tensors`, each once however often it occurs."""
+    """A state for JSON. Its tensors are numbered and copied to `tensors`, each only once."""
     if isinstance(value, Tensor):
         if id(value) not in numbers:
             numbers[id(value)] = len(tensors)
@@ -119,7 +121,7 @@ def _described(value: Any, tensors: dict[str, Tensor], numbers: dict[int, int]) 
 
 
 def _built(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Undoes `_described`."""
+    """The inverse of `_described`."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -131,7 +133,7 @@ def _built(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _read(path: Path, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
-    """What a file says that its tensors are, and the tensors."""
+    """The description in a file, and its tensors."""
     try:
         with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
@@ -142,25 +144,27 @@ def _read(path: Path, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
     try:
         return json.loads(metadata["natgrad"]), tensors
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: what its tensors are cannot be read; save the matrix again") from error
+        raise ValueError(
+            f"{path} is damaged: the description of its tensors cannot be read; save the matrix again"
+        ) from error
 
 
 def _check_metadata(path: Path, metadata: dict[str, str], count: int) -> None:
     if "natgrad" not in metadata:
-        raise ValueError(f"{path} holds {count} tensors and no natgrad matrix; expected a file that save() wrote")
+        raise ValueError(f"{path} holds {count} tensors but no natgrad matrix; expected a file that save() wrote")
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is of format {metadata.get('format')!r} and this version of natgrad reads {FORMAT!r}; "
+            f"{path} has format {metadata.get('format')!r}, but this version of natgrad reads {FORMAT!r}; "
             "load it with the version that saved it, or compute the matrix again"
         )
     if "checksum" not in metadata:
         raise ValueError(f"{path} has no checksum; expected a file that save() wrote; save the matrix again")
     if metadata["checksum"] != _checksum(path):
-        raise ValueError(f"{path} is damaged: its checksum is not that of its content; save the matrix again")
+        raise ValueError(f"{path} is damaged: its checksum does not match its content; save the matrix again")
 
 
 def _checksum(path: Path) -> str:
-    """Of all of the file, with zeros in the place of the checksum itself."""
+    """The checksum of the whole file, with zeros in place of the checksum itself."""
     digest = hashlib.sha256()
     for piece in _with_blank(path):
         digest.update(piece)
@@ -182,7 +186,7 @@ def _end_of_header(start: bytes | memoryview) -> int:
 
 
 def _place_of_checksum(header: bytes) -> tuple[int, int]:
-    """From where to where it is; nowhere, if there is none. Quotes in the metadata's own texts are escaped."""
+    """Start and end of the checksum in the header; equal if there is none. Quotes in metadata strings are escaped."""
     found = CHECKSUM.search(header)
     return found.span(1) if found else (0, 0)
 
@@ -193,8 +197,8 @@ def _check_model(space: Space, model: nn.Module, path: str) -> None:
         if shapes.get(name) != shape:
             has = f"has shape {shapes[name]} in" if name in shapes else "is not a parameter of"
             raise ValueError(
-                f"{path} is of another model: {name!r}, of shape {shape} there, {has} this one; give the model that "
-                "the matrix was computed of"
+                f"{path} is for another model: its {name!r} of shape {shape} {has} this one; pass the model that "
+                "the matrix was computed from"
             )
     if space.names is None:
         raise ValueError(f"{path} has no parameter names; expected the matrix of a model, or leave model= out")

@@ -1,4 +1,4 @@
-"""Whether what an operator is made of fits together."""
+"""Checks that the tensors of an operator match one another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from natgrad.checks.values import described
 
 
 def check_tensors(kind: str, tensors: Mapping[str, tuple[Any, Sequence[int]]]) -> None:
-    """Raises unless each is a Tensor of the shape beside it, and all are of one floating dtype and on one device.
+    """Raises unless each is a Tensor of the given shape, and all have one floating dtype and one device.
 
     >>> import torch
     >>> check_tensors("a pair", {"scale": (torch.ones(2), (2,)), "shift": (torch.ones(3), (2,))})

@@ -7,11 +7,11 @@ import math
 from typing import NamedTuple
 
 STRIP = 0.95
-"""The share used of the strip in which the integrand is analytic."""
+"""The share that is used of the strip in which the integrand is analytic."""
 
 
 class Term(NamedTuple):
-    """`weight / (a x + b)`, with `a` and `b` at most about one in the units of `x`."""
+    """`weight / (a x + b)`, with `a` and `b` at most about one in units of `x`."""
 
     weight: float
     a: float
@@ -22,14 +22,14 @@ def negative_power(s: float, low: float, high: float, eps: float) -> list[Term]:
     """Terms whose sum is `x^-s` for `low ≤ x ≤ high`, with a relative error of about `eps`.
 
     From `x^-s = sin(πs)/π ∫ e^((1−s)u) / (e^u + x) du` over the real line, by the trapezoidal rule after the
-    substitution `u = ½ log(low high) + (π/2) sinh v`. The integrand then falls doubly exponentially, and the error
+    substitution `u = ½ log(low high) + (π/2) sinh v`. The integrand then decays doubly exponentially, and the error
     exponentially with the number of terms.
 
     Args:
         s: between 0 and 1, both excluded.
         low: above zero.
-        high: not below `low`.
-        eps: the error wanted.
+        high: at least `low`.
+        eps: the target relative error.
 
     >>> sum(w / (a * 3.0 + b) for w, a, b in negative_power(0.5, 1e-3, 1e3, 1e-12)) - 3.0**-0.5 < 1e-12
     True
@@ -41,7 +41,7 @@ def negative_power(s: float, low: float, high: float, eps: float) -> list[Term]:
     digits = -math.log(eps)
     first = math.asinh(-(half + digits / (1 - s)) * 2 / math.pi)
     last = math.asinh((half + digits / s) * 2 / math.pi)
-    # The poles nearest to the real line, u = log x ± iπ at the ends of the interval, as seen in v.
+    # The poles nearest to the real line, u = log x ± iπ at the ends of the interval, in terms of v.
     strip = STRIP * abs(cmath.asinh(complex(half, math.pi) * 2 / math.pi).imag)
     count = math.ceil((last - first) * digits / (2 * math.pi * strip))
     step = (last - first) / count
@@ -49,7 +49,7 @@ def negative_power(s: float, low: float, high: float, eps: float) -> list[Term]:
     for i in range(count + 1):
         v = first + i * step
         u, slope = math.pi / 2 * math.sinh(v), math.pi / 2 * math.cosh(v)
-        # Numerator and denominator over e^center and, where u > 0, over e^u: nothing overflows.
+        # Numerator and denominator are divided by e^center and, for u > 0, by e^u: nothing overflows.
         tail = -s * u if u > 0 else (1 - s) * u
         weight = math.sin(math.pi * min(s, 1 - s)) / math.pi * step * slope * math.exp(tail - s * center)
         terms.append(Term(weight, math.exp(-center - max(u, 0.0)), math.exp(min(u, 0.0))))

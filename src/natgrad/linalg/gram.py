@@ -1,12 +1,12 @@
-"""The Gram matrix `SᵀS` of a layer's columns, from the cheaper of `S` itself and of pairs of positions.
+"""The Gram matrix `SᵀS` of a layer's columns, computed in the cheaper of two ways.
 
-With `s_ik = Σ_t g_ikt ⊗ x_it` there are two ways to the entry of two columns:
+With `s_ik = Σ_t g_ikt ⊗ x_it`, the entry for two columns can be computed:
 
-- **columns**: write `S` out, some outputs at a time, and multiply: `(nk)² x o` multiplications.
-- **pairs**: `Σ_ts (x_it·x_js)(g_ikt·g_jqs)`, in tiles: `(nt)² x + (nkt)² o` multiplications, and a pass over the
-  `(nkt)²` numbers. It never sees the `x o` parameters.
+- **by columns**: form `S`, some outputs at a time, and multiply: `(nk)² x o` multiplications.
+- **by pairs** of positions: `Σ_ts (x_it·x_js)(g_ikt·g_jqs)`, in tiles: `(nt)² x + (nkt)² o` multiplications, and a
+  pass over the `(nkt)²` numbers. The `x o` parameters are never formed.
 
-Both fill the lower triangle alone, block row by block row, as BLAS's `syrk` does.
+Both fill only the lower triangle, block row by block row, like BLAS's `syrk`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 from natgrad.linalg.pieces import Piece, with_one
 
 MEMORY = 1 << 28
-"""How many bytes are taken for what is written out at a time."""
+"""The number of bytes that may be held at a time."""
 ROWS = 256
 """Rows of a block of the Gram matrix."""
 WIDTH = 2048
-"""Parameters of a chunk of `S`: the larger, the fewer passes over the Gram matrix."""
+"""Parameters in a chunk of `S`: larger chunks need fewer passes over the Gram matrix."""
 TILE = 512
-"""Rows of a tile of pairs: a tile stays in a core's cache."""
+"""Rows of a tile of pairs: a tile fits in a core's cache."""
 PAIR = 128
-"""What a pair of positions costs beside its scalar products, in multiplications of a large matrix product."""
+"""The overhead of a pair of positions, in multiplications of a large matrix product."""
 
 
 def add_gram(
@@ -48,7 +48,7 @@ def cheaper_way(pieces: Sequence[Piece], bias: bool) -> str:
 
 
 def costs(pieces: Sequence[Piece], bias: bool) -> tuple[float, float]:
-    """The multiplications by pairs, and those by columns, for one half of the Gram matrix."""
+    """The number of multiplications by pairs and by columns, for one half of the Gram matrix."""
     inputs = sum(p.h.shape[0] * p.h.shape[1] for p in pieces)
     gradients = sum(p.g.shape[:3].numel() for p in pieces)
     columns = sum(p.columns for p in pieces)
@@ -59,8 +59,8 @@ def costs(pieces: Sequence[Piece], bias: bool) -> tuple[float, float]:
 def add_by_columns(
     gram: Float[Tensor, "nk nk"], pieces: Sequence[Piece], bias: bool, scale: float, memory: int = MEMORY
 ) -> None:
-    """From `S`, some of its rows at a time: those of as many outputs as fit."""
-    if not pieces[0].h.shape[2]:  # a lone bias, or columns that are written out
+    """From rows of `S`, for as many outputs at a time as fit."""
+    if not pieces[0].h.shape[2]:  # a bias alone, or explicit columns
         sums = [p.g.sum(2).flatten(0, 1) if p.g.shape[2] > 1 else p.g.reshape(p.columns, -1) for p in pieces]
         add_square(gram, sums[0] if len(sums) == 1 else torch.cat(sums), scale)
         return
@@ -92,7 +92,7 @@ def add_by_pairs(
 
 
 def _tiles(pieces: Sequence[Piece], bias: bool, most: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Which columns, their inputs `(n, 1, t, x)` and their gradients `(n, k, t, o)`, at most so many rows each."""
+    """For each tile: its columns, inputs `(n, 1, t, x)` and gradients `(n, k, t, o)`, with at most `most` rows each."""
     row = 0
     for p in pieces:
         _, k, t, _ = p.g.shape
@@ -117,7 +117,7 @@ def add_square(gram: Float[Tensor, "d d"], A: Float[Tensor, "d m"], scale: float
 
 
 def mirrored(gram: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """The symmetric matrix whose lower triangle is given, in place."""
+    """The symmetric matrix with the given lower triangle, in place."""
     for start in range(0, len(gram), ROWS):
         stop = min(len(gram), start + ROWS)
         gram[:start, start:stop] = gram[start:stop, :start].mT

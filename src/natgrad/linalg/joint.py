@@ -1,4 +1,4 @@
-"""The exact matrix of a whole network, held as the cases of all its layers."""
+"""The exact matrix of a whole network, stored as the cases of all its layers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from natgrad.linalg.space import Parts
 
 
 class Joint(Operator):
-    """`F = S Sᵀ` over all layers, where a column `s_ik` of `S` holds those of every layer one below the other.
+    """`F = S Sᵀ` over all layers, where a column `s_ik` of `S` stacks those of every layer.
 
-    So the layers' exact blocks are the diagonal of `F`, and the sum of their Gram matrices is the Gram matrix
-    `SᵀS`. Solves cost the Cholesky factor of the smaller of the two.
+    So the diagonal blocks of `F` are the layers' exact blocks, and the sum of their Gram matrices is the Gram matrix
+    `SᵀS`. A solve uses the Cholesky factor of the smaller of the two.
 
     Args:
         layers: the layers' exact blocks (`ExactBlock`), with the same examples and columns in all of them.
-        memory: how many bytes are taken for columns of `S` that are written out at a time.
+        memory: the number of bytes for the columns of `S` that are formed at a time.
 
     Raises:
         ValueError: if the layers differ in their examples or columns.
@@ -90,7 +90,7 @@ class Joint(Operator):
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact", form: str | None = None) -> Operator:
         """`(F + λI)⁻¹`, from the Cholesky factor of `SᵀS + λI` (`form="dual"`) or of `F + λI` (`"primal"`).
 
-        None: whichever takes fewer multiplications.
+        None: the one that takes fewer multiplications.
         """
         check_damping(damping, damping_style)
         check_plain("an exact matrix", damping_style)
@@ -99,13 +99,13 @@ class Joint(Operator):
         return DualInverse(self, damping)
 
     def cheaper_form(self) -> str:
-        """`"dual"` or `"primal"`: what forms and factorizes its matrix in fewer multiplications."""
+        """`"dual"` or `"primal"`: the one whose matrix takes fewer multiplications to form and factorize."""
         size, columns = self.space.size, self.rank_bound
         dual = sum(min(costs(op.pieces, op.bias)) for _, op in self._blocks) + columns**3 / 6
         return "primal" if columns * size**2 / 2 + size**3 / 6 <= dual else "dual"
 
     def trace(self) -> Tensor:
-        """`tr F`, from the matrix that is formed or from the layers' own."""
+        """`tr F`, from the formed matrix or from the layers' blocks."""
         formed = self._formed if self._gram is None else self._gram
         return self.layers.trace() if formed is None else formed.diagonal().sum()
 
@@ -144,7 +144,7 @@ class DualInverse(Operator):
 
     def __init__(self, matrix: Joint, damping: float):
         if damping == 0:
-            raise ValueError("the exact matrix has no inverse by way of its Gram matrix without damping; pass one")
+            raise ValueError("without damping, the exact matrix has no inverse through its Gram matrix; pass a damping")
         self.matrix, self.damping = matrix, damping
         self.space, self.dtype, self.device = matrix.space, matrix.dtype, matrix.device
         self._L = _damped_cholesky(matrix.gram(), damping)
@@ -156,7 +156,7 @@ class DualInverse(Operator):
         return tuple((p - q) / self.damping for p, q in zip(parts, within, strict=True))
 
     def solve_columns(self, c: Float[Tensor, " nk"]) -> Parts:
-        """`(F + λI)⁻¹ S c = S (SᵀS + λI)⁻¹ c`, which loses no digits to `λ`."""
+        """`(F + λI)⁻¹ S c = S (SᵀS + λI)⁻¹ c`, without the cancellation of the general formula for small `λ`."""
         return self.matrix.outer(torch.cholesky_solve(c.unsqueeze(1), self._L).squeeze(1))
 
 
@@ -179,7 +179,7 @@ class PrimalInverse(Operator):
 
 
 def _damped_cholesky(M: Float[Tensor, "d d"], damping: float) -> Float[Tensor, "d d"]:
-    """The Cholesky factor of `M + λI`. Raises ValueError where that is not (numerically) positive definite."""
+    """The Cholesky factor of `M + λI`. Raises ValueError if that is not (numerically) positive definite."""
     damped = M.clone()
     damped.diagonal().add_(damping)
     L, info = torch.linalg.cholesky_ex(damped)

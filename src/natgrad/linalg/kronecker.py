@@ -1,4 +1,4 @@
-"""Kronecker products: `A ⊗ B` acting on matrices."""
+"""Kronecker products `A ⊗ B` that act on matrices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natgrad.checks.values import described
 from natgrad.linalg import factor
-from natgrad.linalg.arguments import check_damping
+from natgrad.linalg.arguments import check_damping, check_exponent
 from natgrad.linalg.eigen import positive, semidefinite
 from natgrad.linalg.factor import Factor
 from natgrad.linalg.fitting import check_axes, check_tensors
@@ -19,7 +19,7 @@ from natgrad.linalg.space import Parts, Space
 class Kronecker(Operator):
     """`A ⊗ B`, acting on `(d_out, d_in)` matrices as `V ↦ B V Aᵀ`; `A`, `B` symmetric positive semidefinite.
 
-    A factor that is a diagonal may be given as a vector. `to_dense("vec")` is `kron(A, B)`, and `to_dense("torch")`
+    A diagonal factor may be given as a vector. `to_dense("vec")` is `kron(A, B)`, and `to_dense("torch")`
     `kron(B, A)`.
 
     Args:
@@ -47,9 +47,11 @@ class Kronecker(Operator):
                     f"{name} {came}; expected a Tensor of a floating dtype: torch.tensor(..., dtype=torch.float32)"
                 )
             if F.ndim not in (1, 2) or F.shape[0] != F.shape[-1]:
-                raise ValueError(f"{name} has shape {tuple(F.shape)}, expected a square matrix, or its diagonal")
+                raise ValueError(f"{name} has shape {tuple(F.shape)}; expected a square matrix, or its diagonal")
         if A.dtype != B.dtype or A.device != B.device:
-            raise ValueError(f"A is {A.dtype} on {A.device} and B {B.dtype} on {B.device}; expected the same: B.to(A)")
+            raise ValueError(
+                f"A is {A.dtype} on {A.device}, but B is {B.dtype} on {B.device}; expected the same: B.to(A)"
+            )
         self.A, self.B = A, B
         self.space = Space(((B.shape[0], A.shape[0]),))
         self.dtype, self.device = A.dtype, A.device
@@ -101,7 +103,7 @@ class Kronecker(Operator):
         return factor.along(self.A, m) * factor.inner(self.B, Q)
 
     def diagonal_along(self, m: Float[Tensor, " i"]) -> Float[Tensor, " o"]:
-        """The diagonal of the matrix of `V m`, `(mᵀ ⊗ I)(A ⊗ B)(m ⊗ I) = mᵀ A m B`."""
+        """The diagonal of `(mᵀ ⊗ I)(A ⊗ B)(m ⊗ I) = mᵀ A m B`, which is the matrix of `V m`."""
         return factor.along(self.A, m) * factor.diagonal(self.B)
 
     def _scaled(self, scale: float) -> Kronecker:
@@ -122,15 +124,16 @@ class Kronecker(Operator):
 class KroneckerEigen(Operator):
     """`(U_A ⊗ U_B) diag(values) (U_A ⊗ U_B)ᵀ`, acting on `(d_out, d_in)` matrices; `values` has their shape.
 
-    K-FAC's block in its eigenbases, or EKFAC's, whose values are corrected. Damping adds to the values, exactly.
+    K-FAC's block in its eigenbases, or EKFAC's block with corrected eigenvalues. Damping is added to the values,
+    exactly.
 
     Args:
-        U_A: an orthogonal matrix `(d_in, d_in)`; None: the identity.
-        U_B: an orthogonal matrix `(d_out, d_out)`; None: the identity.
+        U_A: an orthogonal matrix `(d_in, d_in)`; None for the identity.
+        U_B: an orthogonal matrix `(d_out, d_out)`; None for the identity.
         values: the eigenvalues, `(d_out, d_in)`.
 
     Raises:
-        ValueError: by what needs it, if a damped eigenvalue is not above zero.
+        ValueError: by operations that need it, if a damped eigenvalue is not positive.
 
     Example:
         >>> import torch
@@ -145,7 +148,7 @@ class KroneckerEigen(Operator):
     def __init__(
         self, U_A: Float[Tensor, "i i"] | None, U_B: Float[Tensor, "o o"] | None, values: Float[Tensor, "o i"]
     ):
-        # Row by row, as they are in a file: products are then the same to the last bit.
+        # Row-major, as in a file: products are then the same to the last bit.
         self.U_A, self.U_B = (None if U is None else U.contiguous() for U in (U_A, U_B))
         check_axes("KroneckerEigen", "values", values, (2,))
         bases = {"U_A": (U_A, [values.shape[1]] * 2), "U_B": (U_B, [values.shape[0]] * 2)}
@@ -168,6 +171,7 @@ class KroneckerEigen(Operator):
         return self.power(-1.0, damping)
 
     def power(self, exponent: float, damping: float = 0.0) -> KroneckerEigen:
+        check_exponent(exponent)
         return KroneckerEigen(self.U_A, self.U_B, self._damped(damping) ** exponent)
 
     def logdet(self, damping: float = 0.0) -> Tensor:
@@ -187,7 +191,7 @@ class KroneckerEigen(Operator):
         return self.power(-0.5, damping)._matmul(parts)
 
     def inner(self, m: Float[Tensor, " i"], Q: Factor) -> Tensor:
-        """The Frobenius inner product with `m mᵀ ⊗ Q`, by their diagonals in the eigenbases."""
+        """The Frobenius inner product with `m mᵀ ⊗ Q`, from the diagonals in the eigenbases."""
         p = (m if self.U_A is None else m @ self.U_A).square()
         q = factor.diagonal(Q) if self.U_B is None else (self.U_B * factor.from_left(Q, self.U_B)).sum(0)
         return q @ self.values @ p
@@ -209,7 +213,7 @@ class Homogeneous(Operator):
     """A matrix on `V = [W b]`, acting on the pair `(W, b)`: K-FAC's original treatment of the bias, `centered=False`.
 
     Args:
-        stacked: an operator on `(d_out, d_in + 1)` matrices, of which the last column is the bias.
+        stacked: an operator on `(d_out, d_in + 1)` matrices; the last column is the bias.
 
     Example:
         >>> import torch
@@ -267,7 +271,7 @@ def factored_inverses(A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Ten
     """`(A + π√λ I)⁻¹` and `(B + √λ/π I)⁻¹`, `π² = (tr A / d_in) / (tr B / d_out)`."""
     pi = (factor.diagonal(A).mean() / factor.diagonal(B).mean()).sqrt()
     if not (torch.isfinite(pi) and pi > 0):
-        pi = torch.ones_like(pi)  # a factor that is zero has no scale to share
+        pi = torch.ones_like(pi)  # a zero factor has no scale
     root = damping**0.5
     return (
         factor.inverse(factor.add_to_diagonal(A, pi * root), "the factor A", damping),

@@ -1,4 +1,4 @@
-"""Solving with a matrix that is only known by its products."""
+"""Solving with a matrix that is known only through its products."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Product = Callable[[Tensor], Tensor]
 
 
 class NotDefiniteError(RuntimeError):
-    """Conjugate gradients met a matrix, or a preconditioner, that is not positive definite."""
+    """Conjugate gradients found a matrix, or a preconditioner, that is not positive definite."""
 
 
 def check_curvature(curvature: Tensor) -> None:
-    """Raises NotDefiniteError if the curvature along some direction, `pᵀ M p`, is not above zero."""
+    """Raises NotDefiniteError if the curvature along some direction, `pᵀ M p`, is not positive."""
     if not (curvature > 0).all():
         raise NotDefiniteError(
-            f"conjugate gradients met a direction of curvature {float(curvature.min()):.3g}: the matrix is not "
+            f"conjugate gradients found a direction of curvature {float(curvature.min()):.3g}, so the matrix is not "
             "positive definite; pass a larger damping"
         )
 
 
 class Solution(NamedTuple):
-    """Where conjugate gradients have come to: `x`, its relative residual `‖M x − b‖ / ‖b‖`, the products it took."""
+    """The result of conjugate gradients: `x`, its relative residual `‖M x − b‖ / ‖b‖`, the number of products."""
 
     x: Tensor
     residual: float
@@ -48,10 +48,11 @@ def conjugate_gradient(
     precondition: Product | None = None,
     x0: Tensor | None = None,
 ) -> Solution:
-    """`x` with `‖M x − b‖ ≤ tol ‖b‖`, or what `max_iter` products give (Hestenes & Stiefel 1952).
+    """`x` with `‖M x − b‖ ≤ tol ‖b‖`, or the result after `max_iter` products (Hestenes & Stiefel 1952).
 
-    From zero, unless there is an `x0`, so that `bᵀ x > 0` wherever it stops. `precondition` is the product with some
-    `P ≈ M⁻¹`: the steps are then those of `P^½ M P^½`, whose eigenvalues are the closer together the better `P` is.
+    It starts from `x0`, or else from zero, and then `bᵀ x > 0` wherever it stops. `precondition` is the product with
+    some `P ≈ M⁻¹`. The steps are then those of `P^½ M P^½`: the better `P`, the closer its eigenvalues are to one
+    another.
 
     Raises:
         NotDefiniteError: if `M` or `P` is not positive definite.
@@ -67,7 +68,7 @@ def conjugate_gradient(
     while residual > tol and count < max_iter:
         if not rz > 0:
             raise NotDefiniteError(
-                f"the preconditioner gives rᵀ P r = {float(rz):.3g} for some r: it is not positive definite; pass "
+                f"the preconditioner has rᵀ P r = {float(rz):.3g} for some r, so it is not positive definite; pass "
                 "another one, or a larger damping"
             )
         Mp = product(p)
@@ -85,18 +86,18 @@ def conjugate_gradient(
 class IterativeInverse(Operator):
     """`(M + damping I)⁻¹` by conjugate gradients.
 
-    `solutions` says of the last product, for each vector, its residual and how many products with `M` it took.
+    `solutions` gives, for each vector of the last product, the residual and the number of products with `M`.
 
     Args:
         matrix: `M`.
         damping: `λ`.
-        tol: the relative residual `‖(M + λI) x − b‖ / ‖b‖` at which a solution is good enough. None: `eps^¾`.
-        max_iter: the most products with `M` for one vector. None: ten times the size.
-        preconditioner: `P ≈ (M + λI)⁻¹`, positive definite: a cheaper matrix's inverse, such as `K.inverse(λ)`.
+        tol: the relative residual `‖(M + λI) x − b‖ / ‖b‖` at which to stop. None: `eps^¾`.
+        max_iter: the maximum number of products with `M` for one vector. None: ten times the size.
+        preconditioner: `P ≈ (M + λI)⁻¹`, positive definite: the inverse of a cheaper matrix, such as `K.inverse(λ)`.
 
     Raises:
-        ValueError: if the preconditioner is of other vectors, or a number is out of range.
-        RuntimeError: by a product, if `max_iter` products do not lead to `tol`, or a matrix is not positive definite.
+        ValueError: if the preconditioner acts on other vectors, or a number is out of range.
+        RuntimeError: by a product, if `max_iter` products do not reach `tol`, or a matrix is not positive definite.
 
     Example:
         >>> import torch
@@ -135,12 +136,12 @@ class IterativeInverse(Operator):
         return self.solve_from(parts, None)
 
     def solve_from(self, parts: Parts, x0: Parts | None) -> Parts:
-        """The solution for a vector, or for several along leading axes; `x0` is where the iterations start."""
+        """The solution for a vector, or for several along leading axes; the iterations start at `x0`."""
         b = self.space.flatten(parts)
         if not torch.isfinite(b).all():
             raise ValueError(
-                f"{int((~torch.isfinite(b)).sum())} entries of v are not finite, and conjugate gradients cannot solve "
-                "for them; look for NaN or inf in what v was computed from"
+                f"{int((~torch.isfinite(b)).sum())} entries of v are not finite, so conjugate gradients cannot solve; "
+                "look for NaN or inf in what v was computed from"
             )
         starts = None if x0 is None else self.space.flatten(x0).expand_as(b).reshape(-1, self.space.size)
         self.solutions = []
@@ -183,7 +184,7 @@ class IterativeInverse(Operator):
 
 
 def check_preconditioner(matrix: Operator, preconditioner: Any) -> None:
-    """Raises TypeError or ValueError unless it is a matrix of the same vectors."""
+    """Raises TypeError or ValueError unless it is a matrix on the same vectors."""
     if not isinstance(preconditioner, Operator):
         raise TypeError(
             f"preconditioner is {described(preconditioner)}; expected a matrix of this library, such as "
@@ -191,13 +192,13 @@ def check_preconditioner(matrix: Operator, preconditioner: Any) -> None:
         )
     if preconditioner.space != matrix.space:
         raise ValueError(
-            f"the preconditioner acts on {preconditioner.space.describe()} and the matrix on "
-            f"{matrix.space.describe()}; expected the same parameters: make both of one model"
+            f"the preconditioner acts on {preconditioner.space.describe()}, but the matrix on "
+            f"{matrix.space.describe()}; expected the same parameters: compute both from one model"
         )
     if (preconditioner.dtype, preconditioner.device) != (matrix.dtype, matrix.device):
         raise ValueError(
-            f"the preconditioner is {preconditioner.dtype} on {preconditioner.device} and the matrix {matrix.dtype} on "
-            f"{matrix.device}; expected the same: make both with the same dtype="
+            f"the preconditioner is {preconditioner.dtype} on {preconditioner.device}, but the matrix is "
+            f"{matrix.dtype} on {matrix.device}; expected the same: compute both with the same dtype="
         )
 
 

@@ -1,4 +1,5 @@
-"""What an operator's methods make by way of files that import `operator`: found here by name, without a circle."""
+"""Functions and classes that operator methods need from files that import `operator`. Looking them up by name avoids an
+import circle."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from typing import Any, TypeVar
 Made = TypeVar("Made", bound=Callable[..., Any])
 
 LATER: dict[str, Callable[..., Any]] = {}
-"""By name. `natgrad.linalg` imports all of the files, so that nothing is missing once it is imported."""
+"""By name. `natgrad.linalg` imports all of these files, so the registry is complete after the import."""
 
 
 def later(make: Made) -> Made:
-    """A decorator: enters a class or function, which takes an operator, under its own name."""
+    """A decorator that registers a class or function, which takes an operator, under its own name."""
     LATER[make.__name__] = make
     return make

@@ -1,4 +1,4 @@
-"""How a parameter's tensor is the matrix `(d_out, d_in)` that its layer multiplies with."""
+"""How a parameter's tensor maps to the matrix `(d_out, d_in)` that its layer multiplies with."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FORMS = ("plain", "transposed", "deconvolution")
 
 @dataclass(frozen=True)
 class Layout:
-    """The way from a parameter's own tensor to the operator's and back; leading axes stay.
+    """The map from a parameter's tensor to the operator's, and back; leading axes are kept.
 
-    A `"plain"` one is read row by row: `(d_out, d_in)`, or a convolution's kernel `(d_out, channels, *space)`. A
-    `"transposed"` one is `(d_in, d_out)`. The kernel of a transposed convolution, `(channels, d_out / groups, *space)`,
-    belongs to a convolution with the kernel turned round.
+    A `"plain"` tensor is read row by row: `(d_out, d_in)`, or a convolution's kernel `(d_out, channels, *space)`. A
+    `"transposed"` tensor is `(d_in, d_out)`. A `"deconvolution"` tensor is the kernel of a transposed convolution,
+    `(channels, d_out / groups, *space)`; it belongs to a convolution with the flipped kernel.
 
     Args:
         form: `"plain"`, `"transposed"` or `"deconvolution"`.
@@ -51,7 +51,7 @@ class Layout:
         return t.reshape((*lead, *shape))
 
     def to_parameter(self, t: Tensor, own: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Undoes `to_operator`."""
+        """The inverse of `to_operator`."""
         if t.shape == own and self.form == "plain":
             return t
         lead = t.shape[: t.ndim - len(shape)]

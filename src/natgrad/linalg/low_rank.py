@@ -1,4 +1,4 @@
-"""A matrix of low rank plus a multiple of the identity, and one made of products with any matrix."""
+"""A matrix of low rank plus a multiple of the identity, and the approximation of any matrix by one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.checks.values import check_count, check_generator
-from natgrad.linalg.arguments import check_damping
+from natgrad.linalg.arguments import check_damping, check_exponent
 from natgrad.linalg.eigen import positive, semidefinite
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
@@ -23,7 +23,7 @@ class LowRank(Operator):
         space: the form of its vectors. None: tensors of shape `(size,)`.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not match.
 
     Example:
         >>> import torch
@@ -60,6 +60,7 @@ class LowRank(Operator):
         return self.power(-1.0, damping)
 
     def power(self, exponent: float, damping: float = 0.0) -> LowRank:
+        check_exponent(exponent)
         e, c = self._damped(damping)
         return LowRank(self.U, e**exponent, c**exponent, self.space)
 
@@ -84,11 +85,11 @@ class LowRank(Operator):
 
     @property
     def _others(self) -> int:
-        """How many directions are in none of the columns."""
+        """The dimension of the space orthogonal to all columns."""
         return self.space.size - len(self.values)
 
     def _damped(self, damping: float) -> tuple[Tensor, Tensor]:
-        """The eigenvalues of the damped matrix: along the columns, and of all other directions."""
+        """The eigenvalues of the damped matrix: along the columns, and in all other directions."""
         check_damping(damping)
         every = torch.cat([self.values, self.values.new_tensor([self.rest] * bool(self._others))]) + damping
         every = positive(every, self._label(), damping)
@@ -101,12 +102,12 @@ def nystrom(matrix: Operator, rank: int, generator: torch.Generator | None = Non
 
         M̂ = (M Ω) (Ωᵀ M Ω)⁻¹ (M Ω)ᵀ = U diag(e) Uᵀ,    and the smallest of e for all other directions
 
-    with an orthonormal random `Ω`. It lies below `M`, and is close where the eigenvalues of `M` fall fast. Its use is
-    as `F.solve(v, damping, preconditioner=nystrom(F, 50))`.
+    with an orthonormal random `Ω`. `M − M̂` is positive semidefinite, and small if the eigenvalues of `M` decay fast.
+    Use it as `F.solve(v, damping, preconditioner=nystrom(F, 50))`.
 
     Args:
-        matrix: `M`, of which only products are taken.
-        rank: how many columns `Ω` has, at most the size.
+        matrix: `M`; only products with it are needed.
+        rank: the number of columns of `Ω`, at most the size.
         generator: the source of random numbers. Default: torch's own.
 
     Raises:
@@ -125,11 +126,11 @@ def nystrom(matrix: Operator, rank: int, generator: torch.Generator | None = Non
     check_generator(generator, matrix.device)
     size = matrix.space.size
     if rank > size:
-        raise ValueError(f"rank={rank} is more than the matrix's {size} rows; expected at most that")
+        raise ValueError(f"rank={rank} is larger than the matrix, which has {size} rows; expected at most {size}")
     Ω = torch.randn(size, rank, dtype=matrix.dtype, device=matrix.device, generator=generator)
     Ω = torch.linalg.qr(Ω).Q
     Y = matrix.space.flatten(matrix._matmul(matrix.space.unflatten(Ω.mT.contiguous()))).mT
-    # A small shift keeps the Cholesky factor real in rounding; it is taken off the eigenvalues again.
+    # A small shift keeps the Cholesky factor real despite rounding; it is subtracted from the eigenvalues again.
     shift = torch.finfo(matrix.dtype).eps * size**0.5 * float(torch.linalg.matrix_norm(Y))
     Y = Y + shift * Ω
     core = Ω.mT @ Y

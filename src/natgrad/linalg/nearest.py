@@ -19,19 +19,20 @@ Side = Callable[[Tensor], Tensor]
 def nearest_kronecker(
     output_side: Side, input_side: Side, A: Float[Tensor, "i i"], outputs: int
 ) -> tuple[Float[Tensor, "i i"], Float[Tensor, "o o"]]:
-    """`A`, `B` of the smallest `‖G − A ⊗ B‖` for `G = Σ s sᵀ`, each `s` the columns of a matrix `S`, `(o, i)`.
+    """`A`, `B` with the smallest `‖G − A ⊗ B‖`, for `G = Σ s sᵀ`, where each `s` stacks the columns of a matrix `S`,
+    `(o, i)`.
 
-    It is the first singular pair of the rearranged `G` (Van Loan & Pitsianis 1993), by power iteration on the cases:
+    They are the first singular pair of the rearranged `G` (Van Loan & Pitsianis 1993), by power iteration on the cases:
 
         B ← Σ S A Sᵀ / ‖A‖²,    A ← Σ Sᵀ B S / ‖B‖²
 
-    Each step is the best `B` for its `A`, or the other way round, and keeps both positive semidefinite. The iteration
-    ends when `‖A‖ ‖B‖`, the singular value, no longer grows, up to rounding.
+    Each step finds the best `B` for the current `A`, or the reverse, and keeps both positive semidefinite. The
+    iteration ends when `‖A‖ ‖B‖`, the singular value, no longer grows beyond rounding.
 
     Args:
-        output_side: gives `Σ S A Sᵀ` for an `A`.
-        input_side: gives `Σ Sᵀ B S` for a `B`.
-        A: where to begin, positive semidefinite; K-FAC's input factor. The answer's `A` has the same norm.
+        output_side: computes `Σ S A Sᵀ` from `A`.
+        input_side: computes `Σ Sᵀ B S` from `B`.
+        A: the start, positive semidefinite; K-FAC's input factor. The returned `A` has the same norm.
         outputs: the number of rows of `B`.
     """
     size = A.norm()
@@ -55,14 +56,14 @@ def nearest_kronecker(
 def nearest_of_cases(
     h: Float[Tensor, "n t i"], g: Float[Tensor, "n k t o"], A: Float[Tensor, "i i"]
 ) -> tuple[Float[Tensor, "i i"], Float[Tensor, "o o"]]:
-    """The nearest for `S_ik = Σ_t g_ikt h_itᵀ`."""
+    """The nearest Kronecker product for `S_ik = Σ_t g_ikt h_itᵀ`."""
     return nearest_kronecker(partial(_output_side, h, g), partial(_input_side, h, g), A, g.shape[-1])
 
 
 def nearest_of_columns(
     S: Float[Tensor, "m o i"], A: Float[Tensor, "i i"]
 ) -> tuple[Float[Tensor, "i i"], Float[Tensor, "o o"]]:
-    """The nearest for matrices that are written out."""
+    """The nearest Kronecker product for explicit matrices."""
 
     def output_side(A: Tensor) -> Tensor:
         return torch.stack([torch.tensordot(s @ A, s, ([0, 2], [0, 2])) for s in S.split(step)]).sum(0)
@@ -98,7 +99,7 @@ def _input_side(
 
 
 def _parts(h: Tensor, g: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    """Some examples at a time."""
+    """Chunks of examples."""
     _, k, t, o = g.shape
     step = max(1, BUDGET // max(1, k * t * (t + o) + t * h.shape[-1]))
     return zip(h.split(step), g.split(step), strict=True)

@@ -1,4 +1,4 @@
-"""The contract that every matrix of this library keeps."""
+"""The interface that every matrix of this library implements."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TRACES = {"hutchinson": "estimate_trace", "hutch++": "hutch_plus_plus", "xtrace"
 
 
 class Operator(Spectral, ABC):
-    """A symmetric matrix `M` known by what it does to a vector: the contract of every matrix of this library.
+    """A symmetric matrix `M`, known by its products with vectors: the interface of every matrix of this library.
 
-    A vector `v` comes in one of the forms of the operator's `space`, and the answer has the same form: for a model's
-    matrix a `dict` of name to tensor, or one flat tensor of `space.size` numbers in the order of `named_parameters()`;
-    for a matrix of one layer the pair `(W, b)`, or `W` alone. `damping` is Tikhonov's: `M + λ I`, for every structure.
-    What a structure cannot do raises TypeError and names one that can; a damped matrix that is not positive definite
-    raises ValueError where that is needed.
+    A vector `v` has one of the forms of the operator's `space`, and the result has the same form. For a model's matrix:
+    a `dict` of name to tensor, or one flat tensor of `space.size` numbers in the order of `named_parameters()`. For a
+    matrix of one layer: the pair `(W, b)`, or `W` alone. `damping` is Tikhonov's: `M + λ I`, for every structure. An
+    operation that a structure cannot do raises TypeError and names a structure that can. If an operation needs a
+    positive definite matrix and the damped matrix is not, it raises ValueError.
 
     Example:
         >>> import torch, natgrad
@@ -46,39 +46,38 @@ class Operator(Spectral, ABC):
         >>> M.solve(v, damping=1e-3)["bias"].shape, M.to_dense().shape, M.sample(7, damping=1e-3)["weight"].shape
         (torch.Size([1]), torch.Size([3, 3]), torch.Size([7, 1, 2]))
 
-    A subclass gives `space`, `_matmul`, and as many of the other underscored methods as it can do exactly;
-    the rest raise and name a structure that can.
+    A subclass defines `space`, `_matmul`, and as many of the other underscored methods as it can compute exactly;
+    the others raise and name a structure that can.
     """
 
     space: Space
     dtype: torch.dtype
     device: torch.device
     is_centered = False
-    """Whether `coordinates` are centered ones, `(W, b + W m)`, and not the parameters themselves."""
+    """Whether `coordinates` are centered, `(W, b + W m)`, or the parameters themselves."""
     notes: tuple[str, ...] = ()
-    """What `coverage()` says beside its table."""
+    """The notes below the table of `coverage()`."""
     fingerprint: Mapping[str, float] = MappingProxyType({})
-    """Of a model's matrix: the norms of the parameters that it was computed at. A sum or a multiple has none."""
+    """For a model's matrix: the norms of the parameters at which it was computed. A sum or a multiple has none."""
 
-    # What a subclass supplies --------------------------------------------------------------------------
+    # What a subclass defines ---------------------------------------------------------------------------
 
     @abstractmethod
     def _matmul(self, parts: Parts) -> Parts:
         """The product with a vector given by its parts, each with any leading batch axes."""
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
-        """The operator `(M + λ I)⁻¹`. What is factorized is factorized once: keep it, to solve often.
+        """The operator `(M + λ I)⁻¹`. It is factorized once: keep it for repeated solves.
 
-        The styles `"centered"` and `"factored"` damp otherwise. They are what the optimizers use: a centered solve, as
-        a change of a layer's function, does not depend on a shift of the layer's inputs.
+        The styles `"centered"` and `"factored"` damp in other ways. The optimizers use them: a centered solve, as a
+        change of a layer's function, does not depend on a shift of the layer's inputs.
 
         Args:
-            damping: `λ`, a finite number that is not negative.
-            damping_style: `"exact"`: `M + λ I`. `"centered"`: `M + λ TᵀT`, the identity of the centered coordinates
-                `T (W, b) = (W, b + W m)` in which K-FAC and EKFAC hold a layer with a bias; the same as `"exact"` for a
-                layer that has no such coordinates. `"factored"`: of a Kronecker product
-                `(A + π√λ I) ⊗ (B + √λ/π I)`, with `π² = (tr A / d_in) / (tr B / d_out)`, in centered coordinates
-                where there are any.
+            damping: `λ`, a finite number, at least zero.
+            damping_style: `"exact"`: `M + λ I`. `"centered"`: `M + λ TᵀT`, which adds the identity in the centered
+                coordinates `T (W, b) = (W, b + W m)` of K-FAC and EKFAC for a layer with a bias; the same as `"exact"`
+                for a layer without such coordinates. `"factored"`: for a Kronecker product, `(A + π√λ I) ⊗ (B + √λ/π
+                I)` with `π² = (tr A / d_in) / (tr B / d_out)`, in centered coordinates if there are any.
 
         Raises:
             ValueError: if the damped matrix is not positive definite.
@@ -90,7 +89,7 @@ class Operator(Spectral, ABC):
         """The operator `(M + λ I)^exponent`.
 
         Args:
-            exponent: any number: −½ whitens.
+            exponent: any number; −½ whitens.
             damping: `λ`.
 
         Raises:
@@ -107,7 +106,7 @@ class Operator(Spectral, ABC):
 
         Raises:
             ValueError: if the damped matrix is not positive definite.
-            TypeError: if the structure has none; `estimate_logdet` may then do.
+            TypeError: if the structure has no log-determinant; then try `estimate_logdet`.
         """
         raise self._cannot("logdet")
 
@@ -126,28 +125,28 @@ class Operator(Spectral, ABC):
         raise self._cannot("sample")
 
     def coordinates(self, parts: Parts) -> Parts:
-        """A vector in centered coordinates, `(W, b + W m)`; as it is, where the structure has none."""
+        """A vector in centered coordinates, `(W, b + W m)`; unchanged if the structure has none."""
         return parts
 
     def from_coordinates(self, parts: Parts) -> Parts:
-        """Undoes `coordinates`."""
+        """The inverse of `coordinates`."""
         return parts
 
     def trace_in_coordinates(self) -> Tensor:
-        """The trace there, `tr(T⁻ᵀ M T⁻¹)`: what a centered damping is large or small against."""
+        """The trace in centered coordinates, `tr(T⁻ᵀ M T⁻¹)`: the scale to compare a centered damping with."""
         return self.trace()
 
     def apart(self, parts: Parts) -> Parts:
-        """`coordinates(M v)`, which an inverse has before `M v` itself."""
+        """`coordinates(M v)`, which an inverse computes before `M v` itself."""
         return self.coordinates(self._matmul(parts))
 
     def _scaled(self, factor: float) -> Operator:
-        """`factor M`, of the same structure where that is possible."""
+        """`factor M`, with the same structure if possible."""
         scaled: Operator = LATER["Scaled"](self, factor)
         return scaled
 
     def _plus(self, other: Operator) -> Operator | None:
-        """`M + other` where the two have one structure, else None."""
+        """`M + other` if the two have the same structure, else None."""
         return None
 
     def _dense(self) -> Tensor:
@@ -159,15 +158,15 @@ class Operator(Spectral, ABC):
         """Each layer's own operator, by the layer's name: the principal submatrix of its parameters."""
         return ByLayer({name: LATER["Restriction"](self, names) for name, names in self.space.groups().items()})
 
-    # What follows from it ------------------------------------------------------------------------------
+    # What follows from that ----------------------------------------------------------------------------
 
     def __matmul__(self, v: Any) -> Any:
-        """`M v`, in the form that `v` came in. Leading axes are those of as many vectors."""
+        """`M v`, in the form of `v`. Leading axes hold several vectors."""
         parts, join = self._read(v, f"{self._label()} @ v")
         return join(self._matmul(parts))
 
     def quadratic(self, v: Any) -> Tensor:
-        """`vᵀ M v`: a scalar, or one for each vector where `v` has leading axes."""
+        """`vᵀ M v`: a scalar, or one for each vector if `v` has leading axes."""
         parts, _ = self._read(v, f"{self._label()}.quadratic(v)")
         lead = parts[0].shape[: parts[0].ndim - len(self.space.shapes[0])]
         products = zip(parts, self._matmul(parts), strict=True)
@@ -184,24 +183,24 @@ class Operator(Spectral, ABC):
         tol: float | None = None,
         max_iter: int | None = None,
     ) -> Any:
-        """`(M + damping I)⁻¹ v`, in the form that `v` came in. To solve often, keep `inverse(damping)`.
+        """`(M + damping I)⁻¹ v`, in the form of `v`. For repeated solves, keep `inverse(damping)`.
 
-        With any of the last four arguments the solution is by conjugate gradients, which take products alone. Without
-        them it is what the structure has: for implicit matrices conjugate gradients, too, else an exact inverse.
+        With any of the last four arguments, the solution is by conjugate gradients, which need only products. Without
+        them, the structure decides: conjugate gradients for implicit matrices, else an exact inverse.
 
         Args:
             v: a vector in any form, or many along leading axes.
             damping: `λ`.
             damping_style: as for `inverse`.
-            preconditioner: a cheaper matrix `K` of the same parameters, such as K-FAC's, a `Diagonal` or what
-                `natgrad.linalg.nystrom` gives. The closer it is to this matrix, the fewer products there are.
+            preconditioner: a cheaper matrix `K` of the same parameters, such as K-FAC's, a `Diagonal` or the result of
+                `natgrad.linalg.nystrom`. The closer it is to this matrix, the fewer products are needed.
             x0: where the iterations start, in the form of `v`. None: zero.
             tol: the relative residual `‖(M + λI) x − v‖ / ‖v‖` at which to stop. None: `eps^¾`.
-            max_iter: the most products. None: ten times the size.
+            max_iter: the maximum number of products. None: ten times the size.
 
         Raises:
-            ValueError: if the damped matrix is not positive definite, or the preconditioner is of other parameters.
-            RuntimeError: if conjugate gradients do not come to `tol`.
+            ValueError: if the damped matrix is not positive definite, or the preconditioner is for other parameters.
+            RuntimeError: if conjugate gradients do not reach `tol`.
         """
         parts, join = self._read(v, f"{self._label()}.solve(v)")
         options = {"preconditioner": preconditioner, "tol": tol, "max_iter": max_iter}
@@ -212,11 +211,11 @@ class Operator(Spectral, ABC):
         return join(LATER["iterative_solve"](self, parts, damping, x0=start, **options))
 
     def diagonal(self) -> Any:
-        """The diagonal, as a vector: a tensor, a tuple or a dict, as the operator's vectors are."""
+        """The diagonal, as a vector: a tensor, a tuple or a dict, like the operator's vectors."""
         return self._form(self._diagonal())
 
     def sample(self, n: int, damping: float = 0.0, generator: torch.Generator | None = None) -> Any:
-        """`n` draws of `N(0, (M + damping I)⁻¹)`, along a leading axis of n."""
+        """`n` draws from `N(0, (M + damping I)⁻¹)`, along a leading axis of size n."""
         check_count("n", n, "draws")
         check_damping(damping)
         check_generator(generator, self.device)
@@ -226,7 +225,7 @@ class Operator(Spectral, ABC):
         return self._form(self._inverse_factor(z, damping))
 
     def to_dense(self, order: str = "torch") -> Tensor:
-        """The matrix itself, `(size, size)`: rows of each parameter stacked (`"torch"`) or its columns (`"vec"`).
+        """The dense matrix, `(size, size)`: rows of each parameter stacked (`"torch"`), or its columns (`"vec"`).
 
         Raises:
             ValueError: if the size is above `DENSE_LIMIT`.
@@ -253,7 +252,7 @@ class Operator(Spectral, ABC):
         if other.space != self.space:
             raise ValueError(
                 f"the sum of two matrices needs the same parameters: the first acts on {self.space.describe()}, "
-                f"the second on {other.space.describe()}; give two of one model"
+                f"the second on {other.space.describe()}; compute both from one model"
             )
         added = self._plus(other)
         if added is None:
@@ -269,14 +268,12 @@ class Operator(Spectral, ABC):
         if not isinstance(factor, (int, float)):
             return NotImplemented
         if not math.isfinite(factor):
-            raise ValueError(
-                f"a matrix was scaled by {factor}: expected a finite number; look for what it is computed from"
-            )
+            raise ValueError(f"a matrix was scaled by {factor}; expected a finite number: check how it was computed")
         return self._scaled(float(factor))
 
     __mul__ = __rmul__
 
-    # Estimates by products alone -----------------------------------------------------------------------
+    # Estimates from products ---------------------------------------------------------------------------
 
     def estimate_trace(
         self, samples: int = 100, generator: torch.Generator | None = None, method: str = "hutchinson"
@@ -284,10 +281,10 @@ class Operator(Spectral, ABC):
         """The trace from `samples` products, with its standard error.
 
         Args:
-            samples: how many products.
+            samples: the number of products.
             generator: the source of the random vectors.
-            method: `"hutchinson"` takes random signs (1990); `"hutch++"` (Meyer, Musco, Musco & Woodruff 2021) and
-                `"xtrace"` (Epperly, Tropp & Webber 2024) are more exact where a few eigenvalues make up most of the
+            method: `"hutchinson"` uses random signs (1990). `"hutch++"` (Meyer, Musco, Musco & Woodruff 2021) and
+                `"xtrace"` (Epperly, Tropp & Webber 2024) are more accurate if a few eigenvalues make up most of the
                 trace.
         """
         check_choice("method", method, TRACES)
@@ -304,8 +301,8 @@ class Operator(Spectral, ABC):
     ) -> Estimate:
         """`log det (M + damping I)` by stochastic Lanczos quadrature (Ubaru, Chen & Saad 2017).
 
-        Each of `samples` probes takes `steps` products. The standard error does not hold the error of the
-        quadrature, which falls geometrically with `steps` and faster the better the damped matrix is conditioned.
+        Each of `samples` probes takes `steps` products. The standard error does not include the quadrature error, which
+        decreases geometrically with `steps`, and faster for a better conditioned matrix.
         """
         estimate: Estimate = LATER["estimate_logdet"](self, damping, samples, steps, generator)
         return estimate
@@ -324,22 +321,22 @@ class Operator(Spectral, ABC):
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the matrix to a safetensors file with a checksum, which `natgrad.load` reads.
 
-        The file is written whole or not at all; a symbolic link stays one.
+        The file is written completely or not at all; a symbolic link stays a link.
 
         Raises:
             TypeError: for a matrix that holds a model and data.
-            OSError: if the file cannot be written; what was there before is there still.
+            OSError: if the file cannot be written; an existing file is then unchanged.
         """
         LATER["save"](self, path)
 
     # What it is --------------------------------------------------------------------------------------
 
     def describe(self) -> str:
-        """The structure in a few words."""
+        """A short description of the structure."""
         return self._label()
 
     def coverage(self) -> Coverage:
-        """A table of every parameter: how it is used, the structure that holds it, its memory.
+        """A table of every parameter: how it is used, the structure that represents it, its memory.
 
         Example:
             >>> import torch, natgrad
@@ -356,19 +353,19 @@ class Operator(Spectral, ABC):
         return coverage
 
     def _read(self, v: Any, context: str) -> tuple[Parts, Callable[[Parts], Any]]:
-        """The parts of `v`, and the function that restores its form. Raises ValueError if it is not one of these
-        vectors, or of another dtype or device."""
+        """The parts of `v`, and the function that restores its form. Raises ValueError if it is not a vector of this
+        space, or has another dtype or device."""
         parts, join = self.space.split(v, context)
         for label, part in zip(self.space.labels(), parts, strict=True):
             if part.dtype != self.dtype or part.device != self.device:
                 raise ValueError(
-                    f"{context}: {label} is {part.dtype} on {part.device}, the matrix {self.dtype} on {self.device}; "
-                    f"expected the same: .to({str(self.device)!r}, {self.dtype})"
+                    f"{context}: {label} is {part.dtype} on {part.device}, but the matrix is {self.dtype} on "
+                    f"{self.device}; expected the same: .to({str(self.device)!r}, {self.dtype})"
                 )
         return parts, join
 
     def _source(self, generator: torch.Generator | None) -> torch.Generator | None:
-        """Where random vectors come from."""
+        """The source of random vectors."""
         return generator
 
     def _form(self, parts: Parts) -> Any:

@@ -1,4 +1,4 @@
-"""The cases of one layer, batch by batch: its inputs, and the gradients of the columns in what came out of it."""
+"""The cases of one layer, batch by batch: its inputs, and the gradients of the columns at its output."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from natgrad.linalg.space import Parts
 
 
 class Piece(NamedTuple):
-    """Examples of one batch, all with the same number of positions `t` and of columns `k`.
+    """Examples of one batch, all with the same number of positions `t` and columns `k`.
 
-    A column of the layer's `S` is `s_ik = Σ_t g_ikt ⊗ x_it`, with `x = [h; 1]` where the layer has a bias. Inputs of
-    width zero are those of a lone bias.
+    A column of the layer's `S` is `s_ik = Σ_t g_ikt ⊗ x_it`, with `x = [h; 1]` if the layer has a bias. Inputs of width
+    zero belong to a bias alone.
     """
 
     h: Float[Tensor, "n t i"]
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """How many columns there are: `n k`."""
+        """The number of columns: `n k`."""
         return self.g.shape[0] * self.g.shape[1]
 
     def inner(self, W: Tensor | None, b: Tensor | None) -> Float[Tensor, "*batch nk"]:
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
         return torch.einsum("...nto,nkto->...nk", a, self.g).flatten(-2)
 
     def outer(self, c: Float[Tensor, "*batch nk"]) -> tuple[Tensor, Tensor]:
-        """`S c`, of the weight and of the bias."""
+        """`S c`, for weight and bias."""
         c = c.unflatten(-1, self.g.shape[:2])
         e = torch.einsum("...nk,nkto->...nto", c, self.g)
         return e.flatten(-3, -2).mT @ self.h.flatten(0, 1), e.sum((-3, -2))
@@ -50,7 +50,7 @@ class Piece(NamedTuple):
         return torch.einsum("nts,nkts->nk", inputs, self.g @ self.g.mT).flatten()
 
     def written(self, outputs: slice, bias: bool, out: Tensor | None = None) -> Float[Tensor, "nk size"]:
-        """The rows of `Sᵀ`, for some of the outputs: `(output, input)`, the bias as the last input."""
+        """Explicit rows of `Sᵀ`, for some of the outputs: `(output, input)`, the bias as the last input."""
         x = with_one(self.h) if bias else self.h
         g = self.g[..., outputs]
         n, k, t, o = g.shape
@@ -73,7 +73,7 @@ def with_one(h: Float[Tensor, "n t i"]) -> Float[Tensor, "n t x"]:
 
 
 def chunks(pieces: Sequence[Piece], columns: int) -> Iterator[list[Piece]]:
-    """The examples some at a time: with at most so many columns, or one example."""
+    """Chunks of examples: each has at most `columns` columns, or one example."""
     for piece in pieces:
         step = max(1, columns // max(1, piece.g.shape[1]))
         for start in range(0, len(piece.g), step):
@@ -81,8 +81,8 @@ def chunks(pieces: Sequence[Piece], columns: int) -> Iterator[list[Piece]]:
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors one after the other along axis 0; where one has less along another axis it is filled with zeros, which
-    add nothing to a matrix."""
+    """Concatenates tensors along axis 0. Shorter tensors are padded along the other axes with zeros, which add nothing
+    to a matrix."""
     if len(parts) == 1:
         return parts[0]
     sizes = [max(sizes) for sizes in zip(*(p.shape[1:] for p in parts), strict=True)]
@@ -95,9 +95,9 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
 
 
 def squares(h: Float[Tensor, "n t i"], g: Float[Tensor, "n k t o"], *, bias: bool, budget: int = 1 << 25) -> Parts:
-    """`Σ_ik (Σ_t g_ikt x_it)²` of every entry of `(W, b)`: the diagonal of the block, without the scale.
+    """`Σ_ik (Σ_t g_ikt x_it)²` for every entry of `(W, b)`: the diagonal of the block, without the scale.
 
-    With several positions at most about `budget` numbers are held at a time.
+    With several positions, about `budget` numbers are held at a time.
     """
     _, k, t, o = g.shape
     W = h.new_zeros(o, h.shape[-1])

@@ -1,4 +1,4 @@
-"""The precision of matrix products in float32, for computations that need few digits."""
+"""The precision of float32 matrix products, for computations that tolerate low precision."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from natgrad.checks.values import check_choice
 
 PRECISIONS = {"highest": ("ieee", "ieee"), "high": ("ieee", "tf32"), "medium": ("bf16", "tf32")}
-"""As `torch.set_float32_matmul_precision` has them, for CPUs and for CUDA."""
+"""The names of `torch.set_float32_matmul_precision`, as settings for CPUs and for CUDA."""
 WORTH_CASTING = 2**23
-"""Multiplications from which on a product is faster in bfloat16, casts of its operands and of itself included."""
+"""From this number of multiplications on, a product is faster in bfloat16, including the casts of operands and
+result."""
 
 
 def check_precision(precision: str | None) -> None:
@@ -26,7 +27,7 @@ def check_precision(precision: str | None) -> None:
 
 @contextlib.contextmanager
 def matmul_precision(precision: str | None) -> Iterator[None]:
-    """Within, products of float32 matrices may be computed in less; None: as torch is set."""
+    """Within the context, products of float32 matrices may use lower precision; None: torch's own setting."""
     if precision is None:
         yield
         return
@@ -48,15 +49,15 @@ _CASTS = ContextVar("whether operands are cast", default=False)
 
 @functools.cache
 def _multiplies_in_bfloat16() -> bool:
-    """Whether the CPU has products of bfloat16 that torch's own setting hardly makes use of, as it does of AMX's."""
+    """Whether the CPU multiplies bfloat16 fast, but torch's own setting hardly uses it, as with AMX."""
     return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether the processor has instructions that multiply bfloat16 matrices, so that they are faster than float32.
+    """Whether the processor has instructions for bfloat16 matrix products, so that they are faster than float32.
 
-    A CPU without them may take a hundred times as long. The processor is asked, not timed: the same one always gives
-    the same answer, so that a run resumes bit for bit.
+    Without them, a CPU may take a hundred times as long. The features of the processor are read, not timed: the same
+    processor always gives the same answer, so a run resumes bit for bit.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
@@ -86,7 +87,7 @@ def matmul(first: Tensor, *others: Tensor) -> Tensor:
 
 
 def linear(terms: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None) -> Tensor:
-    """The sum of `h Wᵀ` over the terms `(h, W)`, in the precision of the context, and of the bias, in full."""
+    """The sum of `h Wᵀ` over the terms `(h, W)`, in the precision of the context, plus the bias in full precision."""
     few = _casts(*terms[0])
     (h, W), *others = ((t.bfloat16() for t in term) if few else term for term in terms)
     total = F.linear(h, W, None if few else bias)
@@ -99,7 +100,7 @@ def linear(terms: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None) -> Tenso
 
 
 def _casts(left: Tensor, right: Tensor) -> bool:
-    """Whether matrices are cast: float32 ones on a CPU, if the product is a large one."""
+    """Whether matrices are cast: float32 on a CPU, if the product is large."""
     if not (_CASTS.get() and left.device.type == right.device.type == "cpu"):
         return False
     if not (left.dtype == right.dtype == torch.float32 and left.ndim > 1 < right.ndim):

@@ -1,4 +1,4 @@
-"""A principal submatrix, by the products of the whole."""
+"""A principal submatrix, from products of the whole matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Restriction(Operator):
         space = whole.space
         unknown = [n for n in names if n not in (space.names or ())]
         if unknown:
-            raise ValueError(f"names has {unknown[0]!r}; expected names among those of {space.describe()}")
+            raise ValueError(f"names has {unknown[0]!r}; expected names from {space.describe()}")
         shapes = dict(zip(space.names or (), space.shapes, strict=True))
         self.whole, self.names = whole, names
         self.space = Space(tuple(shapes[n] for n in names), names)

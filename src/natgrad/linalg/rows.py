@@ -1,4 +1,4 @@
-"""One weight whose rows belong to several layers: the heads' projections in one tensor, the groups of a convolution."""
+"""One weight whose rows belong to several layers: packed projections of attention, or the groups of a convolution."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from natgrad.linalg.space import Parts, Space
 
 
 class Rows(Operator):
-    """Independent operators on the rows of `(W, b)`, of `W` alone or of `b` alone, one below the other.
+    """Independent operators on the rows of `(W, b)`, of `W` alone or of `b` alone, stacked.
 
-    A weight that holds several layers is of this kind: packed projections, the groups of a convolution.
+    This is the matrix of a weight that holds several layers: packed projections, the groups of a convolution.
 
     Args:
-        parts: the operators, on vectors of one form but for the number of rows, which add up.
+        parts: the operators. Their vectors have the same form, but may differ in the number of rows, which add up.
 
     Example:
         >>> import torch

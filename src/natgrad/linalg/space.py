@@ -1,4 +1,4 @@
-"""The vectors an operator acts on: their parts, the forms users write them in, and their flat orders."""
+"""The vectors that an operator acts on: their parts, the forms in which users write them, and their flat orders."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ ORDERS = {"torch": "rows, as Tensor.flatten", "vec": "columns"}
 
 @dataclass(frozen=True)
 class Space:
-    """The vectors that an operator acts on: tensors of the given shapes; named ones are written as a `dict`.
+    """The vectors that an operator acts on: tensors of the given shapes. Named tensors are written as a `dict`.
 
-    Internally a vector is a tuple of parts. Any form may have leading axes, the same in all of its parts: as many
-    vectors at once.
+    Internally, a vector is a tuple of parts. Any form may have leading axes, the same for all parts: these hold several
+    vectors.
 
     Args:
         shapes: of the parts.
-        names: of the parts; None: a tuple of tensors, or the tensor itself where there is one part.
+        names: of the parts. None: a vector is a tuple of tensors, or the tensor itself if there is one part.
 
     Example:
         >>> import torch
@@ -43,20 +43,22 @@ class Space:
                 raise ValueError(f"shapes has {shape!r}; expected tuples of whole numbers, one for each part")
         if self.names is not None:
             if not all(isinstance(name, str) for name in self.names) or len(set(self.names)) < len(self.names):
-                raise ValueError(f"names is {self.names!r}; expected different texts, or None")
+                raise ValueError(f"names is {self.names!r}; expected distinct strings, or None")
             if len(self.names) != len(self.shapes):
-                raise ValueError(f"there are {len(self.names)} names and {len(self.shapes)} shapes; expected as many")
+                raise ValueError(
+                    f"there are {len(self.names)} names and {len(self.shapes)} shapes; expected the same number"
+                )
 
     @property
     def size(self) -> int:
-        """How many numbers a vector has."""
+        """The number of entries of a vector."""
         return sum(prod(s) for s in self.shapes)
 
     def split(self, v: Any, context: str) -> tuple[Parts, Callable[[Parts], Any]]:
         """The parts of a vector given in any accepted form, and the function that restores that form.
 
         Raises:
-            ValueError: if names or shapes are others; the error begins with `context`.
+            ValueError: if names or shapes do not match; the error begins with `context`.
         """
         if isinstance(v, Mapping) and self.names is not None:
             self._check_names(v, context)
@@ -83,7 +85,7 @@ class Space:
         return torch.cat(flat, -1)
 
     def unflatten(self, v: Tensor, order: str = "torch") -> Parts:
-        """Undo `flatten`; leading axes of `v` stay."""
+        """The inverse of `flatten`; leading axes of `v` are kept."""
         parts = []
         for piece, shape in zip(v.split([prod(s) for s in self.shapes], -1), self.shapes, strict=True):
             by_columns = order == "vec" and len(shape) == 2
@@ -91,13 +93,13 @@ class Space:
         return tuple(parts)
 
     def columns_index(self, device: torch.device | None = None) -> Tensor:
-        """For each entry of the `"vec"` order its place in the `"torch"` order."""
+        """For each entry of the `"vec"` order, its index in the `"torch"` order."""
         return self.flatten(self.unflatten(torch.arange(self.size, device=device)), "vec")
 
     def groups(self) -> dict[str, tuple[str, ...]]:
         """The named parts by the module that holds them: `{"fc1": ("fc1.weight", "fc1.bias")}`.
 
-        A parameter that no submodule holds is a group of its own.
+        A parameter that no submodule holds is its own group.
         """
         groups: dict[str, tuple[str, ...]] = {}
         for name in self.names or ():
@@ -106,7 +108,7 @@ class Space:
         return groups
 
     def labels(self) -> tuple[str, ...]:
-        """What the parts are called in messages."""
+        """The names of the parts in messages."""
         return self.names or tuple(f"part {i}" for i in range(len(self.shapes)))
 
     def describe(self) -> str:

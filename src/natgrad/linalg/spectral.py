@@ -1,4 +1,4 @@
-"""What every operator can say of its eigenvalues."""
+"""The operations of every operator that concern its eigenvalues."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 class Spectral:
-    """The part of `Operator` that is about eigenvalues."""
+    """The part of `Operator` that concerns eigenvalues."""
 
     @property
     def _operator(self) -> Operator:
         return cast("Operator", self)
 
     def eigenvalues(self) -> Tensor:
-        """All eigenvalues, `(size,)`, in no order, from the structure itself: of K-FAC products of the factors'.
+        """All eigenvalues, `(size,)`, in no particular order, from the structure: for K-FAC, products of the factors'.
 
         Raises:
-            TypeError: if the structure has none, and it is too large to be formed.
+            TypeError: if the structure gives none, and it is too large to be formed.
         """
         found: Tensor = LATER["eigenvalues"](self)
         return found
@@ -42,20 +42,20 @@ class Spectral:
         max_products: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Eigenpairs:
-        """The `k` largest eigenvalues with their vectors, by products alone: a restarted block Krylov method.
+        """The `k` largest eigenvalues with their vectors, from products: a restarted block Krylov method.
 
         Args:
-            k: how many.
+            k: how many eigenvalues.
             which: `"largest"`, `"smallest"`, or largest in `"magnitude"`.
             tol: the largest residual `‖M v − λ v‖`, relative to the largest eigenvalue. None: about `eps^¾`.
-            max_products: at most so many products. None: `50 k + 10 size`.
-            generator: the source of the first vectors.
+            max_products: the maximum number of products. None: `50 k + 10 size`.
+            generator: the source of the random start vectors.
 
         Returns:
-            `(values, vectors, residuals)`; the vectors lie along a leading axis of `k`.
+            `(values, vectors, residuals)`; the vectors are stacked along a leading axis of size `k`.
 
         Raises:
-            RuntimeError: if some have not converged.
+            RuntimeError: if some eigenvalues have not converged.
 
         Reference: Stathopoulos & Wu (1994), "Thick restarting of the Davidson method"; Golub & Underwood (1977).
         """
@@ -65,7 +65,7 @@ class Spectral:
     def spectral_density(
         self, samples: int = 10, steps: int = 100, generator: torch.Generator | None = None
     ) -> SpectralDensity:
-        """How the eigenvalues are spread: all of them where `eigenvalues()` has them, else an estimate by stochastic
+        """The distribution of the eigenvalues: exact if `eigenvalues()` gives them, else an estimate by stochastic
         Lanczos quadrature, with `steps` products for each of `samples` random vectors.
 
         Reference: Ubaru, Chen & Saad (2017); Ghorbani, Krishnan & Xiao (2019), arXiv:1901.10159.
@@ -77,8 +77,8 @@ class Spectral:
         """A norm of the matrix, a scalar.
 
         Args:
-            ord: `"fro"`, Frobenius; or `2`, the largest absolute eigenvalue, from the structure where that has
-                eigenvalues, else by products as in `top_eigenvalues`.
+            ord: `"fro"`, Frobenius; or `2`, the largest absolute eigenvalue: from the structure if it gives
+                eigenvalues, else from products as in `top_eigenvalues`.
 
         Raises:
             TypeError: if the structure has no exact Frobenius norm.
@@ -92,9 +92,10 @@ class Spectral:
         return found
 
     def condition(self, damping: float = 0.0) -> Tensor:
-        """The largest over the smallest eigenvalue of `M + damping I`, a scalar: how hard it is to solve with.
+        """The largest eigenvalue of `M + damping I` divided by the smallest, a scalar: how hard it is to solve with.
 
-        It is exact where `eigenvalues()` has them, else from the largest and the smallest by products.
+        It is exact if `eigenvalues()` gives all eigenvalues, else computed from the largest and the smallest by
+        products.
 
         Args:
             damping: `λ`.
@@ -108,16 +109,16 @@ class Spectral:
     def project(self, v: Any, keep: float, *, which: str = "smallest") -> Any:
         """The part of `v` along the eigenvectors of the lowest (or the highest) curvature, in the form of `v`.
 
-        A step that is projected on directions of low curvature changes the outputs on the matrix's own data little: an
-        edit that leaves the rest of the model's abilities in place.
+        A step projected on directions of low curvature changes the outputs on the matrix's own data little: it is an
+        edit that preserves the model's other abilities.
 
         Args:
             v: a vector in any form, or many along leading axes.
-            keep: the share of the directions to keep, of all layers together, from 0 to 1.
+            keep: the share of the directions to keep, over all layers together, from 0 to 1.
             which: `"smallest"` or `"largest"` eigenvalues.
 
         Raises:
-            TypeError: if the structure has no eigenbasis, and is too large to be formed.
+            TypeError: if the structure has no eigenbasis and is too large to be formed.
 
         Reference: Ikram et al. (2026), "CrispEdit: Low-Curvature Projections for Scalable Non-Destructive LLM Editing",
         arXiv:2602.15823.
@@ -126,18 +127,18 @@ class Spectral:
 
     def to_scipy(self) -> LinearOperator:
         """The matrix as a `scipy.sparse.linalg.LinearOperator` on flat NumPy vectors, for `eigsh`, `cg`, ...;
-        `natgrad.linalg.External` is the way back."""
+        `natgrad.linalg.External` converts back."""
         found: LinearOperator = LATER["to_scipy"](self)
         return found
 
     def __getitem__(self, names: Any) -> Operator:
-        """The principal submatrix of some parameters, by their names, or of modules by theirs: `F["fc1"]`,
-        `F[["fc1.weight", "fc2.weight"]]`. It keeps the structure where it takes whole blocks."""
+        """The principal submatrix of some parameters, given by name, or of the parameters of modules: `F["fc1"]`,
+        `F[["fc1.weight", "fc2.weight"]]`. If it consists of whole blocks, it keeps the structure."""
         found: Operator = LATER["submatrix"](self, names)
         return found
 
     def to(self, *args: Any, **kwargs: Any) -> Operator:
-        """The same matrix with another dtype or on another device, as `Tensor.to` takes them.
+        """The same matrix with another dtype or on another device; the arguments are those of `Tensor.to`.
 
         Raises:
             TypeError: for a matrix that holds a model and data, as implicit ones do.

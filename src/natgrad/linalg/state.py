@@ -26,7 +26,7 @@ from natgrad.linalg.restriction import Restriction
 from natgrad.linalg.rows import Rows
 from natgrad.linalg.space import Space
 
-# What makes each kind of operator: its constructor's arguments, and the attributes that hold them.
+# For each kind of operator: its constructor's arguments, and the attributes that hold them.
 _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     Kronecker: {"A": "A", "B": "B"},
     KroneckerEigen: {"U_A": "U_A", "U_B": "U_B", "values": "values"},
@@ -68,10 +68,10 @@ _KINDS = {kind.__name__: kind for kind in (*_ARGUMENTS, *_PARTS)}
 
 @later
 def dump(value: Any) -> Any:
-    """An operator, or what it is made of, as a dictionary; its tensors are not copied.
+    """An operator, or a part of one, as a dictionary; its tensors are not copied.
 
     Raises:
-        TypeError: for an operator that is more than its tensors.
+        TypeError: for an operator that holds more than tensors.
     """
     kind = type(value)
     if kind in _ARGUMENTS:
@@ -92,7 +92,7 @@ def dump(value: Any) -> Any:
 
 
 def nbytes(operator: Operator) -> int:
-    """The memory of an operator's tensors; none for one that holds a model and data."""
+    """The memory of an operator's tensors; zero for one that holds a model and data."""
     tensors: dict[tuple[int, int], int] = {}
 
     def walk(value: Any) -> None:
@@ -109,10 +109,10 @@ def nbytes(operator: Operator) -> int:
 
 
 def restore(state: Any) -> Any:
-    """What `dump` was given.
+    """The inverse of `dump`.
 
     Raises:
-        ValueError: for a kind that is not known, or of which what it is made of does not fit together.
+        ValueError: for an unknown kind, or if the parts of an operator do not match.
     """
     if isinstance(state, (tuple, list)):
         return type(state)(restore(v) for v in state)
@@ -124,7 +124,7 @@ def restore(state: Any) -> Any:
     arguments = {a: restore(v) for a, v in state.items() if a not in ("kind", "fingerprint")}
     if kind not in _KINDS:
         raise ValueError(
-            f"the saved operator is of kind {kind!r}, which this version of natgrad does not know; load it with the "
+            f"the saved operator is of kind {kind!r}, which is unknown to this version of natgrad; load it with the "
             "version that saved it"
         )
     restored = _KINDS[kind](**arguments)

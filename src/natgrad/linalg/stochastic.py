@@ -1,4 +1,4 @@
-"""Estimates of a matrix that is only known by its products, each with its standard error."""
+"""Estimates for a matrix that is known only through its products, each with its standard error."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from natgrad.linalg.operator import Operator
 
 @dataclass(frozen=True)
 class Estimate:
-    """An unbiased estimate and its standard error, of the same form: what an operator's `estimate_*` return.
+    """An unbiased estimate and its standard error, of the same form: the result of an operator's `estimate_*`.
 
     Args:
-        value: the mean over the probes: a scalar, or a vector in the form of the operator's.
+        value: the mean over the probes: a scalar, or a vector of the operator.
         standard_error: the standard deviation of that mean.
 
     Example:
@@ -84,7 +84,7 @@ def quadrature(operator: Operator, z: Tensor, steps: int) -> tuple[Tensor, Tenso
         w = product(operator, basis[-1])
         diagonal.append(basis[-1] @ w)
         V = torch.stack(basis)
-        for _ in range(2):  # once leaves rounding that grows
+        for _ in range(2):  # a single pass leaves rounding errors that grow
             w = w - V.mT @ (V @ w)
         below.append(w.norm())
         if below[-1] <= torch.finfo(w.dtype).eps * max(d.abs() for d in diagonal) * len(z):
@@ -100,7 +100,7 @@ def quadrature(operator: Operator, z: Tensor, steps: int) -> tuple[Tensor, Tenso
 
 def probes(operator: Operator, samples: int, generator: torch.Generator | None) -> Iterator[Tensor]:
     """Vectors of random signs."""
-    check_count("samples", samples, least=2)  # of which the standard error is
+    check_count("samples", samples, least=2)  # a standard error needs two
     size, generator = (operator.space.size,), operator._source(generator)
     for _ in range(samples):
         signs = torch.randint(2, size, generator=generator, device=operator.device)
@@ -108,7 +108,7 @@ def probes(operator: Operator, samples: int, generator: torch.Generator | None) 
 
 
 def product(operator: Operator, z: Tensor) -> Tensor:
-    """With a flat vector, or with one for every row."""
+    """The product with a flat vector, or with each row."""
     return operator.space.flatten(operator._matmul(operator.space.unflatten(z)))
 
 

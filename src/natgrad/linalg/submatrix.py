@@ -21,7 +21,7 @@ from natgrad.linalg.state import dump, restore
 
 @later
 def submatrix(operator: Operator, names: Any) -> Operator:
-    """The rows and columns of some named parameters, in the matrix's own order."""
+    """The rows and columns of some named parameters, in the order of the matrix."""
     wanted = _parameters(operator, names)
     own = operator.space
     space = Space(tuple(s for n, s in zip(own.names or (), own.shapes, strict=True) if n in wanted), tuple(wanted))
@@ -50,7 +50,8 @@ def _parameters(operator: Operator, names: Any) -> list[str]:
         inside = {o for o in own if o == n or o.startswith(f"{n}.")}
         if not inside:
             raise KeyError(
-                f"no parameter or module is called {n!r}; expected some of {', '.join(own[:6])}{did_you_mean(n, own)}"
+                f"no parameter or module has the name {n!r}; expected some of "
+                f"{', '.join(own[:6])}{did_you_mean(n, own)}"
             )
         chosen |= inside
     if not chosen:
@@ -60,7 +61,7 @@ def _parameters(operator: Operator, names: Any) -> list[str]:
 
 @later
 def converted(operator: Operator, *args: Any, **kwargs: Any) -> Operator:
-    """The operator with every floating tensor of its own converted."""
+    """The operator with all its floating-point tensors converted."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, Tensor):

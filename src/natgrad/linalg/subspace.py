@@ -26,12 +26,12 @@ from natgrad.linalg.space import Parts
 
 SIDES = {"smallest": "the directions of the lowest curvature", "largest": "those of the highest"}
 Multiply = Callable[[Parts, Tensor], Parts]
-"""Multiplies the coefficients of a vector in the eigenbasis by the given numbers."""
+"""Multiplies a vector's coefficients in the eigenbasis by given numbers."""
 
 
 @later
 def project(operator: Operator, v: Any, keep: float, which: str) -> Any:
-    """The part of `v` in the span of the `keep` share of the eigenvectors."""
+    """The part of `v` in the span of the eigenvectors with the given share `keep`."""
     check_within("keep", keep, "[0, 1]")
     check_choice("which", which, SIDES, meanings=SIDES)
     parts, join = operator._read(v, f"{operator._label()}.project(v)")
@@ -43,15 +43,15 @@ def project(operator: Operator, v: Any, keep: float, which: str) -> Any:
 
 @singledispatch
 def eigenbasis(operator: Operator) -> tuple[Float[Tensor, " size"], Multiply]:
-    """The eigenvalues, and what multiplies coefficients in the order of these.
+    """The eigenvalues, and the function that multiplies coefficients in the same order.
 
     Raises:
         TypeError: if the structure has no eigenbasis, and is too large to be formed.
     """
     if operator.space.size > FORMED or not holds_tensors(operator):
         raise TypeError(
-            f"{operator._label()} has no eigenbasis by its structure, and its {operator.space.size} rows are too many "
-            "to form it; use structure='kfac', 'diagonal' or 'dense', or 'ekfac' with centered=False"
+            f"{operator._label()} has a structure without a known eigenbasis, and with {operator.space.size} rows it "
+            "is too large to form; use structure='kfac', 'diagonal' or 'dense', or 'ekfac' with centered=False"
         )
     return eigenbasis(Dense(operator._dense(), operator.space))
 
@@ -99,7 +99,7 @@ def _(operator: Homogeneous) -> tuple[Tensor, Multiply]:
 
 @eigenbasis.register
 def _(operator: CenteredKronecker) -> tuple[Tensor, Multiply]:
-    """That of `A ⊗ B`, which is the same matrix."""
+    """The eigenbasis of `A ⊗ B`, which is the same matrix."""
     return eigenbasis(Homogeneous(Kronecker(operator.A, operator.B)))
 
 

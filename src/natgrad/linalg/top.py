@@ -1,4 +1,4 @@
-"""The largest eigenvalues and their vectors, by products alone."""
+"""The largest eigenvalues and their vectors, from products."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHICH = {
 
 
 class Eigenpairs(NamedTuple):
-    """Eigenvalues and orthonormal eigenvectors: what `top_eigenvalues` returns.
+    """Eigenvalues and orthonormal eigenvectors: the result of `top_eigenvalues`.
 
     Example:
         >>> import torch
@@ -32,11 +32,11 @@ class Eigenpairs(NamedTuple):
     """
 
     values: Tensor
-    """`(k,)`, in the order asked for."""
+    """`(k,)`, in the requested order."""
     vectors: Any
-    """`k` vectors in the form of the operator's, along a leading axis."""
+    """`k` vectors of the operator, along a leading axis."""
     residuals: Tensor
-    """`‖M v − λ v‖` of each."""
+    """`‖M v − λ v‖` for each."""
 
 
 @later
@@ -48,10 +48,10 @@ def top_eigenvalues(
     max_products: int | None,
     generator: torch.Generator | None,
 ) -> Eigenpairs:
-    """A block Krylov method that is restarted from its best vectors (a thick restart).
+    """A block Krylov method that restarts from its best vectors (a thick restart).
 
-    The basis `V` grows by the residuals `M v − λ v` of those Ritz pairs that have not converged. It begins with `k`
-    random vectors, so that an eigenvalue with up to `k` equal ones is found as often as it is there.
+    The basis `V` is extended by the residuals `M v − λ v` of the Ritz pairs that have not converged. It starts with `k`
+    random vectors, so an eigenvalue of multiplicity up to `k` is found with its multiplicity.
     """
     size = operator.space.size
     check_count("k", k, "eigenvalues")
@@ -59,10 +59,10 @@ def top_eigenvalues(
     check_number("tol", tol, positive=True, optional=True)
     check_generator(generator, operator.device)
     if k > size:
-        raise ValueError(f"k={k} is more than the {size} eigenvalues that there are; expected at most {size}")
+        raise ValueError(f"k={k} is larger than the number of eigenvalues, {size}; expected at most {size}")
     tol = tol or 10 * torch.finfo(operator.dtype).eps ** 0.75
     limit = max_products or 50 * k + 10 * size
-    width = min(size, k + 2)  # some more than asked for, which speeds the last ones up
+    width = min(size, k + 2)  # some extra vectors, which speed up the last eigenvalues
     most = min(size, max(4 * width, 60))
     generator = operator._source(generator)
     start = torch.randn(width, size, dtype=operator.dtype, device=operator.device, generator=generator)
@@ -90,7 +90,7 @@ def top_eigenvalues(
             kept = Q[:, : 2 * width].mT
             V, W = kept @ V, kept @ W
         new = _orthonormal(R[open_], V)
-        if not len(new):  # the residuals are rounding
+        if not len(new):  # the residuals are at rounding level
             fresh = torch.randn(1, size, dtype=V.dtype, device=V.device, generator=generator)
             new = _orthonormal(fresh, V)
         V, W = torch.cat([V, new]), torch.cat([W, product(operator, new)])
@@ -98,9 +98,9 @@ def top_eigenvalues(
 
 
 def _orthonormal(rows: Float[Tensor, "k d"], against: Float[Tensor, "m d"]) -> Float[Tensor, "j d"]:
-    """An orthonormal basis of what the rows have beside those of `against`; dependent rows are left out."""
+    """An orthonormal basis of the components of the rows orthogonal to `against`; dependent rows are dropped."""
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    for _ in range(2):  # once leaves rounding that grows
+    for _ in range(2):  # a single pass leaves rounding errors that grow
         rows = rows - (rows @ against.mT) @ against
         _, s, Vt = torch.linalg.svd(rows, full_matrices=False)
         rows = Vt[s > 100 * torch.finfo(rows.dtype).eps * len(Vt)]

@@ -13,8 +13,8 @@ from natgrad.linalg.stochastic import Estimate, product
 
 @later
 def hutch_plus_plus(operator: Operator, samples: int, generator: torch.Generator | None) -> Estimate:
-    """A third of the products sketch the range, `Q = orth(M S)`, a third give `tr Qᵀ M Q`, and a third go into
-    Hutchinson's estimate of what is left, `(I − Q Qᵀ) M (I − Q Qᵀ)` (Meyer, Musco, Musco & Woodruff 2021).
+    """A third of the products sketch the range, `Q = orth(M S)`; a third give `tr Qᵀ M Q`; a third give Hutchinson's
+    estimate of the remainder, `(I − Q Qᵀ) M (I − Q Qᵀ)` (Meyer, Musco, Musco & Woodruff 2021).
     """
     check_count("samples", samples, "products", least=6)
     size, third = operator.space.size, samples // 3
@@ -29,7 +29,7 @@ def hutch_plus_plus(operator: Operator, samples: int, generator: torch.Generator
 
 @later
 def xtrace(operator: Operator, samples: int, generator: torch.Generator | None) -> Estimate:
-    """With `m` vectors, half the products: each in turn is left out of the sketch and probes what that has missed
+    """With `m` vectors, half the products: each vector in turn is left out of the sketch and probes the remainder
     (Epperly, Tropp & Webber 2024, arXiv:2301.07825).
 
     With `Q R = M Ω` and `s_i` the normalized column `i` of `R⁻ᵀ`, `Q (I − s_i s_iᵀ) Qᵀ` projects on the sketch without

@@ -1,11 +1,11 @@
-"""Flattening a matrix, in the two orders that the field uses."""
+"""Flattening a matrix in the two common orders."""
 
 from jaxtyping import Shaped
 from torch import Tensor
 
 
 def vec(W: Shaped[Tensor, "*batch m n"]) -> Shaped[Tensor, "*batch mn"]:
-    """Stack the columns of a matrix: `vec(P V Q) = (Qᵀ ⊗ P) vec(V)`.
+    """Stacks the columns of a matrix: `vec(P V Q) = (Qᵀ ⊗ P) vec(V)`.
 
     PyTorch's `flatten` stacks rows instead, which swaps the factors of a Kronecker product.
 
@@ -13,10 +13,10 @@ def vec(W: Shaped[Tensor, "*batch m n"]) -> Shaped[Tensor, "*batch mn"]:
         W: `(..., m, n)`.
 
     Returns:
-        Of shape `(..., m n)`.
+        A tensor of shape `(..., m n)`.
 
     Raises:
-        ValueError: if `W` has less than two axes.
+        ValueError: if `W` has fewer than two axes.
 
     Example:
         >>> import torch
@@ -29,14 +29,14 @@ def vec(W: Shaped[Tensor, "*batch m n"]) -> Shaped[Tensor, "*batch mn"]:
 
 
 def unvec(v: Shaped[Tensor, "*batch mn"], shape: tuple[int, int]) -> Shaped[Tensor, "*batch m n"]:
-    """Undo `vec`: the matrix of the given `(rows, columns)` whose stacked columns are `v`.
+    """The inverse of `vec`: the matrix of the given `(rows, columns)` whose stacked columns are `v`.
 
     Args:
         v: `(..., rows * columns)`.
         shape: `(rows, columns)`.
 
     Returns:
-        Of shape `(..., rows, columns)`.
+        A tensor of shape `(..., rows, columns)`.
 
     Raises:
         ValueError: if `v` does not have `rows * columns` entries.

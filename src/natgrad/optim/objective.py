@@ -1,4 +1,5 @@
-"""The objective of one step: the losses whose gradients have arrived, weighted as the user's backward weighted them."""
+"""The objective of one step: the losses whose gradients have arrived, with the weights that the user's backward
+used."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ from natgrad.optim.vectors import Vector, symmetric
 
 
 class Objective:
-    """`Σ_t ω_t L_t`: every term's mean over its pending batches, with the term's weight.
+    """`Σ_t ω_t L_t`: the mean of each term over its pending batches, times the weight of the term.
 
-    All is in the units of the heaviest term's mean, `max |ω_t| = 1`: with one term, of the loss's own mean. So nothing
-    depends on the reduction, the batch size or the number of microbatches. `scale` is the user's gradient over this
-    objective's gradient, `idle` how many ranks have no examples, `moved` whether the parameters were written to after a
-    forward on some rank, so that its loss is another one now.
+    The units are those of the heaviest term's mean, `max |ω_t| = 1`. With one term, they are those of the loss's mean.
+    So nothing depends on the reduction, the batch size or the number of microbatches. `scale` is the user's gradient
+    divided by this objective's gradient, `idle` the number of ranks without examples, and `moved` whether the
+    parameters were written to after a forward on some rank, so that its loss has changed.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Objective:
         for b, its_loss in zip(self.batches, losses, strict=False):
             if not math.isfinite(its_loss):
                 b.fault = b.fault or LOSS_NOT_FINITE
-        # In how many means of its term each batch is.
+        # Each batch's factor, in units of its term's mean.
         means = [self._in_means(b, f, m) for b, f, m in zip(self.batches, factors, masses, strict=False)]
         own = dict.fromkeys(terms, 0.0)
         for b, mean in zip(self.batches, means, strict=True):
@@ -72,7 +73,7 @@ class Objective:
         self._penalty_weights = [f / only if only else 0.0 for f in factors[n:]]
 
     def _numbers(self) -> tuple[list[float], list[float], list[float]]:
-        """The factors, masses and values of batches and penalties; a GPU is waited for once."""
+        """The factors, masses and values of batches and penalties, with a single wait for the GPU."""
         sizes = self._parameters.sizes()
         by_hand: Counter[str] = Counter(b.kind for b in self.batches)
         rows = []
@@ -95,34 +96,35 @@ class Objective:
         return factor * (batch.weight if batch.is_mean else mass)
 
     def _per_loss(self, means: Sequence[float]) -> list[float]:
-        """The factor of each batch's loss, a mean or a sum, from that of its mean."""
+        """The factor of each batch's loss (a mean or a sum), from the factor of its mean."""
         each = zip(means, self._masses, self.batches, strict=False)
         return [mean if b.is_mean or not mass else mean / mass for mean, mass, b in each]
 
     def _faults(self) -> list[float]:
-        """Whether this rank's batches have a fault, in its own place of a list of all ranks."""
+        """Whether this rank's batches have a fault: a list with one entry for each rank, in which this rank fills its
+        own."""
         here = self._world.rank if any(b.fault for b in self.batches) else None
         return [float(rank == here) for rank in range(self._world.size)]
 
     def _fault(self, faults: list[float]) -> str | None:
-        """What is wrong with a batch, here or on another rank."""
+        """What is wrong with a batch on this rank or on another."""
         own = next((b.fault for b in self.batches if b.fault), None)
         others = [str(rank) for rank, faulty in enumerate(faults) if faulty and rank != self._world.rank]
         return own or (f"a batch has a fault on rank {', '.join(others)}" if others else None)
 
     @property
     def shares(self) -> list[float]:
-        """The factor of each batch's sum over cases."""
+        """The factor of the sum over cases, for each batch."""
         each = zip(self._weights, self._masses, self.batches, strict=False)
         return [0.0 if b.is_empty or not mass else w / mass for w, mass, b in each]
 
     def _moved(self) -> bool:
-        """Whether the parameters were written to after a forward, so that its loss is another one now."""
+        """Whether the parameters were written to after a forward, so that its loss has changed."""
         now = self._parameters.versions()
         return self._place.shards is None and any(part.versions != now for part in self._parts)
 
     def measure_again(self) -> None:
-        """Takes the loss, and what was recorded of the layers, for outdated."""
+        """Marks the loss and the recorded layers as outdated."""
         self.loss = self.evaluate()
         for batch in self.batches:
             batch.uses, batch.replay = [], None
@@ -135,33 +137,33 @@ class Objective:
 
     @property
     def runs_again(self) -> bool:
-        """Whether the way from the model to the loss is known for all batches."""
+        """Whether all batches can be run again, from the model to the loss."""
         return all(batch.way is not None for batch in self.batches)
 
     @property
     def measurable(self) -> bool:
-        """Whether the objective has a value, which outputs without a loss have not."""
+        """Whether the objective has a value. Predictions without a loss have none."""
         return all(b.is_measured for b in self.batches)
 
     @property
     def nonnegative(self) -> bool:
-        """Whether the objective is zero at the least, whatever the outputs."""
+        """Whether the objective is at least zero, for any outputs."""
         return not self.penalties and all(b.term.curvature.nonnegative for b in self.batches)
 
     @property
     def repeatable(self) -> bool:
-        """Whether the gradients are of these losses at the parameters as they are now, and of inputs as they are."""
+        """Whether the gradients belong to these losses at the current parameters and inputs."""
         whole = self.runs_again and self.measurable and not self.moved
         return whole and bool(self._parts) and all(part.seen and part.unchanged for part in self._parts)
 
     @property
     def lowered(self) -> bool:
-        """Whether something was computed in a lower precision."""
+        """Whether any part was computed in low precision."""
         return any(b.forward.autocast is not None for b in self.batches) or self._parameters.lowered
 
     def gradient(self, names: Sequence[str]) -> Vector | None:
-        """The gradient for the named parameters, computed once more. None where the losses are other ones the second
-        time, as of a model that keeps a state of its own, or where there is no such backward."""
+        """The gradient for the named parameters, computed again. None if the losses differ the second time, as for a
+        model with internal state, or if this backward is not possible."""
         total: Vector = {}
         weights = [*self._per_loss(self._weights), *self._penalty_weights]
         leaves = [self._parameters[n] for n in names]
@@ -180,7 +182,7 @@ class Objective:
         return total
 
     def evaluate(self) -> float:
-        """The objective at the parameters as they are now; buffers and random generators stay as they were."""
+        """The objective at the current parameters; buffers and random generators keep their state."""
         total = 0.0
         with self._as_it_was():
             outputs = self._outputs(self._model)
@@ -192,15 +194,15 @@ class Objective:
         return self._world.numbers([total], "the loss after a step")[0]
 
     def outputs(self) -> list[Tensor]:
-        """What every batch's loss takes at the parameters as they are now; buffers and random generators stay as they
-        were."""
+        """The loss's input for every batch, at the current parameters; buffers and random generators keep their
+        state."""
         with self._as_it_was():
             outputs = self._outputs(self._model)
         self._place.settle()
         return outputs
 
     def _outputs(self, forward: Callable[..., Any]) -> list[Tensor]:
-        """What every batch's loss takes, from one run of `forward` for each of the model's."""
+        """The loss's input for every batch, with one run of `forward` for each forward of the model."""
         found: dict[int, Tensor] = {}
         for batches in by_forward(self.batches):
             found |= dict(zip(map(id, batches), run_again(batches, forward), strict=True))
@@ -208,7 +210,7 @@ class Objective:
 
     @contextlib.contextmanager
     def _as_it_was(self) -> Iterator[None]:
-        """Within, the model runs without gradients; its buffers are put back."""
+        """Within the context, the model runs without gradients. At the end, its buffers are restored."""
         buffers = {n: b.clone() for n, b in self._model.named_buffers()}
         try:
             with torch.no_grad():
@@ -232,8 +234,8 @@ class Objective:
         return symmetric(self._world.numbers(lower, "the quadratic model"), n)
 
     def _all_pushed(self, directions: list[Vector]) -> Iterator[tuple[float, Batch, list[tuple[Tensor, Tensor]]]]:
-        """Every batch's share, and its output with `J d` for every direction. Batches of one forward take one pass
-        together."""
+        """Every batch's share, and its output with `J d` for every direction. Batches of one forward share one
+        forward-mode pass."""
         shares = dict(zip(map(id, self.batches), self.shares, strict=True))
         for batches in by_forward(self.batches):
             by_reverse = [bool(directions) and self._by_reverse(batch, directions[0]) for batch in batches]
@@ -270,7 +272,8 @@ class Objective:
         return replay
 
     def _by_reverse(self, batch: Batch, d: Vector) -> bool:
-        """Whether `J d` takes two backward passes, as forward mode is not what the backward is."""
+        """Whether to compute `J d` by two backward passes, because forward mode and backward see different
+        functions."""
         if self._place.shards is not None or batch.is_empty:
             return False
         key = batch.term.name, batch.shape, batch.forward.mode, batch.replay is not None
@@ -278,7 +281,7 @@ class Objective:
         return self._jacobian.by_reverse(key, self._model, run, d, lambda v: self._forward_mode([batch], v)[0])
 
     def _run(self, batch: Batch, model: Any) -> Tensor:
-        """The loss's input; what the model writes to its buffers is not kept."""
+        """The loss's input; what the model writes to its buffers is discarded."""
         with buffers_kept(self._model):
             return batch.run(model)
 
@@ -294,9 +297,9 @@ class Objective:
         return gauss_newton_product(self._model, partial(self._run, batch), d, curve, by_reverse=True)
 
     def product(self, names: Sequence[str]) -> Callable[[Vector], Vector]:
-        """The map `d ↦ F d` on the named parameters, at their values now: the graph of one forward is kept, and each
-        product takes a forward-mode and a reverse-mode pass."""
-        # Copies: a trial step writes to the parameters themselves, and the graph would be lost.
+        """The map `d ↦ F d` on the named parameters, at their current values. The graph of one forward is kept, and
+        each product takes one forward-mode and one reverse-mode pass."""
+        # Copies, because a trial step writes to the parameters themselves, which would invalidate the graph.
         values = {n: p.detach().clone().requires_grad_(n in names) for n, p in self._model.named_parameters()}
         values |= {n: b.clone() for n, b in self._model.named_buffers()}
         leaves = [values[n] for n in names]
@@ -314,7 +317,7 @@ class Objective:
         def product(d: Vector) -> Vector:
             total = {n: torch.zeros_like(d[n]) for n in names}
             for share, batch, output in zip(self.shares, self.batches, outputs, strict=True):
-                if output is None:  # a graph of its own for each product
+                if output is None:  # each product builds its own graph
                     for n, g in self._product_by_reverse(batch, d).items():
                         total[n] += share * g
                     continue

@@ -1,4 +1,4 @@
-"""A study's runs beside the published ones: a table, and curves on logarithmic axes."""
+"""A study's runs next to the published ones: a table, and curves on logarithmic axes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from natgrad.study.summary import TaskSummary, number
 
 HEADINGS = ("run", *(f"to {target:g}" for target in TARGETS), "lowest error")
 LEFT_OUT = 30.0
-"""Published curves whose lowest error is more than so many times the best one's are not drawn."""
+"""Published curves are not drawn if their lowest error exceeds the best one's by more than this factor."""
 
 
 def has_published(task: TaskSummary) -> bool:
-    """Whether there are published curves of this task."""
+    """Whether there are published curves for this task."""
     return task.figure == "error" and bool(published(task.entry.use))
 
 
 def beside_rows(task: TaskSummary) -> list[tuple[str, ...]]:
-    """Times to an error and the lowest error of this study's optimizers, medians over the seeds, and the best of the
-    published ones, each under its name."""
+    """Times to reach an error, and the lowest error: medians over the seeds for this study's optimizers, and the best
+    published values, each with its optimizer."""
     rows = []
     for g in task.groups:
         curves = [own(g.optimizer, r) for r in g.results]
@@ -41,7 +41,7 @@ def beside_rows(task: TaskSummary) -> list[tuple[str, ...]]:
 
 
 def _median(times: Sequence[float | None]) -> float | None:
-    """The median over the seeds, of which those that did not come there count as endless."""
+    """The median over the seeds; a seed that did not reach the error counts as infinite."""
     median = statistics.median(math.inf if t is None else t for t in times)
     return median if math.isfinite(median) else None
 
@@ -51,7 +51,8 @@ def _seconds(time: float | None) -> str:
 
 
 def draw_beside(task: TaskSummary, path: Path) -> None:
-    """The error against time, every seed a line; the published curves are dashed and pale, each with its name."""
+    """The error against time, one line for each seed; published curves are dashed and pale, labelled with their
+    names."""
     figure = new_figure(7.2, 4.4)
     axes = figure.subplots()
     theirs = published(task.entry.use)

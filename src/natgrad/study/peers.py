@@ -1,4 +1,4 @@
-"""Two optimizers that the studies compare with, as short as their formulas: NorMuon and SOAP-Muon."""
+"""Two optimizers for comparison in the studies, as short as their formulas: NorMuon and SOAP-Muon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EPS = 1e-8
 
 
 class Orthogonal(torch.optim.Optimizer):
-    """Momentum on matrices, a direction that a subclass makes of it, decoupled weight decay."""
+    """Momentum on matrices, a direction that the subclass computes, and decoupled weight decay."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]):
         for name in ("lr", "weight_decay"):
@@ -25,7 +25,7 @@ class Orthogonal(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def direction(self, v: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Of Nesterov's momentum `v` and the gradient `g`."""
+        """The direction from Nesterov's momentum `v` and the gradient `g`."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class Orthogonal(torch.optim.Optimizer):
 
 
 class NorMuon(Orthogonal):
-    """Muon whose rows are divided by their root mean squares over the steps; the whole is as long as AdamW's steps.
+    """Muon with each row divided by its root mean square over the steps; the total length is that of AdamW's steps.
 
     Reference: Li et al. (2025), "NorMuon: Making Muon more efficient and scalable", arXiv:2510.05491.
     """
@@ -73,11 +73,11 @@ class NorMuon(Orthogonal):
 
 
 class SOAPMuon(Orthogonal):
-    """Adam's second moments in the eigenbases of `E[∇ ∇ᵀ]` and `E[∇ᵀ ∇]`, as in SOAP, and the direction that they make
-    orthogonalized. Bases are new by a step of orthogonal iteration every `refresh_every` steps.
+    """Adam's second moments in the eigenbases of `E[∇ ∇ᵀ]` and `E[∇ᵀ ∇]`, as in SOAP; the resulting direction is
+    orthogonalized. A step of orthogonal iteration updates the bases every `refresh_every` steps.
 
-    Reference: Vyas et al. (2024), "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321; that it helps
-    to orthogonalize is known from the speedruns of modded-nanogpt.
+    Reference: Vyas et al. (2024), "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321. The speedruns
+    of modded-nanogpt found that orthogonalization helps.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SOAPMuon(Orthogonal):
         super().__init__(params, defaults | {"refresh_every": refresh_every})
 
     def direction(self, v: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        beta = min(1 - 1 / state["step"], group["beta2"])  # plain means at first
+        beta = min(1 - 1 / state["step"], group["beta2"])  # at first a plain mean
         for side, own in (("left", g @ g.mT), ("right", g.mT @ g)):
             state[side] = own if beta == 0 else beta * state[side] + (1 - beta) * own
             if state["step"] == 1:

@@ -22,7 +22,7 @@ STYLES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.5, 1)))
 
 
 def draw_curves(task: TaskSummary, path: Path) -> None:
-    """The figure against steps and against seconds: medians over the seeds, and from the lowest to the highest."""
+    """The figure against steps and against seconds: the median over the seeds, and the range from lowest to highest."""
     columns = _columns([g.optimizer for g in task.groups])
     figure = new_figure(PAGE, 3.9 + 0.24 * math.ceil(len(task.groups) / columns))
     panels = figure.subplots(1, 2, sharey=True)
@@ -45,7 +45,7 @@ def draw_curves(task: TaskSummary, path: Path) -> None:
         left.set_yscale("log")
         plain_log_ticks(left)
     if settled and max(settled) > min(settled):
-        # The first moments' fall from the first weights would press all that follows together.
+        # The fall in the first moments would compress all that follows.
         low, high = min(settled), max(settled)
         left.set_ylim((0.92 * low, 1.1 * high) if positive else (low - 0.05 * (high - low), high + 0.05 * (high - low)))
     left.set_xlabel("steps")
@@ -61,7 +61,7 @@ def draw_curves(task: TaskSummary, path: Path) -> None:
 
 
 def draw_pairs(pairs: Sequence[Paired], path: Path) -> None:
-    """The ratios of last figures to the baseline's, with their confidence intervals, task by task."""
+    """The ratios of last figures to the baseline's, with their confidence intervals, for each task."""
     shown = [p for p in pairs if p.ratio is not None]
     names = list(dict.fromkeys(p.task for p in shown))
     figure = new_figure(PAGE, 1.2 + 0.34 * (len(shown) + len(names)))
@@ -93,7 +93,7 @@ RESIDUALS = {"relative": "‖R‖ / ‖G‖", "cka": "CKA", "p_value": "p-value"
 
 
 def draw_residuals(task: TaskSummary, path: Path) -> None:
-    """Relative residual, CKA and p-value of each layer over training, medians over the seeds, by optimizer."""
+    """Relative residual, CKA and p-value of each layer during training, medians over the seeds, by optimizer."""
     kinds = [k for k in RESIDUALS if any(_series(g, layer, k) for g in task.measured for layer in _layers(task))]
     figure = new_figure(max(PAGE, 1.2 + 3.1 * len(task.measured)), 0.9 + 2.1 * len(kinds))
     grid = figure.subplots(len(kinds), len(task.measured), sharex=True, sharey="row", squeeze=False)
@@ -107,7 +107,7 @@ def draw_residuals(task: TaskSummary, path: Path) -> None:
 
 
 def draw_conditions(task: TaskSummary, path: Path) -> None:
-    """Condition numbers of `A` (dashed) and of `C` over training, by optimizer."""
+    """Condition numbers of `A` (dashed) and of `C` during training, by optimizer."""
     figure = new_figure(max(PAGE, 1.2 + 3.1 * len(task.measured)), 3.9)
     grid = figure.subplots(1, len(task.measured), sharey=True, squeeze=False)
     for axes, g in zip(grid[0], task.measured, strict=True):
@@ -126,7 +126,7 @@ def has_conditions(task: TaskSummary) -> bool:
 
 
 def _columns(labels: Sequence[str]) -> int:
-    """Of a legend, so that it is no wider than the picture."""
+    """The number of columns of a legend, so that it fits the width of the picture."""
     return 1 + sum(max(map(len, labels), default=0) <= most for most in (24, 36))
 
 
@@ -168,7 +168,7 @@ def _colours(layers: Sequence[str]) -> list[Any]:
 
 
 def _series(g: Group, layer: str, kind: str) -> list[tuple[float, float]]:
-    """Steps and values, medians over the seeds, of the measurements that all runs have."""
+    """Steps and values: medians over the seeds, for measurements that all runs have."""
     runs = [r["measured"] for r in g.results if r["measured"]]
     found = []
     for moments in zip(*runs, strict=False):
@@ -180,7 +180,7 @@ def _series(g: Group, layer: str, kind: str) -> list[tuple[float, float]]:
 
 
 def plain_log_ticks(axes: Axes, of_y: bool = True) -> None:
-    """Label a logarithmic axis with plain numbers where they are short."""
+    """Label a logarithmic axis with plain numbers if these are short."""
 
     def words(value: float, _: int) -> str:
         return f"{value:g}" if 1e-3 <= value < 1e5 else f"$10^{{{round(math.log10(value))}}}$"

@@ -1,9 +1,9 @@
 """The physics-informed problems of a public benchmark, as tasks of a study.
 
 Dangel, Müller & Zeinhofer (2024), "Kronecker-Factored Approximate Curvature for Physics-Informed Neural Networks",
-arXiv:2405.15603: equations, networks, numbers of points, and how often new ones are drawn. The objective is
-`½ mean r² + ½ mean (u − u*)²`, over points inside and over points with conditions; the figure is the root mean square
-of `u − u*` on ten times as many points as there are inside.
+arXiv:2405.15603, is the source of the equations, networks, numbers of points, and how often new points are drawn. The
+objective is `½ mean r² + ½ mean (u − u*)²`, over interior points and over points with conditions. The figure is the
+root mean square of `u − u*` on ten times as many points as there are interior points.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from natgrad.study.equations import (
 from natgrad.study.task import Task
 
 Batch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Points inside and points with conditions; zero residuals and the conditions' values."""
+"""Interior points and points with conditions; zero residuals and the values of the conditions."""
 POINTS_SEED, EVALUATION_SEED = 1000, 5
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A problem of the table: an equation in `d` dimensions, the hidden widths, the points of a step, and how many
-    steps they stay (0: for ever). `key` is what the published data call it."""
+    """A problem of the table: an equation in `d` dimensions, the hidden widths, the points of a step, and the number of
+    steps until new points are drawn (0: never). `key` is its name in the published data."""
 
     equation: Callable[[int], Equation]
     d: int
@@ -89,26 +89,27 @@ class Pinn(nn.Module):
 
 
 def objective(loss: Callable[[Tensor, Tensor], Tensor], model: nn.Module, x: Any, y: Any) -> Tensor:
-    """`½ loss inside + ½ loss of the conditions`; each is a batch of its own to an optimizer that reads losses."""
+    """`½ loss of the interior + ½ loss of the conditions`. For an optimizer that needs losses, each is a separate
+    batch."""
     (inside, conditions), (zero, values) = x, y
     return 0.5 * loss(model(inside, residual=True), zero) + 0.5 * loss(model(conditions), values)
 
 
 def batches(setting: Setting, seed: int, size: int | None = None) -> Iterator[Batch]:
-    """The points of every step, for ever.
+    """The points of every step, forever.
 
     Args:
         setting: the problem.
-        seed: of the points.
-        size: how many of a set's points inside a step takes, with the same share of the conditions. A set goes round in
-            random order. None: all of them.
+        seed: for the points.
+        size: how many interior points of a set a step takes, with the same share of the conditions. A set is repeated
+            in random order. None: all points.
 
     Raises:
-        ValueError: if the size is not from 1 to the number of points inside.
+        ValueError: if the size is not between 1 and the number of interior points.
     """
     size = setting.interior if size is None else size
     if not 1 <= size <= setting.interior:
-        raise ValueError(f"batch={size}; expected points inside, from 1 to {setting.interior}")
+        raise ValueError(f"batch={size}; expected a number of interior points, from 1 to {setting.interior}")
     counts = size, max(1, round(size / setting.interior * setting.conditions))
     equation, generator = setting.equation(setting.d), Generator().manual_seed(POINTS_SEED + seed)
     while True:
@@ -122,19 +123,20 @@ def batches(setting: Setting, seed: int, size: int | None = None) -> Iterator[Ba
 def _rounds(
     inside: Tensor, conditions: Tensor, counts: tuple[int, int], generator: Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """So many points of each kind at a time, for ever, each round in another order; all of them as they are."""
+    """`counts` points of each kind at a time, forever, each pass in a new order; all points unchanged if that is
+    all."""
     if counts == (len(inside), len(conditions)):
         yield from repeat((inside, conditions))
     while True:
         orders = (torch.randperm(len(points), generator=generator) for points in (inside, conditions))
         parts = [points[order].split(n) for points, order, n in zip((inside, conditions), orders, counts, strict=True)]
         for x, y in zip(*parts, strict=False):
-            if len(x) == counts[0]:  # not what is left at the end
+            if len(x) == counts[0]:  # skips the incomplete rest
                 yield x, y
 
 
 def pinn(name: str) -> Task:
-    """The problem of this name as a task."""
+    """The task for the problem with this name."""
     setting = SETTINGS[name]
     equation = setting.equation(setting.d)
     points = equation.interior(10 * setting.interior, Generator().manual_seed(EVALUATION_SEED))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class PoissonResidual(nn.Module):
-    """A tanh network `u`, and its residuals: `Δu + f` inside of the unit square, `weight · u` on its boundary."""
+    """A tanh network `u`, and its residuals: `Δu + f` inside the unit square, `weight · u` on its boundary."""
 
     def __init__(self, widths: tuple[int, ...] = (2, 30, 30, 1), weight: float = 100.0):
         super().__init__()
@@ -28,7 +28,7 @@ class PoissonResidual(nn.Module):
     def solution_and_laplacian(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """`u` and `Δu`, each `(N, 1)`, by a forward pass of `(z, ∂z/∂x, ∂z/∂y, Δz)` through the layers.
 
-        An affine map acts on the derivatives by its weight alone. For `t = tanh(a)`, with `t' = 1 − t²`:
+        An affine map acts on the derivatives by its weight only. For `t = tanh(a)`, with `t' = 1 − t²`:
         `∂t = t' ∂a`, `Δt = t' Δa + t'' |∇a|²`, `t'' = −2 t t'`.
         """
         z = points
@@ -57,7 +57,7 @@ def source(points: Tensor) -> Tensor:
 
 
 def collocation_points(interior: int, boundary: int) -> Tensor:
-    """A grid of `interior²` points inside of the square and `boundary` points on each side."""
+    """A grid of `interior²` points inside the square, and `boundary` points on each side."""
     inside = (torch.arange(interior, dtype=torch.float64) + 0.5) / interior
     side = torch.linspace(0, 1, boundary, dtype=torch.float64)
     low, high = torch.zeros_like(side), torch.ones_like(side)

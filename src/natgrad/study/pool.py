@@ -1,4 +1,4 @@
-"""Runs in several processes at a time, of which one may die without the others."""
+"""Runs in several processes at the same time. If one process dies, the others continue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACE = 0.2
 
 @dataclass(frozen=True)
 class Event:
-    """What has come of a run: how far it is, or its result."""
+    """News of a run: its progress, or its result."""
 
     job: Job
     worker: int
@@ -34,7 +34,7 @@ class Event:
 
 
 class Worker:
-    """A process that performs one run after the other."""
+    """A process that performs one run after another."""
 
     def __init__(self, number: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -47,7 +47,7 @@ class Worker:
 
     def start(self, job: Job) -> None:
         self.job = job
-        with contextlib.suppress(BrokenPipeError):  # that it is dead is noticed by its end
+        with contextlib.suppress(BrokenPipeError):  # a dead process is noticed by its end
             self.connection.send(job)
 
     def end(self) -> None:
@@ -57,8 +57,8 @@ class Worker:
 
 
 def work(connection: Connection) -> None:
-    """In the process: performs what comes, until nothing more can come."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the study ends its workers itself
+    """The worker's loop: performs the jobs that it receives, until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the study ends its workers itself
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             job, last = connection.recv(), 0.0
@@ -78,12 +78,12 @@ def work(connection: Connection) -> None:
 def run_study(
     spec: Spec, results: Results, processes: int, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Event]:
-    """Performs what is pending, and adds it to `results`; what is running when `stopped()` is given up.
+    """Performs the pending runs, and adds them to `results`; when `stopped()`, active runs are abandoned.
 
     A worker that dies is replaced; its run has the status "died".
 
     Raises:
-        UserError: if a task cannot be made.
+        UserError: if a task cannot be created.
     """
     workers: list[Worker] = []
     try:
@@ -130,7 +130,7 @@ def _receive(worker: Worker, workers: list[Worker]) -> Event:
 
 
 def dead(job: Job, exitcode: int | None) -> Result:
-    """The result of a run whose process died."""
+    """The result for a run whose process died."""
     how = f"exit status {exitcode}"
     if exitcode is not None and exitcode < 0:
         with contextlib.suppress(ValueError):
@@ -141,7 +141,7 @@ def dead(job: Job, exitcode: int | None) -> Result:
         "setting": job.setting,
         "seed": job.seed,
         "status": "died",
-        "error": f"its process died ({how})" + (", perhaps for want of memory" if exitcode == -9 else ""),
+        "error": f"its process died ({how})" + (", perhaps out of memory" if exitcode == -9 else ""),
         "figure": "",
         "rejected": 0,
         "curve": [],

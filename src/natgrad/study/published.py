@@ -1,4 +1,4 @@
-"""Curves of a public benchmark's optimizers, to be shown beside a study's own."""
+"""Curves of a public benchmark's optimizers, shown next to a study's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
     def first(self, target: float) -> float | None:
-        """The seconds after which the error is first at most `target`; None if it never is."""
+        """The seconds until the error is first at most `target`; None if it never is."""
         return next((seconds for seconds, error in self.points if error <= target), None)
 
 
@@ -32,23 +32,23 @@ def _data() -> dict[str, Any]:
 
 
 def source() -> str:
-    """Where the curves are from."""
+    """The source of the curves."""
     return str(_data()["source"])
 
 
 def published(task: str) -> list[Curve]:
-    """The published runs on a task; none, where there are none."""
+    """The published runs on a task; empty if there are none."""
     its = _data()["problems"].get(task, {"curves": {}})["curves"]
     return [Curve(name, run["best"], [(s, e) for s, e in run["points"]]) for name, run in its.items()]
 
 
 def own(optimizer: str, result: dict[str, Any]) -> Curve:
-    """A run of a study as such a curve."""
+    """A run of a study, as a curve."""
     points = [(p["seconds"], p["error"]) for p in result["curve"] if p["error"] is not None]
     return Curve(optimizer, min((error for _, error in points), default=float("inf")), points)
 
 
 def fastest(curves: Sequence[Curve], target: float) -> tuple[float, str] | None:
-    """The shortest time to an error, and whose it is."""
+    """The shortest time to reach an error, and its optimizer."""
     reached = [(seconds, c.optimizer) for c in curves if (seconds := c.first(target)) is not None]
     return min(reached, default=None)

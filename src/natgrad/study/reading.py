@@ -1,4 +1,4 @@
-"""Reading a table of a TOML file key by key, with errors that name file and key."""
+"""Reading a table of a TOML file key by key, with errors that name the file and the key."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def parse(text: str, file: str) -> dict[str, Any]:
     """The file's tables.
 
     Raises:
-        UserError: if the text is no TOML.
+        UserError: if the text is not TOML.
     """
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        hint = " (text stands in quotes, true and false in small letters)" if "Invalid value" in str(error) else ""
-        raise UserError(f"{file} is not TOML: {str(error).rstrip('.')}; mend it there{hint}.") from error
+        hint = " (strings need quotes; write true and false in lower case)" if "Invalid value" in str(error) else ""
+        raise UserError(f"{file} is not TOML: {str(error).rstrip('.')}; correct it{hint}.") from error
 
 
 def read_text(path: Path) -> str:
@@ -39,13 +39,13 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8; expected a TOML file; save it as one.") from error
+        raise UserError(f"{path} is not UTF-8 text; expected a TOML file; save it as UTF-8.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected a TOML file; mend the path.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected a TOML file; check the path.") from error
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Which of the known names were perhaps meant, and if none, all of them, as the end of a sentence."""
+    """The known names that were probably meant, or else all of them, as the end of a sentence."""
     known = list(known)
     by_lower = {k.lower(): k for k in known}
     found = [by_lower[k] for k in difflib.get_close_matches(name.lower(), by_lower, n=2)]
@@ -53,7 +53,7 @@ def near(name: str, known: Iterable[str]) -> str:
 
 
 class Table:
-    """What is under one heading. Every key is taken once; `finish` complains of those that nobody took."""
+    """The keys under one heading. Each key is taken once; `finish` raises an error for keys that were not taken."""
 
     def __init__(self, file: str, where: str, values: Mapping[str, Any]):
         self.file, self.where = file, where
@@ -61,16 +61,16 @@ class Table:
         self._known: list[str] = []
 
     def fail(self, key: str, came: str, expected: str, mend: str) -> UserError:
-        """The error: to be raised."""
+        """The error to raise."""
         place = f"{self.where}.{key}" if self.where and key else self.where or key
         return UserError(f"{self.file}: {place} is {came}; expected {expected}; {mend}")
 
     def names_left(self) -> list[str]:
-        """The keys that nobody took yet."""
+        """The keys that were not taken yet."""
         return list(self._values)
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The value as it stands."""
+        """The value, unchecked."""
         self._known.append(key)
         return self._values.pop(key, default)
 
@@ -90,7 +90,10 @@ class Table:
         value = self.take(key, default)
         if value is not default and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise self.fail(
-                key, shown(value), f"a whole number of at least {least}", f"write, say, {key} = {default or 100}."
+                key,
+                shown(value),
+                f"a whole number of at least {least}",
+                f"write {key} = {default or 100}, for example.",
             )
         return value
 
@@ -98,18 +101,18 @@ class Table:
         value = self.take(key, default)
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
         if value is not default and not good:
-            raise self.fail(key, shown(value), "a number above 0", f"write, say, {key} = {default or 20}.")
+            raise self.fail(key, shown(value), "a number above 0", f"write {key} = {default or 20}, for example.")
         return value
 
     def table(self, key: str) -> Table:
-        """The table under this key; an empty one where there is none."""
+        """The table under this key; empty if there is none."""
         value = self.take(key, {})
         if not isinstance(value, dict):
             raise self.fail(key, shown(value), f"a table, [{key}]", "put its keys under that heading.")
         return Table(self.file, f"{self.where}.{key}" if self.where else key, value)
 
     def names(self, key: str, expected: str, mend: str) -> dict[str, Table]:
-        """A list of names, or a table of tables; either way tables by name."""
+        """A list of names, or a table of tables; returns tables by name."""
         value = self.take(key, [])
         if value == []:
             self.check_spelling(key)
@@ -127,17 +130,17 @@ class Table:
         return {name: Table(self.file, f"{place}.{name}", its) for name, its in value.items()}
 
     def rest(self) -> dict[str, Any]:
-        """All that was not taken, which then is."""
+        """Takes and returns all keys that were not taken."""
         values, self._values = self._values, {}
         return values
 
     def finish(self) -> None:
-        """Raises UserError for a key that nobody took."""
+        """Raises UserError for a key that was not taken."""
         for key in self._values:
             raise self._unknown(key, self._known)
 
     def check_spelling(self, *wanted: str) -> None:
-        """Raises UserError if none of these keys is there, but one that reads like one of them."""
+        """Raises UserError if none of these keys exists, but a similar one does."""
         for key in self._values:
             if difflib.get_close_matches(key.lower(), wanted, n=1):
                 raise self._unknown(key, wanted)
@@ -148,7 +151,7 @@ class Table:
 
 
 def shown(value: Any) -> str:
-    """A value of a TOML file, short, as one writes it there."""
+    """A value of a TOML file, shortened, in TOML notation."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):

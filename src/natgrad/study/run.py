@@ -1,4 +1,4 @@
-"""One run: a model trained on a task by an optimizer from a seed, and what came of it."""
+"""One run: a model trained on a task by an optimizer with a seed, and the result."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from natgrad.study.tasks import TASKS
 from natgrad.study.training import CLOCKS, CONSTANT, Moment, moments
 
 Result = dict[str, Any]
-"""What is kept of a run, ready for JSON: `status` is finished, diverged or raised; `curve` has a dict of step, seconds
-and figures for each evaluation, `measured` one of step and layers for each measurement."""
+"""The saved result of a run, ready for JSON. `status` is finished, diverged or raised. `curve` has a dict of step,
+seconds and figures for each evaluation; `measured` has one of step and layers for each measurement."""
 
 
 @functools.cache
@@ -34,19 +34,19 @@ def task_of(job: Job) -> Task:
     """The task of the run.
 
     Raises:
-        UserError: if it needs a package that is not installed, or the user's function is not usable.
+        UserError: if it needs a package that is not installed, or the user's function cannot be used.
     """
     use = job.task.use
     return own_task(job.task.name, use, job.seed) if ":" in use else _shipped(use)
 
 
 def perform(job: Job, on_moment: Callable[[Moment, float], None] = lambda moment, figure: None) -> Result:
-    """Trains, evaluates and measures. An exception of the optimizer or the model ends the run, not the study.
+    """Trains, evaluates and measures. An exception from the optimizer or the model ends the run, not the study.
 
     `on_moment` is called after every step, with the last figure.
 
     Raises:
-        UserError: if the task cannot be made.
+        UserError: if the task cannot be created.
     """
     torch.set_num_threads(job.threads)
     task = task_of(job)

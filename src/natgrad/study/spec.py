@@ -1,4 +1,4 @@
-"""What a study is to run, as its TOML file says."""
+"""A study: what to run, as read from its TOML file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Setting = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """A task under its name in the study. `use` is the task's own name, or `MODULE:FUNCTION`."""
+    """A task and its name in the study. `use` is the task's own name, or `MODULE:FUNCTION`."""
 
     name: str
     use: str
@@ -35,8 +35,8 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class OptimizerEntry:
-    """An optimizer under its name in the study, with the settings tried on each task; a task that is not there is one
-    that it does not run on."""
+    """An optimizer and its name in the study, with the settings to try on each task. It does not run on tasks that are
+    not listed."""
 
     name: str
     use: str
@@ -45,7 +45,7 @@ class OptimizerEntry:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured of the model, at `points` moments of a run from the first to the last."""
+    """What to measure about the model, at `points` moments of a run from the first to the last."""
 
     residual: bool = False
     points: int = 4
@@ -77,7 +77,7 @@ class Job:
         return f"{', '.join(words)}, seed {self.seed}"
 
     def what(self) -> dict[str, Any]:
-        """All that the result depends on, ready for JSON: a kept run of another `what` is not this one."""
+        """Everything that the result depends on, ready for JSON. A saved run with another `what` is not this run."""
         measured = {k: v for k, v in vars(self.measure).items() if self.measure.residual}
         own = {"source": digest(self.task.use)} if ":" in self.task.use else {}
         return {
@@ -119,17 +119,17 @@ class Spec:
 
     @property
     def in_seconds(self) -> bool:
-        """Whether some budget is a time."""
+        """Whether any budget is in seconds."""
         return any(task.budget.seconds is not None for task in self.tasks)
 
 
 def brief(setting: Mapping[str, Any]) -> str:
-    """The options on one line."""
+    """The options, on one line."""
     return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={shown(v)}" for k, v in setting.items())
 
 
 def find_spec(given: str) -> tuple[str, str, str]:
-    """What to call the study, the file's name for messages, and its text.
+    """The name of the study, the file's name for messages, and the text of the file.
 
     Raises:
         UserError: if there is no such file and no such shipped study.
@@ -145,10 +145,10 @@ def find_spec(given: str) -> tuple[str, str, str]:
 
 
 def load_spec(given: str) -> Spec:
-    """The study of a TOML file's path, or of a shipped one's name.
+    """The study from the path of a TOML file, or from the name of a shipped study.
 
     Raises:
-        UserError: for a mistake in the file, with the file and the key.
+        UserError: for an error in the file; the message names the file and the key.
     """
     name, file, text = find_spec(given)
     return read_spec(name, file, text)
@@ -158,7 +158,7 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     """The study that the text describes.
 
     Raises:
-        UserError: for a mistake in it, with the file and the key.
+        UserError: for an error in the text; the message names the file and the key.
     """
     top = Table(file, "", parse(text, file))
     title = top.text("title", name)
@@ -198,7 +198,7 @@ def _seeds(top: Table) -> tuple[int, ...]:
 def _budget(table: Table) -> Budget | None:
     steps, seconds = table.whole("steps", None), table.number("seconds", None)
     if steps is not None and seconds is not None:
-        raise table.fail("steps", "given beside seconds", "one of the two", "leave out the one or the other.")
+        raise table.fail("steps", "given together with seconds", "one of the two", "leave out one of them.")
     if steps is None and seconds is None:
         return None
     return Budget(steps, None if seconds is None else float(seconds))
@@ -286,7 +286,7 @@ def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...]) -> Optimiz
 
 
 def _grid(table: Table, use: str) -> tuple[Setting, ...]:
-    """Every combination of the options, of which a list has several; each is tried on a small model."""
+    """Every combination of the options; an option with several values is a list. Each is checked on a small model."""
     kind = OPTIMIZERS[use]
     options = table.rest()
     names = kind.options()
@@ -316,7 +316,7 @@ def _grid(table: Table, use: str) -> tuple[Setting, ...]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a kept run can hold it: no date, no infinity."""
+    """Whether a saved run can represent it: not a date, and not infinity."""
     if isinstance(value, list):
         return all(map(_is_plain, value))
     return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))

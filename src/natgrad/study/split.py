@@ -1,4 +1,4 @@
-"""A user's data in two: batches to train on, and batches that are held out."""
+"""Splits a user's data into batches for training and held-out batches."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from natgrad.checks.errors import UserError
 from natgrad.study.tasks import indices
 
 EVERY = 10
-"""Of so many examples or batches, one is held out."""
+"""One example or batch in this many is held out."""
 FEW = 2000
-"""Examples that a figure is taken of."""
+"""The number of examples for a figure."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """`training(seed)` gives batches for ever; `sample` are some of them, always the same, and `held_out` others that
-    no step sees; none where the data can be read in one order alone."""
+    """`training(seed)` gives endless batches. `sample` are some of them, always the same. `held_out` are others that no
+    step uses; none if the data can be read in only one order."""
 
     training: Callable[[int], Iterator[Any]]
     sample: Sequence[Any]
@@ -31,11 +31,11 @@ class Split:
 
 
 def split(data: Any, size: int) -> Split:
-    """Every tenth example of one `(input, target)` pair or of a `DataLoader`'s data set is held out, or every tenth
-    batch of a list. Of a pair, batches of `size` are drawn.
+    """Holds out every tenth example of one `(input, target)` pair or of a `DataLoader`'s data set, or every tenth batch
+    of a list. From a pair, batches of `size` are drawn.
 
     Raises:
-        UserError: if it is none of these and can be read once only, or there is nothing in it.
+        UserError: if the data are none of these and can be read only once, or if they are empty.
     """
     if _is_pair(data):
         return _pair(data, size)
@@ -44,7 +44,7 @@ def split(data: Any, size: int) -> Split:
     if isinstance(data, Sequence):
         return _list(data)
     if not isinstance(data, Iterable) or isinstance(data, Iterator):
-        what = f"a {type(data).__name__}" + (", which can be read once only" if isinstance(data, Iterator) else "")
+        what = f"a {type(data).__name__}" + (", which can be read only once" if isinstance(data, Iterator) else "")
         raise UserError(
             f"the data are {what}; expected one (input, target) pair of tensors, a list of batches, or a DataLoader."
         )
@@ -52,7 +52,8 @@ def split(data: Any, size: int) -> Split:
 
 
 def _can_be_divided(data: DataLoader[Any]) -> bool:
-    """Whether its examples can be drawn otherwise, and mean the same: not where a sampler of the user's weighs them."""
+    """Whether its examples can be drawn in another way with the same meaning: not if a sampler of the user weights
+    them."""
     plain = isinstance(data.sampler, (RandomSampler, SequentialSampler))
     return plain and isinstance(data.dataset, Sized) and data.batch_size is not None
 
@@ -60,7 +61,7 @@ def _can_be_divided(data: DataLoader[Any]) -> bool:
 def _pair(data: Sequence[Tensor], size: int) -> Split:
     x, y = data
     if len(x) != len(y):
-        raise UserError(f"the data are {len(x)} inputs and {len(y)} targets; expected as many of each.")
+        raise UserError(f"the data are {len(x)} inputs and {len(y)} targets; expected the same number of each.")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held, own = order[: len(x) // EVERY], order[len(x) // EVERY :]
     if not len(own):
@@ -118,7 +119,7 @@ def _endless(data: Iterable[Any]) -> Iterator[Any]:
             count += 1
             yield batch
         if count == 0:
-            raise UserError("the data set has no whole batch to train on; give more data, or a smaller batch_size.")
+            raise UserError("the data set has no complete batch to train on; use more data, or a smaller batch_size.")
 
 
 def _some(data: Iterable[Any], what: str) -> list[Any]:
@@ -134,7 +135,7 @@ def _some(data: Iterable[Any], what: str) -> list[Any]:
 
 
 def _count(batch: Any) -> int:
-    """How many examples a batch has, as far as its first tensor says."""
+    """The number of examples in a batch, according to its first tensor."""
     parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else [batch]
     return next((len(t) for t in parts if isinstance(t, Tensor) and t.ndim), 1)
 

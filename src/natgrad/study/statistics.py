@@ -1,4 +1,4 @@
-"""What several seeds say: spreads, paired ratios with confidence intervals, steps and time to an error."""
+"""Statistics over seeds: spreads, paired ratios with confidence intervals, steps and time to reach an error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 Result = Mapping[str, Any]
 LEVEL = 0.95
 FEWEST = 3
-"""Values that an interval takes: that of two is 12.7 standard errors wide on each side, which says nothing."""
+"""The minimum number of values for an interval: with two, it is 12.7 standard errors wide on each side, which is
+useless."""
 WIDEST = 1e4
-"""An interval of a ratio whose ends are farther apart than this tells nothing."""
+"""An interval of a ratio is useless if the ratio of its ends is larger than this."""
 
 
 def final(result: Result) -> float:
-    """The last figure; infinite where the run has none that is finite, or did not come to its end."""
+    """The last figure; infinite if the run has no finite figure or did not finish."""
     if result["status"] != "finished" or not result["curve"]:
         return math.inf
     value = result["curve"][-1][result["figure"]]
@@ -29,7 +30,7 @@ def final(result: Result) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and its 95% confidence interval from `low` to `high`, which are NaN for fewer than 3 values."""
+    """A mean, and its 95% confidence interval from `low` to `high`; these are NaN for fewer than 3 values."""
 
     mean: float
     low: float
@@ -37,7 +38,7 @@ class Interval:
 
     @property
     def tells(self) -> bool:
-        """Whether an interval of ratios is there and narrow enough to tell something."""
+        """Whether an interval of ratios exists and is narrow enough to be useful."""
         return 0 < self.high <= WIDEST * self.low
 
 
@@ -55,7 +56,7 @@ def mean_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
 
 
 def student_quantile(p: float, df: int) -> float:
-    """The `p`-quantile, at least ½, of Student's t with so many degrees of freedom.
+    """The `p`-quantile, for `p` of at least ½, of Student's t with `df` degrees of freedom.
 
     >>> round(student_quantile(0.975, 4), 4)
     2.7764
@@ -72,7 +73,7 @@ def student_quantile(p: float, df: int) -> float:
 
 
 def student_cdf(t: float, df: int) -> float:
-    """The probability of at most `t ≥ 0`, for a whole number of degrees of freedom.
+    """The probability of a value of at most `t ≥ 0`, for a whole number of degrees of freedom.
 
     With `θ = atan(t / √df)` it is `½ + ½ A(t)` with a finite sum `A` of powers of `cos θ`: Abramowitz & Stegun (1964),
     26.7.3 and 26.7.4.
@@ -91,9 +92,9 @@ def student_cdf(t: float, df: int) -> float:
 class Paired:
     """One optimizer against the baseline on a task, seed by seed.
 
-    `ratio` is the geometric mean of the ratios of last figures, with its interval, by Student's t on their logarithms;
-    `difference` the mean of their differences. `pairs` is how many seeds both came to the end on, `lost` on how many
-    one of them did not, `better` on how many the figure is below the baseline's.
+    `ratio` is the geometric mean of the ratios of last figures, with its interval by Student's t on their logarithms.
+    `difference` is the mean of their differences. `pairs` counts the seeds on which both finished, `lost` those on
+    which one did not, and `better` those on which the figure is below the baseline's.
     """
 
     task: str
@@ -107,7 +108,7 @@ class Paired:
 
 
 def paired(task: str, optimizer: str, baseline: str, ours: Mapping[int, float], its: Mapping[int, float]) -> Paired:
-    """Compares last figures by seed. A ratio is of positive figures only."""
+    """Compares last figures by seed. Ratios need positive figures."""
     seeds = sorted(ours.keys() & its.keys())
     good = [s for s in seeds if math.isfinite(ours[s]) and math.isfinite(its[s])]
     ratio = difference = None
@@ -121,7 +122,7 @@ def paired(task: str, optimizer: str, baseline: str, ours: Mapping[int, float], 
 
 
 def reach(result: Result, target: float) -> tuple[int, float] | None:
-    """Steps and seconds until the figure is at most `target` for good: the first evaluation from which on it is."""
+    """Steps and seconds until the figure stays at most `target`: from the first evaluation after which it always is."""
     reached = None
     for point in reversed(result["curve"]):
         value = point[result["figure"]]
@@ -133,7 +134,7 @@ def reach(result: Result, target: float) -> tuple[int, float] | None:
 
 @dataclass(frozen=True)
 class Spread:
-    """Several runs' figures over one axis: their median, lowest and highest."""
+    """The figures of several runs along one axis: their median, lowest and highest."""
 
     x: NDArray[Any]
     median: NDArray[Any]
@@ -142,8 +143,8 @@ class Spread:
 
 
 def spread(results: Sequence[Result], axis: str) -> Spread:
-    """Over `"step"` or `"seconds"`, as far as the shortest run goes; in between evaluations curves are straight lines,
-    on a logarithmic scale where all figures are positive."""
+    """Over `"step"` or `"seconds"`, up to the end of the shortest run. Between evaluations, curves are interpolated
+    linearly, or on a logarithmic scale if all figures are positive."""
     figure = results[0]["figure"]
     curves = [[(p[axis], p[figure]) for p in r["curve"] if p[figure] is not None] for r in results]
     curves = [c for c in curves if c]

@@ -1,4 +1,5 @@
-"""What a study found out: for each task the finals, the pairs, the steps to an error, and what was measured."""
+"""The results of a study: for each task the last figures, the comparisons, the steps to reach an error, the
+measurements."""
 
 from __future__ import annotations
 
@@ -17,13 +18,13 @@ HEADINGS = ("optimizer", "runs", "steps", "ms/step", "median", "lowest", "highes
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one optimizer on one task at its chosen setting, a seed each."""
+    """The runs of one optimizer on one task with its chosen setting, one for each seed."""
 
     optimizer: str
     setting: Mapping[str, Any]
     results: Sequence[Result]
     tried: int
-    """How many settings were tried."""
+    """The number of settings tried."""
 
     @property
     def finished(self) -> list[Result]:
@@ -36,7 +37,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Reached:
-    """Steps and seconds, medians over the seeds, to an error: `of` seeds have a target, `count` came to it."""
+    """Steps and seconds, medians over the seeds, to reach an error: `of` seeds have a target, `count` reached it."""
 
     optimizer: str
     target: str
@@ -48,7 +49,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """All of one task."""
+    """The results of one task."""
 
     entry: TaskEntry
     figure: str
@@ -58,24 +59,24 @@ class TaskSummary:
 
     @property
     def rows(self) -> list[tuple[str, ...]]:
-        """The table of finals under `HEADINGS`, as words; the best median first."""
+        """The table of last figures under `HEADINGS`, as strings; the best median first."""
         return [_row(g) for g in sorted(self.groups, key=lambda g: median(list(g.finals.values())))]
 
     @property
     def more_figures(self) -> list[str]:
-        """The figures that are evaluated beside the one that counts."""
+        """The evaluated figures other than the main one."""
         points = [p for g in self.groups for r in g.results for p in r["curve"][:1]]
         return [n for n in dict.fromkeys(k for p in points for k in p) if n not in ("step", "seconds", self.figure)]
 
     @property
     def measured(self) -> list[Group]:
-        """The groups of which something was measured."""
+        """The groups with measurements."""
         return [g for g in self.groups if any(r["measured"] for r in g.results)]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All of a study."""
+    """The results of a study."""
 
     spec: Spec
     tasks: Sequence[TaskSummary]
@@ -87,7 +88,7 @@ class Summary:
 
 
 def summarize(spec: Spec, results: Sequence[Result], interrupted: bool) -> Summary:
-    """From the runs that are there."""
+    """Summarizes the existing runs."""
     tasks = [_task(spec, entry, [r for r in results if r["task"] == entry.name]) for entry in spec.tasks]
     troubles = [trouble(r) for r in results if r["status"] != "finished"]
     machines = dict.fromkeys(machine_of(r) for r in results if r.get("machine"))
@@ -103,7 +104,7 @@ def trouble(result: Result) -> str:
 
 
 def machine_of(result: Result) -> str:
-    """What the run was measured on, in words."""
+    """The machine of the run, in words."""
     m = result["machine"]
     if not isinstance(m, dict):
         return str(m)
@@ -112,7 +113,7 @@ def machine_of(result: Result) -> str:
 
 
 def median(values: Sequence[float]) -> float:
-    """The median, infinite runs and all; infinite of none."""
+    """The median, including infinite runs; infinite for no values."""
     return statistics.median(values) if values else math.inf
 
 
@@ -131,7 +132,8 @@ def _task(spec: Spec, entry: TaskEntry, results: Sequence[Result]) -> TaskSummar
 
 
 def _group(spec: Spec, name: str, results: Sequence[Result]) -> Group | None:
-    """At the setting with the lowest figure on the first seed that was run, as the runs of the others were chosen."""
+    """The group with the setting that has the lowest figure on the first seed; that setting was chosen for the
+    others."""
     if not results:
         return None
     first = min((r["seed"] for r in results), key=lambda s: spec.seeds.index(s) if s in spec.seeds else math.inf)
@@ -141,7 +143,7 @@ def _group(spec: Spec, name: str, results: Sequence[Result]) -> Group | None:
 
 
 def _reached(entry: TaskEntry, groups: Sequence[Group]) -> list[Reached]:
-    """To every optimizer's last figure of the same seed, and to the task's own targets."""
+    """For every optimizer's last figure on the same seed, and for the task's own targets."""
     targets: dict[str, Mapping[int, float]] = {}
     seeds = {r["seed"] for g in groups for r in g.results}
     for value in entry.targets:
@@ -153,7 +155,7 @@ def _reached(entry: TaskEntry, groups: Sequence[Group]) -> list[Reached]:
         for g in groups:
             tried = [reach(r, by_seed[r["seed"]]) for r in g.results if r["seed"] in by_seed]
             got = [t for t in tried if t is not None]
-            # The median over all seeds, of which those that never came there count as endless.
+            # The median over all seeds; those that did not reach the target count as infinite.
             lost = [math.inf] * (len(tried) - len(got))
             steps, seconds = (median([*(float(t[i]) for t in got), *lost]) for i in (0, 1))
             if tried:
@@ -176,7 +178,7 @@ def _row(g: Group) -> tuple[str, ...]:
 
 
 def number(value: float | None) -> str:
-    """Four digits; a dash for what is not finite."""
+    """Four digits; a dash if the value is not finite."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
@@ -189,14 +191,14 @@ def interval_words(interval: Interval | None) -> tuple[str, str]:
 
 
 def ratio_words(interval: Interval | None) -> tuple[str, str]:
-    """The same of ratios, whose interval may be too wide to tell anything."""
+    """The same for ratios, whose interval may be too wide to be useful."""
     mean, ends = interval_words(interval)
     wide = interval is not None and not math.isnan(interval.low) and not interval.tells
     return mean, "too wide to tell" if wide else ends
 
 
 def to_dict(summary: Summary) -> dict[str, Any]:
-    """All of it, with every run, ready for JSON."""
+    """The whole summary, with every run, ready for JSON."""
     return {
         "study": summary.spec.name,
         "title": summary.spec.title,

@@ -1,4 +1,4 @@
-"""What a user names by `MODULE:FUNCTION` or `FILE.py:FUNCTION`: a model, a loss and data of their own."""
+"""What a user gives as `MODULE:FUNCTION` or `FILE.py:FUNCTION`: their own model, loss and data."""
 
 import importlib
 import os
@@ -15,11 +15,11 @@ EXPECTED = "expected (model, loss, data), as for natgrad.residual(model, loss, d
 
 
 def load_problem(target: str) -> tuple[nn.Module, nn.Module, Any, Forward | None]:
-    """Import the module, from the current directory or from where Python finds it, and call the function: a model, a
-    loss and data, and a function for batches of another form than pairs, if there is one.
+    """Import the module, from the current directory or from Python's path, and call the function. It returns a model, a
+    loss, data, and optionally a function for batches that are not pairs.
 
     Raises:
-        UserError: if there is no such module or function, or it raises, or what it returns is something else.
+        UserError: if there is no such module or function, or it raises, or it returns something else.
     """
     problem, forward = call(target), None
     if isinstance(problem, (tuple, list)) and len(problem) == 4:
@@ -27,13 +27,13 @@ def load_problem(target: str) -> tuple[nn.Module, nn.Module, Any, Forward | None
         if not callable(forward):
             raise UserError(
                 f"{target} returned a {type(forward).__name__} as its forward; {EXPECTED}; return a function "
-                "forward(model, batch) that gives (output, target) in its place, or three things."
+                "forward(model, batch) that gives (output, target) there, or three values."
             )
     return *checked(target, problem), forward
 
 
 def call(target: str) -> Any:
-    """What the function returns.
+    """The function's return value.
 
     Raises:
         UserError: if there is no such module or function, or it raises.
@@ -44,14 +44,14 @@ def call(target: str) -> Any:
         what = "is not a function" if function is not None else "does not exist"
         raise UserError(
             f"{function_name!r} {what} in module {module_name!r}; expected a function without arguments that returns "
-            "(model, loss, data); define it there, or give another name."
+            "(model, loss, data); define it there, or use another name."
         )
     try:
         return function()
     except (Exception, SystemExit) as error:
         raise UserError(
             f"{target} raised {words(error)}; expected it to return (model, loss, data) when called without "
-            "arguments; mend the function."
+            "arguments; correct the function."
         ) from error
 
 
@@ -64,8 +64,8 @@ class Target(NamedTuple):
 
 
 def parsed(target: str) -> Target:
-    """What the user means. `folder/training.py:problem` is the function `problem` of the module `training`, which from
-    now on is found in that folder.
+    """The module and function that the user means. `folder/training.py:problem` is the function `problem` in the module
+    `training`; from now on, modules are also found in that folder.
 
     Raises:
         UserError: if it is neither `MODULE:FUNCTION` nor `FILE.py:FUNCTION`, or there is no such file.
@@ -75,8 +75,8 @@ def parsed(target: str) -> Target:
     is_file = path.suffix == ".py"
     if not (module_name and function_name) or (":" in module_name and not is_file):
         raise UserError(
-            f"{target!r} names no function; expected MODULE:FUNCTION, say training:problem for the function problem() "
-            "in training.py; give such a name."
+            f"{target!r} has no function name; expected MODULE:FUNCTION, such as training:problem for the function "
+            "problem() in training.py."
         )
     if not is_file:
         look_in(Path.cwd())
@@ -84,7 +84,7 @@ def parsed(target: str) -> Target:
     if not path.is_file():
         raise UserError(
             f"there is no file {module_name!r} in {os.getcwd()}; expected FILE.py:FUNCTION; change to its folder, or "
-            "give the path to the file."
+            "give the path of the file."
         )
     if not path.stem.isidentifier():
         raise UserError(
@@ -96,7 +96,7 @@ def parsed(target: str) -> Target:
 
 
 def look_in(folder: Path) -> None:
-    """Let modules be found in this folder first."""
+    """Make Python look for modules in this folder first."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
@@ -107,8 +107,8 @@ def _load_module(name: str, file: Path | None) -> Any:
     found = getattr(module, "__file__", None)
     if file is not None and (found is None or Path(found).resolve() != file):
         raise UserError(
-            f"{str(file)!r} cannot be imported, as Python has another module {name!r} ({found or 'built in'}); "
-            "expected a name of its own; rename the file."
+            f"{str(file)!r} cannot be imported, because Python has another module {name!r} ({found or 'built in'}); "
+            "expected a unique name; rename the file."
         )
     return module
 
@@ -123,17 +123,17 @@ def _import(name: str) -> Any:
                 "imported; install what it needs."
             ) from error
         raise UserError(
-            f"there is no module {name!r} in {os.getcwd()} or on sys.path; expected the name of one, or the path of "
-            "its file with the ending .py; change to its folder, or set PYTHONPATH."
+            f"there is no module {name!r} in {os.getcwd()} or on sys.path; expected the name of a module, or the path "
+            "of its file ending in .py; change to its folder, or set PYTHONPATH."
         ) from error
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"importing module {name!r} raised {words(error)}; expected a module that can be imported; mend it."
+            f"importing module {name!r} raised {words(error)}; expected a module that can be imported; correct it."
         ) from error
 
 
 def checked(target: str, problem: Any, form: str = EXPECTED) -> tuple[nn.Module, nn.Module, Any]:
-    """The three of them.
+    """Model, loss and data.
 
     Raises:
         UserError: if they are something else.
@@ -142,17 +142,16 @@ def checked(target: str, problem: Any, form: str = EXPECTED) -> tuple[nn.Module,
         came = f"a {type(problem).__name__}"
         if isinstance(problem, (tuple, list)):
             came += f" of {len(problem)}"
-        raise UserError(f"{target} returned {came}; {form}; return these three.")
+        raise UserError(f"{target} returned {came}; {form}; return these three values.")
     model, loss, data = problem
     for name, value in (("model", model), ("loss", loss)):
         if not isinstance(value, nn.Module):
             raise UserError(
-                f"{target} returned a {type(value).__name__} as its {name}; {form}; return a torch.nn.Module "
-                "in its place."
+                f"{target} returned a {type(value).__name__} as its {name}; {form}; return a torch.nn.Module there."
             )
     return model, loss, data
 
 
 def words(error: BaseException) -> str:
-    """An exception in words."""
+    """An exception as text."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,4 +1,4 @@
-"""What a task is: a model, its batches, its loss, and what counts in the end."""
+"""A task: a model, its batches, its loss, and the figure that counts."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ def _mean(loss: Loss, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """`objective(loss, model, x, y) / share(x)` is what is differentiated. Less of `figure` is better; it is the first
-    of what `evaluate` returns."""
+    """`objective(loss, model, x, y) / share(x)` is what is differentiated. Lower values of `figure` are better; it is
+    the first result of `evaluate`."""
 
     name: str
     figure: str
     batch: int
-    """The size of a batch, where an optimizer has none of its own."""
+    """The batch size, for optimizers that do not set one."""
     loss: nn.Module
     make_model: Callable[[int], nn.Module]
-    """From a seed."""
+    """Creates the model, from a seed."""
     batches: Callable[[int, int], Iterator[Batch]]
-    """From a seed and a size, for ever."""
+    """Endless batches, from a seed and a size."""
     evaluate: Callable[[nn.Module], dict[str, float]]
     sample: Callable[[int], Batch]
-    """The same examples of the training data each time, at most so many."""
+    """Examples of the training data: always the same, at most this many."""
     weight_decay: float = 0.0
     images: Tensor | None = None
-    """Of an autoencoder."""
+    """For an autoencoder."""
     widths: tuple[int, ...] = ()
-    """Of an autoencoder, from the image to the code."""
+    """For an autoencoder: from the image to the code."""
     objective: Callable[[Loss, nn.Module, Any, Any], Tensor] = _mean
-    """From the loss, or what stands for it, the model and a batch: `loss(model(x), y)` where there is one forward."""
+    """The objective, from the loss (or its replacement), the model and a batch: `loss(model(x), y)` for a single
+    forward."""
 
     def share(self, x: Any) -> int:
-        """What the objective divides the loss by: the examples, where the loss is a sum."""
+        """The divisor of the loss in the objective: the number of examples, if the loss is a sum."""
         return len(x) if getattr(self.loss, "reduction", "mean") == "sum" else 1

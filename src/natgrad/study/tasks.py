@@ -20,11 +20,11 @@ from natgrad.study.text import text_task
 
 WEIGHT_COST = 1e-5
 SUBSET = 2000
-"""Examples that a figure of the training data is over."""
+"""The number of examples for a figure on the training data."""
 
 
 def autoencoder(name: str, data_seed: int = 0) -> Task:
-    """Summed cross-entropy of images; the figure is the squared error per image, on 2,000 of those trained on."""
+    """Summed cross-entropy of images; the figure is the squared error per image, on 2,000 training images."""
     widths: tuple[int, ...]
     if name == "curves":
         images, widths = draw_curves(10_000, data_seed), (784, 400, 200, 100, 50, 25, 6)
@@ -62,7 +62,7 @@ def reconstruction(model: nn.Module, images: Tensor) -> tuple[float, float]:
 
 
 def classifier(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Task:
-    """A classifier of 4,000 digits; 1,000 more are for the test."""
+    """A classifier trained on 4,000 digits; another 1,000 are the test set."""
     pixels, labels = load_mnist()
     order = torch.randperm(len(pixels), generator=Generator().manual_seed(0))
     x, y = pixels.view(-1, *shape)[order], labels[order]
@@ -96,7 +96,7 @@ CONTEXT, PASSAGE = 64, 2000
 
 
 def language_model() -> Task:
-    """The characters of Python's language reference, as CPython ships it; every tenth passage is for validation."""
+    """The characters of Python's language reference, as shipped with CPython; every tenth passage is for validation."""
     text = "".join(pydoc_data.topics.topics[k] for k in sorted(pydoc_data.topics.topics))
     alphabet = sorted(set(text))
     number = {c: i for i, c in enumerate(alphabet)}
@@ -128,7 +128,7 @@ def language_model() -> Task:
 
 
 def pinn() -> Task:
-    """Poisson's equation on the unit square, from its residuals at 480 points."""
+    """Poisson's equation on the unit square, with residuals at 480 points."""
     points = collocation_points(20, 20)
     zero = torch.zeros(len(points), 1, dtype=points.dtype)
 
@@ -157,17 +157,17 @@ def pinn() -> Task:
 
 
 def indices(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Batches of indices for ever, in an order drawn anew for each pass."""
+    """Endless batches of indices, in a new order for each pass."""
     generator = Generator().manual_seed(seed)
     size = min(size, count)
     while True:
         order = torch.randperm(count, generator=generator)
-        # What does not fill a batch is left for a later pass: all batches weigh the same.
+        # An incomplete batch is left for a later pass: all batches have the same weight.
         yield from order[: count - count % size].split(size)
 
 
 def shuffled_batches(examples: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    """Yield batches of one size for ever, in an order drawn anew for each pass through the examples."""
+    """Yield endless batches of one size, in a new order for each pass through the examples."""
     return (examples[i] for i in indices(len(examples), size, seed))
 
 

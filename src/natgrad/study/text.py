@@ -1,4 +1,4 @@
-"""Text that comes with every Python, as bytes, and language models of it."""
+"""Text that comes with every Python, as bytes, and language models for it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from natgrad.study.task import Batch, Task
 LEFT_OUT = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "__pycache__")
 )
-"""Folders of the standard library that are not always there, or hold tables in place of text."""
+"""Folders of the standard library that may be missing, or hold tables instead of text."""
 EVERY = 10
-"""Of so many documents, one is for validation."""
+"""One document in this many is for validation."""
 CONTEXT, WINDOWS = 128, 512
 VALUES = 256
 
 
 @functools.cache
 def corpus() -> tuple[UInt8[Tensor, " training"], UInt8[Tensor, " validation"]]:
-    """The bytes of the standard library's sources and of the reference topics that `help()` shows, document by document
-    in the order of their names: nine tenths for training, every tenth for validation.
+    """The bytes of the standard library's sources and of the reference topics that `help()` shows, in the order of the
+    documents' names: nine tenths for training, every tenth document for validation.
 
     Raises:
-        UserError: if the sources are not there.
+        UserError: if the sources are not installed.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     names = (path.relative_to(root) for path in root.rglob("*.py"))
@@ -42,7 +42,7 @@ def corpus() -> tuple[UInt8[Tensor, " training"], UInt8[Tensor, " validation"]]:
     documents += [pydoc_data.topics.topics[key].encode() for key in sorted(pydoc_data.topics.topics)]
     if sum(map(len, documents)) < 2**20:
         raise UserError(
-            f"the task needs the sources of Python's standard library, and {root} has hardly any; expected those of a "
+            f"the task needs the sources of Python's standard library, but {root} has hardly any; expected those of a "
             "usual installation; run it with another Python."
         )
     held_out = b"".join(documents[EVERY - 1 :: EVERY])
@@ -52,7 +52,7 @@ def corpus() -> tuple[UInt8[Tensor, " training"], UInt8[Tensor, " validation"]]:
 
 
 def text_task(width: int, layers: int = 4) -> Task:
-    """A byte-level decoder of this width; the figure is the loss on 512 windows of held-out text, in nats a byte."""
+    """A byte-level decoder of this width; the figure is the loss on 512 windows of held-out text, in nats per byte."""
     training, validation = corpus()
     held_out = validation[: len(validation) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
     held_out = held_out[:: max(1, len(held_out) // WINDOWS)][:WINDOWS].long()

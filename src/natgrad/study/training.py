@@ -1,4 +1,4 @@
-"""Taking steps until a budget is spent, with moments in between at which no time runs."""
+"""Taking steps until a budget is spent, with moments in between during which the clock is stopped."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 B = TypeVar("B")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""What seconds are: those that pass, or those that the process has a processor, summed over its threads."""
+"""The kind of seconds: wall-clock time, or processor time summed over the threads."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """So many steps, or so many seconds of training."""
+    """A number of steps, or of seconds of training."""
 
     steps: int | None = None
     seconds: float | None = None
@@ -23,14 +23,14 @@ class Budget:
         return f"{self.steps:,} steps" if self.steps is not None else f"{self.seconds:g} s"
 
     def share(self, step: int, seconds: float) -> float:
-        """How much of it is spent, 1 or more at the end."""
+        """The share that is spent; 1 or more at the end."""
         if self.steps is not None:
             return step / self.steps
         assert self.seconds is not None
         return seconds / self.seconds
 
     def scaled(self, share: float) -> Budget:
-        """A share of it, a step at least."""
+        """A share of it, at least one step."""
         steps = None if self.steps is None else max(1, round(share * self.steps))
         return Budget(steps, None if self.seconds is None else share * self.seconds)
 
@@ -40,14 +40,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates over a run: they rise linearly from zero over the share `warmup` of the budget, stay, and fall
-    linearly to zero over the share `cooldown` at its end."""
+    """Learning rates during a run: they rise linearly from zero over the share `warmup` of the budget, stay constant,
+    and fall linearly to zero over the share `cooldown` at the end."""
 
     warmup: float = 0.0
     cooldown: float = 0.0
 
     def factor(self, budget: Budget, step: int, share: float) -> float:
-        """What the rates are multiplied by in the step that comes after `step` others and a share of the budget."""
+        """The factor of the rates in the step that follows `step` others and a share of the budget."""
         ahead = (step + 1) / budget.steps if budget.steps is not None else max(share, 0.01 * self.warmup)
         rising = min(1.0, ahead / self.warmup) if self.warmup else 1.0
         return rising * (min(1.0, (1 - share) / self.cooldown) if self.cooldown else 1.0)
@@ -58,7 +58,7 @@ CONSTANT = Schedule()
 
 @dataclass(frozen=True)
 class Moment:
-    """Between two steps. `due`: the model is to be evaluated; `last`: no step follows."""
+    """A pause between two steps. `due`: the model should be evaluated; `last`: no step follows."""
 
     step: int
     seconds: float
@@ -75,10 +75,10 @@ def moments(
     stopped: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Moment]:
-    """Takes steps until the budget is spent or `stopped()`; yields before the first and after each.
+    """Takes steps until the budget is spent or `stopped()`; yields before the first step and after each.
 
-    The clock, in seconds, runs in `take_step` only: neither in what is done at a moment, nor while a batch is fetched.
-    Leaving the loop ends the training.
+    The clock, in seconds, runs only in `take_step`: neither during a moment, nor while a batch is fetched. Leaving the
+    loop ends the training.
     """
     step, seconds, due = 0, 0.0, 0.0
     while True:

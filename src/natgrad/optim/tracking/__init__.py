@@ -1,1 +1,1 @@
-"""Between a forward of the model and the step: which forwards there were, and which losses were made of them."""
+"""What happens between the model's forward and the step: which forwards ran, and which losses were computed."""

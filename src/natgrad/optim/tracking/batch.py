@@ -1,4 +1,4 @@
-"""What a step is made of: losses of batches, distributions that were predicted, penalties."""
+"""The parts of one step's objective: losses of batches, predicted distributions, penalties."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOSS_NOT_FINITE = "the loss is not finite: look for NaN or inf in the batch and 
 
 @dataclass(frozen=True)
 class Term:
-    """A term of the objective: its name (empty where there is one alone), and the curvature of its loss."""
+    """A term of the objective: its name (empty if there is only one term), and the curvature of its loss."""
 
     name: str
     curvature: OutputCurvature
@@ -39,8 +39,8 @@ class Term:
 
 @dataclass(frozen=True)
 class Sharing:
-    """The ranks' statistics on their way to one another, while a backward runs: of which batches here, and what waits
-    for the sum of all; None where a rank had none to give."""
+    """The all-reduce of the ranks' statistics, which runs during a backward. It holds the batches of this rank whose
+    statistics are sent, and the pending result; None if a rank had no statistics to send."""
 
     batches: list[Batch]
     result: Callable[[], Any] | None
@@ -48,12 +48,12 @@ class Sharing:
 
 @dataclass(eq=False)
 class Batch(Observed):
-    """A batch whose loss was asked for.
+    """A batch whose loss was computed by `opt.loss`.
 
-    `way` leads from what the model returns to the loss's input; None where no forward can be run again. `statistics` is
-    what the preconditioner has taken of it, `replay` differentiates the forward again, `weight` the factor that the
-    loss's gradient was multiplied by, so that ranks count by their cases, `versions` those of the parameters at the
-    forward, `scalar` the loss that the model has computed itself.
+    `way` maps what the model returned to the loss's input; None if no forward can be run again. `statistics` is what
+    the preconditioner has taken from the batch. `replay` differentiates the forward again. `weight` is the factor that
+    multiplied the loss's gradient, so that each rank counts in proportion to its cases. `versions` are the versions of
+    the parameters at the forward. `scalar` is the loss that the model computed itself.
     """
 
     term: Term
@@ -78,27 +78,27 @@ class Batch(Observed):
 
     @property
     def lost(self) -> bool:
-        """Whether the model's own loss is gone, and no backward came from it."""
+        """Whether the model's own loss is no longer alive, and no backward came from it."""
         return self.scalar is not None and self.scalar() is None and not self.seen
 
     @property
     def kind(self) -> str:
-        """What gradients that were set by hand are shared among."""
+        """Gradients that were set by hand are shared among parts of the same kind."""
         return self.term.name
 
     @property
     def is_mean(self) -> bool:
-        """Whether its loss is a mean over cases."""
+        """Whether the loss is a mean over cases."""
         return self.term.curvature.is_mean
 
     @property
     def is_measured(self) -> bool:
-        """Whether it has a value."""
+        """Whether the part has a value."""
         return True
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no example in it, as there may be on one of several ranks."""
+        """Whether the batch has no examples. This is possible on one of several ranks."""
         return self.shape.numel() == 0
 
     def run(self, forward: Callable[..., Any]) -> Tensor:
@@ -112,15 +112,15 @@ class Batch(Observed):
 
     @property
     def unchanged(self) -> bool:
-        """Whether inputs and target are as they were, so that the loss can be computed again."""
+        """Whether inputs and target are unchanged, so that the loss can be computed again."""
         return changed_in_place(self.targets) is None and self.forward.unchanged
 
     def again(self, model: nn.Module) -> Tensor:
-        """The loss at the parameters as they are now."""
+        """The loss at the current parameters."""
         return self._loss_of(self.run(model))
 
     def value(self, output: Tensor) -> float:
-        """The loss of another output for this batch, as a number."""
+        """The loss of another output for this batch, as a float."""
         return float(self._loss_of(output))
 
     def _loss_of(self, output: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Batch(Observed):
 
 
 def by_forward(batches: Iterable[Batch]) -> list[list[Batch]]:
-    """Batches of one forward together."""
+    """Groups the batches by the forward that they came from."""
     groups: dict[int, list[Batch]] = {}
     for batch in batches:
         groups.setdefault(id(batch.forward), []).append(batch)
@@ -144,7 +144,7 @@ def by_forward(batches: Iterable[Batch]) -> list[list[Batch]]:
 
 
 def run_again(batches: Sequence[Batch], forward: Callable[..., Any]) -> list[Tensor]:
-    """The losses' inputs for batches of one forward, from one run of `forward`.
+    """The losses' inputs for batches of one forward, from a single run of `forward`.
 
     Raises:
         RuntimeError: if an input of the model has been changed in place since.
@@ -157,7 +157,7 @@ def run_again(batches: Sequence[Batch], forward: Callable[..., Any]) -> list[Ten
 
 
 def in_order(batches: Sequence[Batch]) -> list[Use]:
-    """What was recorded of one forward for any of these batches, in the order in which it was computed."""
+    """The recorded uses of one forward for any of these batches, in the order of their computation."""
     if len(batches) == 1:
         return batches[0].uses
     found = {id(use): use for batch in batches for use in batch.uses}
@@ -166,8 +166,8 @@ def in_order(batches: Sequence[Batch]) -> list[Use]:
 
 @dataclass(eq=False)
 class Penalty(Observed):
-    """A part of the objective that is computed from the parameters, and has no curvature here. `rng` is the random
-    state that it was computed in."""
+    """A part of the objective that is computed from the parameters. It adds no curvature. `rng` is the random state
+    before it was computed."""
 
     penalty: Callable[[], Tensor]
     loss: Tensor
@@ -182,20 +182,22 @@ class Penalty(Observed):
         return self.loss.new_ones(())
 
     def again(self, model: nn.Module) -> Tensor:
-        """It at the parameters as they are now, with the same random numbers. It may take derivatives itself."""
+        """The penalty at the current parameters, with the same random numbers. Its function may take derivatives
+        itself."""
         with self.rng.restored(), torch.enable_grad():
             return self.penalty().reshape(())
 
     def value(self, model: nn.Module) -> float:
-        """That as a number."""
+        """The penalty at the current parameters, as a float."""
         return float(self.again(model).detach())
 
 
 @dataclass(eq=False)
 class Prediction(Batch):
-    """Outputs whose predictive distribution has a curvature, where the gradient comes from a loss of the user's own.
+    """Outputs that define a predictive distribution, which gives the curvature. The gradient comes from the user's own
+    loss.
 
-    `arrivals`: how often gradients had been added to parameters before.
+    `arrivals`: how many times gradients had been added to parameters when the prediction was noted.
     """
 
     arrivals: int = 0

@@ -1,4 +1,4 @@
-"""A model's buffers, the running averages of batch normalization among them, kept from batches that are not finite."""
+"""Restores a model's buffers, such as the running averages of batch normalization, after a batch that is not finite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ Place = tuple[nn.Module, str]
 
 
 class Buffers:
-    """The floating-point buffers as they were before a step's first forward. Those that change alone are copied."""
+    """Copies of the floating-point buffers, taken before a step's first forward. Only buffers that change are
+    copied."""
 
     def __init__(self, model: nn.Module):
         self._places: list[Place] = [(m, n) for m in model.modules() for n, _ in m._buffers.items()]
@@ -18,7 +19,7 @@ class Buffers:
         self._kept = False
 
     def keep(self) -> None:
-        """Takes note of the buffers, unless that was done since the last step."""
+        """Records the buffers, at most once for each step."""
         if self._kept:
             return
         self._kept = True
@@ -29,7 +30,7 @@ class Buffers:
 
     @torch.no_grad()
     def end_step(self, *, accepted: bool) -> None:
-        """After a step that was not accepted, puts back what was kept where a buffer is not finite."""
+        """If the step was not accepted, restores every buffer that is not finite."""
         kept, self._kept = self._kept, False
         if accepted or not kept:
             return

@@ -1,4 +1,4 @@
-"""What users call: `opt.loss` and `opt.predict`."""
+"""The calls that users make: `opt.loss` and `opt.predict`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from natgrad.optim.tracking.tracker import Tracker
 
 
 class Losses:
-    """`opt.loss`, of one term or of all."""
+    """`opt.loss`, for one term or for all terms."""
 
     def __init__(self, tracker: Tracker, term: Term | None = None):
         self._tracker = tracker
@@ -28,14 +28,12 @@ class Losses:
     def _one(self, what: str) -> Term:
         if self._term is None and self._tracker.own:
             raise TypeError(
-                f'{what} is not for an optimizer of the loss "model", which is the model\'s own: expected loss = '
-                "model(**batch).loss; loss.backward(); opt.step(), with the labels in the batch"
+                f'{what} is not available: this optimizer was made with loss="model" and uses the model\'s own loss. '
+                "Expected loss = model(**batch).loss; loss.backward(); opt.step(), with the labels in the batch"
             )
         if self._term is None:
             names = ", ".join(map(repr, self._tracker.terms))
-            raise TypeError(
-                f"{what} has several terms, {names}; expected the one that is meant: {what}[name](output, ...)"
-            )
+            raise TypeError(f"{what} has several terms, {names}; name the one to use: {what}[name](output, ...)")
         return self._term
 
     def _named(self, name: str) -> Term:
@@ -44,14 +42,16 @@ class Losses:
             self._one("opt.loss")
         if name not in terms:
             if list(terms) == [""]:
-                raise KeyError(f"{name!r}: this optimizer has one loss, without a name; call it without one")
+                raise KeyError(
+                    f"{name!r}: this optimizer has one loss, which has no name; call opt.loss without a name"
+                )
             known = ", ".join(map(repr, terms))
             raise KeyError(f"no term is called {name!r}; expected one of {known}{did_you_mean(name, terms)}")
         return terms[name]
 
 
 class Predictions(Losses):
-    """`opt.predict`, of one term or of all."""
+    """`opt.predict`, for one term or for all terms."""
 
     def __call__(self, output: Any, target: None = None) -> None:  # type: ignore[override]
         self._tracker.predict(self._one("opt.predict"), output)

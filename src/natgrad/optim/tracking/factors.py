@@ -1,4 +1,4 @@
-"""By which factor each loss is in the gradients that have arrived at the parameters."""
+"""The factor that multiplies each loss in the gradients that have arrived at the parameters."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 EXACT = 1e-3
-"""How far a factor may be from a round one, for gradients that were divided by hand."""
+"""How far a factor may be from a round number, for gradients that were divided by hand."""
 
 
 @dataclass(eq=False)
 class Pass:
-    """One run of autograd. `reached`: the parameters whose `grad` it has added to; none for `torch.autograd.grad`."""
+    """One run of autograd. `reached`: the parameters whose `grad` it added to; empty for `torch.autograd.grad`."""
 
     reached: set[str] = field(default_factory=set)
 
@@ -27,25 +27,26 @@ O = TypeVar("O", bound="Observed")
 
 @dataclass(eq=False)
 class Observed:
-    """A scalar of the objective, and the gradient that each run of autograd brought to it."""
+    """A scalar of the objective, and the gradient that each run of autograd sent to it."""
 
     passes: list[tuple[Pass, Tensor]] = field(default_factory=list, init=False)
     outdated: bool = field(default=False, init=False)
-    """Whether gradients were zeroed since, none of which were of this."""
+    """Whether gradients were zeroed since, and none of them came from this scalar."""
 
     @property
     def seen(self) -> bool:
-        """Whether autograd has run back from it."""
+        """Whether autograd has run a backward pass through it."""
         return bool(self.passes)
 
     @property
     def arrived(self) -> bool:
-        """Whether its gradient has been added to that of a parameter."""
+        """Whether its gradient was added to the gradient of a parameter."""
         return any(run.reached for run, _ in self.passes)
 
     def factor(self, sizes: Mapping[str, int]) -> Tensor | None:
-        """The factor of this scalar in the gradients of most entries of the parameters, which are of these sizes; where
-        none has arrived, that of the last run. None: there was no run."""
+        """The factor of this scalar in the parameters' gradients: the one that holds for most entries. `sizes` are the
+        parameters' numbers of entries. If no gradient has arrived, the factor of the last run; None if there was no
+        run."""
         runs = [(run, f) for run, f in self.passes if run.reached]
         if len(runs) <= 1:
             last = runs or self.passes
@@ -59,7 +60,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Witness:
-    """A small parameter's gradient as the last run of autograd has left it."""
+    """The gradient of a small parameter, as the last run of autograd left it."""
 
     parameter: Tensor
     held: weakref.ref[Tensor]
@@ -68,7 +69,7 @@ class Witness:
 
     @classmethod
     def of(cls, p: Tensor) -> Witness | None:
-        """What there is to see now; None if there is no gradient, or a sparse one."""
+        """The current gradient; None if there is no gradient, or if it is sparse."""
         g = p.grad
         if g is None or g.layout != torch.strided:
             return None
@@ -76,7 +77,7 @@ class Witness:
 
     @property
     def written_to(self) -> bool:
-        """Whether the gradient is another one since, or has been changed in place."""
+        """Whether the gradient was replaced or changed in place since."""
         g = self.parameter.grad
         return g is None or g is not self.held() or g._version != self.version
 
@@ -86,7 +87,7 @@ class Witness:
         return self.written_to and (g is None or (not g.any() and bool(self.gradient.any())))
 
     def multiplied_by(self) -> float:
-        """What the gradient was multiplied by since; 1 where that cannot be told."""
+        """The factor that the gradient was multiplied by since; 1 if it cannot be determined."""
         g, before = self.parameter.grad, self.gradient
         if not self.written_to or g is None or g.shape != before.shape or g.layout != torch.strided:
             return 1.0
@@ -97,15 +98,15 @@ class Witness:
 
 
 class Factors:
-    """Hooks on losses and parameters, which see what reaches them in each run of autograd.
+    """Hooks on losses and parameters that record what each run of autograd brings them.
 
     Args:
         parameters: by name.
-        sharded: gradients do not arrive at these tensors themselves, so that every run of autograd counts.
-        starts: a method that is told of each scalar that autograd runs back from, and whether it is the run's first.
+        sharded: gradients do not arrive at these tensors themselves. So every run of autograd counts.
+        starts: a method that is called for each scalar that autograd starts from, with whether it is the run's first.
 
-    `witnessed`: gradients stay here as autograd leaves them, so that what is done to them afterwards can be seen; not
-    where ranks bring them together.
+    `witnessed`: after autograd, nothing but the user changes the gradients, so later changes by hand can be detected.
+    This is not so if ranks reduce the gradients.
     """
 
     def __init__(
@@ -120,11 +121,11 @@ class Factors:
         self._smallest: Tensor | None = None
         self._witness: Witness | None = None
         self._sharded, self.witnessed = sharded, not sharded
-        self.arrivals = 0  # how often gradients were added to parameters
+        self.arrivals = 0  # how many times gradients were added to parameters
         self.follow(parameters)
 
     def follow(self, parameters: Mapping[str, Tensor]) -> None:
-        """Sees the gradients of these from now on."""
+        """Watches the gradients of these parameters from now on."""
         self.remove()
         self._names = frozenset(parameters)
         if self._sharded:
@@ -136,13 +137,14 @@ class Factors:
                 self._handles.append(weakref.finalize(self, handle.remove))
 
     def remove(self) -> None:
-        """Takes the hooks off the parameters."""
+        """Removes the hooks from the parameters."""
         for remove in self._handles:
             remove()
         self._handles.clear()
 
     def observe(self, scalar: Tensor, of: Observed, times: float = 1.0) -> None:
-        """Notes from now on what autograd brings to a scalar, which is so many times what is observed."""
+        """Records from now on the gradients that autograd brings to a scalar. The scalar is `times` the observed
+        loss."""
         me = weakref.ref(self)
 
         def hook(gradient: Tensor) -> None:
@@ -159,7 +161,7 @@ class Factors:
             starts(of, torch._C._current_graph_task_id() not in self._running)
 
     def _run(self) -> Pass:
-        """The run of autograd that goes on now."""
+        """The run of autograd that is in progress."""
         key = torch._C._current_graph_task_id()
         if key not in self._running:
             self._running[key] = Pass(set(self._names if self._sharded else ()))
@@ -181,21 +183,21 @@ class Factors:
             self._witness = Witness.of(p)
 
     def settle(self) -> None:
-        """Between runs of autograd: forgets those that an exception has ended."""
+        """Called between runs of autograd: drops the runs that an exception ended."""
         self._running.clear()
 
     @property
     def zeroed(self) -> bool:
-        """Whether the gradients have been zeroed since autograd has left them."""
+        """Whether the gradients were zeroed after the last run of autograd."""
         return self._witness is not None and self._witness.zeroed
 
     def forget(self) -> None:
-        """The gradients are gone, or used."""
+        """Called when the gradients are zeroed or used."""
         self._witness = self._smallest = None
 
     def divided_by_hand(self, scale: float, taken_out: float) -> bool:
-        """Whether the gradients were divided by `scale`, that of all losses in them, after autograd had left them;
-        `taken_out` is what a `GradScaler` has divided them by."""
+        """Whether the gradients were divided by `scale` by hand, after the last run of autograd. `scale` is the factor
+        of all losses in them; `taken_out` is the factor that a `GradScaler` divided them by."""
         if self._witness is None or abs(scale / taken_out - 1) <= EXACT:
             return False
         by_hand = self._witness.multiplied_by() * taken_out
@@ -203,8 +205,8 @@ class Factors:
 
 
 def of_gradients(observed: Sequence[O]) -> list[O]:
-    """What the gradients are of: the scalars whose gradients have arrived; or else, where gradients were set by hand,
-    those that autograd has run back from since gradients were zeroed, or at all."""
+    """The scalars that the current gradients come from: those whose gradients have arrived. If there are none, the
+    gradients were set by hand: then those that autograd has run through since gradients were zeroed, or at all."""
     for kind in (lambda o: o.arrived, lambda o: o.seen and not o.outdated, lambda o: o.seen):
         found = [o for o in observed if kind(o)]
         if found:

@@ -1,4 +1,4 @@
-"""One forward of the model, and how to run it again as it was."""
+"""One forward of the model, and how to run it again in the same way."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from natgrad.optim.tracking.returned import Returned, Way
 
 @dataclass(eq=False)
 class Forward:
-    """A forward of the model: its arguments, its random state, its modules' modes, what it returned, what was recorded.
+    """A forward of the model: its arguments, random state, modes of the modules, returned value, and recorded uses.
 
-    `replay` can differentiate it again. `autocast` is the lower precision it ran in, if it did. `compiled`: it ran in
-    compiled code, where no uses are seen.
+    `replay` can differentiate it again. `autocast` is the low precision that it ran in, if any. `compiled`: it ran in
+    compiled code, where uses cannot be seen.
     """
 
     model: nn.Module
@@ -43,8 +43,8 @@ class Forward:
         self.inputs = [noted for tree in trees for noted in with_versions(tree)]
 
     def again(self, forward: Callable[..., Any], way: Way) -> Tensor:
-        """The loss's input from `forward` on the same arguments: with the same random numbers, in the same precision,
-        in the same modes of training or evaluation.
+        """The loss's input from `forward` on the same arguments: with the same random numbers, the same precision, and
+        the same modes of training or evaluation.
 
         Raises:
             RuntimeError: if an argument has been changed in place since.
@@ -53,7 +53,7 @@ class Forward:
         return output
 
     def again_for(self, forward: Callable[..., Any], ways: Sequence[Way]) -> list[Tensor]:
-        """As `again`, the inputs of several losses that were made of this forward.
+        """Like `again`, for the inputs of several losses of this forward.
 
         Raises:
             RuntimeError: if an argument has been changed in place since.
@@ -69,8 +69,8 @@ class Forward:
 
     def _run(self, forward: Callable[..., Any], ways: Sequence[Way]) -> list[Tensor]:
         device = self.rng.device.type
-        # A model may turn autocast on within its forward, as Accelerate has it; what that keeps of the parameters would
-        # outlast the steps that are tried here.
+        # A model may turn autocast on within its forward, as Accelerate does. Autocast's cache of cast parameters would
+        # then outlast the parameters' change by a trial step.
         torch.clear_autocast_cache()
         with (
             self.rng.restored(),
@@ -92,7 +92,7 @@ class Forward:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the arguments are as they were."""
+        """Whether the arguments are unchanged."""
         return changed_in_place(self.inputs) is None
 
     @property
@@ -113,18 +113,18 @@ class Forward:
 
 
 def full_precision(output: Tensor) -> Tensor:
-    """The output as the loss takes it: at least in float32."""
+    """The output in the precision of the loss: at least float32."""
     return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
 
 def with_versions(tree: Any) -> list[tuple[Tensor, int]]:
-    """The tensors in a tree of tuples, lists and dictionaries, each with how often it was written to."""
+    """The tensors in a tree of tuples, lists and dictionaries, each with its version (torch's count of writes)."""
     leaves = [tree] if isinstance(tree, Tensor) else tree_leaves(tree)
     return [(t, _version(t)) for t in leaves if isinstance(t, Tensor)]
 
 
 def changed_in_place(noted: list[tuple[Tensor, int]]) -> Tensor | None:
-    """The first tensor that was written to since it was noted."""
+    """The first tensor that was written to since `with_versions` noted it."""
     return next((t for t, version in noted if _version(t) != version), None)
 
 
@@ -133,7 +133,7 @@ def _version(t: Tensor) -> int:
 
 
 class RandomState:
-    """The state of the generators that a forward may draw from."""
+    """The state of the random generators that a forward may draw from."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -142,7 +142,8 @@ class RandomState:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Within, random numbers are those of the recorded forward; afterwards, the generators are as before."""
+        """Within the context, random numbers are those of the recorded forward. Afterwards, the generators are as
+        before."""
         devices = [self.device] if self._cuda is not None else []
         with torch.random.fork_rng(devices):
             torch.set_rng_state(self._cpu)

@@ -1,4 +1,4 @@
-"""Whether the loss that is trained is the one that the model has computed too."""
+"""Checks that the loss being trained agrees with the loss that the model computed itself."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from natgrad.optim.tracking.own import arguments, kind_of_batch
 
 
 class Meant:
-    """Compares `opt.loss` with the loss that a model has computed of labels that it was given, on the first batch of
-    each kind: a model that is given labels may read them with the logits of the position before."""
+    """Compares `opt.loss` with the loss that the model computed from its labels, on the first batch of each kind. Such
+    a model may shift the labels: it may compare each label with the logits of the position before."""
 
     def __init__(self, optimizer: str):
         self._optimizer = optimizer
         self._seen: set[Any] = set()
 
     def check(self, model: nn.Module, forward: Forward, output: Tensor, target: Any, term: Term) -> None:
-        """Raises ValueError if the two differ in how they read the labels; warns if they differ otherwise."""
+        """Raises ValueError if the two losses read the labels differently. Warns if they differ in another way."""
         assert forward.returned is not None
         loss = forward.returned.loss
         if loss is None or not loss.requires_grad:
@@ -50,17 +50,18 @@ class Meant:
         compared = (own.compare(c) for c in candidates(returned, given, plain(term.curvature)))
         other = next((c for c in compared if c.rule is not None), None)
         text = (
-            f"opt.loss(output, target) is {float(values[0].detach()):.6g}, and the model's own loss of the labels that "
-            f"it was given is {own.value:.6g}"
+            f"opt.loss(output, target) is {float(values[0].detach()):.6g}, but the loss that the model computed from "
+            f"its labels is {own.value:.6g}"
         )
         if other is not None:
             raise ValueError(
-                f"{text} ({other.candidate}): one reads the labels otherwise. Expected that target, or "
-                f'{self._optimizer}(model, "model") with loss = model(**batch).loss, which trains the model\'s own; '
-                "leave the labels out of the forward if opt.loss's is meant"
+                f"{text} ({other.candidate}): the two read the labels differently. Pass the target that the model "
+                f'uses, or {self._optimizer}(model, "model") with loss = model(**batch).loss, which trains the '
+                "model's own loss; if you want opt.loss's, leave the labels out of the forward"
             )
         self._seen.add(key)
         warn(
-            f"{text}: another loss; opt.loss's is the one that is trained. Leave the labels out of the forward if that "
-            f'is meant; {self._optimizer}(model, "model") with loss = model(**batch).loss trains the model\'s own'
+            f"{text}. These are different losses; opt.loss's is the one that is trained. If you want it, leave the "
+            f'labels out of the forward; to train the model\'s own, use {self._optimizer}(model, "model") with loss = '
+            "model(**batch).loss"
         )

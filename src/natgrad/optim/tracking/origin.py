@@ -1,4 +1,4 @@
-"""Which forward of the model a loss's input comes from, and how."""
+"""Which forward of the model a loss's input comes from, and by which operations."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from natgrad.optim.tracking.watch import Watch
 
 
 def forward_of(output: Any, watch: Watch, optimizer: str) -> Forward:
-    """The forward that `output` is of.
+    """The forward that produced `output`.
 
     Raises:
-        RuntimeError: if there was none, or the output is of none of them.
-        ValueError: if the output is made of several.
+        RuntimeError: if there was no forward, or none of them produced the output.
+        ValueError: if several forwards produced it.
     """
     forwards = watch.forwards
     if watch.running:
         raise RuntimeError(
-            "opt.loss was called before the model's forward had returned; where a training step is a part of that, "
-            "as Lightning's is under DistributedDataParallel, make the optimizer for the module that the output is "
-            f"of: {optimizer}(self.net, ...)"
+            "opt.loss was called before the model's forward returned. If the training step is part of that forward, "
+            "as in Lightning under DistributedDataParallel, pass the inner module whose output you use: "
+            f"{optimizer}(self.net, ...)"
         )
     if not forwards:
         raise RuntimeError(
-            "opt.loss follows a forward of the model in training mode with gradients enabled, and there was "
-            "none since the last step; call model.train() and model(x) first, and for evaluation the loss module "
-            "itself"
+            "opt.loss follows a forward of the model in training mode with gradients enabled, but there was "
+            "none since the last step; call model.train() and model(x) first. For evaluation, use the loss "
+            "module itself"
         )
     for forward in reversed(forwards):
         returned = forward.returned
@@ -44,19 +44,20 @@ def forward_of(output: Any, watch: Watch, optimizer: str) -> Forward:
     of = [f for f in forwards if f.returned is not None and f.returned.nodes() & behind]
     if not of:
         raise RuntimeError(
-            "opt.loss follows a forward of the model in training mode with gradients enabled, and was given a "
-            "tensor that none since the last step has led to; expected one that the model returned"
+            "opt.loss follows a forward of the model in training mode with gradients enabled, but the tensor that it "
+            "was given comes from none since the last step; expected a tensor that the model returned"
         )
     if len(of) > 1:
         raise ValueError(
-            f"opt.loss was given a tensor made of {len(of)} forwards of the model; expected one forward: run the "
-            "model once on the batches together (torch.cat), and split what it returns"
+            f"opt.loss was given a tensor that comes from {len(of)} forwards of the model; expected one forward: run "
+            "the model once on the concatenated batches (torch.cat), and split the result"
         )
     return of[0]
 
 
 def read(output: Any, forward: Forward, made: Way | None, optimizer: str) -> tuple[Tensor, Way | None]:
-    """The loss's input, and how it came from what the model returned; `made` is the user's own way to it, if any.
+    """The loss's input, and how it follows from what the model returned; `made` is the user's own map from one to the
+    other.
 
     Raises:
         ValueError: if that is not a tensor.
@@ -68,8 +69,8 @@ def read(output: Any, forward: Forward, made: Way | None, optimizer: str) -> tup
     if not isinstance(output, Tensor):
         raise ValueError(
             f"opt.loss was given {described(output)}; expected the tensor that the loss takes. Give it one "
-            "of those that the model returned, or pass output= (how to make it of what the model returns) to "
-            f"{optimizer} and give opt.loss all that the model returned"
+            "of the tensors that the model returned, or pass output= (a function from what the model returns to that "
+            f"tensor) to {optimizer} and give opt.loss all that the model returned"
         )
     return full_precision(output), returned.way_to(output)
 

@@ -1,4 +1,4 @@
-"""A model that computes its own loss: which one it is, and on what."""
+"""A model that computes its own loss: finds which loss it is, and on which output and target."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from natgrad.optim.tracking.batch import Term
 from natgrad.optim.tracking.returned import Way
 
 OWN_LOSS = "model"
-"""In the place of a loss: the model's own."""
+"""Given instead of a loss module: the loss that the model computes itself."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Match:
-    """A loss that the model's own has been on all batches so far."""
+    """A loss that has agreed with the model's own on all batches so far."""
 
     candidate: Candidate
     rule: str
@@ -45,7 +45,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Measured:
-    """Its mean on a batch, and what that divides by."""
+    """The mean of a loss on a batch, and its divisor."""
 
     match: Match
     mean: Tensor
@@ -55,8 +55,8 @@ class Measured:
 class OwnLoss:
     """Finds the loss that a model computes from its arguments.
 
-    Of each kind of batch, the first is compared with every loss that it may be, by value and by gradient. Later ones
-    are by value.
+    The first batch of each kind is compared with every candidate loss, by value and by gradient. Later batches are
+    compared by value.
     """
 
     def __init__(self, model: nn.Module, optimizer: str):
@@ -64,10 +64,10 @@ class OwnLoss:
         self._matches: dict[Any, list[Match]] = {}
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any) -> Found | None:
-        """The loss in what a forward returned; None if there is none.
+        """The loss among what a forward returned; None if there is none.
 
         Raises:
-            ValueError: if it is no loss whose curvature is known, or another one than on the batch before.
+            ValueError: if its curvature is not known, or if it is another loss than on the batch before.
         """
         loss, model = loss_of(returned), self._model()
         if loss is None or not loss.requires_grad or model is None:
@@ -75,22 +75,22 @@ class OwnLoss:
         given = arguments(model, args, kwargs)
         if not sources(returned):
             raise ValueError(
-                f"the model returned a loss and no logits, but {', '.join(_names(returned))}: its curvature is not "
-                "known. Let it return them, without a fused loss, or give the loss itself: "
+                f"the model returned a loss but no logits (it returned {', '.join(_names(returned))}), so its "
+                "curvature is not known. Let the model return logits, without a fused loss, or pass the loss itself: "
                 f"{self._optimizer}(model, nn.CrossEntropyLoss(), output=...)"
             )
         own = Own(loss, returned, given, _count(given))
         key = kind_of_batch(given)
         if not math.isfinite(own.value) and key not in self._matches:
             raise ValueError(
-                f"the model's own loss is {own.value} on its first batch, so that it cannot be told which one it is; "
-                "look for labels that are all ignored, and for NaN or inf in the batch and in the parameters"
+                f"the model's own loss is {own.value} on its first batch, so it is impossible to tell which loss it "
+                "is; check for labels that are all ignored, and for NaN or inf in the batch and in the parameters"
             )
         if key in self._matches and not math.isfinite(own.value):
             return self._found(self._measure(self._matches[key][0], own, returned), own, loss, returned)
         measured = [self._measure(m, own, returned) for m in self._matches.get(key, [])]
         if measured and all(float(m.mass) == 0 for m in measured):
-            return None  # all labels are ignored, and the loss, a share of a sum, is zero
+            return None  # all labels are ignored, and the loss, which is this rank's share of a sum, is zero
         still = [m for m in measured if own.is_near(own.factor(m.match.rule, m.mass) * float(m.mean))]
         if not still:
             still = [self._measure(m, own, returned) for m in self._all(own, returned)]
@@ -98,7 +98,7 @@ class OwnLoss:
         return self._found(still[0], own, loss, returned)
 
     def _all(self, own: Own, returned: Any) -> list[Match]:
-        """Every loss that the model's own is on this batch."""
+        """Every candidate loss that agrees with the model's own on this batch."""
         model = self._model()
         assert model is not None
         compared = [own.compare(c, RULES) for c in candidates(returned, own.given, usual(model))]
@@ -107,8 +107,8 @@ class OwnLoss:
             return fits
         known = f" It is not {named(compared)}." if compared else ""
         raise ValueError(
-            f"the model's own loss is {own.value:.6g}, and none that natgrad knows by itself.{known}"
-            f"{what_else(returned, own.value, compared)} Expected the loss that is meant, and its call: "
+            f"the model's own loss is {own.value:.6g}, which is not a loss that natgrad recognizes.{known}"
+            f"{what_else(returned, own.value, compared)} Pass the loss instead, and call it: "
             f"{self._optimizer}(model, nn.CrossEntropyLoss()), opt.loss(output, target)"
         )
 
@@ -126,7 +126,7 @@ class OwnLoss:
 
 
 def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-    """The arguments of a forward by name, those that are None left out."""
+    """The arguments of a forward by name, without those that are None."""
     given = dict(kwargs)
     if args:
         with contextlib.suppress(TypeError):  # of wrappers that take anything
@@ -136,7 +136,7 @@ def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def kind_of_batch(given: Given) -> tuple[tuple[str, Any, int], ...]:
-    """What batches of one kind have in common: names, dtypes, numbers of axes."""
+    """What batches of one kind share: names, dtypes, numbers of axes."""
     tensors = ((n, v) for n, v in given.items() if isinstance(v, Tensor))
     return tuple(sorted(((n, str(v.dtype), v.ndim) for n, v in tensors)))
 

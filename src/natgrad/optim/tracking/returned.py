@@ -1,4 +1,4 @@
-"""From what a model returned to what the loss was given, so that a second forward can go the same way."""
+"""How the loss's input follows from what the model returned, so that a second forward can repeat it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Path = tuple[Any, ...]
 class Returned:
     """What a forward returned: a tensor, or tensors in nested tuples, lists, dictionaries and dataclasses.
 
-    It does not keep the tensors alive; but their graph, until it is told to `let_go`, and `loss`, a model's own loss.
+    It does not keep the tensors alive. It keeps their graph, and `loss`, a model's own loss, until `let_go` is called.
     """
 
     def __init__(self, value: Any):
@@ -44,7 +44,7 @@ class Returned:
         return all(path == held.path and t is held.ref() for (path, t), held in zip(found, self._tensors, strict=True))
 
     def way_to(self, output: Tensor) -> Way | None:
-        """How `output` comes from what was returned: it is one of the tensors, as it is or as a view of it.
+        """How `output` follows from what was returned: it is one of the tensors, or a view of one.
 
         None if it is neither, or has been written to.
         """
@@ -56,7 +56,7 @@ class Returned:
 
     @property
     def logits(self) -> Tensor | None:
-        """The tensor that is called so, if it is still in use."""
+        """The tensor that is named `logits`, if it is still in use."""
         named = (held.ref() for held in self._tensors if [key for _, key in held.path] == ["logits"])
         return next(named, None)
 
@@ -78,12 +78,12 @@ class Part:
 
 
 class Held:
-    """Where a returned tensor was, and in what memory. Neither is kept alive: in `model(x).flatten(0, 1)` the tensor
-    that the model returned is gone at once, and its memory is not."""
+    """The place of a returned tensor, and its memory. Neither is kept alive: in `model(x).flatten(0, 1)` the tensor
+    that the model returned is freed at once, but its memory is not."""
 
     def __init__(self, path: Path, t: Tensor):
         self.path, self.ref, self._version = path, weakref.ref(t), t._version
-        self._base = None if t._base is None else weakref.ref(t._base)  # which any view of a view keeps
+        self._base = None if t._base is None else weakref.ref(t._base)  # also kept by a view of a view
         self._memory = _memory(t)
         self._contiguous, self._numel, self._offset = t.is_contiguous(), t.numel(), t.storage_offset()
 
@@ -93,7 +93,8 @@ class Held:
         return self.ref() is not None or (self._base is not None and self._base() is not None)
 
     def view(self, output: Tensor) -> Way | None:
-        """The function that made `output` of the tensor; None if there is none, or the tensor has been written to."""
+        """The function that made `output` from the tensor; None if there is none, or if the tensor has been written
+        to."""
         if output._version != self._version:
             return None
         if output is self.ref():

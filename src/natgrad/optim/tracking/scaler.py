@@ -1,4 +1,4 @@
-"""The factor by which a GradScaler has scaled the loss, and which it has taken out of the gradients."""
+"""The factor by which a GradScaler scaled the loss and divided the gradients."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.amp import GradScaler
 
 
 def scale_taken_out() -> float:
-    """The scale of the `GradScaler` whose `step` has called the optimizer's; 1 if there is none.
+    """The scale of the `GradScaler` that calls the optimizer's `step`; 1 if there is none.
 
-    It calls a step as if nothing had been scaled, so that it is found up the stack. Optimizers may also ask for scaled
-    gradients (`_step_supports_amp_scaling`), but then Lightning refuses to clip these.
+    A `GradScaler` does not tell the optimizer its scale, so the scale is looked up in the stack frames. Optimizers may
+    ask for scaled gradients (`_step_supports_amp_scaling`), but then Lightning refuses to clip them.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

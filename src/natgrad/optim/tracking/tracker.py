@@ -1,4 +1,4 @@
-"""What `opt.loss` notes between a forward of the model and the step."""
+"""Records what `opt.loss` needs between a forward of the model and the step."""
 
 from __future__ import annotations
 
@@ -31,48 +31,48 @@ from natgrad.optim.tracking.watch import Watch
 
 @runtime_checkable
 class Observer(Protocol):
-    """Who wants to know of a batch."""
+    """An object that is told about each batch."""
 
     @property
     def reads_derivatives(self) -> bool:
         """Whether it wants the uses of layers within derivatives that the forward takes itself."""
 
     def due(self) -> bool:
-        """Whether the next batches' statistics are wanted."""
+        """Whether the statistics of the next batches are needed."""
 
     def runs_again(self) -> bool:
         """Whether the next step runs the model again."""
 
     def may_run_again(self) -> bool:
-        """Whether some step to come does."""
+        """Whether any later step may run the model again."""
 
     def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
         """The uses that the output depends on. Raises NotImplementedError for a parameter that the curvature does not
         cover."""
 
     def observe(self, batch: Batch, uses: list[Use], output: Tensor, draw: int) -> None:
-        """Takes the statistics of a batch, or notes its fault; it is the `draw`-th of the step."""
+        """Takes the statistics of a batch, or records its fault; `draw` is the batch's number in the step."""
 
     def follow_along(self, uses: list[Use], output: Tensor, target: Any, term: Term, draw: int) -> None:
-        """Takes part in bringing together the shards for other ranks' statistics, of which this rank has none."""
+        """Gathers shards together with the other ranks, for their statistics; this rank has no cases."""
 
     def share(self, pending: list[Batch]) -> None:
-        """Begins to bring the ranks' statistics of these batches together."""
+        """Starts the all-reduce of the ranks' statistics of these batches."""
 
 
 class Tracker:
-    """Follows a model's forwards, takes the losses that are made of them, and notes by which factor each is in the
+    """Follows a model's forwards, records the losses that are computed from them, and the factor of each loss in the
     gradients.
 
     Args:
         optimizer: its name, for messages.
-        model: as the user gave it, in a wrapper or not.
-        parameters: those that are trained.
-        terms: the objective's terms by name; under the empty name, where there is one alone. Without any, the loss is
-            the model's own.
-        output: how the loss's input is made of what the model returns.
-        generator: of the random labels, if the user gave one.
-        many_ranks: whether the optimizer brings together what several ranks see.
+        model: as the user gave it, wrapped or not.
+        parameters: the trained parameters.
+        terms: the objective's terms by name; a single term has the empty name. Without any term, the loss is the
+            model's own.
+        output: a function from what the model returns to the loss's input.
+        generator: for the random labels, if the user gave one.
+        many_ranks: whether the optimizer combines the statistics of several ranks.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class Tracker:
         self.optimizer, self.parameters, self.terms = optimizer, parameters, dict(terms)
         self.place: Whole = parameters.place
         self.pending: list[Batch | Penalty] = []
-        self._zeroed = weakref.WeakSet[Batch | Penalty]()  # whose gradients were zeroed in this step
-        self.joined = False  # once there is a torch.distributed.algorithms.Join
+        self._zeroed = weakref.WeakSet[Batch | Penalty]()  # their gradients were zeroed in this step
+        self.joined = False  # true after the first torch.distributed.algorithms.Join
         self.derives = False  # whether uses of layers are looked for in derivatives that the forward takes itself
-        self.first_mass: dict[str, float] = {}  # by term: of its first batch, on all ranks
+        self.first_mass: dict[str, float] = {}  # by term: the mass of its first batch, on all ranks
         self._output, self._many_ranks = output, many_ranks
         self._around = _weakly(model)
         self._meant = Meant(optimizer)
@@ -109,21 +109,21 @@ class Tracker:
     observer: Observer
 
     def see_ranks(self, around: DistributedDataParallel) -> None:
-        """Joins the ranks of a `DistributedDataParallel` that the model turns out to be in: one made after the
-        optimizer, or of a module that the model is a part of."""
+        """Called when the model turns out to be in a `DistributedDataParallel`, which was made after the optimizer or
+        around a larger module. From then on the optimizer works on its ranks."""
         if around is self._around() or self.place.shards is not None:
             return
         place = placed_within(around, self.place.model)
         if not self._many_ranks:
             refuse_ranks(self.optimizer, place)
-        self.place.world = place.world  # in place, as all parts of the optimizer have it
+        self.place.world = place.world  # assigned in place: all parts of the optimizer share this object
         self._around = weakref.ref(around)
         self.factors.witnessed = False
         if around.module is self.place.model:
             self.watch.see_wrapper(around)
 
     def follow(self) -> None:
-        """Follows the parameters that there are now."""
+        """Follows the current parameters."""
         self.watch.follow(self.parameters)
         self.factors.follow(self.parameters)
 
@@ -137,7 +137,7 @@ class Tracker:
     # Between forward and step --------------------------------------------------------------------------
 
     def loss(self, term: Term, output: Any, target: Any, way: Way | None = None) -> Tensor:
-        """The loss of one batch, noted. `way`: how the output was made of all that the model returned."""
+        """Computes and records the loss of one batch. `way`: how the output follows from what the model returned."""
         self._forget_gone()
         forward = forward_of(output, self.watch, self.optimizer)
         self._check_unchanged()
@@ -152,11 +152,11 @@ class Tracker:
             return self._loss(term, forward, output, way, target)
 
     def _check_unchanged(self) -> None:
-        if self.observer.due() and self.place.shards is None:  # shards stand aside during a forward
+        if self.observer.due() and self.place.shards is None:  # with shards, a forward swaps the parameters
             self._unchanged.check(self.place.model, self.parameters)
 
     def _see_own(self, forward: Forward, returned: Any) -> None:
-        """Notes the loss that the model has computed itself."""
+        """Records the loss that the model computed itself."""
         assert self.own is not None
         found = self.own.find(forward.args, forward.kwargs, returned)
         if found is None:
@@ -169,7 +169,7 @@ class Tracker:
             self._loss(found.term, forward, found.output, found.way, found.target, found)
 
     def predict(self, term: Term, output: Any) -> None:
-        """The curvature of the distribution that outputs of a batch stand for, noted."""
+        """Records the curvature of the distribution that the outputs of a batch define."""
         forward = forward_of(output, self.watch, self.optimizer)
         output, way = read(output, forward, self._output, self.optimizer)
         target = term.curvature.stand_in(output.detach())
@@ -189,7 +189,7 @@ class Tracker:
         self.pending.append(batch)
 
     def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
-        """A part of the objective that is no loss of outputs, noted."""
+        """Records a part of the objective that is not a loss of outputs."""
         self._forget_gone()
         rng = RandomState(self.parameters.device)
         value = penalty()
@@ -208,7 +208,7 @@ class Tracker:
         term.check(output, target)
         if torch.is_grad_enabled() and not output.requires_grad:
             raise ValueError(
-                "opt.loss was given a tensor without a graph; expected the model's output as it is: leave detach() out"
+                "opt.loss was given a tensor without a graph; expected the model's output: do not call detach() on it"
             )
         self._check_way(way)
         recorder, recorded = self._recorded(forward, output, way)
@@ -245,8 +245,8 @@ class Tracker:
             )
 
     def _recorded(self, forward: Forward, output: Tensor, way: Way | None) -> tuple[Recorder | None, Tensor]:
-        """What was recorded on the way to the output. Of compiled code, and of a forward that takes derivatives itself,
-        it is recorded in a second forward, if it is wanted."""
+        """The recorded uses that lead to the output. For compiled code, and for a forward that takes derivatives, they
+        come from a second forward, if they are needed."""
         seen = forward.recorder
         missed = seen is not None and self._missed(seen)
         if seen is not None and not (missed and way is not None):
@@ -256,8 +256,9 @@ class Tracker:
         if way is None:
             raise ValueError(
                 "opt.loss was not given a tensor that the model returned, or a view of one, and the forward ran in "
-                f"compiled code, where no uses of parameters are seen; pass output= to {self.optimizer}, how the "
-                "loss's input is made of what the model returns, and give opt.loss all that the model returned"
+                f"compiled code, where uses of parameters cannot be seen; pass output= to {self.optimizer}, a "
+                "function from what the model returns to the loss's input, and give opt.loss all that the model "
+                "returned"
             )
         recorder = self.watch.recorder(DerivativeRecorder if missed else None)
         with self.watch.suspended(), torch.enable_grad(), buffers_kept(self.place.model):
@@ -294,13 +295,13 @@ class Tracker:
         return [b for b in self.pending if isinstance(b, Batch)]
 
     def _brings_together(self) -> bool:
-        """Whether the backward to come is one in which the ranks' gradients are brought together: not within
-        `no_sync()`, and not where ranks may run out of batches."""
+        """Whether the next backward reduces the gradients over the ranks: not within `no_sync()`, and not if ranks may
+        run out of batches."""
         around = self._around()
         return around is not None and bool(around.require_backward_grad_sync) and not self.joined
 
     def _no_loss(self, term: Term, forward: Forward, output: Tensor, way: Way | None, target: Any) -> Tensor:
-        """The loss of a rank that has no examples where others have: zero, with gradients that are zero."""
+        """The loss of a rank without examples when other ranks have some: zero, with zero gradients."""
         if self.place.world.size == 1:
             raise ValueError(f"the batch is empty: the output has shape {tuple(output.shape)}; skip empty batches")
         if self.place.shards is not None and forward.recorder is not None and self.observer.due():
@@ -313,8 +314,8 @@ class Tracker:
         return self._noted(batch, loss)
 
     def _weight(self, term: Term, mass: float) -> float:
-        """What the gradient of a rank's mean is multiplied by, so that the average over the ranks is in proportion to
-        the mean over all cases: the rank's cases over what a rank had in the term's first batch."""
+        """The factor for the gradient of a rank's mean. With it, the average over ranks is proportional to the mean
+        over all cases. It is the rank's number of cases over the average number per rank in the term's first batch."""
         if term.name not in self.first_mass:
             (first,) = self.place.world.numbers([mass], "the size of the first batch")
             if not first > 0:
@@ -325,19 +326,19 @@ class Tracker:
     # Gradients that come and go ------------------------------------------------------------------------
 
     def _forget_gone(self) -> None:
-        """Forgets batches whose gradients are gone without `opt.zero_grad()`: by `model.zero_grad()`, or as they were
-        zeroed in place. Shards keep those of microbatches elsewhere."""
+        """Drops batches whose gradients were removed without `opt.zero_grad()`: by `model.zero_grad()`, or by zeroing
+        them in place. With shards, gradients of microbatches are kept elsewhere."""
         if not any(b.arrived for b in self.pending) or self.place.shards:
             return
         if all(p.grad is None for p in self.parameters.values()) or self.factors.zeroed:
             self.forget_arrived()
 
     def notes(self) -> list[str]:
-        """What users should know of the terms' curvature, of what has been seen so far."""
+        """Notes for the user about the curvature of the terms, from what has been seen so far."""
         return [f"{name!r}: {note}" if name else note for name, t in self.terms.items() for note in t.curvature.notes]
 
     def forget_arrived(self) -> None:
-        """Forgets batches whose gradients are in those of the parameters, which are zeroed."""
+        """Drops batches whose gradients are part of the parameters' gradients, which are being zeroed."""
         gone = [b for b in self.pending if b.arrived or self._is_used(b)]
         self.pending[:] = [b for b in self.pending if b not in gone]
         self._zeroed.update(gone)
@@ -346,8 +347,8 @@ class Tracker:
         self.factors.forget()
 
     def _starts(self, of: Observed, first: bool) -> None:
-        """Autograd runs back from a loss. Gradients may have been zeroed since the loss was computed; and a loss whose
-        gradient was zeroed may come again."""
+        """Called when autograd starts from a loss. Gradients may have been zeroed after the loss was computed. A loss
+        whose gradient was zeroed may also be used again."""
         if first:
             self._forget_gone()
         if of in self._zeroed:
@@ -358,11 +359,11 @@ class Tracker:
             self.pending.append(of)
 
     def _is_used(self, part: Batch | Penalty) -> bool:
-        """Whether gradients have arrived since a prediction was noted."""
+        """Whether gradients have arrived since a prediction was recorded."""
         return isinstance(part, Prediction) and self.factors.arrivals > part.arrivals
 
     def collect(self) -> list[Batch | Penalty]:
-        """What the gradients of this step are of."""
+        """The losses and penalties that this step's gradients come from."""
         self.factors.settle()
         self._unchanged.tell_of_thawed(self.place.model, self.parameters, self.optimizer)
         predictions = [b for b in self.pending if isinstance(b, Prediction)]
@@ -370,7 +371,7 @@ class Tracker:
         return [*of_gradients(losses), *predictions]
 
     def end_step(self, *, accepted: bool) -> None:
-        """Forgets what the step was made of."""
+        """Drops the parts of the step."""
         self.watch.buffers.end_step(accepted=accepted)
         self.pending.clear()
         self._zeroed.clear()
@@ -379,6 +380,6 @@ class Tracker:
 
 
 def _weakly(model: nn.Module) -> Callable[[], DistributedDataParallel | None]:
-    """A reference that does not keep it: where its reducer is the last to let go of the ranks' group, at the end of a
-    process, torch's gloo may wait for ever."""
+    """A weak reference. If its reducer were the last to release the ranks' process group, at the end of a process,
+    torch's gloo could hang."""
     return weakref.ref(model) if isinstance(model, DistributedDataParallel) else lambda: None

@@ -11,8 +11,8 @@ from natgrad.checks.warning import warn
 
 
 class Unchanged:
-    """What the parameters were at the first loss: the same tensors, of one dtype, on the device of the generator, if
-    one was given."""
+    """The parameters at the first loss: the same tensors, of the same dtype, on the device of the generator if one was
+    given."""
 
     def __init__(self, model: nn.Module, generator: torch.Generator | None):
         self._frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -30,18 +30,18 @@ class Unchanged:
                 )
             if self._device is not None and p.device.type != self._device.type:
                 raise RuntimeError(
-                    f"{n!r} is on {p.device} and the generator= given on {self._device}; move the model first, then "
+                    f"{n!r} is on {p.device}, but the generator= is on {self._device}; move the model first, then "
                     "make the optimizer"
                 )
             if self._first.setdefault(n, p.dtype) != p.dtype:
                 raise RuntimeError(
-                    f"{n!r} is {p.dtype} and was {self._first[n]} at the first step; convert the model first, then "
+                    f"{n!r} is {p.dtype}, but was {self._first[n]} at the first step; convert the model first, then "
                     "make the optimizer"
                 )
 
     def tell_of_thawed(self, model: nn.Module, parameters: Mapping[str, Tensor], optimizer: str) -> None:
-        """Warns once of parameters that were frozen when the optimizer was made, have a gradient now, and are in no
-        group of it: they do not move."""
+        """Warns once about parameters that were frozen when the optimizer was made and have a gradient now: they belong
+        to no parameter group, so they do not move."""
         if not self._frozen:
             return
         own = dict(model.named_parameters())
@@ -50,7 +50,7 @@ class Unchanged:
         if thawed:
             first = min(thawed)
             warn(
-                f"{len(thawed)} parameters, {first!r} among them, were frozen when {optimizer} was made, have a "
-                "gradient now, and are in no group of it, so that they do not move; add them: "
+                f"{len(thawed)} parameters (such as {first!r}) were frozen when {optimizer} was made. They have a "
+                "gradient now, but are in no parameter group, so they do not move; add them: "
                 f"opt.add_param_group({{'params': [{first!r}, ...]}})"
             )

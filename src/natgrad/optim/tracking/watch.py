@@ -24,16 +24,16 @@ from natgrad.optim.tracking.returned import Returned
 
 
 class Watch:
-    """Keeps the forwards of `model` in training mode with gradients enabled, for as long as what they returned is in
-    use; the last one whatever became of it.
+    """Keeps the forwards of `model` that run in training mode with gradients enabled. A forward is kept as long as what
+    it returned is in use; the last forward is always kept.
 
-    While `recording`, the uses of the parameters in them are kept too. Forwards of the model inside of its own forward
-    belong to the outermost. `replays`: also what is needed to differentiate them again; where only this is wanted
-    (`observes` is false), and the last forward had it, uses are left out. A `wrapper` whose forward is the model's may
-    return it in other tensors. `within`, a method, is called in a forward that is part of that of a
-    `DistributedDataParallel`. `finished`, a method, is given every forward at its end, and none is kept. `also` are
-    modules whose forwards count as the model's, where these are called by themselves. `frozen`: uses of frozen
-    parameters are recorded too. Nothing keeps the optimizer alive, and a copy of the model is not watched.
+    If `recording`, the uses of the parameters are kept too. A forward of the model within its own forward belongs to
+    the outermost one. `replays`: what is needed to differentiate the forward again is kept too. If only this is needed
+    (`observes` is false) and the last forward had it, uses are not recorded. A `wrapper` is a module whose forward
+    calls the model's and may return the result in other tensors. `within` is a method that is called if a forward is part of
+    the forward of a `DistributedDataParallel`. `finished` is a method that receives every completed forward; then none
+    is kept. `also`: modules whose forwards count as the model's if they are called directly. `frozen`: uses of frozen
+    parameters are recorded too. The hooks do not keep the optimizer alive, and a copy of the model is not watched.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Watch:
             self.see_wrapper(wrapper)
 
     def see_wrapper(self, wrapper: nn.Module) -> None:
-        """Takes for what is returned what `wrapper`, whose forward is the model's, makes of it."""
+        """From now on, the returned value is that of `wrapper`, whose forward calls the model's."""
         me = weakref.ref(self)
 
         def wrapped(module: nn.Module, args: Any, output: Any) -> None:
@@ -94,8 +94,8 @@ class Watch:
         self._handles.append(weakref.finalize(self, wrapper.register_forward_hook(wrapped).remove))
 
     def see_more(self, follow: Callable[[Callable[[dict[str, Tensor]], None]], list[Any]]) -> None:
-        """Records the uses of the tensors, too, that stand for the parameters during a forward: `follow` attaches
-        hooks which say what they are."""
+        """Also records the uses of tensors that represent the parameters during a forward. `follow` attaches hooks that
+        report these tensors."""
         me = weakref.ref(self)
 
         def seen(tensors: dict[str, Tensor]) -> None:
@@ -106,38 +106,38 @@ class Watch:
         self._handles += [weakref.finalize(self, handle.remove) for handle in follow(seen)]
 
     def tell(self, of: Callable[[Forward, Any], None]) -> None:
-        """Calls a method after every forward, with what it returned."""
+        """Calls a method after every forward, with what the forward returned."""
         self._told = weakref.WeakMethod(of)
 
     def detach(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         for remove in self._handles:
             remove()
 
     def follow(self, parameters: Mapping[str, Tensor]) -> None:
-        """Records the uses of these from the next forward on."""
+        """Records the uses of these parameters, starting with the next forward."""
         self._parameters = dict(parameters)
 
     def end_step(self) -> None:
-        """Keeps no forward but those of which something is in use, and of these no record."""
+        """Keeps only the forwards whose returned tensors are in use, and deletes their records."""
         for forward in self.forwards:
             forward.recorder = forward.replay = None
         self.forwards = [f for f in self.forwards if f.returned is not None and f.returned.let_go()]
 
     def recorder(self, kind: type[Recorder] | None = None) -> Recorder:
-        """A recorder of the parameters that are trainable now, or of all."""
+        """A recorder of the parameters that are trainable now, or of all parameters."""
         return (kind or self.kind or Recorder)(
             {n: p for n, p in self._parameters.items() if p.requires_grad or self._frozen}
         )
 
     @property
     def running(self) -> bool:
-        """Whether a forward has begun and has not returned."""
+        """Whether a forward has started and has not returned."""
         return self._now is not None and self._outermost is not None and _running(self._outermost)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within, forwards of the model are not looked at."""
+        """Within the context, forwards of the model are ignored."""
         self._suspended = True
         try:
             with torch.compiler.set_stance("force_eager"):
@@ -168,7 +168,7 @@ class Watch:
             return
         self.forwards = [f for f in self.forwards if f.returned is not None and f.returned.let_go()]
         self.buffers.keep()
-        # torch's own note of whose forward is running, for its compiler.
+        # torch's own record of the module whose forward is running, for its compiler.
         around = DistributedDataParallel._active_ddp_module
         if around is not None and self._within is not None and (within := self._within()) is not None:
             within(around)
@@ -197,7 +197,7 @@ class Watch:
         recorder, forward = self._recorder, self._now
         self.clear()
         if forward is None or output is None:
-            return  # one that raised returns nothing, and cannot be followed by a loss
+            return  # a forward that raised returns nothing, so no loss can follow
         forward.returned = Returned(output)
         tape = recorder
         if isinstance(recorder, Recorder):
@@ -232,7 +232,7 @@ def _running(frame: FrameType) -> bool:
 
 
 def _leave(recorder: Recorder | Tape) -> None:
-    """Takes the recorder off the stack of function modes, also from below others."""
+    """Removes the recorder from the stack of function modes, even if it is not on top."""
     above: list[Any] = []
     while recorder in _get_current_function_mode_stack():
         mode = _pop_mode()

@@ -1,0 +1,50 @@
+"""A small perceptron, and one step of NewtonMuon on it."""
+
+import torch
+import torch.nn.functional as F
+
+from oracles import f64, net, randn
+
+N, D, H, C = 24, 4, 6, 3
+X, LABELS = randn(N, D), torch.arange(N) % C
+EXACT = {"refresh_every": 1, "decay": 0.0}
+"""The second moment of the last batch alone."""
+
+
+def perceptron(seed=0, dtype=f64):
+    torch.manual_seed(seed)
+    return net(D, H, H, C).to(dtype)
+
+
+def backward(model, x=X, y=LABELS, scale=1.0):
+    loss = F.cross_entropy(model(x), y)
+    (loss * scale).backward()
+    return loss.detach()
+
+
+def step(model, opt, x=X, y=LABELS):
+    opt.zero_grad()
+    loss = backward(model, x, y)
+    opt.step()
+    return loss.item()
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def same(model, twin):
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def second_moment(h):
+    return h.mT @ h / len(h)
+
+
+def whitening(h, ridge):
+    return damped_inverse(second_moment(h.double()), ridge)
+
+
+def damped_inverse(A, ridge):
+    A = A / A.diagonal().mean()
+    return torch.linalg.inv(A + ridge * A.diagonal().clamp_min(1e-4).sqrt().diag())
