@@ -32,8 +32,9 @@ class Watch:
     (`observes` is false) and the last forward had it, uses are not recorded. A `wrapper` is a module whose forward
     calls the model's and may return the result in other tensors. `within` is a method that is called if a forward is
     part of the forward of a `DistributedDataParallel`. `finished` is a method that receives every completed forward;
-    then none is kept. `also`: modules whose forwards count as the model's if they are called directly. `frozen`: uses of
-    frozen parameters are recorded too. The hooks do not keep the optimizer alive, and a copy of the model is not watched.
+    then none is kept. `also`: modules whose forwards count as the model's if they are called directly. `frozen`: uses
+    of frozen parameters are recorded too. The hooks do not keep the optimizer alive, and a copy of the model is not
+    watched.
     """
 
     def __init__(
