@@ -433,9 +433,9 @@ def test_saved_and_loaded(kind, setup, tmp_path_factory):
 def test_a_saved_matrix_of_another_model(kind, tmp_path):
     KINDS[kind].matrix("fisher", problem_of(Setup())).save(tmp_path / "matrix")
     wider = problem_of(Setup(hidden=5)).model
-    with pytest.raises(ValueError, match=r"another model: 'first.weight', of shape \(4, 3\).*has shape \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"another model: its 'first.weight' of shape \(4, 3\).*\(5, 3\)"):
         natgrad.load(tmp_path / "matrix", model=wider)
-    with pytest.raises(ValueError, match=r"another model: 'first.weight'.*is not a parameter of"):
+    with pytest.raises(ValueError, match=r"another model: its 'first.weight'.*is not a parameter of"):
         natgrad.load(tmp_path / "matrix", model=problem_of(Setup(model="borrowed")).model)
 
 

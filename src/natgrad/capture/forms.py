@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from natgrad.capture.layers import CASTS, ELEMENTWISE, MULTIPLES, OFFSETS, SELECTIONS, VIEWS, View
+from natgrad.capture.layers import CASTS, ELEMENTWISE, MULTIPLES, OFFSETS, SELECTIONS, VIEWS, Scale, View
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,20 @@ class Forms:
             whole = form.whole and keeps_order and t.numel() == prod(form.shape)
             self._known[id(t)] = t, replace(found, select=select, whole=whole, slope=slope)
         return True
+
+
+def placed(kind: Scale, weight: Form | None, bias: Form | None) -> Scale:
+    """The kind, with the positions of its coordinates in the parameters, and their derivatives in them."""
+    entries, sizes, slopes = [], [], []
+    for form in (weight, bias):
+        chosen = None if form is None or form.whole else form.select().flatten()
+        entries.append(chosen)
+        sizes.append(0 if form is None else prod(form.shape))
+        slopes.append(None if form is None or form.slope is None else form.slope.flatten())
+    is_one = weight is not None and bias is not None and weight.name == bias.name
+    return replace(
+        kind, entries=(entries[0], entries[1]), sizes=(sizes[0], sizes[1]), slopes=(slopes[0], slopes[1]), is_one=is_one
+    )
 
 
 def _forms(form: Form, view: View | None, count: int) -> list[Form]:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 REENTRANT = "CheckpointFunctionBackward"
 """The node of a reentrant checkpoint. Its inner graph is only made in its backward pass."""
+
+
+def edge_of(a: Tensor) -> GradientEdge:
+    """The edge of `a`. If `a` is a view of another tensor (`linear` with positions), the edge of that tensor, because
+    an in-place function on a view gives the view a new node and removes the old one from the graph. A reshaped
+    parameter has no node of its own."""
+    whole = a if a._base is None or a._base.is_leaf else a._base
+    reshaped = whole.numel() == a.numel() and whole.is_contiguous() and a.is_contiguous()
+    return get_gradient_edge(whole if reshaped else a)
 
 
 def nodes(output: Tensor) -> Iterator[Node]:

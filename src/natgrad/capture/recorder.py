@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from natgrad.capture.forms import Form, Forms
+from natgrad.capture.forms import Form, Forms, placed
+from natgrad.capture.graph import edge_of
 from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, RECURRENCES, RESHAPES, SPREADS, Call, Kind
 from natgrad.capture.layers.affine import Affine
 from natgrad.capture.layers.convolution import Convolution
@@ -168,7 +168,7 @@ class Recorder(TorchFunctionMode):
             return set()
         kind = kind.kept(weight is not None, bias is not None)
         if isinstance(kind, Scale):
-            kind = _placed(kind, weight, bias)
+            kind = placed(kind, weight, bias)
         h = call.h.detach()
         if weight is not None and weight.slope is not None and not isinstance(kind, Scale):
             if type(kind) not in (Affine, Convolution):
@@ -187,7 +187,7 @@ class Recorder(TorchFunctionMode):
             func,
             h,
             out,
-            _edge(out),
+            edge_of(out),
             tuple(get_gradient_edge(t).node for t in others if t.requires_grad),
             (h._version, out._version),
             {form.name: form.shape for form in (weight, bias) if form is not None},
@@ -262,7 +262,7 @@ class Recorder(TorchFunctionMode):
 
     def _extend(self, use: Use, out: Tensor, **changes: Any) -> Use:
         versions = (use.versions[0], out._version)
-        whole = replace(use, a=out, edge=_edge(out), versions=versions, before=use, **changes)
+        whole = replace(use, a=out, edge=edge_of(out), versions=versions, before=use, **changes)
         self.uses[self.uses.index(use)] = whole
         return whole
 
@@ -345,33 +345,10 @@ class Recorder(TorchFunctionMode):
         return missed, reached
 
 
-def _placed(kind: Scale, weight: Form | None, bias: Form | None) -> Scale:
-    """The kind, with the positions of its coordinates in the parameters, and their derivatives in them."""
-    entries, sizes, slopes = [], [], []
-    for form in (weight, bias):
-        chosen = None if form is None or form.whole else form.select().flatten()
-        entries.append(chosen)
-        sizes.append(0 if form is None else prod(form.shape))
-        slopes.append(None if form is None or form.slope is None else form.slope.flatten())
-    is_one = weight is not None and bias is not None and weight.name == bias.name
-    return replace(
-        kind, entries=(entries[0], entries[1]), sizes=(sizes[0], sizes[1]), slopes=(slopes[0], slopes[1]), is_one=is_one
-    )
-
-
 def _trailing(shape: Sequence[int]) -> tuple[int, ...]:
     """A shape without its leading axes of length 1, which do not change how a tensor is broadcast."""
     axes = [i for i, size in enumerate(shape) if size != 1]
     return tuple(shape[axes[0] :]) if axes else ()
-
-
-def _edge(a: Tensor) -> GradientEdge:
-    """The edge of `a`. If `a` is a view of another tensor (`linear` with positions), the edge of that tensor, because
-    an in-place function on a view gives the view a new node and removes the old one from the graph. A reshaped
-    parameter has no node of its own."""
-    whole = a if a._base is None or a._base.is_leaf else a._base
-    reshaped = whole.numel() == a.numel() and whole.is_contiguous() and a.is_contiguous()
-    return get_gradient_edge(whole if reshaped else a)
 
 
 def _chain(use: Use | None) -> list[Use]:
