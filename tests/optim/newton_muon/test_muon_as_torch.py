@@ -13,6 +13,8 @@ import natgrad
 from muon_steps import LABELS, C, D, H, N, X, backward, perceptron, same, step, weights
 from oracles import close, f64, net, randn
 
+pytestmark = pytest.mark.usefixtures("all_rows")
+
 
 class TestAsTorchsOptimizers:
     def test_schedulers_change_both_rates(self):

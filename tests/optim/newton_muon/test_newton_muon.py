@@ -31,6 +31,8 @@ from natgrad.optim.muon import whitening as whitening_file
 from natgrad.optim.preconditioner.orthogonal import newton_schulz
 from oracles import close, f64, randn
 
+pytestmark = pytest.mark.usefixtures("all_rows")
+
 
 class TestRidge:
     def test_it_follows_the_scale_of_each_input(self):
