@@ -6,8 +6,14 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+
+def is_replaceable(model: nn.Module) -> bool:
+    """Whether `call_with` takes this model. torch replaces no tensors of `nn.DataParallel` and of scripted modules."""
+    return not isinstance(model, (nn.DataParallel, torch.jit.ScriptModule))
 
 
 def call_with(model: nn.Module, values: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

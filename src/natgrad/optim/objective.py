@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.checks.replaced import call_with
+from natgrad.checks.replaced import call_with, is_replaceable
 from natgrad.curvature.jacobian import Jacobian, graph, through_graph
 from natgrad.curvature.problem import buffers_kept
 from natgrad.curvature.products import gauss_newton_product, tangents
@@ -310,7 +310,7 @@ class Objective:
         own = {n: values[n].detach() for n in names}
         outputs: list[Tensor | None] = []
         for batch in self.batches:
-            by_reverse = self._by_reverse(batch, own)
+            by_reverse = not is_replaceable(self._model) or self._by_reverse(batch, own)
             with torch.enable_grad():
                 outputs.append(None if by_reverse else batch.run(forward))
 
