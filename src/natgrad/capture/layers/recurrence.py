@@ -12,6 +12,7 @@ one matrix product with `W_hh` per step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -153,14 +154,22 @@ class LinearizedGRU(Linearized):
 KINDS: dict[Any, type[Linearized]] = {torch._VF.lstm: LinearizedLSTM, torch._VF.gru: LinearizedGRU}
 
 
+@dataclass(frozen=True, eq=False)
 class Direction:
     """A layer in one direction: its weights, and the order of its steps."""
 
-    def __init__(
-        self, function: Any, W_ih: Tensor, W_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, backwards: bool
-    ):
-        self.function, self.kind, self.backwards = function, KINDS[function], backwards
-        self.W_ih, self.W_hh, self.b_ih, self.b_hh = W_ih, W_hh, b_ih, b_hh
+    function: Any
+    W_ih: Tensor
+    W_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    W_hr: Tensor | None
+    """The projection of the hidden states, if there is one."""
+    backwards: bool
+
+    @property
+    def kind(self) -> type[Linearized]:
+        return KINDS[self.function]
 
     def turned(self, t: Tensor) -> Tensor:
         """From the order of time to the order of the steps, or back."""
@@ -226,6 +235,13 @@ def fused(function: Any, step: Callable[..., States]) -> Callable[..., Any]:
     It returns NotImplemented for what is not linearized here: projections, packed sequences, autocast, transforms.
     """
 
+    def one(own: Direction, x: Tensor, initial: States) -> tuple[Tensor, States]:
+        y, _ = values(own, x, initial)
+        before = own.before(y, initial[0].detach())
+        a_x, a_h = F.linear(x, own.W_ih, own.b_ih), F.linear(before, own.W_hh, own.b_hh)
+        out, *ends = Recurrence.apply(own, step, [y, before], own.W_hh, a_x, a_h, *initial)
+        return out, (out[:, 0 if own.backwards else -1], *ends)
+
     def run(
         input: Tensor,
         hidden: Any,
@@ -239,24 +255,8 @@ def fused(function: Any, step: Callable[..., States]) -> Callable[..., Any]:
     ) -> Any:
         if not is_linearized(input, hidden, params, has_biases, num_layers, bidirectional):
             return NotImplemented
-        states = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
-        x = input if batch_first else input.transpose(0, 1)
-        last: list[States] = []
-        for layer, directions in enumerate(layers_of(function, params, has_biases, num_layers, bidirectional)):
-            outputs = []
-            for own in directions:
-                initial = tuple(s[len(last)] for s in states)
-                y, _ = values(own, x, initial)
-                before = own.before(y, initial[0].detach())
-                a_x, a_h = F.linear(x, own.W_ih, own.b_ih), F.linear(before, own.W_hh, own.b_hh)
-                out, *ends = Recurrence.apply(own, step, [y, before], own.W_hh, a_x, a_h, *initial)
-                outputs.append(out)
-                last.append((out[:, 0 if own.backwards else -1], *ends))
-            x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-            if dropout and train and layer < num_layers - 1:
-                x = F.dropout(x, dropout)
-        ends = tuple(torch.stack(s) for s in zip(*last, strict=True))
-        return (x if batch_first else x.transpose(0, 1), *ends)
+        layers = layers_of(function, params, has_biases, num_layers, bidirectional)
+        return through_layers(one, layers, input, hidden, dropout if train else 0.0, batch_first)
 
     return run
 
@@ -276,14 +276,40 @@ def layers_of(
     function: Any, params: Sequence[Tensor], has_biases: bool, num_layers: int, bidirectional: bool
 ) -> list[list[Direction]]:
     """Every layer's directions."""
-    each, many = 4 if has_biases else 2, 2 if bidirectional else 1
+    many = 2 if bidirectional else 1
+    each = len(params) // (num_layers * many)
 
     def direction(k: int) -> Direction:
-        W_ih, W_hh, *biases = params[k * each : (k + 1) * each]
-        b_ih, b_hh = biases or (None, None)
-        return Direction(function, W_ih, W_hh, b_ih, b_hh, backwards=k % many == 1)
+        W_ih, W_hh, *others = params[k * each : (k + 1) * each]
+        b_ih, b_hh = (others.pop(0), others.pop(0)) if has_biases else (None, None)
+        return Direction(function, W_ih, W_hh, b_ih, b_hh, others[0] if others else None, backwards=k % many == 1)
 
     return [[direction(layer * many + k) for k in range(many)] for layer in range(num_layers)]
+
+
+def through_layers(
+    one: Callable[[Direction, Tensor, States], tuple[Tensor, States]],
+    layers: Sequence[Sequence[Direction]],
+    input: Tensor,
+    hidden: Any,
+    dropout: float,
+    batch_first: bool,
+) -> tuple[Tensor, ...]:
+    """What torch's function returns, where `one(direction, x, states)` gives the hidden states of one layer in one
+    direction, and its last states."""
+    states = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
+    x = input if batch_first else input.transpose(0, 1)
+    last: list[States] = []
+    for layer, directions in enumerate(layers):
+        outputs = []
+        for own in directions:
+            out, ends = one(own, x, tuple(s[len(last)] for s in states))
+            outputs.append(out)
+            last.append(ends)
+        x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+        if dropout and layer < len(layers) - 1:
+            x = F.dropout(x, dropout)
+    return (x if batch_first else x.transpose(0, 1), *(torch.stack(s) for s in zip(*last, strict=True)))
 
 
 def values(own: Direction, x: Tensor, states: States) -> tuple[Tensor, States]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from natgrad.capture.layers.recurrence import fused
+from natgrad.capture.layers.recurrence import Direction, fused, layers_of, through_layers
 
 State = tuple[Tensor, ...]
-Weights = Sequence[Tensor | None]
 
 
 def _elman(nonlinearity: Callable[[Tensor], Tensor]) -> Callable[..., State]:
@@ -35,15 +35,15 @@ def _gru(a_x: Tensor, a_h: Tensor, state: State) -> State:
     return (new + update * (state[0] - new),)
 
 
-def _stepped(step: Callable[..., State], a_x: Tensor, state: State, weights: Weights) -> State:
+def _stepped(
+    step: Callable[..., State], a_x: Tensor, state: State, W_hh: Tensor, b_hh: Tensor | None, W_hr: Tensor | None
+) -> State:
     """The next states, from the pre-activations of an input."""
-    h, *others = step(a_x, F.linear(state[0], weights[1], weights[3]), state)  # type: ignore[arg-type]
-    if len(weights) == 5 and weights[4] is not None:  # a projection
-        h = F.linear(h, weights[4])
-    return h, *others
+    h, *others = step(a_x, F.linear(state[0], W_hh, b_hh), state)
+    return h if W_hr is None else F.linear(h, W_hr), *others
 
 
-def _network(step: Callable[..., State]) -> Callable[..., Any]:
+def _network(function: Any, step: Callable[..., State]) -> Callable[..., Any]:
     """`torch._VF.lstm` and similar functions for padded sequences: all layers and directions, one time step at a
     time."""
 
@@ -63,40 +63,21 @@ def _network(step: Callable[..., State]) -> Callable[..., Any]:
                 "a recurrent layer was given a PackedSequence, which is not supported; expected padded sequences: pad "
                 "them, and leave the padding out of the loss with ignore_index"
             )
-        states = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
-        x = input if batch_first else input.transpose(0, 1)
-        directions = 2 if bidirectional else 1
-        each = len(params) // (num_layers * directions)
-        last: list[State] = []
-        for layer in range(num_layers):
-            outputs = []
-            for direction in range(directions):
-                k = layer * directions + direction
-                own: list[Tensor | None] = list(params[k * each : (k + 1) * each])
-                if not has_biases:
-                    own[2:2] = [None, None]
-                out, state = _layer(step, x, tuple(s[k] for s in states), own, backwards=direction == 1)
-                outputs.append(out)
-                last.append(state)
-            x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-            if dropout and train and layer < num_layers - 1:
-                x = F.dropout(x, dropout)
-        ends = tuple(torch.stack(s) for s in zip(*last, strict=True))
-        return (x if batch_first else x.transpose(0, 1), *ends)
+        layers = layers_of(function, params, has_biases, num_layers, bidirectional)
+        one = partial(_unrolled, step)
+        return through_layers(one, layers, input, hidden, dropout if train else 0.0, batch_first)
 
     return run
 
 
-def _layer(
-    step: Callable[..., State], x: Tensor, state: State, weights: Weights, backwards: bool
-) -> tuple[Tensor, State]:
+def _unrolled(step: Callable[..., State], own: Direction, x: Tensor, state: State) -> tuple[Tensor, State]:
     """One layer in one direction, `x` of shape `(N, T, d)`."""
-    a = F.linear(x, weights[0], weights[2])  # type: ignore[arg-type]
+    a = F.linear(x, own.W_ih, own.b_ih)
     outputs = []
-    for t in reversed(range(x.shape[1])) if backwards else range(x.shape[1]):
-        state = _stepped(step, a[:, t], state, weights)
+    for t in reversed(range(x.shape[1])) if own.backwards else range(x.shape[1]):
+        state = _stepped(step, a[:, t], state, own.W_hh, own.b_hh, own.W_hr)
         outputs.append(state[0])
-    return torch.stack(outputs[::-1] if backwards else outputs, 1), state
+    return torch.stack(outputs[::-1] if own.backwards else outputs, 1), state
 
 
 def _cell(step: Callable[..., State]) -> Callable[..., Any]:
@@ -105,17 +86,20 @@ def _cell(step: Callable[..., State]) -> Callable[..., Any]:
     def run(input: Tensor, hidden: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
         single = isinstance(hidden, Tensor)
         a = F.linear(input, w_ih, b_ih)
-        state = _stepped(step, a, (hidden,) if single else tuple(hidden), (w_ih, w_hh, b_ih, b_hh))
+        state = _stepped(step, a, (hidden,) if single else tuple(hidden), w_hh, b_hh, None)
         return state[0] if single else state
 
     return run
 
 
+NETWORKS: dict[Any, Callable[..., State]] = {
+    torch._VF.rnn_tanh: _elman(torch.tanh),
+    torch._VF.rnn_relu: _elman(torch.relu),
+    torch._VF.lstm: _lstm,
+    torch._VF.gru: _gru,
+}
 UNROLLED: dict[Any, Callable[..., Any]] = {
-    torch._VF.rnn_tanh: _network(_elman(torch.tanh)),
-    torch._VF.rnn_relu: _network(_elman(torch.relu)),
-    torch._VF.lstm: _network(_lstm),
-    torch._VF.gru: _network(_gru),
+    **{function: _network(function, step) for function, step in NETWORKS.items()},
     torch._VF.rnn_tanh_cell: _cell(_elman(torch.tanh)),
     torch._VF.rnn_relu_cell: _cell(_elman(torch.relu)),
     torch._VF.lstm_cell: _cell(_lstm),
