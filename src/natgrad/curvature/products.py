@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from natgrad.capture.layers import COMPOSITES
+from natgrad.capture.layers import FUSED
 from natgrad.capture.layers.embedding import embedding_bag
 from natgrad.capture.use import Use
 from natgrad.checks.replaced import call_with
@@ -82,7 +82,7 @@ def tangents(
     give = duals or partial(duals_in_place, model)
     # The fused attention kernels have no forward mode.
     with torch.no_grad(), forward_ad.dual_level(), give(direction) as own:
-        with _Replay(own.names, uses), sdpa_kernel(SDPBackend.MATH), _without_savers():
+        with _ForwardMode(own.names, uses), sdpa_kernel(SDPBackend.MATH), _without_savers():
             outputs = call(own.forward)
         pairs = [forward_ad.unpack_dual(output) for output in outputs]
         return [(primal, torch.zeros_like(primal) if Jd is None else Jd) for primal, Jd in pairs]
@@ -112,7 +112,7 @@ class _KeepNothing:
 REPLAYED = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
-class _Replay(TorchFunctionMode):
+class _ForwardMode(TorchFunctionMode):
     """Takes the outputs of linear maps and convolutions from recorded uses, and computes only their tangents."""
 
     def __init__(self, names: Mapping[int, str], uses: Sequence[Use]):
@@ -123,9 +123,9 @@ class _Replay(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in COMPOSITES:  # fused functions have no forward mode
+        if func in FUSED:  # fused functions have no forward mode
             with self:
-                opened = COMPOSITES[func](*args, **kwargs)
+                opened = FUSED[func](*args, **kwargs)
             if opened is not NotImplemented:
                 return opened
         rule = tangent_rule(func, args)

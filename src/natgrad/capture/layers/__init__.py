@@ -1,7 +1,7 @@
 """Kinds of layers: which torch functions use a parameter, and the cases of each use."""
 
 from natgrad.capture.layers import affine, bilinear, convolution, embedding, scale
-from natgrad.capture.layers.composite import COMPOSITES
+from natgrad.capture.layers.composite import COMPOSITES, FUSED
 from natgrad.capture.layers.inputs import Inputs, InputSums, Rows, Sparse, joined, stacked
 from natgrad.capture.layers.kind import Call, Kind, View
 from natgrad.capture.layers.recurrent import RECURRENCES
@@ -16,6 +16,7 @@ __all__ = [
     "CASTS",
     "COMPOSITES",
     "ELEMENTWISE",
+    "FUSED",
     "MULTIPLES",
     "OFFSETS",
     "PARSERS",

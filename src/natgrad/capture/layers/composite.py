@@ -44,13 +44,17 @@ def _quotient(*operands: Any, **named: Any) -> Any:
 
 
 # For each fused function, an equivalent one made of plain torch functions. It may return NotImplemented.
-COMPOSITES: dict[Any, Callable[..., Any]] = {
+FUSED: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
     torch.einsum: affine_map,
-    **dict.fromkeys([F.prelu, torch.prelu], _prelu),
-    **dict.fromkeys([torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__], _difference),
-    **dict.fromkeys([torch.div, torch.divide, Tensor.div, Tensor.divide, Tensor.__truediv__], _quotient),
     torch.stack: stacked,
     **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], joined),
     **UNROLLED,
+}
+# Those, and functions that have a forward mode, of which recording needs the products and sums.
+COMPOSITES: dict[Any, Callable[..., Any]] = {
+    **FUSED,
+    **dict.fromkeys([F.prelu, torch.prelu], _prelu),
+    **dict.fromkeys([torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__], _difference),
+    **dict.fromkeys([torch.div, torch.divide, Tensor.div, Tensor.divide, Tensor.__truediv__], _quotient),
 }
