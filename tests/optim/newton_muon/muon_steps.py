@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from oracles import f64, net, randn
+from oracles import close, f64, net, randn
 
 N, D, H, C = 24, 4, 6, 3
 X, LABELS = randn(N, D), torch.arange(N) % C
@@ -27,6 +27,27 @@ def step(model, opt, x=X, y=LABELS):
     loss = backward(model, x, y)
     opt.step()
     return loss.item()
+
+
+def hidden_steps(model, opt, steps):
+    """Steps on new inputs. For each, and each hidden matrix: its name, its inputs, its gradient, and itself before."""
+    for i in range(steps):
+        x = randn(N, D, seed=i)
+        before = weights(model)
+        hidden = {"0.weight": x, "2.weight": model[:2](x).detach()}
+        step(model, opt, x)
+        for n, h in hidden.items():
+            yield n, h, model.get_parameter(n).grad, before[n]
+
+
+def stay_alike(model, opt, twin, other, steps, tolerance):
+    """Both take steps on the same inputs, and have the same weights after each."""
+    for i in range(steps):
+        x = randn(N, D, seed=i)
+        step(model, opt, x)
+        step(twin, other, x)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            close(p.detach(), q.detach(), tolerance)
 
 
 def weights(model):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import natgrad
-from muon_steps import LABELS, C, D, H, N, X, backward, perceptron, same, step, weights
+from muon_steps import LABELS, C, D, H, N, X, backward, perceptron, same, stay_alike, step, weights
 from oracles import close, f64, net, randn
 
 pytestmark = pytest.mark.usefixtures("all_rows")
@@ -270,11 +270,6 @@ class TestCompiled:
             called = torch.compile(model, backend="eager")
         opt = natgrad.NewtonMuon(called if how == "wrapped" else model, lr=0.05, refresh_every=3)
         other = natgrad.NewtonMuon(twin, lr=0.05, refresh_every=3)
-        for i in range(8):
-            x = randn(N, D, seed=i)
-            step(called, opt, x)
-            step(twin, other, x)
-            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-                close(p.detach(), q.detach(), 1e-9)
+        stay_alike(called, opt, twin, other, 8, 1e-9)
         steps = sorted(route.step for route in opt.routing().values())
         assert steps == ["adamw"] * 4 + ["whitened"] * 2

@@ -20,11 +20,12 @@ from muon_steps import (
     X,
     backward,
     damped_inverse,
+    hidden_steps,
     perceptron,
     same,
     second_moment,
+    stay_alike,
     step,
-    weights,
     whitening,
 )
 from natgrad.optim.muon import whitening as whitening_file
@@ -63,17 +64,11 @@ class TestFormula:
         model = perceptron()
         opt = natgrad.NewtonMuon(model, lr=0.1, weight_decay=0.01, momentum=0.6, ridge=0.3, **EXACT)
         buffers = {}
-        for i in range(3):
-            x = randn(N, D, seed=i)
-            before = weights(model)
-            hidden = {"0.weight": x, "2.weight": model[:2](x).detach()}
-            step(model, opt, x)
-            for n, h in hidden.items():
-                g = model.get_parameter(n).grad
-                buffers[n] = 0.6 * buffers.get(n, 0.0) + 0.4 * g
-                v = 0.6 * buffers[n] + 0.4 * g  # Nesterov's
-                d = 0.2 * math.sqrt(H) * newton_schulz(v @ whitening(h, 0.3))
-                close(model.get_parameter(n).detach(), (1 - 0.1 * 0.01) * before[n] - 0.1 * d)
+        for n, h, g, before in hidden_steps(model, opt, 3):
+            buffers[n] = 0.6 * buffers.get(n, 0.0) + 0.4 * g
+            v = 0.6 * buffers[n] + 0.4 * g  # Nesterov's
+            d = 0.2 * math.sqrt(H) * newton_schulz(v @ whitening(h, 0.3))
+            close(model.get_parameter(n).detach(), (1 - 0.1 * 0.01) * before - 0.1 * d)
 
     def test_both_sides(self):
         """`orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ D^½)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ` over the gradients."""
@@ -83,21 +78,15 @@ class TestFormula:
             decay=0.5,
         )  # fmt: skip
         A, B, buffers = {}, {}, {}
-        for i in range(4):
-            x = randn(N, D, seed=i)
-            before = weights(model)
-            hidden = {"0.weight": x, "2.weight": model[:2](x).detach()}
-            step(model, opt, x)
-            for n, h in hidden.items():
-                g = model.get_parameter(n).grad
-                buffers[n] = 0.6 * buffers.get(n, 0.0) + 0.4 * g
-                A[n] = 0.5 * A.get(n, 0.0) + h.mT @ h
-                white = damped_inverse(A[n], 0.3)
-                B[n] = 0.5 * B.get(n, 0.0) + g @ white @ g.mT / g.square().sum()
-                e, Q = torch.linalg.eigh(B[n] / B[n].diagonal().mean())
-                root = Q @ torch.diag((e + 0.3) ** -0.5) @ Q.mT
-                d = 0.2 * math.sqrt(H) * newton_schulz(root @ buffers[n] @ white)
-                close(model.get_parameter(n).detach(), before[n] - 0.1 * d)
+        for n, h, g, before in hidden_steps(model, opt, 4):
+            buffers[n] = 0.6 * buffers.get(n, 0.0) + 0.4 * g
+            A[n] = 0.5 * A.get(n, 0.0) + h.mT @ h
+            white = damped_inverse(A[n], 0.3)
+            B[n] = 0.5 * B.get(n, 0.0) + g @ white @ g.mT / g.square().sum()
+            e, Q = torch.linalg.eigh(B[n] / B[n].diagonal().mean())
+            root = Q @ torch.diag((e + 0.3) ** -0.5) @ Q.mT
+            d = 0.2 * math.sqrt(H) * newton_schulz(root @ buffers[n] @ white)
+            close(model.get_parameter(n).detach(), before - 0.1 * d)
 
     def test_of_many_rows_the_output_side_is_a_diagonal(self):
         model, twin = perceptron(), perceptron()
@@ -114,12 +103,7 @@ class TestFormula:
         model, twin = perceptron(), perceptron()
         opt = natgrad.NewtonMuon(model, lr=0.1, rest_lr=0.01, weight_decay=0.3, steps={"*": "adamw"})
         adamw = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.3, betas=(0.9, 0.95))
-        for i in range(10):
-            x = randn(N, D, seed=i)
-            step(model, opt, x)
-            step(twin, adamw, x)
-            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-                close(p.detach(), q.detach(), 1e-12)
+        stay_alike(model, opt, twin, adamw, 10, 1e-12)
 
     @pytest.mark.parametrize("nesterov", [True, False])
     def test_without_whitening_it_is_torchs_muon(self, nesterov, monkeypatch):
