@@ -17,7 +17,7 @@ def flat(model: nn.Module) -> torch.Tensor:
 
 def log_derivatives(model):
     """`∇log ψ` at every state, `(states, parameters)`."""
-    return jacobian(model, STATES, [n for n, _ in model.named_parameters()])[:, 0]
+    return jacobian(model, STATES, [n for n, _ in model.named_parameters()])[0]
 
 
 def direction(opt, model, lr):
