@@ -33,14 +33,29 @@ def runs_of(folders: Sequence[Path], optimizer: str) -> dict[str, list[Run]]:
     return found
 
 
-def cell(curves: Sequence[Curve], theirs: Sequence[Curve], target: float) -> str:
-    """Our time, the median over the seeds, and the shortest published one; bold where ours is shorter."""
-    times = sorted(t if (t := c.first(target)) is not None else float("inf") for c in curves)
-    mine, best = statistics.median(times), fastest(theirs, target)
-    words = "–" if mine == float("inf") else f"{mine:.3g}"
-    if mine < (best[0] if best else float("inf")):
+def spread(values: Sequence[float], digits: int) -> str:
+    """The median, and the range in brackets if there are several values."""
+    low, middle, high = (_number(v, digits) for v in (min(values), statistics.median(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} ({low} to {high})"
+
+
+def _number(value: float, digits: int) -> str:
+    return "–" if value == float("inf") else f"{value:.{digits}g}"
+
+
+def beside(mine: Sequence[float], theirs: float, digits: int, whose: str = "") -> str:
+    """Ours over the seeds / the published one; bold where every seed is ahead."""
+    words = spread(mine, digits)
+    if max(mine) < theirs:
         words = f"**{words}**"
-    return f"{words} / {f'{best[0]:.3g}' if best else '–'}"
+    return f"{words} / {_number(theirs, digits)}{whose}"
+
+
+def cell(curves: Sequence[Curve], theirs: Sequence[Curve], target: float) -> str:
+    """Our times to an error, and the shortest published one."""
+    times = [t if (t := c.first(target)) is not None else float("inf") for c in curves]
+    best = fastest(theirs, target)
+    return beside(times, best[0] if best else float("inf"), 3)
 
 
 def row(name: str, runs: Sequence[Run]) -> str:
@@ -50,18 +65,12 @@ def row(name: str, runs: Sequence[Run]) -> str:
     curves = [own(r["optimizer"], r) for r in runs]
     last = [r["curve"][-1] for r in runs]
     cells = [cell(curves, theirs, target) for target in TARGETS]
-    best = statistics.median(c.best for c in curves)
-    words = f"{best:.2g}"
     seconds = statistics.median(p["seconds"] for p in last)
     pace = statistics.median(1000 * p["seconds"] / max(1, p["step"]) for p in last)
-    mark = "**" if best < lowest.best else ""
-    lowest_words = f"{mark}{words}{mark} / {lowest.best:.2g} ({lowest.optimizer})"
     by_then, whose = min(((e, c.optimizer) for c in theirs for s, e in c.points if s <= seconds), default=(1.0, "none"))
-    mark = "**" if best < by_then else ""
-    then_words = f"{mark}{words}{mark} / {by_then:.2g} ({whose})"
-    return (
-        f"| {name} | {len(runs)} | {seconds:.0f} | {pace:.0f} | {' | '.join(cells)} | {then_words} | {lowest_words} |"
-    )
+    bests = [c.best for c in curves]
+    cells += [beside(bests, by_then, 2, f" ({whose})"), beside(bests, lowest.best, 2, f" ({lowest.optimizer})")]
+    return f"| {name} | {len(runs)} | {seconds:.0f} | {pace:.0f} | {' | '.join(cells)} |"
 
 
 def main() -> None:
