@@ -71,6 +71,15 @@ class TestRejection:
         rejected(opt, "the gradient is not finite")
         assert torch.equal(flat(model), before)
 
+    def test_squares_of_inputs_that_overflow(self):
+        model = net(D, 4, C).float()
+        nn.init.zeros_(model[0].weight)  # so that loss and gradient are finite
+        opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), **FIXED)
+        before = flat(model)
+        step(model, opt, 1e25 * X.float())
+        rejected(opt, "the statistics are not finite")
+        assert torch.equal(flat(model), before)
+
     def test_a_nan_in_the_first_batch(self):
         model, opt = made()
         before = flat(model)
