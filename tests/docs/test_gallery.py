@@ -32,7 +32,7 @@ def result(tmp_path_factory):
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=300,
+                timeout=600,
             )
             assert done.returncode == 0, done.stderr
             assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
