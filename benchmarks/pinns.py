@@ -90,7 +90,7 @@ def row(name: str, runs: Sequence[Run]) -> str:
     by_then, whose = min(((e, c.optimizer) for c in theirs for s, e in c.points if s <= seconds), default=(1.0, "none"))
     bests = [c.best for c in curves]
     cells += [beside(bests, by_then, 2, f" ({whose})"), beside(bests, lowest.best, 2, f" ({lowest.optimizer})")]
-    return f"| {name} | {len(runs)} | {seconds:.0f} | {pace:.0f} | {' | '.join(cells)} |"
+    return f"| `{name}` | {len(runs)} | {seconds:.0f} | {pace:.0f} | {' | '.join(cells)} |"
 
 
 def main() -> None:
