@@ -147,10 +147,10 @@ class LaplacePosterior:
 
         Raises:
             ValueError: if the marginal likelihood has no maximum, because weights are all zero or do not affect the
-                data.
+                outputs on the data.
             RuntimeError: if the iteration does not converge.
 
-        With `per="entry"`, weights that are zero or do not affect the data keep their present precision.
+        With `per="entry"`, weights that are zero or do not affect the outputs on the data keep their present precision.
         """
         fit_noise = self._heads.has_noise and not self._sigma_given if noise is None else noise
         if fit_noise and self._heads.several:

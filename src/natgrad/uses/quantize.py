@@ -24,7 +24,7 @@ class Grid:
     """The values that the entries of a weight matrix can have: `scale (code − zero)` in each row, with integer codes.
 
     Args:
-        scale: the distance between neighbouring values, `(d_out, 1)`.
+        scale: the distance between adjacent values, `(d_out, 1)`.
         zero: the code of zero, `(d_out, 1)`.
         largest: the largest code.
 
