@@ -204,7 +204,7 @@ class Trainer(transformers.Trainer):
         kind = transformers.SchedulerType(self.args.lr_scheduler_type)
         if kind != transformers.SchedulerType.CONSTANT:
             raise ValueError(
-                f"lr_scheduler_type={kind.value!r} is to change lr, which is None here: it is adapted at every step. "
+                f"lr_scheduler_type={kind.value!r} cannot change lr, because lr is None: it is adapted at every step. "
                 "Give TrainingArguments(lr_scheduler_type='constant'), or numbers for lr and momentum to "
                 f"{type(self.following).__name__}"
             )

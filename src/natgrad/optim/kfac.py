@@ -170,7 +170,7 @@ class KFAC(CurvatureOptimizer):
                 f"orthogonalize=True needs structure='input'; got structure={structure!r}: use that, or leave it out"
             )
         if max_kl is not None and orthogonalize and given:
-            raise ValueError("max_kl needs the quadratic model where orthogonalize=True; leave out lr, or max_kl")
+            raise ValueError("max_kl with orthogonalize=True needs an adaptive step size; leave out lr, or max_kl")
         seldom = one_sided or centered
         options = Options(
             structure=structure,

@@ -121,13 +121,13 @@ class NaturalGradient(CurvatureOptimizer):
         for name in ("floor", "style"):
             if getattr(damped, name) is not None:
                 raise ValueError(
-                    f"damping=Damping({name}={getattr(damped, name)!r}) is no option of NaturalGradient, which inverts "
-                    "the matrix itself; leave it out"
+                    f"damping=Damping({name}={getattr(damped, name)!r}) is not an option of NaturalGradient, which "
+                    "inverts the exact matrix; leave it out"
                 )
         check_choice("solver", solver, SOLVERS, optional=True)
         if solver == "cg" and estimator in ("mc", "empirical"):
             raise ValueError(
-                f"solver='cg' has products of the exact matrix only; got estimator={estimator!r}: leave one of them out"
+                f"solver='cg' works only with estimator='exact'; got estimator={estimator!r}: leave one of them out"
             )
         for name, count in (("max_size", max_size), ("max_iterations", max_iterations)):
             check_count(name, count)
@@ -138,7 +138,7 @@ class NaturalGradient(CurvatureOptimizer):
         check_number("min_damping", min_damping, optional=True, positive=True)
         if damped.value is not None and min_damping is not None:
             raise ValueError(
-                f"min_damping={min_damping} is for a damping that adapts, and damping={damped.value} stays: leave one "
+                f"min_damping={min_damping} is for an adaptive damping, but damping={damped.value} is fixed: leave one "
                 "of them out"
             )
         check_flag("accelerate", accelerate)

@@ -107,7 +107,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         check_function("output", output, "from what the model returns to what the loss takes")
         if not terms and output is not None:
             raise ValueError(
-                'output= is not for the loss "model", whose input is the model\'s own affair; leave it out'
+                'output= cannot be used with the loss "model", which the model computes itself; leave it out'
             )
         place = placed(model)
         if not self._many_ranks:

@@ -79,7 +79,7 @@ def derivatives(net: nn.Module, x: Tensor, over: Sequence[int] | None = None) ->
         bends = next((bends for kind, bends in _BENDS.items() if isinstance(layer, kind)), None)
         if bends is None:
             raise TypeError(
-                f"layer {name!r} is {layer}; natgrad.pde.derivatives goes through nn.Linear, nn.Tanh, nn.Sigmoid, "
+                f"layer {name!r} is {layer}; natgrad.pde.derivatives supports nn.Linear, nn.Tanh, nn.Sigmoid, "
                 "nn.SiLU, nn.Softplus and nn.Identity. Take derivatives of other networks by torch.func"
             )
         z, slope, bend = bends(layer, z)

@@ -64,7 +64,7 @@ class EWC:
         self.anchor = flat(F, parameters_of(model, F)).clone()
         if not holds_tensors(F):
             raise TypeError(
-                "F is computed anew at the model's weights of the moment, and would move with them; use "
+                "F is implicit, so it would change with the model's weights; expected a fixed matrix: use "
                 "structure='kfac', 'ekfac', 'block', 'diagonal' or 'dense'"
             )
         self.model, self.F, self.strength = model, F, strength
@@ -83,8 +83,9 @@ class EWC:
             Fd = F @ d.detach()
             if d @ Fd < -(torch.finfo(F.dtype).eps ** 0.5) * d.norm() * Fd.norm():
                 raise ValueError(
-                    f"F is indefinite: its curvature is {float(d @ Fd / d.square().sum()):.3g} along the way that the "
-                    "weights have gone, which the penalty would reward; use the Fisher information, natgrad.fisher"
+                    f"F is indefinite: its curvature is {float(d @ Fd / d.square().sum()):.3g} in the direction in "
+                    "which the weights have moved, so the penalty would be negative; use the Fisher information, "
+                    "natgrad.fisher"
                 )
         # F d is held constant, so that the gradient is F d, and not half of it.
         return self.strength * (d @ Fd - 0.5 * (d.detach() @ Fd))

@@ -138,11 +138,11 @@ def influence(
     if rank is not None:
         check_count("rank", rank)
     if per == "token" and (rank is not None or query is None):
-        raise ValueError("per='token' takes queries of full rank; leave rank out, and give query=")
+        raise ValueError("per='token' needs query= and does not work with rank=; give query=, and leave rank out")
     if measure is not None and query is None:
-        raise ValueError("measure= is of the queries, and there are none; give query=, or leave measure out")
+        raise ValueError("measure= is for queries, and there are none; give query=, or leave measure out")
     if checkpoints is None and (times is not None or segments is not None):
-        raise ValueError("times= and segments= are of checkpoints=, which are not given; leave them out")
+        raise ValueError("times= and segments= need checkpoints=, which is not given; leave them out")
     train = list(train) if isinstance(train, Iterator) else train
     how: dict[str, Any] = {
         "forward": forward, "weights": weights, "estimator": estimator, "samples": samples, "params": params,
@@ -204,8 +204,8 @@ def _of_measure(asked: Objective, measure: Any) -> tuple[Objective, Callable[[Pr
         return Objective(asked.terms[measure]), loss_columns
     if several:
         raise ValueError(
-            f"measure is {described(measure)}, which takes one output, and the losses are several; expected "
-            f"the name of one: {', '.join(map(repr, asked.terms))}"
+            f"measure is {described(measure)}, but there are several losses; expected "
+            f"the name of one of them: {', '.join(map(repr, asked.terms))}"
         )
     check_function("measure", measure, "of the output and the target that returns one number for each example")
     return asked, lambda problem: measure_columns(measure)
@@ -216,11 +216,9 @@ def _check_alone(structure: Any, query: Any, refine: int, factors: Any) -> None:
     if query is None:
         raise ValueError("with checkpoints= there is no self-influence; give query=, which may be the training data")
     if refine:
-        raise ValueError(
-            f"refine={refine} solves with one matrix, and checkpoints= have several; leave one of them out"
-        )
+        raise ValueError(f"refine={refine} works with one matrix, but checkpoints= has several; leave one of them out")
     if factors is not None:
-        raise ValueError("factors= are one matrix, and each segment of checkpoints= has its own; leave factors out")
+        raise ValueError("factors= is one matrix, but each segment of checkpoints= has its own; leave factors out")
     if structure == "implicit":
         raise ValueError(
             "structure='implicit' has no eigenvectors, which checkpoints= need; use 'ekfac', 'kfac', 'diagonal', "
@@ -256,13 +254,13 @@ def _checked(factors: Any, problem: Objective) -> Operator | None:
     if list(own.items()) != list(theirs.items()):
         other = next((n for n in [*theirs, *own] if own.get(n) != theirs.get(n)), "")
         raise ValueError(
-            f"factors are of another model or of other parameters: {other!r} has shape {theirs.get(other)} there and "
+            f"factors belong to another model or other parameters: {other!r} has shape {theirs.get(other)} there and "
             f"{own.get(other)} here; give the matrix of this model, and the same params="
         )
     if changed := moved(factors, problem.parameters):
         raise ValueError(
             f"factors were computed at other weights of the model: {changed!r} has changed since; compute them at the "
-            "weights of now, or load those of then. To use them as they are, pass 1.0 * factors"
+            "present weights, or load the earlier weights. To use them as they are, pass 1.0 * factors"
         )
     if factors.dtype != problem.dtype or factors.device != problem.device:
         raise ValueError(

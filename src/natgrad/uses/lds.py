@@ -181,8 +181,8 @@ class Results:
                 continue
             if not _is_result(row, of["queries"]):
                 raise ValueError(
-                    f"{self.path} has a line that is no result, {line[:60]!r}; expected those that natgrad.lds wrote. "
-                    "Take the line out, or give another path"
+                    f"{self.path} has a line that is not a result, {line[:60]!r}; expected those that natgrad.lds "
+                    "wrote. Take the line out, or give another path"
                 )
             self.losses[row["subset"]] = row["losses"]
             whole.append(line)

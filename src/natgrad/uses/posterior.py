@@ -104,7 +104,7 @@ class LaplacePosterior:
     def sigma_noise(self, value: float | int) -> None:
         if self._heads.several:
             raise ValueError(
-                "sigma_noise cannot be set with several losses, as the noises weigh the terms in the matrix; pass "
+                "sigma_noise cannot be set with several losses, because the matrix depends on the noises; pass "
                 "sigma_noise={...} to natgrad.laplace"
             )
         if not self._heads.has_noise:
@@ -155,7 +155,7 @@ class LaplacePosterior:
         fit_noise = self._heads.has_noise and not self._sigma_given if noise is None else noise
         if fit_noise and self._heads.several:
             raise ValueError(
-                "noise=True is for one loss: with several the noises weigh the terms in the matrix; pass "
+                "noise=True is for one loss: with several losses the matrix depends on their noises; pass "
                 "sigma_noise={...} to natgrad.laplace"
             )
         if fit_noise and not self._heads.has_noise:
@@ -304,8 +304,8 @@ class LaplacePosterior:
         changed = changed or self._rest.changes(self._problem.model)
         if changed:
             raise ValueError(
-                f"{changed[0]!r} has changed since the posterior was taken, which holds for the model as it was; take "
-                "it anew, or load the weights of then"
+                f"{changed[0]!r} has changed since the posterior was computed; compute it again, or load the "
+                "earlier weights"
             )
 
     # Saving -------------------------------------------------------------------------------------------------
@@ -354,15 +354,15 @@ class LaplacePosterior:
         wrong = [n for n, w in state["weights"].items() if shapes.get(n) != w.shape]
         if wrong:
             raise ValueError(
-                f"{path} is of another model: {wrong[0]!r}, of shape {tuple(state['weights'][wrong[0]].shape)} there, "
-                "is no such parameter of this one; give the model that the posterior was taken of"
+                f"{path} is for another model: its {wrong[0]!r} of shape {tuple(state['weights'][wrong[0]].shape)} is "
+                "not a parameter of this one; give the model that the posterior was computed for"
             )
         total, entries, temperature, sigma, given = state["numbers"]
         noises, constant = state.get("noises", {}), state.get("constant", 0.0)
         posterior = cls(model, loss, state["laplace"], total, entries, forward, noises, constant)
         if state["loss"] != posterior._heads.label:
             raise ValueError(
-                f"{path} is of a model under {state['loss']} and loss is {posterior._heads.label}; give that"
+                f"{path} is for the loss {state['loss']}, but loss is {posterior._heads.label}; pass that of the file"
             )
         posterior.weights, posterior._rest = state["weights"], Fingerprint(state["rest"])
         posterior._check_weights()

@@ -123,7 +123,7 @@ def _inverse_diagonal(F: Operator, damping: float) -> Parts:
         return inverse._diagonal()
     except TypeError as error:
         raise TypeError(
-            f"the inverse of F ({F.describe()}) has no diagonal, which tells what the weights are worth; use "
+            f"the inverse of F ({F.describe()}) has no diagonal, which pruning needs; use "
             "structure='kfac', 'ekfac', 'block', 'diagonal' or 'dense'"
         ) from error
 
@@ -134,7 +134,7 @@ def _chosen(model: nn.Module, own: dict[str, nn.Parameter], params: Selection) -
     else:
         chosen = [n for n in select_parameters(model, params) if n in own]
     if not chosen:
-        raise ValueError("no parameter is to be pruned; expected params= to have names that F has, too")
+        raise ValueError("no parameter is selected for pruning; expected params= to have names that are also in F")
     return chosen
 
 
