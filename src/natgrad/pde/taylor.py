@@ -80,7 +80,7 @@ def derivatives(net: nn.Module, x: Tensor, over: Sequence[int] | None = None) ->
         if bends is None:
             raise TypeError(
                 f"layer {name!r} is {layer}; natgrad.pde.derivatives supports nn.Linear, nn.Tanh, nn.Sigmoid, "
-                "nn.SiLU, nn.Softplus and nn.Identity. Take derivatives of other networks by torch.func"
+                "nn.SiLU, nn.Softplus and nn.Identity. Compute derivatives of other networks with torch.autograd.grad"
             )
         z, slope, bend = bends(layer, z)
         own = dz[:, :d] if over is None else dz[:, chosen]
