@@ -25,7 +25,12 @@ class Trainer(transformers.Trainer):
         opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
         Trainer(model, args, train_dataset=data, optimizers=(opt, None))
 
-    The loss is the optimizer's, applied to the model's `logits` and the batch's `labels`; labels of -100 are left out. The trainer finds out from the model's own loss whether a label belongs to the logits at its own position or at the position before. On the first batch of each kind it compares the two losses by value and by gradient, and raises an error if they differ. With `natgrad.KFAC(model, "model")` the model's own loss is minimized directly. Microbatches and ranks are weighted by their numbers of labels, as in `transformers`. The diagnostics of a step are logged with the loss.
+    The loss is the optimizer's, applied to the model's `logits` and the batch's `labels`; labels of -100 are left out.
+    The trainer finds out from the model's own loss whether a label belongs to the logits at its own position or at the
+    position before. On the first batch of each kind it compares the two losses by value and by gradient, and raises an
+    error if they differ. With `natgrad.KFAC(model, "model")` the model's own loss is minimized directly. Microbatches
+    and ranks are weighted by their numbers of labels, as in `transformers`. The diagnostics of a step are logged with
+    the loss.
 
     If `lr` is None, which is the default, the arguments need `lr_scheduler_type="constant"`. The logged learning rate
     is then the step size that was taken. `max_grad_norm` is 1 by default and clips as usual: the step becomes shorter
