@@ -16,7 +16,7 @@ from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_count, check_flag
-from natgrad.curvature.blocks import homogeneous, named_blocks
+from natgrad.curvature.blocks import input_factor, named_blocks
 from natgrad.curvature.comparison import relative_errors
 from natgrad.curvature.exact import ExactStructure, of_all_ranks
 from natgrad.curvature.independence import SMALLEST_CHUNK, Kernel, dependence, inner
@@ -27,6 +27,7 @@ from natgrad.curvature.structures import STRUCTURES, KfacStructure
 from natgrad.distributed.gathering import jointly
 from natgrad.distributed.world import World
 from natgrad.linalg import BlockDiagonal, ColumnBlock, ExactBlock, Operator, Space
+from natgrad.linalg.pieces import with_one
 from natgrad.report.layer_residual import Condition, LayerResidual
 from natgrad.report.residual import ResidualReport
 
@@ -202,11 +203,11 @@ def _of_layer(
     permutations: int,
     generator: torch.Generator | None,
 ) -> LayerResidual:
-    A, B = homogeneous(moments) if layer.bias else moments.A, moments.B(is_mean)
+    A, B = input_factor(layer, moments, centered=False), moments.B(is_mean)
     scale = 1 / float(moments.mass) if is_mean else 1.0
     total = scale * float(moments.count)  # G = scale Σ_i X_i ⊗ Y_i = total E[X ⊗ Y], B = total E[Y]
     found = dependence(
-        Kernel(_with_one(h, layer).unsqueeze(1), A, chunk),
+        Kernel(_rows(h, layer).unsqueeze(1), A, chunk),
         Kernel(g, B / total, chunk),
         chunk=chunk,
         permutations=permutations,
@@ -216,7 +217,7 @@ def _of_layer(
     if block.h.shape[1] == 1:
         norm, block_norm, bound = total * found.covariance, total * found.second_moment, input_spread * output_spread
     else:
-        norm, block_norm = _norms(_with_one(block.h, layer), block.g, scale, A, B, chunk)
+        norm, block_norm = _norms(_rows(block.h, layer), block.g, scale, A, B, chunk)
     return LayerResidual(
         relative=norm / block_norm if block_norm else math.nan,
         norm=norm,
@@ -238,7 +239,7 @@ def _condition(layer: Layer, moments: Moments | None) -> Condition:
     """The condition numbers of a layer's input factors, if it has such a factor and the factor is a matrix."""
     if not isinstance(moments, AffineMoments) or not layer.weight or moments.scatter.ndim == 1:
         return Condition(None, None)
-    A = homogeneous(moments) if layer.bias else moments.A
+    A = input_factor(layer, moments, centered=False)
     return Condition(condition_number(A), condition_number(moments.C) if layer.bias else None)
 
 
@@ -356,9 +357,9 @@ def _norms(
     return float(rest.clamp_min(0).sqrt()), float(block.sqrt())  # a sum of squares, below zero by rounding alone
 
 
-def _with_one(h: Float[Tensor, "*n i"], layer: Layer) -> Tensor:
+def _rows(h: Float[Tensor, "*n i"], layer: Layer) -> Tensor:
     """`x = [h; 1]`, or `h` for a layer without a bias."""
-    return torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1) if layer.bias else h
+    return with_one(h) if layer.bias else h
 
 
 def _in_float64(cases: Cases) -> Cases:

@@ -14,9 +14,7 @@ from natgrad.curvature.blocks import kfac_blocks, nearest_block
 from natgrad.curvature.combination import of_terms
 from natgrad.curvature.diagonal import DiagonalStructure, summed_squares
 from natgrad.curvature.exact import ExactStructure
-from natgrad.curvature.groups import (
-    tiled,
-)
+from natgrad.curvature.groups import tiled
 from natgrad.curvature.low_rank import RANK, LowRankStructure
 from natgrad.curvature.moments import (
     MAX_DIM,
@@ -55,7 +53,7 @@ class KfacStructure(Structure):
 
     @property
     def moments(self) -> dict[Layer, Moments]:
-        """Those of the whole objective."""
+        """The moments of the whole objective."""
         return of_terms([reconciled(own) for own in self._of_term.values()])
 
     def build(self, is_mean: bool) -> dict[Layer, Operator]:
@@ -153,7 +151,7 @@ class _MatricesAlone(ExactStructure):
 
 @dataclass(frozen=True)
 class Options:
-    """What structures are made by: as for `natgrad.fisher`."""
+    """The options of all structures; `natgrad.fisher` describes them."""
 
     centered: bool = True
     sharing: str = "expand"
