@@ -52,7 +52,7 @@ def _forms(uses: Sequence[Use]) -> list[tuple[int, Use]]:
 @dataclass(frozen=True)
 class Signal:
     """The result of one backward pass in the rows of a use: the norms of the gradients, and their products with one
-    random vector. For passes with powers of two, `exponents` has the exponent of every case of the grouping."""
+    random vector."""
 
     norms: Float[Tensor, " rows"]
     products: Float[Tensor, " rows"]

@@ -51,7 +51,7 @@ FUSED: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], joined),
     **UNROLLED,
 }
-# Those, and functions that have a forward mode, of which recording needs the products and sums.
+# Also functions that have a forward mode, but that have to be products and sums to be recorded.
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     **FUSED,
     **dict.fromkeys([F.prelu, torch.prelu], _prelu),
