@@ -1,4 +1,4 @@
-"""`opt.diagnostics` for loggers: numbers by name, and words."""
+"""`opt.diagnostics` for loggers: its numbers and its texts, by name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def scalars(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, float]:
-    """The numbers of `opt.diagnostics` by flat names, for `wandb.log` and whatever else takes a dictionary.
+    """The numbers of `opt.diagnostics` by name, in a flat dictionary, for example for `wandb.log`.
 
-    Truth values are 0 and 1, nested dictionaries give names with slashes. What is None or in words is left out: `texts`
-    has the words. `step` is left out too, as loggers have their own.
+    True and False become 1 and 0, and nested dictionaries give names with slashes. Values that are None are left out,
+    and so are texts, which `texts` returns. `step` is left out too, because loggers have their own.
 
     Args:
-        diagnostics: of a step.
-        prefix: what the names begin with.
+        diagnostics: those of a step.
+        prefix: the start of every name.
 
     Example:
         >>> scalars({"step": 3, "accepted": True, "reason": "", "damping": 0.5, "faults": {"rejected": 2}})
@@ -26,11 +26,11 @@ def scalars(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str
 
 
 def texts(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, str]:
-    """The words of `opt.diagnostics` by flat names: why a step was rejected, which layers have diagonal factors.
+    """The texts of `opt.diagnostics` by name: why a step was rejected, which layers have diagonal factors.
 
     Args:
-        diagnostics: of a step.
-        prefix: what the names begin with.
+        diagnostics: those of a step.
+        prefix: the start of every name.
 
     Example:
         >>> texts({"reason": "the loss is not finite", "diagonal_factors": {"head": ("output",)}})
@@ -43,11 +43,11 @@ def texts(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, 
 class DiagnosticsWriter:
     """Writes `opt.diagnostics` to TensorBoard, or to any writer that has `add_scalar(name, value, step)`.
 
-    Words go to the writer's `add_text`, if it has one, where they have changed.
+    Texts that have changed go to the writer's `add_text`, if it has one.
 
     Args:
-        writer: say a `torch.utils.tensorboard.SummaryWriter`.
-        prefix: what the names begin with.
+        writer: for example a `torch.utils.tensorboard.SummaryWriter`.
+        prefix: the start of every name.
 
     Raises:
         TypeError: if the writer has no `add_scalar`.
@@ -70,7 +70,7 @@ class DiagnosticsWriter:
         self._said: dict[str, str] = {}
 
     def write(self, diagnostics: Mapping[str, Any], step: int | None = None) -> None:
-        """Writes those of one step. Without `step` it is the optimizer's own count."""
+        """Writes the diagnostics of one step. Default for `step`: the optimizer's own count."""
         step = diagnostics.get("step") if step is None else step
         for name, value in scalars(diagnostics, self.prefix).items():
             self.writer.add_scalar(name, value, step)

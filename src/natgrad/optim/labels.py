@@ -26,8 +26,8 @@ class Labels:
         return self._own
 
     def of(self, step: int, draw: int) -> torch.Generator:
-        """The source for one batch. On several ranks, its seed depends on the rank, the step and the batch. So the labels
-        of one rank do not depend on what other ranks draw, and a checkpoint needs no state of it."""
+        """The source for one batch. On several ranks, its seed depends on the rank, the step and the batch. So the
+        labels of one rank do not depend on what other ranks draw, and a checkpoint needs no state of it."""
         own, world = self.generator, self._parameters.place.world
         if world.size == 1:
             return own

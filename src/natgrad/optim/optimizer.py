@@ -1,4 +1,4 @@
-"""A torch optimizer that follows its model: what KFAC and NaturalGradient have in common with all others."""
+"""The base class of KFAC and NaturalGradient: a torch optimizer that follows the forward passes of its model."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ TOLERATED_RISE = 0.5
 class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`, everything adaptive by default.
 
-    It puts the parts of a step together, which `recipe.py` calls one after the other, and has what torch's optimizers
-    have: groups, states, schedulers, `state_dict`. A subclass calls this `__init__`, makes its preconditioner from
-    `self.parameters` (and `self.labels`, if it draws labels), and passes it to `_assemble` with a damping rule.
+    It puts the parts of a step together, which `recipe.py` calls one after the other, and supports what torch's
+    optimizers support: groups, states, schedulers, `state_dict`. A subclass calls this `__init__`, makes its
+    preconditioner from `self.parameters` (and `self.labels`, if it draws labels), and passes it to `_assemble` with a
+    damping rule.
 
     Args:
         model: the module to train.
@@ -50,10 +51,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         defaults: settings of the parameter groups that differ from `GROUP_DEFAULTS`, or are not in it.
         damping: `λ`; None: adaptive.
         max_kl: a bound on the predicted KL divergence of a step.
-        average: the factor by which the weight of an iterate in the averages falls each step; None: no averages.
+        average: decay of the average of the parameters over the steps; None: no average.
         estimator: which columns of `D` the preconditioner uses.
         adapt_every: steps between changes of the damping, and of the ratio of step size and momentum.
-        matmul_precision: of the products of the quadratic model.
+        matmul_precision: precision of the products of the quadratic model.
         output: a function from what the model returns to the loss's input.
         generator: the source of the random labels.
 
@@ -71,9 +72,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     """
 
     _key: ClassVar[str]
-    """Under which `state_dict` has what is not torch's own. Default: the name of the class."""
+    """The key of the optimizer's own state in `state_dict`. Default: the name of the class."""
     _many_ranks: ClassVar[bool] = False
-    """Whether what is taken from a rank's batches is summed over the ranks."""
+    """Whether the statistics of the ranks' batches are summed, so that it works on several ranks."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -125,7 +126,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             name, model, self.parameters, terms, output=output, generator=generator, many_ranks=self._many_ranks
         )
         self._losses, self._predictions = Losses(self.tracker), Predictions(self.tracker)
-        self._adapts_lr = self._has_free_lr()  # whatever a scheduler writes into the groups
+        self._adapts_lr = self._has_free_lr()  # kept, because a scheduler may write to the groups
 
     def _assemble(
         self,
@@ -136,7 +137,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         projected: Projected | None = None,
         min_damping: float = 0.0,
     ) -> None:
-        """Puts the parts together that differ from optimizer to optimizer; `Recipe` says what they are."""
+        """Completes the optimizer with the parts that a subclass chooses. `Recipe` describes them."""
         self.recipe = Recipe(
             self.parameters,
             self.tracker,
@@ -157,17 +158,17 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of the parameters from their gradients. What was done is in `diagnostics`.
+        """One update of the parameters from their gradients. `diagnostics` describes it.
 
-        A step that cannot be computed (a loss, gradient or curvature that is not finite), or by which the loss would
-        rise, leaves the parameters as they are. `diagnostics` says so; from the second in a row on, a warning does too.
-        If the loss is not finite because of the step before, that step is taken back. An exception leaves everything as
-        it was before the step.
+        The parameters do not change if the step cannot be computed (because a loss, gradient or curvature is not
+        finite), or if the loss would rise. `diagnostics` gives the reason, and from the second such step in a row on
+        there is a warning. If the last step has made the loss infinite or NaN, it is undone. An exception restores
+        everything as it was before the step.
 
         Raises:
             RuntimeError: if no `opt.loss` and backward came before, or an input of the model was changed in place.
-            NotImplementedError: for a gradient that comes from no loss of `opt.loss`.
-            ValueError: if one of torch's schedulers is to change a step size that is adapted; if the run has diverged.
+            NotImplementedError: for a gradient that does not come from `opt.loss`.
+            ValueError: if one of torch's schedulers would change a step size that is adaptive; if the run has diverged.
         """
         check_schedulable(self.param_groups, self._adapts_lr)
         value = _value_of(closure)
@@ -179,7 +180,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         return value
 
     def _nothing_to_do(self, parts: list[Batch | Penalty], gradients: Vector, silent: bool) -> bool:
-        """Whether a closure found nothing to do, as where Lightning's training_step returns None.
+        """Whether a closure computed nothing, as when Lightning's `training_step` returns None.
 
         Raises:
             RuntimeError: if there is nothing to do and no closure.
@@ -199,7 +200,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         )
 
     def _has_free_lr(self) -> bool:
-        """Whether a step size is the optimizer's to find."""
+        """Whether a step size is adaptive."""
         return any(group["lr"] is None for group in self.param_groups)
 
     # As torch's optimizers -----------------------------------------------------------------------------
@@ -211,7 +212,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
 
     @property
     def _steps(self) -> int:
-        """How many steps were taken."""
+        """The number of steps."""
         return self.journal.steps
 
     @property
@@ -220,42 +221,42 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         return self.recipe.damping.value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """One of torch's schedulers, when it is made, wraps `step` before it computes with `lr`."""
+        """Notices one of torch's schedulers when it is made: it wraps `step` before it computes with `lr`."""
         if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
             check_schedulable([{"initial_lr": None}], self._adapts_lr)
         super().__setattr__(name, value)
 
     @property
     def loss(self) -> Losses:
-        """The loss of what the model returned, noted for the step.
+        """Computes the loss of what the model returned, and records it for the step.
 
-            loss = opt.loss(output, target)                # of an optimizer of one loss
-            loss = opt.loss["box"](output, target)         # of one made with several, by its name
+            loss = opt.loss(output, target)                # if the optimizer has one loss
+            loss = opt.loss["box"](output, target)         # if it has several: by name
 
-        `output` is a tensor that a forward of the model in training mode has returned since the last step (also one in
-        an object or a dictionary), a view of it, or all that was returned where the optimizer has an `output=`. Call
-        backward on losses, scaled or summed as you like, then `step`.
+        `output` is a tensor that the model returned since the last step, in training mode (possibly inside an object or
+        a dictionary), or a view of it. If the optimizer has an `output=`, it may also be all that the model returned.
+        Call backward on the losses, scaled or summed as you like, and then `step`.
 
         Raises:
-            KeyError: for a term that there is not.
+            KeyError: for an unknown term.
             RuntimeError: if no forward in training mode with gradients enabled came before, or it has not returned.
-            ValueError: if output and target do not fit the loss, or the batch is empty (on all of several ranks).
-            NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
+            ValueError: if output and target do not fit the loss, or the batch is empty (with several ranks: on all).
+            NotImplementedError: if the output depends on a parameter in an unsupported way; the error names it.
         """
         return self._losses
 
     @property
     def predict(self) -> Predictions:
-        """The curvature of a predictive distribution; the gradient comes from a loss of your own.
+        """Records the curvature of a predictive distribution. The gradient comes from a loss of your own.
 
             logits = model(observations)
             opt.predict(logits)                            # with several terms: opt.predict["policy"](logits)
             (-advantages * logits.log_softmax(1)[range(n), actions]).mean().backward()
             opt.step()
 
-        The distribution is that of the optimizer's loss: softmax for `nn.CrossEntropyLoss`, a Gaussian for
-        `nn.MSELoss`, any other by `natgrad.losses.Likelihood`. No loss measures such a step. So give the optimizer
-        `lr`, or `max_kl`: the step goes to that bound (Schulman et al. 2015, arXiv:1502.05477).
+        The distribution belongs to the optimizer's loss: softmax for `nn.CrossEntropyLoss`, a Gaussian for
+        `nn.MSELoss`, any other for `natgrad.losses.Likelihood`. No loss measures such a step. So give the optimizer
+        `lr`, or `max_kl`: then the step has this divergence (Schulman et al. 2015, arXiv:1502.05477).
 
         Raises:
             TypeError: if the loss's curvature depends on targets.
@@ -264,15 +265,15 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         return self._predictions
 
     def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
-        """The value of a part of the objective that has no curvature here: add it to the loss, and backward from both.
+        """Records a part of the objective without curvature, such as a penalty. Add its value to the loss before
+        backward.
 
             loss = opt.loss(model(x), y) + opt.plus(lambda: 1e-3 * model.weight.abs().sum())
 
-        Its gradient is that of the backward, and its value counts where a step is measured: the function is called
-        again then.
+        When a step is measured, the function is called again, because its value belongs to the objective.
 
         Args:
-            penalty: returns one number, a Tensor, from the parameters as they are when it is called.
+            penalty: returns one number, a Tensor, computed from the current parameters.
 
         Raises:
             TypeError: if it returns something else.
@@ -280,10 +281,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         return self.tracker.plus(penalty)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of the model's parameters, say of layers that were frozen until now.
+        """Adds a group of the model's parameters, for example of layers that were frozen until now.
 
         Raises:
-            ValueError: if one is not the model's, is in a group already, or a setting is out of range.
+            ValueError: if a parameter is not the model's or is already in a group, or if a setting is out of range.
         """
         super().add_param_group(as_group(self.model, param_group))
         try:
@@ -299,18 +300,19 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         check_groups(self.param_groups, self.defaults)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients, and with them the batches whose backward is in them."""
+        """Deletes the gradients, and the records of the batches that they come from."""
         self.tracker.forget_arrived()
         super().zero_grad(set_to_none)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """A context within which the model has the averages of its parameters: for evaluation, and to save them.
+        """Within this context, the parameters are their averages over the steps, for evaluation or saving. Afterwards
+        they are restored.
 
-        Statistics of batch normalization are those of the last iterate; `torch.optim.swa_utils.update_bn` takes new
-        ones.
+        The running averages of batch normalization still belong to the last iterate;
+        `torch.optim.swa_utils.update_bn` computes new ones.
 
         Raises:
-            RuntimeError: if the optimizer keeps none.
+            RuntimeError: if the optimizer was made without `average`.
         """
         if self.average is None:
             raise RuntimeError(
@@ -328,19 +330,19 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             self.parameters.place.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on beside the parameters: they resume bit for bit.
+        """Everything that the next steps depend on, apart from the parameters. Training resumes bit for bit.
 
         As in torch, tensors are not copied.
         """
         return saved.state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes from what `state_dict` gave, for a model of the same parameters. If it does not fit, nothing is
-        changed.
+        """Resumes from the result of `state_dict`, for a model with the same parameters. If an error is raised, nothing
+        is changed.
 
         Raises:
-            TypeError: if it is no dictionary.
-            ValueError: if it is not of such an optimizer, or of other parameters.
+            TypeError: if `state_dict` is not a dictionary.
+            ValueError: if it is from another kind of optimizer, or has other parameters.
         """
         saved.load_state_dict(self, state_dict, super().load_state_dict)
 
@@ -360,8 +362,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     # Ranks that have run out of data -------------------------------------------------------------------
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """For `torch.distributed.algorithms.Join([model, opt])`: a rank without further batches takes the others' steps
-        with them. Every rank needs one batch at least, and a step follows every backward."""
+        """For `torch.distributed.algorithms.Join([model, opt])`: a rank that has run out of batches takes part in the
+        steps of the others. Every rank needs at least one batch, and every backward must be followed by a step."""
         self.tracker.joined = True
         return _Idle(self)
 
@@ -382,7 +384,7 @@ def _value_of(closure: Callable[[], Any] | None) -> Any:
 
 
 class _Idle(JoinHook):
-    """What a rank does that has run out of data while others have not."""
+    """The steps of a rank that has run out of data while other ranks have not."""
 
     def __init__(self, opt: CurvatureOptimizer):
         self._opt = opt
