@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,14 +17,14 @@ from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_count, check_flag
 from natgrad.curvature.blocks import input_factor, named_blocks
 from natgrad.curvature.comparison import relative_errors
-from natgrad.curvature.exact import ExactStructure, of_all_ranks
+from natgrad.curvature.exact import ExactStructure
 from natgrad.curvature.independence import SMALLEST_CHUNK, Kernel, dependence, inner
 from natgrad.curvature.matrices import check_covered, check_finite
-from natgrad.curvature.moments import SHARING, AffineMoments, Moments, kept_positions
+from natgrad.curvature.moments import SHARING, AffineMoments, Moments
+from natgrad.curvature.positions import Positions
 from natgrad.curvature.problem import Forward, Problem, check_mass
 from natgrad.curvature.structures import STRUCTURES, KfacStructure
 from natgrad.distributed.gathering import jointly
-from natgrad.distributed.world import World
 from natgrad.linalg import BlockDiagonal, ColumnBlock, ExactBlock, Operator, Space
 from natgrad.linalg.pieces import with_one
 from natgrad.report.layer_residual import Condition, LayerResidual
@@ -267,38 +266,6 @@ def _of_columns(block: ColumnBlock, kfac: Operator, condition: Condition) -> Lay
         condition=condition,
         cases=block.S.shape[0],
     )
-
-
-class Positions:
-    """Which positions of an example are cases. If batches have different numbers of positions, the exact block fills
-    shorter examples with zeros. These positions, and positions without a target, are not cases."""
-
-    def __init__(self) -> None:
-        self._own: dict[Layer, list[Tensor]] = {}
-
-    def add(self, cases: Cases) -> None:
-        for layer, uses in cases.h.items():
-            kept = kept_positions(cases, layer)
-            if kept is None:
-                t = sum(use.shape[1] for use in uses)
-                kept = [torch.ones(uses[0].shape[0], t, dtype=torch.bool, device=cases.mass.device)]
-            self._own.setdefault(layer, []).append(torch.cat(kept, 1))
-
-    def merge_ranks(self, world: World) -> None:
-        """Adds the positions of the other ranks."""
-        self._own = of_all_ranks(world.exchanged(self._own, "the positions"))
-
-    def cases(
-        self, layer: Layer, block: ExactBlock, sharing: str
-    ) -> tuple[Float[Tensor, "cases i"], Float[Tensor, "cases k o"]]:
-        """The inputs and gradients that K-FAC averages over."""
-        t = block.h.shape[1]
-        own = torch.cat([F.pad(part, (0, t - part.shape[1])) for part in self._own[layer]])
-        if sharing == "reduce":
-            some = own.any(1)
-            own, h, g = own[some], block.h[some], block.g[some]
-            return (own.unsqueeze(1).to(h.dtype) @ h).squeeze(1) / own.sum(1, keepdim=True), g.sum(2)
-        return block.h[own], block.g.transpose(1, 2)[own]
 
 
 def condition_number(M: Float[Tensor, "d d"]) -> float:
