@@ -19,11 +19,12 @@ from natgrad.curvature.blocks import input_factor, named_blocks
 from natgrad.curvature.comparison import relative_errors
 from natgrad.curvature.exact import ExactStructure
 from natgrad.curvature.independence import SMALLEST_CHUNK, Kernel, dependence, inner
+from natgrad.curvature.kfac import KfacStructure
 from natgrad.curvature.matrices import check_covered, check_finite
 from natgrad.curvature.moments import SHARING, AffineMoments, Moments
 from natgrad.curvature.positions import Positions
 from natgrad.curvature.problem import Forward, Problem, check_mass
-from natgrad.curvature.structures import STRUCTURES, KfacStructure
+from natgrad.curvature.structures import STRUCTURES
 from natgrad.distributed.gathering import jointly
 from natgrad.linalg import BlockDiagonal, ColumnBlock, ExactBlock, Operator, Space
 from natgrad.linalg.pieces import with_one

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad.curvature.blocks import input_factor
+from natgrad.curvature.kfac import KfacStructure
 from natgrad.curvature.moments import AffineMoments
 from natgrad.curvature.problem import Problem
-from natgrad.curvature.structures import KfacStructure
 from natgrad.study.spec import Measure
 from natgrad.study.task import Task
 from natgrad.study.tasks import SUBSET
