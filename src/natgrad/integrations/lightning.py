@@ -1,4 +1,4 @@
-"""A callback for Lightning that logs `opt.diagnostics`. The optimizers themselves need no adapter."""
+"""Lightning: a callback that logs diagnostics. The trainer itself needs no changes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from natgrad.integrations.diagnostics import DiagnosticsWriter, scalars
 
 
 class LogDiagnostics(pl.Callback):
-    """A callback that sends `opt.diagnostics` to the trainer's loggers: every `log_every_n_steps` steps, and after each
-    rejected step, with the reason.
+    """A callback that sends `opt.diagnostics` to the trainer's loggers every `log_every_n_steps` steps, and whenever a
+    step was rejected, with the reason.
 
         Trainer(callbacks=[LogDiagnostics()])
 
-    Use it in place of `LearningRateMonitor`, which has no number to show if `lr` is adaptive: `natgrad/lr` is the step
-    size that was used. Loggers receive numbers; loggers with TensorBoard's writer also receive texts.
+    Use it instead of `LearningRateMonitor`, which has no number to show if `lr` is adaptive: `natgrad/lr` is the step
+    size that was taken. Loggers get numbers. Those with a TensorBoard writer also get texts.
 
     Args:
-        prefix: the start of every name. With several optimizers, the optimizer's number comes next.
+        prefix: what the names begin with. If there are several optimizers, the number of the optimizer follows.
 
     Example:
         >>> import torch, natgrad, lightning.pytorch as pl

@@ -37,7 +37,7 @@ TOLERATED_RISE = 0.5
 
 
 class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
-    """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`, everything adaptive by default.
+    """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`. By default step size, momentum and damping are adaptive.
 
     It puts the parts of a step together, which `recipe.py` calls one after the other, and supports what torch's
     optimizers support: groups, states, schedulers, `state_dict`. A subclass calls this `__init__`, makes its
@@ -108,7 +108,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         check_function("output", output, "from what the model returns to what the loss takes")
         if not terms and output is not None:
             raise ValueError(
-                'output= is not for the loss "model", whose input is the model\'s own affair; leave it out'
+                'output= cannot be used with the loss "model", which the model computes itself; leave it out'
             )
         place = placed(model)
         if not self._many_ranks:
@@ -160,15 +160,15 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the parameters from their gradients. `diagnostics` describes it.
 
-        The parameters do not change if the step cannot be computed (because a loss, gradient or curvature is not
-        finite), or if the loss would rise. `diagnostics` gives the reason, and from the second such step in a row on
-        there is a warning. If the last step has made the loss infinite or NaN, it is undone. An exception restores
-        everything as it was before the step.
+        If the step cannot be computed (a loss, gradient or curvature is not finite), or if it would raise the loss too
+        much, the parameters do not change. `diagnostics` says so, and from the second such step in a row on there is a
+        warning. If the loss is not finite because of the step before, that step is undone. After an exception,
+        everything is as it was before the step.
 
         Raises:
             RuntimeError: if no `opt.loss` and backward came before, or an input of the model was changed in place.
-            NotImplementedError: for a gradient that does not come from `opt.loss`.
-            ValueError: if one of torch's schedulers would change a step size that is adaptive; if the run has diverged.
+            NotImplementedError: for a gradient that does not come from a loss of `opt.loss`.
+            ValueError: if there is a scheduler although the step size is adaptive, or if the run has diverged.
         """
         check_schedulable(self.param_groups, self._adapts_lr)
         value = _value_of(closure)
@@ -228,19 +228,20 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
 
     @property
     def loss(self) -> Losses:
-        """Computes the loss of what the model returned, and records it for the step.
+        """The loss of the model's output, recorded for the next step.
 
             loss = opt.loss(output, target)                # if the optimizer has one loss
             loss = opt.loss["box"](output, target)         # if it has several: by name
 
-        `output` is a tensor that the model returned since the last step, in training mode (possibly inside an object or
-        a dictionary), or a view of it. If the optimizer has an `output=`, it may also be all that the model returned.
-        Call backward on the losses, scaled or summed as you like, and then `step`.
+        `output` is a tensor that the model has returned in training mode since the last step (also within an object or
+        a dictionary), or a view of it. If the optimizer has an `output=`, it is everything that the model returned.
+        Call backward on the loss, scaled or summed as you like, and then `step`.
 
         Raises:
             KeyError: for an unknown term.
-            RuntimeError: if no forward in training mode with gradients enabled came before, or it has not returned.
-            ValueError: if output and target do not fit the loss, or the batch is empty (with several ranks: on all).
+            RuntimeError: if there was no forward pass in training mode with gradients enabled, or if it has not
+                returned.
+            ValueError: if output and target do not fit the loss, or the batch is empty (on all of several ranks).
             NotImplementedError: if the output depends on a parameter in an unsupported way; the error names it.
         """
         return self._losses
@@ -254,9 +255,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             (-advantages * logits.log_softmax(1)[range(n), actions]).mean().backward()
             opt.step()
 
-        The distribution belongs to the optimizer's loss: softmax for `nn.CrossEntropyLoss`, a Gaussian for
-        `nn.MSELoss`, any other for `natgrad.losses.Likelihood`. No loss measures such a step. So give the optimizer
-        `lr`, or `max_kl`: then the step has this divergence (Schulman et al. 2015, arXiv:1502.05477).
+        The distribution is that of the optimizer's loss: softmax for `nn.CrossEntropyLoss`, a Gaussian for
+        `nn.MSELoss`, any other by `natgrad.losses.Likelihood`. There is no loss to measure such a step. So give the
+        optimizer `lr`, or `max_kl`: the step then has the length that this bound allows (Schulman et al. 2015,
+        arXiv:1502.05477).
 
         Raises:
             TypeError: if the loss's curvature depends on targets.
@@ -265,15 +267,15 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         return self._predictions
 
     def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
-        """Records a part of the objective without curvature, such as a penalty. Add its value to the loss before
-        backward.
+        """The value of a part of the objective that is treated as having no curvature. Add it to the loss.
 
             loss = opt.loss(model(x), y) + opt.plus(lambda: 1e-3 * model.weight.abs().sum())
 
-        When a step is measured, the function is called again, because its value belongs to the objective.
+        Its gradient comes from the backward pass. Its value counts when a step is measured: then the function is called
+        again.
 
         Args:
-            penalty: returns one number, a Tensor, computed from the current parameters.
+            penalty: a function that computes one number, a Tensor, from the current parameters.
 
         Raises:
             TypeError: if it returns something else.
@@ -281,7 +283,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         return self.tracker.plus(penalty)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of the model's parameters, for example of layers that were frozen until now.
+        """Adds a group of the model's parameters, for example layers that were frozen until now.
 
         Raises:
             ValueError: if a parameter is not the model's or is already in a group, or if a setting is out of range.
@@ -300,19 +302,18 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         check_groups(self.param_groups, self.defaults)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Deletes the gradients, and the records of the batches that they come from."""
+        """Resets the gradients, and forgets the batches that they came from."""
         self.tracker.forget_arrived()
         super().zero_grad(set_to_none)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within this context, the parameters are their averages over the steps, for evaluation or saving. Afterwards
-        they are restored.
+        """A context in which the model has the averages of its parameters, to evaluate or save them.
 
-        The running averages of batch normalization still belong to the last iterate;
-        `torch.optim.swa_utils.update_bn` computes new ones.
+        Statistics of batch normalization are those of the last iterate. `torch.optim.swa_utils.update_bn` computes new
+        ones.
 
         Raises:
-            RuntimeError: if the optimizer was made without `average`.
+            RuntimeError: if the optimizer keeps no averages.
         """
         if self.average is None:
             raise RuntimeError(
@@ -330,19 +331,18 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             self.parameters.place.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on, apart from the parameters. Training resumes bit for bit.
+        """Everything except the parameters that the next steps depend on. Training resumes bit for bit.
 
         As in torch, tensors are not copied.
         """
         return saved.state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes from the result of `state_dict`, for a model with the same parameters. If an error is raised, nothing
-        is changed.
+        """Resumes from a `state_dict`, for a model with the same parameters. If it does not fit, nothing is changed.
 
         Raises:
-            TypeError: if `state_dict` is not a dictionary.
-            ValueError: if it is from another kind of optimizer, or has other parameters.
+            TypeError: if it is not a dictionary.
+            ValueError: if it belongs to another kind of optimizer or to other parameters.
         """
         saved.load_state_dict(self, state_dict, super().load_state_dict)
 
@@ -362,8 +362,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     # Ranks that have run out of data -------------------------------------------------------------------
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """For `torch.distributed.algorithms.Join([model, opt])`: a rank that has run out of batches takes part in the
-        steps of the others. Every rank needs at least one batch, and every backward must be followed by a step."""
+        """For `torch.distributed.algorithms.Join([model, opt])`: a rank that has no more batches takes part in the
+        steps of the others. Every rank needs at least one batch, and every backward pass must be followed by a step."""
         self.tracker.joined = True
         return _Idle(self)
 
