@@ -23,7 +23,7 @@ from natgrad.capture.tape import Tape
 from natgrad.capture.use import Use
 
 EXACT = "natgrad.NaturalGradient or structure='dense', which need no layers"
-"""The ways that need no layers, for messages."""
+"""What does without layers, for messages."""
 
 
 class Recorder(TorchFunctionMode):
