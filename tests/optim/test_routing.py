@@ -7,6 +7,7 @@ from torch import nn
 
 import natgrad
 from models import MODELS
+from natgrad.optim.muon.routing import Route
 from natgrad.optim.preconditioner.orthogonal import orthogonalized
 from oracles import close, f64, net, randn
 
@@ -239,6 +240,7 @@ def test_every_gate_of_a_recurrent_layer_is_a_matrix(layer, gates):
     for n, route in opt.routing().items():
         own = gates if "weight_ih" in n or "weight_hh" in n else 1
         assert route.gates == own, n
+        assert Route.of_state(route.state()) == route
         if own > 1:
             p = model.get_parameter(n)
             close(before[n] - p.detach(), torch.cat(orthogonalized(list(p.grad.chunk(own)))))
