@@ -27,7 +27,7 @@ def definite(kind, problem, damping):
 
 
 @every_kind
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, of=functions)
 def test_products(kind, setup, of):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -41,7 +41,7 @@ def test_products(kind, setup, of):
 
 
 @every_kind
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups)
 def test_to_dense_in_both_orders_and_by_layer(kind, setup):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -70,7 +70,7 @@ def own_indices(kind, problem, places):
 
 
 @every_kind
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, of=functions, damping=dampings)
 def test_solve_and_inverse(kind, setup, of, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -87,7 +87,7 @@ def test_solve_and_inverse(kind, setup, of, damping):
 
 
 @kinds("trace")
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, of=functions, damping=dampings)
 def test_scalars_and_diagonal(kind, setup, of, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -101,7 +101,7 @@ def test_scalars_and_diagonal(kind, setup, of, damping):
 
 
 @kinds("power")
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, exponent=st.sampled_from([-1.0, -0.5, 0.5, 2.0]), damping=dampings)
 def test_power(kind, setup, exponent, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -111,7 +111,7 @@ def test_power(kind, setup, exponent, damping):
 
 
 @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.structure in ("kfac", "ekfac")])
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, of=functions, damping=dampings)
 def test_centered_damping_is_asked_for_by_name(kind, setup, of, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -121,7 +121,7 @@ def test_centered_damping_is_asked_for_by_name(kind, setup, of, damping):
 
 
 @kinds("trace")
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, damping=dampings)
 def test_the_power_minus_one_is_the_inverse(kind, setup, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -143,7 +143,7 @@ def test_samples_have_the_inverse_as_covariance(kind, model):
 
 
 @every_kind
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, factor=st.sampled_from([0.25, 3]), damping=dampings)
 def test_sums_and_multiples(kind, setup, factor, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -167,7 +167,7 @@ def test_sums_and_multiples(kind, setup, factor, damping):
 
 
 @kinds("save")
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups)
 def test_saved_and_loaded(kind, setup, tmp_path_factory):
     kind, problem = KINDS[kind], problem_of(setup)
