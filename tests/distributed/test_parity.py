@@ -142,3 +142,16 @@ def test_other_objectives(ranks, sharded, options, train, uneven):
     for own in ranks(2, train, sharded, EXACT | options, uneven):
         for n, p in expected.items():
             assert torch.allclose(own[n], p, rtol=0, atol=1e-9), n
+
+
+@pytest.mark.pairs
+@pytest.mark.parametrize("way", ["autograd", "torch.func"])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "momentum": 0.9, "damping": 0.1}], ids=["adaptive", "given"])
+@pytest.mark.parametrize("uneven", [False, True, "none"])
+def test_models_that_take_derivatives_in_their_forward(ranks, way, structure, options, uneven):
+    options = EXACT | options | {"structure": structure}
+    expected = rank_training.trained_on_derivatives(None, way, options, uneven)
+    for own in ranks(2, rank_training.trained_on_derivatives, way, options, uneven):
+        for n, p in expected.items():
+            assert torch.allclose(own[n], p, rtol=0, atol=1e-9), n

@@ -24,6 +24,8 @@ from natgrad.capture.use import Use
 
 EXACT = "natgrad.NaturalGradient or structure='dense', which need no layers"
 """What does without layers, for messages."""
+_MAKE_DUAL = torch._C._VariableFunctions._make_dual
+"""What `torch.autograd.forward_ad.make_dual` calls."""
 
 
 class Recorder(TorchFunctionMode):
@@ -47,8 +49,7 @@ class Recorder(TorchFunctionMode):
         self._others: dict[str, str] = {}
         self._without_gradients: dict[str, str] = {}
         self.takes_derivatives = False
-        """Whether the forward has called `torch.autograd.grad`."""
-        self._is_transformed = False  # whether it has used parameters within `torch.func`
+        """Whether the forward has called `torch.autograd.grad`, or used parameters within `torch.func`."""
 
     @property
     def others(self) -> dict[str, str]:
@@ -77,12 +78,12 @@ class Recorder(TorchFunctionMode):
             if opened is not NotImplemented:
                 return opened
         out = func(*args, **kwargs)
-        if func is torch.autograd.grad:
+        if func is torch.autograd.grad or func is _MAKE_DUAL:
             self.takes_derivatives = True
         if self.tape is not None:
             self.tape.note(func, args, kwargs, out)
-        if isinstance(out, Tensor) and _is_wrapped(out):  # within torch.func: these tensors are not in the graph
-            self._is_transformed = self._is_transformed or bool(given)
+        if isinstance(out, Tensor) and is_wrapped(out):  # within torch.func: these tensors are not in the graph
+            self.takes_derivatives |= bool(given)
             return out
         if given:
             self._note(func, args, kwargs, out, given)
@@ -302,11 +303,6 @@ class Recorder(TorchFunctionMode):
 
     def _mend(self) -> str:
         """What users can do about parameters that no kind covers."""
-        if self._is_transformed:
-            return (
-                "The forward calls layers within torch.func, where their uses are not seen: take its derivatives by "
-                f"torch.autograd.grad(..., create_graph=True), or use {EXACT}"
-            )
         if self.takes_derivatives:
             return (
                 "The forward takes derivatives itself; natgrad sees uses within them if it can run the model again: "
@@ -381,6 +377,6 @@ def _name(func: Any) -> str:
     return str(getattr(func, "__name__", func))
 
 
-def _is_wrapped(t: Tensor) -> bool:
+def is_wrapped(t: Tensor) -> bool:
     """Whether a tensor belongs to a transform of `torch.func`."""
     return torch._C._functorch.is_functorch_wrapped_tensor(t)
