@@ -14,6 +14,7 @@ from natgrad.losses.convex import Convex, ConvexCurvature
 from natgrad.losses.elementwise import Bernoulli, Poisson, SquaredError
 from natgrad.losses.gaussian import Gaussian
 from natgrad.losses.hinge import MultiMargin
+from natgrad.losses.labels import Cosine, HingeEmbedding, Ranking, Triplet
 from natgrad.losses.likelihood import Likelihood, LikelihoodCurvature
 from natgrad.losses.logarithms import Divergence, LogProbabilities, Probabilities
 from natgrad.losses.margin import MultiLabelSoftMargin, SoftMargin
@@ -38,6 +39,11 @@ _KNOWN: dict[type[nn.Module], type[OutputCurvature]] = {
     nn.SoftMarginLoss: SoftMargin,
     nn.MultiLabelSoftMarginLoss: MultiLabelSoftMargin,
     nn.MultiMarginLoss: MultiMargin,
+    nn.HingeEmbeddingLoss: HingeEmbedding,
+    nn.MarginRankingLoss: Ranking,
+    nn.CosineEmbeddingLoss: Cosine,
+    nn.TripletMarginLoss: Triplet,
+    nn.TripletMarginWithDistanceLoss: Triplet,
     Likelihood: LikelihoodCurvature,
     Convex: ConvexCurvature,
 }
