@@ -1,7 +1,7 @@
 """One contract for every loss, a row each in `CASES`; and losses of the user's own.
 
 Canonical links with all their options are in `test_losses.py`, rates of a Poisson distribution and variances of a
-Gaussian in `test_noncanonical_losses.py`.
+Gaussian in `test_noncanonical_losses.py`, labels ±1 with a margin and alignments in `test_label_losses.py`.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import nn
 import natgrad
 from natgrad.losses import _KNOWN, Convex, output_curvature
 from oracles import close, dense_curvature, f64, fit, net, randn, summed
+from test_label_losses import CASES as OF_LABELS
 from test_losses import CASES as CANONICAL
 from test_noncanonical_losses import OTHERS
 
@@ -104,7 +105,8 @@ def test_gauss_newton_is_the_hessian(name):
 
 @pytest.mark.parametrize("known", [k for k in _KNOWN if k.__module__.startswith("torch")], ids=lambda k: k.__name__)
 def test_it_has_a_row_and_is_on_the_page_of_losses(known):
-    assert any(type(row[0]) is known for table in (CASES, CANONICAL, OTHERS) for row in table.values())
+    tables = (CASES, CANONICAL, OTHERS, OF_LABELS, {"alignment": (nn.CTCLoss(),)})
+    assert any(type(row[0]) is known for table in tables for row in table.values())
     assert f"`nn.{known.__name__}`" in PAGE
 
 

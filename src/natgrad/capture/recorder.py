@@ -50,6 +50,8 @@ class Recorder(TorchFunctionMode):
         self._without_gradients: dict[str, str] = {}
         self.takes_derivatives = False
         """Whether the forward has called `torch.autograd.grad`, or used parameters within `torch.func`."""
+        self.has_shards = False
+        """Whether the parameters are gathered for each layer, as by `fully_shard`."""
 
     @property
     def others(self) -> dict[str, str]:
@@ -292,7 +294,8 @@ class Recorder(TorchFunctionMode):
         if roots:
             missed, nodes = self._walk(roots)
         if missed:
-            named = ", ".join(f"{n!r} (used by {missed[n]})" for n in self._names.values() if n in missed)
+            names = (n for n in dict.fromkeys(self._names.values()) if n in missed)
+            named = ", ".join(f"{n!r} (used by {missed[n]})" for n in names)
             raise NotImplementedError(
                 f"no layer kind covers {named}; expected linear and bilinear maps, convolutions, embeddings, "
                 "normalizations, attention, recurrent layers, or elementwise scales and shifts, with a bias of shape "
@@ -303,6 +306,11 @@ class Recorder(TorchFunctionMode):
 
     def _mend(self) -> str:
         """What users can do about parameters that no kind covers."""
+        if self.takes_derivatives and self.has_shards:
+            return (
+                "The forward takes derivatives itself, which natgrad does not follow through sharded parameters: use "
+                "DistributedDataParallel in place of fully_shard"
+            )
         if self.takes_derivatives:
             return (
                 "The forward takes derivatives itself; natgrad sees uses within them if it can run the model again: "

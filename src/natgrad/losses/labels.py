@@ -44,7 +44,7 @@ class Labels(OutputCurvature):
         return signs
 
     def _check(self, output: Tensor, target: Tensor) -> None:
-        if not bool((target.abs() == 1).all()):
+        if not bool(((target == 1) | (target == -1)).all()):
             raise ValueError(
                 f"{type(self.module).__name__}: target has entries other than 1 and −1; expected these alone, "
                 "2 * y - 1 for labels 0 and 1"
