@@ -246,6 +246,13 @@ def test_an_alignment_without_enough_frames_counts_zero():
     assert d[2].abs().max() == 0 < d[:2].sum()
 
 
+@pytest.mark.parametrize("matrix", [natgrad.hessian, natgrad.gauss_newton])
+def test_an_alignment_has_no_second_derivatives(matrix):
+    model = nn.Sequential(net(5, C), nn.LogSoftmax(-1))
+    with pytest.raises(ValueError, match=r"cannot differentiate CTCLoss twice.*use natgrad\.fisher"):
+        matrix(model, nn.CTCLoss(), (randn(3, T, 5), LABELS), "dense")
+
+
 def test_kfac_trains_with_an_alignment():
     torch.manual_seed(0)
     model = nn.Sequential(net(5, 8, C), nn.LogSoftmax(-1))

@@ -241,6 +241,7 @@ def hessian(
     problem = problem_of(model, loss, data, forward, weights, params=params, dtype=dtype, progress=progress)
 
     def of(own: Problem) -> Operator:
+        own.curvature.check_hessian()
         implicit = ImplicitHessian(own)
         if structure == "implicit":
             return implicit

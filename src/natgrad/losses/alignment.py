@@ -30,14 +30,12 @@ class Alignment(OutputCurvature):
 
     canonical = False
     nonnegative = True
+    differentiable_twice = False
 
     def __init__(self, module: nn.Module, kind: str = "fisher"):
         super().__init__(module, kind)
         if kind != "fisher":
-            raise ValueError(
-                "torch's CTCLoss has no second derivatives, so its Gauss-Newton matrix is not known; expected the "
-                "Fisher information of its alignments: natgrad.fisher"
-            )
+            self.check_hessian()
 
     def check(self, output: Tensor, target: Any) -> None:
         if not (isinstance(target, (tuple, list)) and len(target) == 3 and isinstance(target[0], Tensor)):
