@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.forms import Form, Forms, placed
@@ -289,7 +289,7 @@ class Recorder(TorchFunctionMode):
             NotImplementedError: if parameters were used in another way; the error names them. Without an output, any
                 other use counts, even if nothing depends on it.
         """
-        missed, nodes = self._others, set[Node]()
+        missed, nodes = self._others, set[Any]()
         roots = [get_gradient_edge(t).node for t in _tensors(output) if t.requires_grad]
         if roots:
             missed, nodes = self._walk(roots)
@@ -321,15 +321,16 @@ class Recorder(TorchFunctionMode):
             "to train"
         )
 
-    def _walk(self, roots: list[Node]) -> tuple[dict[str, str], set[Node]]:
-        """The parameters that can be reached in the graph from `roots`, and the nodes on the way.
+    def _walk(self, roots: list[Any]) -> tuple[dict[str, str], set[Any]]:
+        """The parameters that can be reached in the graph from `roots`, and the nodes on the way: `Node`, or torch's
+        own class of functions within forward mode.
 
         From a recorded use, the search goes on to its `sources` only. So a parameter that is found was used in another
         way.
         """
         uses = {part.edge.node: part for use in self.uses for part in _chain(use)}
         missed: dict[str, str] = {}
-        reached: set[Node] = set()
+        reached = set[Any]()
         left = [("the output", node) for node in roots]
         while left:
             function, node = left.pop()
