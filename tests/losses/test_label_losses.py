@@ -79,6 +79,7 @@ def test_it_is_torchs_loss_with_the_information_of_its_labels(name):
     values = by_torch(loss, output, signs)
     close(curvature.loss(output, target), values.mean() if loss.reduction == "mean" else values.sum(), 1e-12)
     assert curvature.normalizer(output, target) == values.numel()
+    curvature.check(output, curvature.stand_in(output))
     expected = information(loss, output)
     assert expected.abs().max() > 0.1
     close(dense(curvature, output, target), expected, 1e-10)
@@ -143,6 +144,16 @@ def test_kfac_trains(loss):
     diagonal = natgrad.fisher(model, loss, (x, target), "dense").diagonal()
     for n, d in F.diagonal().items():
         close(d, diagonal[n], 1e-10)
+
+
+def test_a_distribution_over_triplets_needs_no_target():
+    model = Embedded(3)
+    opt = natgrad.KFAC(model, nn.TripletMarginLoss(), max_kl=0.01)
+    output = model(randn(40, 3, 4))
+    opt.predict(output)
+    output.square().mean().backward()
+    opt.step()
+    assert opt.diagnostics["kl"] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_tuple_is_joined():

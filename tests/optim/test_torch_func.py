@@ -284,4 +284,64 @@ def test_other_uses_within_torch_func_are_refused(use, structure):
 
 
 def rows_of(model):
-    return [torch.autograd.grad(o, [*model.parameters()], retain_graph=True) for o in model(X).flatten()]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    return [torch.autograd.grad(o, [*model.parameters()], **options) for o in model(X).flatten()]
+
+
+def tangent_by_jvp(f, x):
+    return jvp(f, (x,), (ALONG,))[1]
+
+
+def tangent_by_dual_numbers(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x.clone(), ALONG))).tangent
+
+
+def curvature_by_autograd(f, x):
+    return torch.autograd.functional.hvp(lambda z: f(z).square().sum(), x, ALONG, create_graph=True)[1]
+
+
+def curvature_by_transforms(f, x):
+    return jvp(grad(lambda z: f(z).square().sum()), (x,), (ALONG,))[1]
+
+
+ALONG = randn(9, 2, seed=8)
+IN_FORWARD_MODE = [tangent_by_jvp, tangent_by_dual_numbers, curvature_by_autograd, curvature_by_transforms]
+USES = {
+    "affine": lambda p, x: nn.functional.linear(x, p.W, p.b).tanh(),
+    "transposed": lambda p, x: (x @ p.W.T + p.b).tanh(),
+    "both ways": lambda p, x: (x @ p.W.T + p.b).tanh() @ p.W,
+    "a batch's mean": lambda p, x: (nn.functional.linear(x, p.W, p.b) - (x @ p.W.T).mean(0)).tanh(),
+    "a function": lambda p, x: nn.functional.linear(x, p.W.exp(), p.b).tanh(),
+    "its norm": lambda p, x: nn.functional.linear(x, p.W, p.b).tanh() * p.W.norm(),
+    "rows": lambda p, x: nn.functional.linear(x, p.W[:2], p.b[:2]).tanh() * nn.functional.linear(x, p.W[2:], p.b[2:]),
+    "a kernel": lambda p, x: nn.functional.conv1d(x[:, None], p.W[:, None]).tanh().flatten(1) * p.b,
+}
+EXACT = ("affine", "transposed", "both ways", "a batch's mean")
+
+
+@pytest.mark.parametrize("way", IN_FORWARD_MODE)
+@pytest.mark.parametrize("use", USES)
+def test_a_use_in_forward_mode_is_exact_or_refused(use, way):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.W, self.b = nn.Parameter(W.clone()), nn.Parameter(B.clone())
+
+        def forward(self, x):
+            return way(lambda z: USES[use](self, z), x)
+
+    model = Model()
+    output = model(X)
+    data = X, torch.zeros_like(output)
+    if use not in EXACT:
+        with pytest.raises(NotImplementedError, match=r"no layer kind covers '(W|b)'.* only uses in affine maps are"):
+            natgrad.fisher(model, nn.MSELoss(), data, "block")
+        return
+    F = natgrad.fisher(model, nn.MSELoss(), data, "block")
+    rows = rows_of(model)
+    J = {n: torch.stack([row[i].flatten() for row in rows]) for i, n in enumerate(("W", "b"))}
+    assert sorted(n for layer in F.layers.values() for n in layer.names) == ["W", "b"]
+    for name, block in F.blocks.items():
+        own = torch.cat([J[n] for n in F.layers[name].names], 1)
+        equal(block.to_dense(), 2 * own.mT @ own / output.numel(), 1e-10)
