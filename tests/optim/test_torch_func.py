@@ -251,7 +251,28 @@ def test_a_bias_of_a_frozen_weight(J):
         equal(F.blocks[name].to_dense(), 2 * J[name].mT @ J[name] / len(X), 1e-10)
 
 
-W, B, K = randn(4, 2), randn(4, seed=1), randn(9, 4, 2, seed=2)
+@pytest.mark.parametrize("own", [False, True], ids=["one for all", "one for each point"])
+def test_a_bias_that_is_no_parameter(own):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.W, self.b = nn.Parameter(W.clone()), nn.Parameter(B.clone())
+
+        def forward(self, x):
+            slopes = vmap(grad(lambda z, c: nn.functional.linear(z, self.W, c).tanh().sum()), (0, 0 if own else None))
+            shifts = nn.functional.linear(x, W, self.b)
+            return slopes(x, shifts if own else shifts[0].detach())
+
+    model = Model()
+    names = ["W", "b"] if own else ["W"]
+    F = natgrad.fisher(model, nn.MSELoss(), (X, torch.zeros_like(X)), "block", params=names)
+    rows = rows_of(model)
+    for n, i in zip(names, (0, 1), strict=False):
+        J = torch.stack([row[i].flatten() for row in rows])
+        equal(F.blocks[n].to_dense(), J.mT @ J / len(X), 1e-10)
+
+
+W, B = randn(4, 2), randn(4, seed=1)
 OTHERS = {
     "a function": lambda p, z: nn.functional.linear(z, p.W.exp(), p.b),
     "a multiple": lambda p, z: nn.functional.linear(z, 2 * p.W, p.b),

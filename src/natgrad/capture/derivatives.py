@@ -53,6 +53,7 @@ class DerivativeRecorder(Recorder):
         if call is None:
             return super().__torch_function__(func, types, args, kwargs)
         a = call.h
+        self.takes_derivatives |= any(t is not None and is_wrapped(t) for t in (a, call.weight, call.bias))
         if call.weight is not None:
             assert isinstance(call.kind, Affine)
             a = self.multiply(a, call.weight, call.kind.transposed)
@@ -96,11 +97,13 @@ class DerivativeRecorder(Recorder):
         return out
 
     def _add(self, a: Tensor, b: Tensor) -> Tensor:
-        if is_wrapped(a) or is_wrapped(b):
+        within = is_wrapped(a) or is_wrapped(b)
+        if within and b.ndim == 1 and self._is_known(b):
             out: Tensor = _Shift.apply(a, b, weakref.ref(self))
             return out
         out = a + b
-        self.note_shift(a, b, out)
+        if not within:
+            self.note_shift(a, b, out)
         return out
 
     def note_product(self, h: Tensor, W: Tensor, transposed: bool, out: Tensor) -> None:
