@@ -177,7 +177,7 @@ def test_any_measure_of_a_query():
 
 def test_a_measure_of_no_query_is_refused():
     model, loss, train, _ = problem()
-    with pytest.raises(ValueError, match="measure= is of the queries, and there are none; give query="):
+    with pytest.raises(ValueError, match="measure= is for queries, and there are none; give query="):
         natgrad.influence(model, loss, train, measure=lambda f, y: f[:, 0])
 
 
@@ -187,7 +187,7 @@ def test_factors_are_used_again(tmp_path):
     F.save(tmp_path / "factors.safetensors")
     found = natgrad.influence(model, loss, train, query, factors=natgrad.load(tmp_path / "factors.safetensors"))
     assert torch.equal(found, natgrad.influence(model, loss, train, query))
-    with pytest.raises(ValueError, match=r"factors are of another model or of other parameters: '0.weight' has shape"):
+    with pytest.raises(ValueError, match=r"factors belong to another model or other parameters: '0.weight' has shape"):
         natgrad.influence(net(4, 7, 3), loss, train, query, factors=F)
     with pytest.raises(ValueError, match="give the matrix of this model, and the same params="):
         natgrad.influence(model, loss, train, query, factors=F, params=["0.weight"])

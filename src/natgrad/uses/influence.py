@@ -58,52 +58,56 @@ def influence(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Scores:
-    """How much each training example speaks for each query: the influence scores
+    """How much each training example supports the prediction on each query: the influence scores
 
         s_qi = ∇ℓ_qᵀ (F + λ I)⁻¹ ∇ℓ_i
 
-    To first order the query's loss grows by `s_qi / N` if example `i` is left out of `N`, so positive speaks for. `ℓ_i`
-    is the loss of the example by itself, as the loss module gives it, and `F` the Fisher information of the objective
-    over `train`, which for losses of canonical links is the Gauss-Newton matrix. Batches are streamed, and gradients of
-    training examples formed some at a time; the queries' gradients are held, `queries x parameters` numbers.
+    To first order, the loss of query `q` grows by `s_qi / N` if example `i` is left out of the `N` training examples.
+    So a positive score means support. `ℓ_i` is the loss of one example alone, and `F` is the Fisher information of the
+    objective over `train`. For losses with canonical links this is the Gauss-Newton matrix. The training batches are
+    read one after the other, and only some of their gradients are in memory at a time. The gradients of all queries are
+    kept in memory: `queries x parameters` numbers.
 
-    With `checkpoints` of the training, scores take account of how it went, and of the end that it may not have come to:
-    training is unrolled step by step, and each segment `ℓ` of it is replaced by gradient descent with the matrix `F_ℓ`
-    and the gradients `∇ℓ_i,ℓ` that are the means over the segment's checkpoints. With its time `t_ℓ`, the sum of the
-    learning rates of its steps,
+    With `checkpoints` of the training, the scores take account of the whole training, which need not have converged.
+    The training is divided into segments. Each segment `ℓ` is modelled as gradient descent with the matrix `F_ℓ` and
+    the gradients `∇ℓ_i,ℓ`, which are means over the segment's checkpoints. With its time `t_ℓ`, the sum of the learning
+    rates of its steps,
 
         s_qi = ∇ℓ_qᵀ Σ_ℓ S_L ⋯ S_ℓ+1 φ_ℓ ∇ℓ_i,ℓ
         S_ℓ = exp(−t_ℓ (F_ℓ + λ I)),    φ_ℓ = (I − S_ℓ) (F_ℓ + λ I)⁻¹
 
-    (SOURCE). One checkpoint and infinite time give the first formula. Of K-FAC and EKFAC the factors are averaged.
+    This is the method SOURCE. One checkpoint and infinite time give the first formula. For K-FAC and EKFAC, the factors
+    are averaged.
 
     Args:
         model: a trained model, in evaluation mode; with `checkpoints`, at the end of the training.
-        loss: its loss, any that `natgrad.fisher` takes; or a dictionary of losses, the terms of a sum, with outputs and
-            targets by the same keys. `ℓ` is then the weighted sum of an example's own losses.
+        loss: its loss, any that `natgrad.fisher` takes; or a dictionary of losses, the terms of a sum. Outputs and
+            targets are then dictionaries with the same keys, and `ℓ_i` is the weighted sum of the losses of example
+            `i`.
         train: the training data, as for `natgrad.fisher`: a pair, or an iterable of batches that can be read twice, in
             a fixed order.
         query: data of the same form. None: the influence of every training example on itself, `(training examples,)`.
         structure: any of `natgrad.fisher`.
-        damping: `λ`. It should be about the weight decay of the training, and not far below a tenth of the mean of
-            the curvature's diagonal; with `checkpoints`, the weight decay.
-        refine: at most so many steps of conjugate gradients on the exact Fisher information, from the structure's
-            solution and preconditioned by it.
-        rank: keep the preconditioned query gradients of each weight matrix in this rank, `rank (d_in + d_out)` numbers.
-        per: `"example"`, or `"token"`: `(queries, training examples, positions)`, the share of each position of the
-            layers' inputs, which sum to the score.
-        measure: `measure(output, target)`, one number for each example, in the place of the query's loss. Like a loss
-            it should fall where the prediction gets better. With several losses: the name of one, whose loss alone is
-            the query's.
-        factors: the matrix, where it is there already: what `natgrad.fisher`, `gauss_newton` or `load` returned.
+        damping: `λ`. Choose about the weight decay of the training, but not much less than a tenth of the mean of the
+            curvature's diagonal. With `checkpoints`, choose the weight decay.
+        refine: the maximum number of steps of conjugate gradients on the exact Fisher information. They start from the
+            solution of `structure`, which is also the preconditioner.
+        rank: keep the preconditioned query gradient of each weight matrix as a matrix of this rank: `rank (d_in +
+            d_out)` numbers.
+        per: `"example"`, or `"token"` for a score of each position of the layers' inputs: `(queries, training examples,
+            positions)`. The scores of all positions sum to the score of the example.
+        measure: `measure(output, target)` returns one number for each query, which is used instead of the query's loss.
+            Like a loss, it should be lower for better predictions. With several losses: the name of the loss to use for
+            the queries.
+        factors: the matrix, if you have computed it before: the result of `natgrad.fisher`, `gauss_newton` or `load`.
         checkpoints: state dicts of the model during its training, or files of them (`torch.save` or safetensors), in
-            order. The model has its own weights again afterwards.
-        times: of each checkpoint the learning rate times the number of steps that it stands for (`math.inf`: until it
-            converged); with momentum `β` the learning rate over `1 − β`. A number: the same for all.
-        segments: how many; each takes equally many checkpoints. None: one for each checkpoint.
-        weights: of several losses, by name, as for `natgrad.fisher`.
-        centered: as for `natgrad.fisher`. None: True; with `checkpoints` False, as a centered EKFAC of large layers has
-            no eigenbasis.
+            order. Afterwards the model has its own weights again.
+        times: for each checkpoint, the learning rate times the number of steps that it stands for; with momentum `β`,
+            divide by `1 − β`. `math.inf` means until convergence. One number holds for all checkpoints.
+        segments: the number of segments, all with equally many checkpoints. None: one for each checkpoint.
+        weights: if there are several losses, their weights by name, as for `natgrad.fisher`.
+        centered: as for `natgrad.fisher`. None: True, but False with `checkpoints`, because centered EKFAC has no
+            eigenbasis for large layers.
         estimator, samples, sharing, params, forward, generator, dtype, progress: as for `natgrad.fisher`.
 
     Returns:
@@ -111,8 +115,8 @@ def influence(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `natgrad.fisher` does.
-        ValueError: also if a query has no gradient, data are shuffled, or `factors` or `checkpoints` are of another
-            model or, for `factors`, of other weights.
+        ValueError: also if a query has no gradient, if the data are shuffled, if `factors` or `checkpoints` belong to
+            another model, or if `factors` were computed at other weights.
         RuntimeError: if the damped matrix is not positive definite.
 
     Example:
@@ -134,11 +138,11 @@ def influence(
     if rank is not None:
         check_count("rank", rank)
     if per == "token" and (rank is not None or query is None):
-        raise ValueError("per='token' takes queries of full rank; leave rank out, and give query=")
+        raise ValueError("per='token' needs query= and does not work with rank=; give query=, and leave rank out")
     if measure is not None and query is None:
-        raise ValueError("measure= is of the queries, and there are none; give query=, or leave measure out")
+        raise ValueError("measure= is for queries, and there are none; give query=, or leave measure out")
     if checkpoints is None and (times is not None or segments is not None):
-        raise ValueError("times= and segments= are of checkpoints=, which are not given; leave them out")
+        raise ValueError("times= and segments= need checkpoints=, which is not given; leave them out")
     train = list(train) if isinstance(train, Iterator) else train
     how: dict[str, Any] = {
         "forward": forward, "weights": weights, "estimator": estimator, "samples": samples, "params": params,
@@ -200,8 +204,8 @@ def _of_measure(asked: Objective, measure: Any) -> tuple[Objective, Callable[[Pr
         return Objective(asked.terms[measure]), loss_columns
     if several:
         raise ValueError(
-            f"measure is {described(measure)}, which takes one output, and the losses are several; expected "
-            f"the name of one: {', '.join(map(repr, asked.terms))}"
+            f"measure is {described(measure)}, but there are several losses; expected "
+            f"the name of one of them: {', '.join(map(repr, asked.terms))}"
         )
     check_function("measure", measure, "of the output and the target that returns one number for each example")
     return asked, lambda problem: measure_columns(measure)
@@ -212,11 +216,9 @@ def _check_alone(structure: Any, query: Any, refine: int, factors: Any) -> None:
     if query is None:
         raise ValueError("with checkpoints= there is no self-influence; give query=, which may be the training data")
     if refine:
-        raise ValueError(
-            f"refine={refine} solves with one matrix, and checkpoints= have several; leave one of them out"
-        )
+        raise ValueError(f"refine={refine} works with one matrix, but checkpoints= has several; leave one of them out")
     if factors is not None:
-        raise ValueError("factors= are one matrix, and each segment of checkpoints= has its own; leave factors out")
+        raise ValueError("factors= is one matrix, but each segment of checkpoints= has its own; leave factors out")
     if structure == "implicit":
         raise ValueError(
             "structure='implicit' has no eigenvectors, which checkpoints= need; use 'ekfac', 'kfac', 'diagonal', "
@@ -252,13 +254,13 @@ def _checked(factors: Any, problem: Objective) -> Operator | None:
     if list(own.items()) != list(theirs.items()):
         other = next((n for n in [*theirs, *own] if own.get(n) != theirs.get(n)), "")
         raise ValueError(
-            f"factors are of another model or of other parameters: {other!r} has shape {theirs.get(other)} there and "
+            f"factors belong to another model or other parameters: {other!r} has shape {theirs.get(other)} there and "
             f"{own.get(other)} here; give the matrix of this model, and the same params="
         )
     if changed := moved(factors, problem.parameters):
         raise ValueError(
             f"factors were computed at other weights of the model: {changed!r} has changed since; compute them at the "
-            "weights of now, or load those of then. To use them as they are, pass 1.0 * factors"
+            "present weights, or load the earlier weights. To use them as they are, pass 1.0 * factors"
         )
     if factors.dtype != problem.dtype or factors.device != problem.device:
         raise ValueError(
