@@ -100,4 +100,4 @@ def draw(axes, ours, adam, ylabel, key=Run.last):
         axes.plot(*zip(*run.curve, strict=True), color=colour, label=run.name)
     axes.set(xlabel="seconds of processor time", ylabel=ylabel)
     axes.legend()
-    return f"{key(ours):.4g}, Adam {key(adam):.4g}"
+    return f"{key(ours):.4g} (from {ours.curve[0][1]:.4g}), Adam {key(adam):.4g}"

@@ -320,3 +320,27 @@ class TestOptimizers:
         for _ in range(30):
             self.step(opt, model, x, y)
         assert CE(model(x), y).item() < 0.7 * first
+
+
+@pytest.mark.parametrize("structure", ["block", "diagonal"])
+def test_examples_in_a_loop_without_an_axis_of_examples(structure):
+    """A layer gets one example at a time, as a vector: each call is a use of one case."""
+
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+        def forward(self, x):
+            return torch.stack([self.net(z) for z in x])
+
+    torch.manual_seed(0)
+    model, x, y = Loop(), torch.randn(5, 2, dtype=f64), torch.tensor([0, 2, 1, 1, 0])
+    dense = dense_curvature(model, CE, [(x, y)])
+    F = natgrad.fisher(model, CE, (x, y), structure)
+    if structure == "block":
+        close_by_block(F, dense, model)
+    else:
+        close(F.to_dense(), dense.diagonal().diag(), 1e-10)
+    together = natgrad.fisher(model.net, CE, (x, y), "kfac").to_dense()
+    close(natgrad.fisher(model, CE, (x, y), "kfac").to_dense(), together, 1e-10)

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
+from rank_training import Equation
 from work import batch, network, placed, share_of
 
 
@@ -114,3 +117,16 @@ def left_alone(rank: int, file: str, how: str, outbox: Any) -> None:
         except RuntimeError as error:
             outbox.put(str(error).replace("\n", " "))
             return
+
+
+def refused_with_shards(group: Any, way: str) -> str:
+    """The error for a model with shards whose forward takes derivatives. It is one unit: torch cannot differentiate
+    within the forward if each layer frees its weight."""
+    model = fully_shard(Equation(way), mesh=DeviceMesh.from_group(group, "cpu"))
+    opt = natgrad.KFAC(model, nn.MSELoss())
+    x, y = batch(0, 6)
+    try:
+        opt.loss(model(x), y[:, None].double())
+    except NotImplementedError as error:
+        return str(error)
+    return ""

@@ -14,7 +14,7 @@ from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
-from work import C, batch, network, placed, share_of, whole
+from work import C, D, batch, network, placed, share_of, whole
 
 
 def trained(
@@ -188,6 +188,46 @@ def trained_on_terms(group: Any, sharded: str, options: dict[str, Any], uneven: 
         out = called(x[own])
         opt.zero_grad()
         loss = opt.loss["class"](out["class"], y[own]) + 0.5 * opt.loss["box"](out["box"], x[own, :2])
+        loss.backward()
+        opt.step()
+    return {n: whole(p) for n, p in model.named_parameters()}
+
+
+class Equation(nn.Module):
+    """`Δu + u` of a network with one output, by autograd or by `torch.func`."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        torch.manual_seed(2)
+        self.u, self.way = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 1)).double(), way
+
+    def forward(self, x: Tensor, inside: bool = True) -> Tensor:
+        if not inside:
+            return self.u(x)
+        if self.way == "torch.func":
+            curved = torch.func.vmap(torch.func.hessian(lambda z: self.u(z)[0]))(x)
+            return curved.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) + self.u(x)
+        x = x.clone().requires_grad_()
+        u = self.u(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        second = [torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(D)]
+        return sum(second)[:, None] + u
+
+
+def trained_on_derivatives(group: Any, way: str, options: dict[str, Any], uneven: bool | str) -> dict[str, Tensor]:
+    """The weights after steps by an equation inside and conditions on the boundary."""
+    model = Equation(way)
+    called = placed(model, group, "")
+    opt = natgrad.KFAC(called, {"inside": nn.MSELoss(), "boundary": nn.MSELoss()}, **options)
+    size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    for step in range(8):
+        x, y = batch(step)
+        own = share_of(len(x), rank, size, uneven if uneven != "none" or step % 3 == 1 else False)
+        x, y = x[own], y[own, None].double()
+        opt.zero_grad()
+        loss = opt.loss["inside"](called(x), y)
+        if step != 2:
+            loss = loss + 0.5 * opt.loss["boundary"](called(x.tanh(), False), y)
         loss.backward()
         opt.step()
     return {n: whole(p) for n, p in model.named_parameters()}

@@ -142,3 +142,21 @@ def test_other_objectives(ranks, sharded, options, train, uneven):
     for own in ranks(2, train, sharded, EXACT | options, uneven):
         for n, p in expected.items():
             assert torch.allclose(own[n], p, rtol=0, atol=1e-9), n
+
+
+def of_derivatives():
+    """Each way of taking derivatives, structure and share of the ranks; not all of them together by default."""
+    usual = (("autograd", "kfac", "adaptive", True), ("torch.func", "ekfac", "adaptive", "none"))
+    ways, structures = ("autograd", "torch.func"), ("kfac", "ekfac", "diagonal")
+    for how in itertools.product(ways, structures, ("adaptive", "given"), (False, True, "none")):
+        yield pytest.param(*how, marks=[] if how in usual else [pytest.mark.long])
+
+
+@pytest.mark.parametrize(("way", "structure", "step", "uneven"), list(of_derivatives()))
+def test_models_that_take_derivatives_in_their_forward(ranks, way, structure, step, uneven):
+    given = {"lr": 0.1, "momentum": 0.9, "damping": 0.1} if step == "given" else {}
+    options = EXACT | given | {"structure": structure}
+    expected = rank_training.trained_on_derivatives(None, way, options, uneven)
+    for own in ranks(2, rank_training.trained_on_derivatives, way, options, uneven):
+        for n, p in expected.items():
+            assert torch.allclose(own[n], p, rtol=0, atol=1e-9), n

@@ -24,6 +24,13 @@ def test_PRONG_says_so_too(ranks):
         assert said.startswith("PRONG sees only the batches of its own rank, but the model is on 2 ranks")
 
 
+def test_shards_do_not_go_with_derivatives_in_the_forward(ranks):
+    for way in ("autograd", "torch.func"):
+        for said in ranks(2, rank_errors.refused_with_shards, way):
+            assert said.startswith("no layer kind covers 'u.0.weight' (used by ")
+            assert said.endswith("use DistributedDataParallel in place of fully_shard")
+
+
 def test_a_NaN_on_one_rank_is_a_step_that_all_reject(ranks):
     for rank, said in enumerate(ranks(4, rank_errors.spoiled)):
         assert [accepted for accepted, _ in said][2:4] == [False, True]

@@ -119,6 +119,13 @@ def test_natgrad_is_ahead_of_tuned_adam_at_equal_processor_time(result, name):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("name", [*AGAINST_ADAM, "critic"])
+def test_no_run_ends_above_its_start(result, name):
+    line, (ours, _) = result(name), AGAINST_ADAM.get(name, ("NaturalGradient", 1.0))
+    assert number(f"s: {ours}", line) < number("from", line)
+
+
+@pytest.mark.long
 def test_poles_stay_up_longer_with_kfac(result):
     line = result("actor_critic")
     assert number("KFAC", line) > 1.1 * number("Adam", line)

@@ -1,7 +1,7 @@
 """One contract for every loss, a row each in `CASES`; and losses of the user's own.
 
 Canonical links with all their options are in `test_losses.py`, rates of a Poisson distribution and variances of a
-Gaussian in `test_noncanonical_losses.py`.
+Gaussian in `test_noncanonical_losses.py`, labels ±1 with a margin and alignments in `test_label_losses.py`.
 """
 
 from pathlib import Path
@@ -13,7 +13,9 @@ from torch import nn
 import natgrad
 from natgrad.losses import _KNOWN, Convex, output_curvature
 from oracles import close, dense_curvature, f64, fit, net, randn, summed
+from test_label_losses import CASES as OF_LABELS
 from test_losses import CASES as CANONICAL
+from test_losses import make as canonical
 from test_noncanonical_losses import OTHERS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
@@ -104,7 +106,8 @@ def test_gauss_newton_is_the_hessian(name):
 
 @pytest.mark.parametrize("known", [k for k in _KNOWN if k.__module__.startswith("torch")], ids=lambda k: k.__name__)
 def test_it_has_a_row_and_is_on_the_page_of_losses(known):
-    assert any(type(row[0]) is known for table in (CASES, CANONICAL, OTHERS) for row in table.values())
+    tables = (CASES, CANONICAL, OTHERS, OF_LABELS, {"alignment": (nn.CTCLoss(),)})
+    assert any(type(row[0]) is known for table in tables for row in table.values())
     assert f"`nn.{known.__name__}`" in PAGE
 
 
@@ -233,6 +236,29 @@ CLOSED = {
         torch.arange(2 * N).view(N, 2) % C,
     ),
 }
+
+
+BUILT_IN = {name: row for name, row in CASES.items() if not name.startswith(BEHIND_A_LINK)} | OTHERS
+BUILT_IN |= {
+    name: canonical(name) for name in CANONICAL if name not in ("bce weight of each entry", "bce weight with zeros")
+}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_convex_of_a_built_in_loss_is_its_closed_form(name):
+    """The positive part of the Gauss-Newton `D`, from torch's loss of each example."""
+    loss, output, target = BUILT_IN[name]
+    G = output_curvature(summed(loss), "gauss_newton")
+    own = output_curvature(
+        Convex(lambda f, y: torch.stack([G.loss(f[i : i + 1], y[i : i + 1]) for i in range(len(f))]), "sum")
+    )
+    own.check(output, target)
+    close(own.loss(output, target), G.loss(output, target), 1e-12)
+    H = dense(G, output, target).view(len(output), output[0].numel(), len(output), output[0].numel())
+    e, U = torch.linalg.eigh(H.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+    expected = torch.block_diag(*(U * e.clamp_min(0).unsqueeze(1)) @ U.mT)
+    close(dense(own, output, target), expected, 1e-9)
+    close(block_outer(own.exact_columns(output, target)), expected, 1e-9)
 
 
 class TestConvex:

@@ -105,20 +105,6 @@ def test_adaptive_steps_measure_the_loss(way):
     assert losses[-1] < 0.05 * losses[0]
 
 
-REFUSED = r"no layer kind covers 'u\.0\.weight'.* within torch\.func,.*by torch\.autograd\.grad\(.*, or use natgrad\."
-
-
-@pytest.mark.parametrize("way", [ByHessians, ByForwardMode])
-@pytest.mark.parametrize("structure", ["kfac", "block"])
-def test_structures_of_layers_say_what_to_do_about_torch_func(way, structure):
-    with pytest.raises(NotImplementedError, match=REFUSED):
-        natgrad.fisher(way(), nn.MSELoss(), (X, TARGET), structure)
-    model = way()
-    opt = natgrad.KFAC(model, nn.MSELoss())
-    with pytest.raises(NotImplementedError, match=REFUSED):
-        opt.loss(model(X), TARGET)
-
-
 class Equation(ByAutograd):
     """`Δu − u³`, in which every parameter counts."""
 
@@ -307,7 +293,7 @@ class Convolved(Residual):
 
 
 def test_other_layers_within_derivatives_are_refused():
-    match = r"'kernel\.weight' \(used by .*\).* Within torch\.autograd\.grad, only uses in affine maps are seen"
+    match = r"'kernel\.weight' \(used by .*\).* Within torch\.autograd\.grad and torch\.func, only uses in affine"
     model = Convolved()
     chosen = [n for n, _ in model.named_parameters() if n.startswith("kernel")]
     with pytest.raises(NotImplementedError, match=match):

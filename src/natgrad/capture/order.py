@@ -72,8 +72,8 @@ class Order:
     def of(self, t: Tensor) -> Tensor:
         """A tensor with the axes of the grid first, as `(cases, rows, ...)`. Padding is zero."""
         axes = len(self.grid)
-        if axes == 0:
-            return t[None, None]
+        if axes == 0:  # a single row, without an axis
+            t, axes = t.unsqueeze(0), 1
         if self.axis is not None:
             moved = t.movedim(self.axis, 0)
             return moved.flatten(1, axes - 1) if axes > 1 else moved.unsqueeze(1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.forms import Form, Forms, placed
@@ -25,6 +25,8 @@ from natgrad.capture.use import Use
 
 EXACT = "natgrad.NaturalGradient or structure='dense', which need no layers"
 """What does without layers, for messages."""
+_MAKE_DUAL = torch._C._VariableFunctions._make_dual
+"""What `torch.autograd.forward_ad.make_dual` calls."""
 
 
 class Recorder(TorchFunctionMode):
@@ -49,8 +51,9 @@ class Recorder(TorchFunctionMode):
         self._others: dict[str, str] = {}
         self._without_gradients: dict[str, str] = {}
         self.takes_derivatives = False
-        """Whether the forward has called `torch.autograd.grad`."""
-        self._is_transformed = False  # whether it has used parameters within `torch.func`
+        """Whether the forward has called `torch.autograd.grad`, or used parameters within `torch.func`."""
+        self.has_shards = False
+        """Whether the parameters are gathered for each layer, as by `fully_shard`."""
 
     @property
     def others(self) -> dict[str, str]:
@@ -82,12 +85,12 @@ class Recorder(TorchFunctionMode):
             if opened is not NotImplemented:
                 return opened
         out = func(*args, **kwargs)
-        if func is torch.autograd.grad:
+        if func is torch.autograd.grad or func is _MAKE_DUAL:
             self.takes_derivatives = True
         if self.tape is not None:
             self.tape.note(func, args, kwargs, out)
-        if isinstance(out, Tensor) and _is_wrapped(out):  # within torch.func: these tensors are not in the graph
-            self._is_transformed = self._is_transformed or bool(given)
+        if isinstance(out, Tensor) and is_wrapped(out):  # within torch.func: these tensors are not in the graph
+            self.takes_derivatives |= bool(given)
             return out
         if given:
             self._note(func, args, kwargs, out, given)
@@ -291,12 +294,13 @@ class Recorder(TorchFunctionMode):
             NotImplementedError: if parameters were used in another way; the error names them. Without an output, any
                 other use counts, even if nothing depends on it.
         """
-        missed, nodes = self._others, set[Node]()
+        missed, nodes = self._others, set[Any]()
         roots = [get_gradient_edge(t).node for t in _tensors(output) if t.requires_grad]
         if roots:
             missed, nodes = self._walk(roots)
         if missed:
-            named = ", ".join(f"{n!r} (used by {missed[n]})" for n in self._names.values() if n in missed)
+            names = (n for n in dict.fromkeys(self._names.values()) if n in missed)
+            named = ", ".join(f"{n!r} (used by {missed[n]})" for n in names)
             raise NotImplementedError(
                 f"no layer kind covers {named}; expected linear and bilinear maps, convolutions, embeddings, "
                 "normalizations, attention, recurrent layers, or elementwise scales and shifts, with a bias of shape "
@@ -307,10 +311,10 @@ class Recorder(TorchFunctionMode):
 
     def _mend(self) -> str:
         """What users can do about parameters that no kind covers."""
-        if self._is_transformed:
+        if self.takes_derivatives and self.has_shards:
             return (
-                "The forward calls layers within torch.func, where their uses are not seen: take its derivatives by "
-                f"torch.autograd.grad(..., create_graph=True), or use {EXACT}"
+                "The forward takes derivatives itself, which natgrad does not follow through sharded parameters: use "
+                "DistributedDataParallel in place of fully_shard"
             )
         if self.takes_derivatives:
             return (
@@ -322,15 +326,16 @@ class Recorder(TorchFunctionMode):
             "to train"
         )
 
-    def _walk(self, roots: list[Node]) -> tuple[dict[str, str], set[Node]]:
-        """The parameters that can be reached in the graph from `roots`, and the nodes on the way.
+    def _walk(self, roots: list[Any]) -> tuple[dict[str, str], set[Any]]:
+        """The parameters that can be reached in the graph from `roots`, and the nodes on the way: `Node`, or torch's
+        own class of functions within forward mode.
 
         From a recorded use, the search goes on to its `sources` only. So a parameter that is found was used in another
         way.
         """
         uses = {part.edge.node: part for use in self.uses for part in _chain(use)}
         missed: dict[str, str] = {}
-        reached: set[Node] = set()
+        reached = set[Any]()
         left = [("the output", node) for node in roots]
         while left:
             function, node = left.pop()
@@ -386,6 +391,6 @@ def _name(func: Any) -> str:
     return str(getattr(func, "__name__", func))
 
 
-def _is_wrapped(t: Tensor) -> bool:
+def is_wrapped(t: Tensor) -> bool:
     """Whether a tensor belongs to a transform of `torch.func`."""
     return torch._C._functorch.is_functorch_wrapped_tensor(t)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from natgrad.capture.layers import Kind
 
@@ -76,7 +76,7 @@ class Use:
         """The axes of `a` on which different examples may lie."""
         return self.kind.grid(self.a)
 
-    def parts(self, reached: Set[Node]) -> list[Use]:
+    def parts(self, reached: Set[Any]) -> list[Use]:
         """The use itself; or, if the graph also reaches its form `before`, that form and, as a second use with its own
         pre-activation, the bias that was added later."""
         if self.before is None or self.before.edge.node not in reached:

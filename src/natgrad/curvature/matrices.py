@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -241,6 +241,7 @@ def hessian(
     problem = problem_of(model, loss, data, forward, weights, params=params, dtype=dtype, progress=progress)
 
     def of(own: Problem) -> Operator:
+        own.curvature.check_hessian()
         implicit = ImplicitHessian(own)
         if structure == "implicit":
             return implicit
@@ -309,6 +310,7 @@ def _norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(parameters, norms.tolist(), strict=True))
 
 
+@runtime_checkable
 class InPasses(Protocol):
     """What a matrix that is made layer by layer is summed over."""
 

@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from natgrad.checks.values import described
+from natgrad.losses.alignment import Alignment
 from natgrad.losses.base import ESTIMATORS, OutputCurvature
 from natgrad.losses.convex import Convex, ConvexCurvature
 from natgrad.losses.elementwise import Bernoulli, Poisson, SquaredError
 from natgrad.losses.gaussian import Gaussian
 from natgrad.losses.hinge import MultiMargin
+from natgrad.losses.labels import Cosine, HingeEmbedding, Ranking, Triplet
 from natgrad.losses.likelihood import Likelihood, LikelihoodCurvature
 from natgrad.losses.logarithms import Divergence, LogProbabilities, Probabilities
 from natgrad.losses.margin import MultiLabelSoftMargin, SoftMargin
@@ -38,6 +40,12 @@ _KNOWN: dict[type[nn.Module], type[OutputCurvature]] = {
     nn.SoftMarginLoss: SoftMargin,
     nn.MultiLabelSoftMarginLoss: MultiLabelSoftMargin,
     nn.MultiMarginLoss: MultiMargin,
+    nn.HingeEmbeddingLoss: HingeEmbedding,
+    nn.MarginRankingLoss: Ranking,
+    nn.CosineEmbeddingLoss: Cosine,
+    nn.TripletMarginLoss: Triplet,
+    nn.TripletMarginWithDistanceLoss: Triplet,
+    nn.CTCLoss: Alignment,
     Likelihood: LikelihoodCurvature,
     Convex: ConvexCurvature,
 }
@@ -76,15 +84,17 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
     came = described(loss)
     if isinstance(loss, tuple(_KNOWN)):
         came += ", a subclass that may compute another loss in a forward of its own"
-    names = [f"nn.{k.__name__}()" for k in _KNOWN if k not in _OWN]
     raise TypeError(
-        f"loss is {came}; expected an instance of one of {', '.join(names)}, or natgrad.losses.Likelihood(fn) for a "
-        f"distribution, or natgrad.losses.Convex(fn) for a loss of one's own{_in_its_place(loss)}"
+        f"loss is {came}; expected an instance of one of nn.CrossEntropyLoss(), nn.MSELoss() and torch's other losses, "
+        "or natgrad.losses.Likelihood(fn) for a distribution, or natgrad.losses.Convex(fn) for a loss of one's own"
+        + _in_its_place(loss)
     )
 
 
 def _in_its_place(loss: Any) -> str:
     """The end of the message: the supported loss that was probably meant, by a function or a class of its name."""
+    if isinstance(loss, nn.MultiLabelMarginLoss):
+        return ". nn.MultiLabelSoftMarginLoss() has one, for labels 0 and 1"
     plain = {_plain(known.__name__): known.__name__ for known in _KNOWN if known not in _OWN}
     name = plain.get(_plain(getattr(loss, "__name__", type(loss).__name__)))
     return f"; did you mean nn.{name}()?" if name else ""

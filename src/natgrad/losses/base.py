@@ -47,6 +47,8 @@ class OutputCurvature(ABC):
     """Whether the Hessian equals the Fisher information for every target, as for canonical links."""
     nonnegative = False
     """Whether the loss is never negative."""
+    differentiable_twice = True
+    """Whether torch can differentiate `loss` twice."""
     reductions: tuple[str, ...] = ("mean", "sum")
     """The module's reductions that give one number."""
 
@@ -199,6 +201,14 @@ class OutputCurvature(ABC):
                 (gradient,) = torch.autograd.grad(total, f)
             weight = self.case_weight(output.detach(), target).expand_as(output)
             yield torch.where(weight > 0, gradient / weight.sqrt(), 0.0)
+
+    def check_hessian(self) -> None:
+        """Raises ValueError if torch cannot differentiate the loss twice."""
+        if not self.differentiable_twice:
+            raise ValueError(
+                f"torch cannot differentiate {type(self.module).__name__} twice, so its Hessian is not known; use "
+                "natgrad.fisher"
+            )
 
     def indefinite(self) -> ValueError:
         """Returns the error for a `D` without a factor `S Sᵀ`."""

@@ -30,18 +30,13 @@ class LogProbabilities(Softmax):
         yield from one_by_one((self.case_weight(output, target) * output.exp()).sqrt())
 
     def sampled_column(self, output: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:
-        u = torch.rand(output.shape, dtype=output.dtype, device=output.device, generator=generator)
-        noise = -(-u.clamp_min(torch.finfo(output.dtype).tiny).log()).log()
-        label = (output + noise).argmax(1, keepdim=True)
-        # The score of a label, −1 at its index, has a nonzero mean. Random signs keep positions and examples separate.
-        signs = 2 * torch.randint(2, label.shape, generator=generator, device=output.device).to(output.dtype) - 1
-        return torch.zeros_like(output).scatter_(1, label, signs) * self.case_weight(output, target).sqrt()
+        return signed_labels(output, 1, generator) * self.case_weight(output, target).sqrt()
 
     def _check(self, output: Tensor, target: Tensor) -> None:
         super()._check(output, target)
         if target.is_floating_point():
             raise self._wrong_dtype(target, "class indices of dtype torch.int64")
-        _check_logarithms(type(self.module).__name__, output, "nn.CrossEntropyLoss")
+        check_logarithms(type(self.module).__name__, output, "nn.CrossEntropyLoss")
 
 
 class Divergence(Elementwise):
@@ -56,7 +51,7 @@ class Divergence(Elementwise):
         super()._check(output, target)
         if not target.is_floating_point():
             raise self._wrong_dtype(target, "probabilities of the output's dtype")
-        _check_logarithms("KLDivLoss", output, "nn.CrossEntropyLoss, which takes probabilities as targets")
+        check_logarithms("KLDivLoss", output, "nn.CrossEntropyLoss, which takes probabilities as targets")
 
     @property
     def is_mean(self) -> bool:
@@ -106,7 +101,18 @@ class Probabilities(Elementwise):
         return (2 * signs - 1) * self.second_derivative(output, target).sqrt()
 
 
-def _check_logarithms(name: str, output: Tensor, otherwise: str) -> None:
+def signed_labels(f: Tensor, axis: int, generator: torch.Generator | None) -> Tensor:
+    """`±1` at a class drawn from log-probabilities, and zero elsewhere. The score of a label, −1 at its index, has a
+    nonzero mean. Random signs keep positions and examples separate."""
+    u = torch.rand(f.shape, dtype=f.dtype, device=f.device, generator=generator)
+    noise = -(-u.clamp_min(torch.finfo(f.dtype).tiny).log()).log()
+    label = (f + noise).argmax(axis, keepdim=True)
+    signs = 2 * torch.randint(2, label.shape, generator=generator, device=f.device).to(f.dtype) - 1
+    return torch.zeros_like(f).scatter_(axis, label, signs)
+
+
+def check_logarithms(name: str, output: Tensor, otherwise: str) -> None:
+    """Raises ValueError if the output cannot be logarithms of probabilities."""
     if bool((output > 1e-3).any()):
         raise ValueError(
             f"{name}: output has entries above zero; expected log-probabilities, as by log_softmax, or {otherwise}"

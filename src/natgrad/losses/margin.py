@@ -15,7 +15,7 @@ class SoftMargin(Elementwise):
 
     def _check(self, output: Tensor, target: Tensor) -> None:
         super()._check(output, target)
-        if not bool((target.abs() == 1).all()):
+        if not bool(((target == 1) | (target == -1)).all()):
             raise ValueError(
                 f"{type(self.module).__name__}: target has entries other than 1 and −1; expected these alone, "
                 "2 * y - 1 for labels 0 and 1"

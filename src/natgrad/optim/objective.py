@@ -252,9 +252,9 @@ class Objective:
 
     def _all_pushed(self, directions: list[Vector]) -> Iterator[tuple[float, Batch, list[tuple[Tensor, Tensor]]]]:
         """Every batch's share, and its output with `J d` for every direction. Batches of one forward share one
-        forward-mode pass."""
+        forward-mode pass. Empty batches are left out, except with shards, for which all ranks run the model."""
         shares = dict(zip(map(id, self.batches), self.shares, strict=True))
-        for batches in by_forward(self.batches):
+        for batches in by_forward(b for b in self.batches if self._place.shards is not None or not b.is_empty):
             by_reverse = [bool(directions) and self._by_reverse(batch, directions[0]) for batch in batches]
             together = [batch for batch, its in zip(batches, by_reverse, strict=True) if not its]
             pushed: dict[int, list[tuple[Tensor, Tensor]]] = {id(batch): [] for batch in batches}

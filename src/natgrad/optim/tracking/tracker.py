@@ -248,6 +248,8 @@ class Tracker:
         """The recorded uses that lead to the output. For compiled code, and for a forward that takes derivatives, they
         come from a second forward, if they are needed."""
         seen = forward.recorder
+        if seen is not None:
+            seen.has_shards = self.place.shards is not None
         missed = seen is not None and self._missed(seen)
         if seen is not None and not (missed and way is not None):
             return seen, output
