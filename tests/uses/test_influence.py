@@ -166,6 +166,44 @@ def test_tokens_share_out_their_examples_score():
         natgrad.influence(model, loss, data, query, per="token")
 
 
+class Sometimes(nn.Module):
+    """A network whose middle layer some batches do not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        z = self.first(x).tanh()
+        return self.last(self.middle(z).tanh() if x[0, 0] > 0 else z)
+
+
+@pytest.mark.parametrize("rank", [None, 2, 6])
+@pytest.mark.parametrize("first", ["uses it", "does not"])
+def test_a_layer_that_some_batches_do_not_use(rank, first):
+    torch.manual_seed(0)
+    model, loss, x = Sometimes().double(), nn.CrossEntropyLoss(), randn(20, 4)
+    batches = [(part, torch.arange(len(part)) % 3) for part in (x[x[:, 0] > 0], x[x[:, 0] <= 0])]
+    batches = batches if first == "uses it" else batches[::-1]
+    g = torch.cat([gradients(model, loss, batch) for batch in batches])
+    F = natgrad.fisher(model, loss, batches, "ekfac").to_dense()
+    expected = g @ torch.linalg.solve(F + 0.1 * torch.eye(len(F), dtype=f64), g.mT)
+    found = natgrad.influence(model, loss, batches, batches, damping=0.1, rank=rank)
+    close(found, expected, 1e-10 if rank != 2 else 0.05)
+    if rank is None:
+        dense = natgrad.fisher(model, loss, batches, "dense").to_dense() + 0.1 * torch.eye(len(F), dtype=f64)
+        refined = natgrad.influence(model, loss, batches, batches, "diagonal", damping=0.1, refine=60)
+        close(refined, g @ torch.linalg.solve(dense, g.mT), 5e-3)
+
+
+@pytest.mark.parametrize("query", [True, False])
+def test_training_targets_that_are_no_numbers_are_named(query):
+    model, x, y = net(4, 6, 3), randn(10, 4), randn(10, 3, seed=1)
+    y[7, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"the scores of 1 training examples are not finite.* first is example 7"):
+        natgrad.influence(model, nn.MSELoss(), (x, y), (x[:2], y[:2]) if query else None)
+
+
 def test_any_measure_of_a_query():
     model, loss, train, query = problem()
     found = natgrad.influence(model, loss, train, query, "dense", damping=DAMPING, measure=lambda f, y: -f[:, 0])
