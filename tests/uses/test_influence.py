@@ -166,6 +166,26 @@ def test_tokens_share_out_their_examples_score():
         natgrad.influence(model, loss, data, query, per="token")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_query_gradients_of_embeddings_of_low_rank(tied):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.out = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
+            self.out.weight = self.words.weight if tied else self.out.weight
+
+        def forward(self, x):
+            return self.out(self.words(x).tanh()).mT
+
+    torch.manual_seed(0)
+    model, loss, x = Words().double(), nn.CrossEntropyLoss(), torch.randint(11, (12, 5))
+    queries = [(x[:2], x[:2]), (x[2:3], x[2:3])]
+    whole = natgrad.influence(model, loss, (x, x), queries, damping=0.1)
+    errors = [(natgrad.influence(model, loss, (x, x), queries, damping=0.1, rank=r) - whole).norm() for r in (1, 3, 4)]
+    assert errors[0] > errors[1] > 1e-3 * whole.norm()
+    assert errors[2] < 1e-12 * whole.norm()
+
+
 class Sometimes(nn.Module):
     """A network whose middle layer some batches do not use."""
 

@@ -67,6 +67,9 @@ def influence(
     over `train`, which for losses of canonical links is the Gauss-Newton matrix. Batches are streamed, and gradients of
     training examples formed some at a time; the queries' gradients are held, `queries x parameters` numbers.
 
+    With a model in `DistributedDataParallel` every rank gives its own part of `train`, possibly none, and the same
+    `query`. The matrix is that of all the data, and each rank gets the scores of its own examples.
+
     With `checkpoints` of the training, scores take account of how it went, and of the end that it may not have come to:
     training is unrolled step by step, and each segment `ℓ` of it is replaced by gradient descent with the matrix `F_ℓ`
     and the gradients `∇ℓ_i,ℓ` that are the means over the segment's checkpoints. With its time `t_ℓ`, the sum of the
@@ -90,6 +93,7 @@ def influence(
         refine: at most so many steps of conjugate gradients on the exact Fisher information, from the structure's
             solution and preconditioned by it.
         rank: keep the preconditioned query gradients of each weight matrix in this rank, `rank (d_in + d_out)` numbers.
+            The queries are then worked on batch by batch.
         per: `"example"`, or `"token"`: `(queries, training examples, positions)`, the share of each position of the
             layers' inputs, which sum to the score.
         measure: `measure(output, target)`, one number for each example, in the place of the query's loss. Like a loss
@@ -112,7 +116,9 @@ def influence(
     Raises:
         TypeError, ValueError, NotImplementedError: as `natgrad.fisher` does.
         ValueError: also if a query has no gradient, data are shuffled, or `factors` or `checkpoints` are of another
-            model or, for `factors`, of other weights.
+            model or, for `factors`, of other weights; if scores are not finite; if ranks have different queries.
+        NotImplementedError: for the influence of examples on themselves on several ranks, with `refine` or
+            `"implicit"`.
         RuntimeError: if the damped matrix is not positive definite.
 
     Example:

@@ -92,12 +92,14 @@ def held(F: Operator, v: Tensor, rank: int | None = None, layers: Iterable[Block
 
 
 def layers_of(rows: Rows) -> Iterator[Block]:
-    """The layers of a batch whose gradients are products of inputs and output gradients, without any examples."""
+    """The layers of a batch whose gradients are matrices, without any examples."""
     for _, block, cases in rows.blocks():
         if not isinstance(cases, ColumnBlock):
             h, g = cases.h, cases.g
             none = ExactBlock(h.new_zeros(0, 1, h.shape[-1]), g.new_zeros(0, 1, 1, g.shape[-1]), bias=cases.bias)
             yield block.with_operator(none)
+        elif not is_zero(cases) and [len(shape) for shape in cases.space.shapes] == [2]:  # such as an embedding
+            yield block.with_operator(ColumnBlock(cases.S[:0].clone(), cases.space.shapes))
 
 
 class LowRank(NamedTuple):
@@ -186,13 +188,15 @@ class Queries:
         if block.names in self._low:
             return self._low[block.names][1:]
         parts = block.parts(self._whole(block.names))
+        if isinstance(cases, ColumnBlock):
+            return parts[0], None
         return parts[0] if cases.h.shape[-1] else None, parts[-1] if cases.bias else None
 
     def _of_layer(self, block: Block, cases: ExactBlock) -> Tensor:
         if is_zero(cases):
             return cases.S.new_zeros(self.count, len(cases.S))
         if isinstance(cases, ColumnBlock):
-            return cases.space.flatten(block.parts(self._whole(block.names))) @ cases.S[:, 0].mT
+            return self._of_columns(block, cases)
         W, b = self._weights(block, cases)
         found = []
         for _, part in _parts(cases, max(1, part_size(cases, W))):
@@ -206,6 +210,14 @@ class Queries:
                 own = W.flatten(1) @ (g.mT @ h).flatten(1).mT
             found.append(own if b is None else own + b @ g.sum(1).mT)
         return torch.cat(found, 1)
+
+    def _of_columns(self, block: Block, cases: ColumnBlock) -> Tensor:
+        S = cases.S[:, 0].mT
+        low = self._low.get(block.names)
+        if low is None or len(cases.space.shapes) > 1:
+            return cases.space.flatten(block.parts(self._whole(block.names))) @ S
+        pairs = zip(low[1].left, low[1].right, strict=True)
+        return torch.stack([(left @ right).flatten() @ S for left, right in pairs])  # one matrix at a time
 
 
 def is_zero(cases: ExactBlock) -> TypeGuard[ColumnBlock]:
