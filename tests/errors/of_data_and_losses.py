@@ -38,6 +38,12 @@ AN_INSTANCE = "expected an instance of one of nn.CrossEntropyLoss(), nn.MSELoss(
 ROWS = [
     ("batches that grow, of what has no length", lambda: natgrad.GrowingBatches(iter(X), 1, 4, 2), TypeError,
      "data is a tuple_iterator, which has no length; expected a data set, or range(n)"),
+    ("inputs in another precision", lambda: fisher(data=(X.double(), LABELS)), ValueError,
+     "a batch has a tensor of dtype torch.float64, and the model's parameters have torch.float32; expected the same"),
+    ("inputs that are whole numbers", lambda: fisher(data=(LABELS[:, None].expand(8, 4), LABELS)), ValueError,
+     "a batch has a tensor of dtype torch.int64 where the model takes torch.float32; expected x.to(torch.float32)"),
+    ("inputs on another device", lambda: fisher(data=(X.to("meta"), LABELS)), ValueError,
+     "a batch is on meta and the model on cpu; expected both on one device: x.to('cpu')"),
     # The loss
     ("a class of losses", lambda: fisher(loss=nn.MSELoss), TypeError,
      "loss is the class MSELoss; ", AN_INSTANCE, "did you mean nn.MSELoss()?"),
