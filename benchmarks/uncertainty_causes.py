@@ -75,8 +75,8 @@ def in_turns(s: Split, seed: int, prior: float, noise: float) -> tuple[nn.Module
 
 
 def hamiltonian(s: Split, model: nn.Module, prior: float, noise: float, seed: int, draws: int = 250) -> Answer:
-    """Predictions averaged over draws of the posterior: trajectories of a quarter of the prior's period, whose step size
-    is adapted to 80% acceptance in the first 150 draws, which are left out (Neal 2011, arXiv:1206.1901)."""
+    """Predictions averaged over draws of the posterior: trajectories of a quarter of the prior's period. Their step
+    size is adapted to 80% acceptance in the first 150 draws, which are left out (Neal 2011, arXiv:1206.1901)."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {n: p.shape for n, p in model.named_parameters()}
     theta = torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -101,6 +101,8 @@ ROWS = [
     ("a term that is none", lambda: of_terms().predict(X, term="boxes"), ValueError,
      "term='boxes' is unknown; expected one of 'class', 'box'; did you mean 'box'?"),
     # Influence
+    ("one checkpoint, not in a list", lambda: through_checkpoints(dict(MODEL.state_dict())), TypeError,
+     "checkpoints is a dict", "expected a list of state dicts"),
     ("checkpoints without times", lambda: through_checkpoints(times=None), ValueError,
      "checkpoints= needs times=; give the learning rate times the number of steps"),
     ("a time that is NaN", lambda: through_checkpoints(times=float("nan")), ValueError,

@@ -8,10 +8,11 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_count, described
+from natgrad.curvature.function import Model, as_module
 from natgrad.curvature.matrices import check_structure, matrix_of, problem_of
 from natgrad.curvature.problem import Forward, Problem
 from natgrad.curvature.structures import Options
@@ -32,7 +33,7 @@ TOLERANCE = 1e-3
 
 
 def influence(
-    model: nn.Module,
+    model: Model,
     loss: Losses,
     train: Any,
     query: Any = None,
@@ -52,7 +53,7 @@ def influence(
     samples: int = 1,
     centered: bool | None = None,
     sharing: str = "expand",
-    params: Selection = None,
+    params: Selection | Mapping[str, Tensor] = None,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
@@ -145,6 +146,7 @@ def influence(
         raise ValueError("measure= is of the queries, and there are none; give query=, or leave measure out")
     if checkpoints is None and (times is not None or segments is not None):
         raise ValueError("times= and segments= are of checkpoints=, which are not given; leave them out")
+    model, params = as_module(model, params)
     train = list(train) if isinstance(train, Iterator) else train
     how: dict[str, Any] = {
         "forward": forward, "weights": weights, "estimator": estimator, "samples": samples, "params": params,
