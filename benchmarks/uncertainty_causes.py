@@ -137,7 +137,7 @@ def laplace_torch(s: Split, model: nn.Module, prior: float, noise: float) -> tup
     return theirs, max(float((a - b).abs().max()) for a, b in zip(theirs, own, strict=True))
 
 
-def answers(s: Split, seed: int, exact: bool, peer: bool) -> dict[str, Answer]:
+def answers(s: Split, seed: int, exact: bool, peer: bool, links_alone: bool = False) -> dict[str, Answer]:
     prior, noise = chosen(s, seed)
     model = trained(s, seed, prior, noise)
     x = s.x_test
@@ -148,12 +148,14 @@ def answers(s: Split, seed: int, exact: bool, peer: bool) -> dict[str, Answer]:
     links = ("probit", "mc", "bridge") if s.is_class else (None,)
     for link in links:
         found[f"K-FAC, {link or 'prior of the training'}"] = answer(P, x, link=link, samples=DRAWS)
-    P.temperature = temperature(s, seed, prior, noise)
-    found["K-FAC, temperature by validation"] = answer(P, x)
-    P.temperature = 1.0
     P.fit_prior(noise=False)
     for link in links[:1] + links[2:]:
         found[f"K-FAC, fitted prior, {link}" if link else "K-FAC, fitted prior"] = answer(P, x, link=link)
+    if links_alone:
+        return found
+    P = posterior(s, model, prior, noise, "kfac")
+    P.temperature = temperature(s, seed, prior, noise)
+    found["K-FAC, temperature by validation"] = answer(P, x)
     again, delta = in_turns(s, seed, prior, noise)
     with torch.no_grad():
         found["MAP, prior in turns"] = averaged(again(x)[None], s, noise)
@@ -183,7 +185,7 @@ def measured(data: Set, splits: int, exact: bool, peer: bool) -> dict[str, dict[
                 found.setdefault(row, {}).setdefault(figure, []).append(value)
         if classes > 2:
             s = split(data, seed, without=seed % classes)
-            for row, its in answers(s, seed, False, False).items():
+            for row, its in answers(s, seed, False, False, links_alone=True).items():
                 assert isinstance(its, Tensor)
                 value = auroc(its, s.y_test == seed % classes)
                 found[row].setdefault("AUROC, unknown class", []).append(value)
