@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
+from models import MODELS
 from rank_matrices import in_ddp, own_data
 from work import batch
 
@@ -20,6 +22,19 @@ def influences(group: Any, asked: dict[str, Any], share: str, itself: bool = Fal
     query = None if itself else [QUERY]
     data = own_data(group, share)
     return natgrad.influence(in_ddp(group), nn.CrossEntropyLoss(), data, query, damping=0.01, **asked)
+
+
+def of_words(group: Any, rank: int | None) -> Tensor:
+    """The scores of a rank's own texts, under a small GPT-2."""
+    torch.manual_seed(0)
+    example = MODELS["GPT-2"]()
+    model = example.model.double().eval()
+    part = slice(None) if group is None else slice(dist.get_rank(group), None, dist.get_world_size(group))
+    data, query = [(example.x[part], example.y[part])], [(example.x[:2], example.y[:2])]
+    return natgrad.influence(
+        model if group is None else DistributedDataParallel(model, process_group=group), nn.CrossEntropyLoss(), data,
+        query, rank=rank, damping=0.01, forward=example.forward, centered=False,
+    )  # fmt: skip
 
 
 def influence_error(group: Any, what: str) -> str:

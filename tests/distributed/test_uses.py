@@ -25,6 +25,14 @@ def test_each_rank_scores_its_own_examples(ranks, asked):
             assert torch.allclose(found, wanted, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [None, 2])
+def test_texts_are_scored_by_several_ranks(ranks, rank):
+    expected = rank_uses.of_words(None, rank)
+    for r, found in enumerate(ranks(2, rank_uses.of_words, rank)):
+        assert torch.allclose(found, expected[:, r::2], rtol=1e-7, atol=1e-9)
+
+
 def test_each_rank_scores_its_own_examples_with_themselves(ranks):
     expected = rank_uses.influences(None, {}, "even", True).split(SIZES)
     found = ranks(2, rank_uses.influences, {}, "even", True)

@@ -63,18 +63,18 @@ def influence(
 
         s_qi = ∇ℓ_qᵀ (F + λ I)⁻¹ ∇ℓ_i
 
-    To first order the query's loss grows by `s_qi / N` if example `i` is left out of `N`, so positive speaks for. `ℓ_i`
-    is the loss of the example by itself, as the loss module gives it, and `F` the Fisher information of the objective
-    over `train`, which for losses of canonical links is the Gauss-Newton matrix. Batches are streamed, and gradients of
-    training examples formed some at a time; the queries' gradients are held, `queries x parameters` numbers.
+    To first order the query's loss grows by `s_qi / N` if example `i` is left out of `N`. A positive score means that
+    the example supports the prediction. `ℓ_i` is the loss of example `i` alone, and `F` the Fisher information of the
+    objective over `train`. For losses with a canonical link, `F` is the Gauss-Newton matrix. Batches are streamed, and
+    gradients of training examples are formed a few at a time. The queries' gradients are kept in memory: `queries x
+    parameters` numbers.
 
     With a model in `DistributedDataParallel` every rank gives its own part of `train`, possibly none, and the same
     `query`. The matrix is that of all the data, and each rank gets the scores of its own examples.
 
-    With `checkpoints` of the training, scores take account of how it went, and of the end that it may not have come to:
-    training is unrolled step by step, and each segment `ℓ` of it is replaced by gradient descent with the matrix `F_ℓ`
-    and the gradients `∇ℓ_i,ℓ` that are the means over the segment's checkpoints. With its time `t_ℓ`, the sum of the
-    learning rates of its steps,
+    With `checkpoints` of the training, the scores follow the training, which need not have converged. Each segment `ℓ`
+    of the training is modelled as gradient descent with a fixed matrix `F_ℓ` and fixed gradients `∇ℓ_i,ℓ`, the means
+    over the segment's checkpoints. Its time `t_ℓ` is the sum of the learning rates of its steps:
 
         s_qi = ∇ℓ_qᵀ Σ_ℓ S_L ⋯ S_ℓ+1 φ_ℓ ∇ℓ_i,ℓ
         S_ℓ = exp(−t_ℓ (F_ℓ + λ I)),    φ_ℓ = (I − S_ℓ) (F_ℓ + λ I)⁻¹
@@ -91,16 +91,15 @@ def influence(
         structure: any of `natgrad.fisher`.
         damping: `λ`. It should be about the weight decay of the training, and not far below a tenth of the mean of
             the curvature's diagonal; with `checkpoints`, the weight decay.
-        refine: at most so many steps of conjugate gradients on the exact Fisher information, from the structure's
-            solution and preconditioned by it.
+        refine: the maximal number of steps of conjugate gradients with the exact Fisher information. They start from
+            the structure's solution and are preconditioned by it.
         rank: keep the preconditioned query gradients of each weight matrix in this rank, `rank (d_in + d_out)` numbers.
             The queries are then worked on batch by batch.
-        per: `"example"`, or `"token"`: `(queries, training examples, positions)`, the share of each position of the
-            layers' inputs, which sum to the score.
-        measure: `measure(output, target)`, one number for each example, in the place of the query's loss. Like a loss
-            it should fall where the prediction gets better. With several losses: the name of one, whose loss alone is
-            the query's.
-        factors: the matrix, where it is there already: what `natgrad.fisher`, `gauss_newton` or `load` returned.
+        per: `"example"`, or `"token"`: `(queries, training examples, positions)`, the score of each position of the
+            layers' inputs. They sum to the example's score.
+        measure: `measure(output, target)`, one number for each example, instead of the query's loss. Smaller should
+            mean better, as for a loss. With several losses: the name of the loss to use for the queries.
+        factors: a matrix that was computed before, by `natgrad.fisher` or `gauss_newton`, or read by `load`.
         checkpoints: state dicts of the model during its training, or files of them (`torch.save` or safetensors), in
             order. The model has its own weights again afterwards.
         times: of each checkpoint the learning rate times the number of steps that it stands for (`math.inf`: until it

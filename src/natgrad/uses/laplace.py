@@ -56,11 +56,12 @@ def laplace(
     times its weight: `F = Σ_t ω_t F_t`, where `F_t` of `nn.MSELoss` has its own `σ_t`. Predictions are then
     dictionaries by the same keys.
 
-    `θ` should be (about) a maximum of the posterior: a model trained with weight decay. Put the model in evaluation
-    mode first. Call `fit_prior()` before predictions, as the default prior is arbitrary.
+    `θ` should be close to a maximum of the posterior: the weights of a model trained with weight decay. Call
+    `model.eval()` first, and `fit_prior()` before predictions, because the default prior is arbitrary. Of a model in
+    `DistributedDataParallel`, every rank gives its own data, and gets the posterior of all data.
 
     Args:
-        model: a trained model; it must keep its weights while the posterior is in use.
+        model: a trained model. Its weights must not change while the posterior is in use.
         loss: the loss it was trained with, any that `natgrad.fisher` takes; or a dictionary of losses, the terms of a
             sum, with outputs and targets by the same keys.
         data: the training data, as for `natgrad.fisher`; it is read twice (three times for `"ekfac"`), and not kept.

@@ -63,24 +63,25 @@ def lds(
     at_once: int = 1,
     progress: bool = False,
 ) -> LDS:
-    """The linear datamodeling score of influence scores: the correlation of what they predict for models trained on
-    random subsets of the data, with what training finds.
+    """The linear datamodeling score: how well influence scores predict the losses of models that are trained on random
+    subsets of the data.
 
-    For a subset the scores predict the loss `−Σ_i s_qi` of query `q`, over the examples `i` that are in it, up to an
-    increasing function. The score is Spearman's correlation with the loss found, over the subsets; its mean over
-    queries is 1 at best, and about 0 for scores that say nothing.
+    For a subset, the scores predict the loss `−Σ_i s_qi` of query `q`, where the sum is over the examples `i` in the
+    subset. The result is Spearman's correlation between predicted and measured losses over the subsets, averaged over
+    queries. It is at most 1, and about 0 for scores without information.
 
-    Training takes the time. With a `path` every result is written there as soon as it is found; the same call takes
-    up where an interrupted one stopped, and other scores are then evaluated without any training.
+    Training takes most of the time. With a `path`, each result is written to the file at once. After an interruption,
+    the same call continues where it stopped. Other scores can then be evaluated without training.
 
     Args:
-        scores: `(queries, training examples)`, as `natgrad.influence` returns them: positive speaks for.
+        scores: `(queries, training examples)`, as `natgrad.influence` returns them: a positive score means that the
+            example supports the prediction.
         retrain: `retrain(indices, seed)` trains a model from scratch on the training examples of these indices, a
             sorted `LongTensor`, and returns the loss of every query, `(queries,)`. None: all results are in the file.
         subsets: how many.
         fraction: the share of the training examples in each.
         seed: of the draw of the subsets, `>= 0`. The `k`-th is trained with the seed `seed + k`.
-        path: a file for the results, made if it is not there.
+        path: a file for the results. It is created if it does not exist.
         at_once: how many subsets `retrain` takes in one call, as an ensemble under `torch.vmap` does: it is then given
             `(at_once, kept)` indices and a list of seeds, and returns `(at_once, queries)`. The last call may have
             fewer.

@@ -20,7 +20,7 @@ def merge(
     weights: Sequence[int | float] | None = None,
     damping: float = 1e-3,
 ) -> nn.Module:
-    """One model from several of the same parameters, each counted by its Fisher information:
+    """Merges models with the same parameters into one, each weighted by its Fisher information:
 
         θ = (Σ_k w_k (F_k + λ I))⁻¹ Σ_k w_k (F_k + λ I) θ_k
 

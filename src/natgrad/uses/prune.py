@@ -51,11 +51,10 @@ def prune(
     rounds: int = 4,
     params: Selection = None,
 ) -> Pruned:
-    """Sets the least important weights of a trained model to zero, and moves the others so that the loss grows least.
+    """Sets the least important weights of a trained model to zero, and changes the others so that the loss grows least.
 
-    With `H = F + λ I`, taking weight `i` out raises the loss by `θ_i² / (2 [H⁻¹]_ii)`, if the others make up for it
-    (the optimal brain surgeon). The smallest are taken out, some more in each round; after each, all weights that are
-    kept solve
+    With `H = F + λ I`, removing weight `i` raises the loss by `θ_i² / (2 [H⁻¹]_ii)`, if the other weights adapt (the
+    optimal brain surgeon). Each round removes the weights with the smallest values. Then the remaining weights solve
 
         minimize ½ δᵀ H δ  over the kept weights,  with δ_i = −θ_i for those taken out
 
@@ -66,8 +65,8 @@ def prune(
         F: its curvature on the training data, whose inverse has a diagonal: `"kfac"`, `"ekfac"`, `"block"`, `"dense"`
             or `"diagonal"`.
         sparsity: the share of the weights to set to zero, over all pruned parameters together.
-        damping: `λ`. With a small one the other weights move far, where the quadratic model does not hold.
-        rounds: in so many steps the sparsity is reached.
+        damping: `λ`. If it is small, the other weights change much, and the quadratic model may not hold.
+        rounds: the number of steps in which the sparsity is reached.
         params: names of the parameters to prune, or a predicate. None: those of `F` with two axes or more.
 
     Returns:

@@ -98,15 +98,16 @@ def quantize(
 ) -> Quantized:
     """Rounds weight matrices to few bits so that the loss grows little, by K-FAC's factors.
 
-    Each row of a weight matrix has `2^bits` values, equally far from one another, from its least entry to its largest.
-    Nearest rounding takes every weight by itself. Here the error `E = Ŵ − W` of a layer is to have a small
+    Each row of a weight matrix has `2^bits` equidistant values, from its smallest entry to its largest. Nearest
+    rounding treats each weight independently. Here the weights of a layer are rounded so that their error `E = Ŵ − W`
+    has a small
 
         tr(B E C Eᵀ)  =  Σ_oi d_o c_i ((L_Bᵀ E L_C)_oi)²      with C = L_C diag(c) L_Cᵀ and B = L_B diag(d) L_Bᵀ
 
-    `L` unit lower triangular: from the last entry to the first each weight is rounded with the errors of the later
-    ones, which are in its term of the sum, taken off before. Rows and columns of the largest curvature come first. The
-    bias then takes up what the errors change in the mean, `b ← b − E m`, which is why `C` is the inputs' covariance.
-    Without a bias it is their second moment. A layer for which nearest rounding is better keeps that.
+    `L` is unit lower triangular. Weights are rounded from the last entry to the first, and each compensates for the
+    errors of the later ones in its term of the sum. Rows and columns with the largest curvature come first. The bias
+    then corrects the mean, `b ← b − E m`, so `C` is the covariance of the inputs. Without a bias it is their second
+    moment. If nearest rounding is better for a layer, it is kept.
 
     The model is changed in place; its weights stay floating-point numbers, with `2^bits` different ones in a row.
 

@@ -56,14 +56,14 @@ def unlearn(
     forward: Forward | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> Unlearned:
-    """Raises a model's loss on some data, and changes what it does on all other data as little as that allows: a few
-    uphill Gauss-Newton steps,
+    """Raises a model's loss on some data, and changes its outputs on all other data as little as possible, by a few
+    uphill Gauss-Newton steps:
 
         θ ← θ + α (F + λ I)⁻¹ ∇L_forget(θ)
 
-    `F` is the Gauss-Newton matrix of the data to be retained, so that `½ δᵀ F δ` is how much a change `δ` of the
-    weights raises their loss, or the KL divergence of their outputs. Of all `δ` that raise it equally much, a step is
-    the one that raises the loss on `forget` most.
+    `F` is the Gauss-Newton matrix of the data to be retained. So `½ δᵀ F δ` is the increase of their loss, or the KL
+    divergence of their outputs, for a change `δ` of the weights. Among all `δ` with the same increase, the step raises
+    the loss on `forget` most.
 
     In a linear model under squared error one step without damping, of the step size
     `len(forget) / len(retained)`, gives exactly the weights of training on the retained data alone.
@@ -74,10 +74,10 @@ def unlearn(
         forget: the data to forget, as for `natgrad.fisher`.
         F: the matrix of the data to be retained, at the model's weights: `natgrad.fisher(model, loss, retained)`, of
             any structure. Its parameters are those that are changed.
-        steps: how many; each takes the gradient anew, and the same `F`.
+        steps: how many. Each computes a new gradient and uses the same `F`.
         increase: all steps together may raise the objective on the retained data by this much, in the quadratic model.
             Each is of the same length in the norm of `F + λ I`. Begin with a hundredth of a nat, the default.
-        step_size: `α`; with one `increase` does not count.
+        step_size: `α`. If it is given, `increase` is not used.
         damping: `λ`.
         forward, weights: as for `natgrad.fisher`.
 
