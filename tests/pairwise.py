@@ -2,8 +2,8 @@
 
 - For a test marked `pairs`: enough rows that every two values of two parameters occur together. Most faults need one
   option, or two together, and a test of four parameters then has a tenth of the runs.
-- For any other test that computes something: at most `MOST` rows, spread evenly over the list. The name of the test
-  decides where they start, so that the tests of one table of rows cover different rows of it.
+- For any other test that computes something: at most `MOST` rows, in cheap folders `MORE`, spread evenly over the list.
+  The name of the test decides where they start, so that the tests of one table of rows cover different rows of it.
 
 All other rows are marked `long`: `make test-all` runs them, and so does `pytest -k name`.
 """
@@ -11,7 +11,9 @@ All other rows are marked `long`: `make test-all` runs them, and so does `pytest
 from itertools import combinations
 from zlib import crc32
 
-MOST = 8
+MOST, MORE = 5, 8
+CHEAP = ("linalg",)
+"""Folders that take little time for what they find."""
 WHOLE = ("docs", "errors", "release")
 """Folders whose tests only read texts, thousands in seconds: all their rows run."""
 
@@ -41,10 +43,10 @@ def mark_the_rest(items, mark):
                 item.add_marker(mark)
 
 
-def spread(name, count):
-    """Indices of at most `MOST` of `count` rows, at even distances; `name` decides where they start."""
+def spread(name, count, most=MOST):
+    """Indices of at most `most` of `count` rows, at even distances; `name` decides where they start."""
     start = crc32(name.encode())
-    return {(start + round(i * count / MOST)) % count for i in range(MOST)}
+    return {(start + round(i * count / most)) % count for i in range(most)}
 
 
 def mark_all_but_some(items, mark, root):
@@ -55,8 +57,9 @@ def mark_all_but_some(items, mark, root):
             continue
         if item.path.is_relative_to(root) and item.path.relative_to(root).parts[0] not in WHOLE:
             functions.setdefault((item.path, item.originalname, item.cls), []).append(item)
-    for (_, name, _), its in functions.items():
-        kept = spread(name, len(its))
+    for (path, name, _), its in functions.items():
+        cheap = path.relative_to(root).parts[0] in CHEAP
+        kept = spread(name, len(its), MORE if cheap else MOST)
         for i, item in enumerate(its):
             if i not in kept:
                 item.add_marker(mark)

@@ -146,9 +146,9 @@ def test_with_labels_drawn_it_is_right_on_average(name, structure):
     model, x, y = made(*ALL[name])
     exact = natgrad.fisher(model, CE, (x, y), structure).to_dense()
     drawn = natgrad.fisher(
-        model, CE, (x, y), structure, estimator="mc", samples=6000, generator=torch.Generator().manual_seed(0)
+        model, CE, (x, y), structure, estimator="mc", samples=1000, generator=torch.Generator().manual_seed(0)
     ).to_dense()
-    assert (drawn - exact).norm() < 0.08 * exact.norm()
+    assert (drawn - exact).norm() < 0.2 * exact.norm()
 
 
 class TestCheck:

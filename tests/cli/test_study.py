@@ -201,6 +201,7 @@ def test_ctrl_c_writes_what_there_is(folder: Path) -> None:
     assert 1 <= len(list((folder / "out" / "runs").glob("*.json"))) < 7
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_is_named_and_the_others_go_on(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = SPEC.replace("problem", "dies").replace("lr = [0.1, 0.5]", "lr = 0.1").partition("[measure]")[0]
     (folder / "tiny.toml").write_text(text)

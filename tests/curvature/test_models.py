@@ -96,7 +96,10 @@ def test_a_float64_model_stays_float64(name):
     assert all(p.dtype == f64 for p in example.model.parameters())
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "LLaMA", "BERT", "ViT", "Transformer", "LSTM", "ResNet"])
+ALSO = [pytest.param(name, marks=pytest.mark.long) for name in ("LLaMA", "ViT", "Transformer")]
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "BERT", "LSTM", "ResNet", *ALSO])
 def test_the_exact_blocks_are_those_of_autograd(name):
     example = MODELS[name]()
     example.model.double().eval()

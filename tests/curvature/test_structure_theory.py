@@ -114,7 +114,7 @@ def test_mc_converges_as_one_over_the_root_of_samples(structure):
     """The mean square error over seeds falls by 16 with 16 times the samples."""
     its = problem()
     exact, errors = dense(its, structure), []
-    for samples in (16, 256):
+    for samples in (4, 64):
         draws = [dense(its, structure, seed=s, samples=samples) for s in range(12)]
         errors.append(torch.stack([(d - exact).square().sum() for d in draws]).mean())
     assert 16 / 2.5 < errors[0] / errors[1] < 16 * 2.5
@@ -127,7 +127,7 @@ def test_mc_is_unbiased(structure, samples):
     of its inner product with that matrix."""
     its = problem()
     exact = dense(its, structure)
-    draws = torch.stack([(dense(its, structure, seed=s, samples=samples) * exact).sum() for s in range(100)])
+    draws = torch.stack([(dense(its, structure, seed=s, samples=samples) * exact).sum() for s in range(40)])
     assert (draws.mean() - exact.square().sum()).abs() < 4 * draws.std() / len(draws) ** 0.5
 
 

@@ -1,267 +1,21 @@
 """One contract for every structure: each operation on real models against the matrix formed by hand."""
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
-from torch.func import functional_call
 
 import natgrad
-from cases_by_hand import CLASSES, MODELS, SEQUENTIAL, ByHand
 from natgrad.curvature.matrices import ALL_STRUCTURES
-from oracles import Power, close, dense_curvature, f64, flatten, numel, randn
-
-TOL = 1e-8
-WEIGHT = torch.tensor([0.5, 2.0, 1.3], dtype=f64)
-
-
-# The structures ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A structure with its options, and what it cannot do: operations by name."""
-
-    structure: str
-    hessian: bool = False
-    centered: bool = True
-    sharing: str = "expand"
-    lacks: tuple[str, ...] = ()
-    rank: int = 10
-
-    def matrix(self, of, problem, data=None, **options):
-        data = problem.batches if data is None else data
-        if self.hessian:
-            return natgrad.hessian(problem.model, problem.loss, data, self.structure, **options)
-        options = {"centered": self.centered, "sharing": self.sharing, "rank": self.rank} | options
-        return getattr(natgrad, of)(problem.model, problem.loss, data, self.structure, **options)
-
-
-PRODUCTS_ONLY = ("trace", "norm", "logdet", "diagonal", "power", "sample", "save")
-KINDS = {
-    "implicit": Kind("implicit", lacks=PRODUCTS_ONLY),
-    "dense": Kind("dense"),
-    "block": Kind("block"),
-    "kfac": Kind("kfac"),
-    "kfac, homogeneous": Kind("kfac", centered=False),
-    "kfac, reduce": Kind("kfac", sharing="reduce"),
-    "ekfac": Kind("ekfac"),
-    "ekfac, homogeneous": Kind("ekfac", centered=False),
-    "ekfac, reduce": Kind("ekfac", sharing="reduce"),
-    "low_rank, 1": Kind("low_rank", rank=1),
-    "low_rank, 4": Kind("low_rank", rank=4),
-    "diagonal": Kind("diagonal"),
-    "hessian, implicit": Kind("implicit", hessian=True, lacks=PRODUCTS_ONLY),
-    "hessian, dense": Kind("dense", hessian=True),
-    "hessian, block": Kind("block", hessian=True),
-}
-every_kind = pytest.mark.parametrize("kind", KINDS)
+from oracles import close, f64, flatten, numel, randn
+from structure_cases import KINDS, TOL, Setup, dampings, every_kind, functions, kinds, problem_of, setups
 
 
 def test_every_structure_has_a_row():
     """But for `"kfoc"`, which `test_kfoc.py` compares with its own definition."""
     assert {kind.structure for kind in KINDS.values()} == {*ALL_STRUCTURES} - {"kfoc"}
-
-
-def kinds(operation):
-    """The structures that have an operation."""
-    return pytest.mark.parametrize("kind", [n for n, k in KINDS.items() if operation not in k.lacks])
-
-
-# The problems ------------------------------------------------------------------------------------------
-
-
-def indices(shape, seed):
-    """Class indices; any two examples in succession differ."""
-    n, _, *positions = shape
-    index = torch.arange(n).view(n, *[1] * len(positions)) + seed
-    return (index + torch.arange(positions[0]) if positions else index) % CLASSES
-
-
-def ignored(shape, seed):
-    y = indices(shape, seed)
-    y.view(-1)[-1] = -100
-    return y
-
-
-def probabilities(shape, seed):
-    return randn(*shape, seed=seed).softmax(1)
-
-
-def reals(shape, seed):
-    return randn(*shape, seed=seed)
-
-
-def bits(shape, seed):
-    return (randn(*shape, seed=seed) > 0).to(f64)
-
-
-def per_class(shape):
-    """A weight for each class, which `BCEWithLogitsLoss` broadcasts from the last axis."""
-    return WEIGHT if len(shape) == 2 else WEIGHT.unsqueeze(1)
-
-
-# Each loss, made for outputs of a shape, with its targets.
-LOSSES = {
-    "cross-entropy": (lambda shape: nn.CrossEntropyLoss(), indices),
-    "weight": (lambda shape: nn.CrossEntropyLoss(weight=WEIGHT), indices),
-    "ignore_index": (lambda shape: nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1), indices),
-    "ignore -100": (lambda shape: nn.CrossEntropyLoss(), ignored),
-    "smoothing": (lambda shape: nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.2), indices),
-    "probabilities": (lambda shape: nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1), probabilities),
-    "mse": (lambda shape: nn.MSELoss(), reals),
-    "bce": (lambda shape: nn.BCEWithLogitsLoss(), probabilities),
-    "bce weight": (lambda shape: nn.BCEWithLogitsLoss(weight=per_class(shape)), probabilities),
-    "pos_weight": (lambda shape: nn.BCEWithLogitsLoss(pos_weight=per_class(shape)), bits),
-}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What makes a problem: hypothesis draws and prints it."""
-
-    model: str = "mlp"
-    loss: str = "cross-entropy"
-    reduction: str = "mean"
-    bias: bool = True
-    several: bool = True
-    d_in: int = 3
-    hidden: int = 4
-    seed: int = 0
-
-
-class Problem:
-    """A model, a loss and data, with the matrices of autograd and of every example."""
-
-    def __init__(self, setup):
-        with torch.random.fork_rng():
-            torch.manual_seed(setup.seed)
-            self.model = MODELS[setup.model](setup.d_in, setup.hidden, setup.bias)
-        make, target = LOSSES[setup.loss]
-        self.batches = []
-        for i, n in enumerate((4, 6) if setup.several else (9,)):  # with a third ignored, more than inputs
-            positions = (2 + i,) if setup.model in SEQUENTIAL else ()  # batches of different lengths
-            x = randn(n, *positions, setup.d_in, seed=setup.seed + i) + 0.7
-            shape = self.model(x).shape
-            self.batches.append((x, target(shape, setup.seed + 10 * i)))
-        self.loss = make(shape)
-        self.loss.reduction = setup.reduction
-        self.by_hand = ByHand.of(self.model, self.loss, self.batches)
-        self.space = [p.shape for p in self.model.parameters()]
-        self._dense = {}
-
-    def dense(self, kind):
-        """The matrix of a structure, `(size, size)` in torch order."""
-        key = (kind.structure, kind.hessian, kind.centered, kind.sharing, kind.rank)
-        if key not in self._dense:
-            self._dense[key] = self._form(kind)
-        return self._dense[key]
-
-    def _form(self, kind):
-        whole = self._hessian() if kind.hessian else dense_curvature(self.model, self.loss, self.batches)
-        return BY_HAND[kind.structure](self, kind, whole)
-
-    def _hessian(self):
-        names = [n for n, _ in self.model.named_parameters()]
-        sizes = [s.numel() for s in self.space]
-
-        def objective(flat):
-            pieces = (p.view(s) for p, s in zip(flat.split(sizes), self.space, strict=True))
-            values = dict(zip(names, pieces, strict=True))
-            total, mass = 0.0, 0.0
-            for x, y in self.batches:
-                output = functional_call(self.model, values, (x,))
-                loss, weight = self.loss(output, y), 1.0
-                if self.loss.reduction == "mean":
-                    self.loss.reduction = "sum"
-                    weight = (self.loss(output, y) / loss).detach()
-                    self.loss.reduction = "mean"
-                total, mass = total + loss * weight, mass + weight
-            return total / mass if self.loss.reduction == "mean" else total
-
-        flat = torch.cat([p.detach().flatten() for p in self.model.parameters()])
-        return torch.autograd.functional.hessian(objective, flat)
-
-    def metric(self, kind):
-        """What centered damping multiplies: `TᵀT` where weight and bias are held apart, else the identity."""
-        hand = self.by_hand
-
-        def of_layer(layer):
-            T = hand.coordinates(layer, kind.sharing, kind.centered and kind.structure in ("kfac", "ekfac"))
-            return T.mT @ T
-
-        return hand.assemble(of_layer)
-
-    def named(self, flat):
-        pieces = flat.split([s.numel() for s in self.space])
-        names = [n for n, _ in self.model.named_parameters()]
-        return {n: p.view(s) for n, p, s in zip(names, pieces, self.space, strict=True)}
-
-
-def in_blocks(problem, kind, whole):
-    if not kind.hessian:
-        return problem.by_hand.part_in_blocks(whole)
-    groups = [n.rpartition(".")[0] or n for n, _ in problem.model.named_parameters()]
-    of = [g for g, s in zip(groups, problem.space, strict=True) for _ in range(s.numel())]
-    return whole * torch.tensor([[a == b for a in of] for b in of])
-
-
-def low_rank_by_hand(problem, kind, whole):
-    """Of each block the largest eigenvalues, and a diagonal with which it has the block's own."""
-    dense = torch.zeros_like(whole)
-    for index in problem.by_hand.blocks().values():
-        block = whole[index[:, None], index]
-        e, U = torch.linalg.eigh(block)
-        kept = (e >= e[-min(kind.rank, len(e))] - 1e-8 * e[-1]) & (e > 1e-13 * e[-1])  # equal ones together
-        top = (U[:, kept] * e[kept]) @ U[:, kept].mT
-        dense[index[:, None], index] = top + (block - top).diagonal().diag()
-    return dense
-
-
-def kfac_by_hand(problem, kind, whole):
-    hand = problem.by_hand
-    return hand.assemble(lambda layer: hand.kfac(layer, kind.sharing))
-
-
-def ekfac_by_hand(problem, kind, whole):
-    hand = problem.by_hand
-    return hand.assemble(lambda layer: hand.ekfac(layer, kind.sharing, kind.centered))
-
-
-# What each structure is, from the problem, the kind and the whole matrix, which is autograd's.
-BY_HAND = {
-    "implicit": lambda problem, kind, whole: whole,
-    "dense": lambda problem, kind, whole: whole,
-    "block": in_blocks,
-    "kfac": kfac_by_hand,
-    "ekfac": ekfac_by_hand,
-    "low_rank": low_rank_by_hand,
-    "diagonal": lambda problem, kind, whole: torch.diag(whole.diagonal()),
-}
-
-
-@lru_cache(maxsize=256)
-def problem_of(setup):
-    return Problem(setup)
-
-
-setups = st.builds(
-    Setup,
-    model=st.sampled_from(sorted(MODELS)),
-    loss=st.sampled_from(sorted(LOSSES)),
-    reduction=st.sampled_from(["mean", "sum"]),
-    bias=st.booleans(),
-    several=st.booleans(),
-    d_in=st.integers(2, 4),
-    hidden=st.integers(2, 5),
-    seed=st.integers(0, 100),
-)
-dampings = st.sampled_from([1e-3, 0.3, 20.0])
-functions = st.sampled_from(["fisher", "gauss_newton"])
 
 
 def definite(kind, problem, damping):
@@ -272,11 +26,8 @@ def definite(kind, problem, damping):
     return damping, dense + damping * torch.eye(len(dense), dtype=f64)
 
 
-# The contract ------------------------------------------------------------------------------------------
-
-
 @every_kind
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, of=functions)
 def test_products(kind, setup, of):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -290,7 +41,7 @@ def test_products(kind, setup, of):
 
 
 @every_kind
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups)
 def test_to_dense_in_both_orders_and_by_layer(kind, setup):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -319,7 +70,7 @@ def own_indices(kind, problem, places):
 
 
 @every_kind
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, of=functions, damping=dampings)
 def test_solve_and_inverse(kind, setup, of, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -336,7 +87,7 @@ def test_solve_and_inverse(kind, setup, of, damping):
 
 
 @kinds("trace")
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, of=functions, damping=dampings)
 def test_scalars_and_diagonal(kind, setup, of, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -350,7 +101,7 @@ def test_scalars_and_diagonal(kind, setup, of, damping):
 
 
 @kinds("power")
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, exponent=st.sampled_from([-1.0, -0.5, 0.5, 2.0]), damping=dampings)
 def test_power(kind, setup, exponent, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -360,7 +111,7 @@ def test_power(kind, setup, exponent, damping):
 
 
 @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.structure in ("kfac", "ekfac")])
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, of=functions, damping=dampings)
 def test_centered_damping_is_asked_for_by_name(kind, setup, of, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -370,7 +121,7 @@ def test_centered_damping_is_asked_for_by_name(kind, setup, of, damping):
 
 
 @kinds("trace")
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, damping=dampings)
 def test_the_power_minus_one_is_the_inverse(kind, setup, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -392,7 +143,7 @@ def test_samples_have_the_inverse_as_covariance(kind, model):
 
 
 @every_kind
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups, factor=st.sampled_from([0.25, 3]), damping=dampings)
 def test_sums_and_multiples(kind, setup, factor, damping):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -416,7 +167,7 @@ def test_sums_and_multiples(kind, setup, factor, damping):
 
 
 @kinds("save")
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(setup=setups)
 def test_saved_and_loaded(kind, setup, tmp_path_factory):
     kind, problem = KINDS[kind], problem_of(setup)
@@ -437,100 +188,3 @@ def test_a_saved_matrix_of_another_model(kind, tmp_path):
         natgrad.load(tmp_path / "matrix", model=wider)
     with pytest.raises(ValueError, match=r"another model: its 'first.weight'.*is not a parameter of"):
         natgrad.load(tmp_path / "matrix", model=problem_of(Setup(model="borrowed")).model)
-
-
-# What a structure cannot do ----------------------------------------------------------------------------
-
-OPERATIONS = {
-    "trace": lambda M, path: M.trace(),
-    "norm": lambda M, path: M.norm(),
-    "logdet": lambda M, path: M.logdet(0.1),
-    "diagonal": lambda M, path: M.diagonal(),
-    "power": lambda M, path: M.power(-0.5, 0.1),
-    "sample": lambda M, path: M.sample(1, 0.1),
-    "save": lambda M, path: M.save(path),
-}
-
-
-@pytest.mark.parametrize(("kind", "operation"), [(n, o) for n, k in KINDS.items() for o in k.lacks])
-def test_an_operation_that_a_structure_lacks_names_one_that_has_it(kind, operation, tmp_path):
-    M = KINDS[kind].matrix("fisher", problem_of(Setup()))
-    with pytest.raises(TypeError, match=r"'dense'|centered=False"):
-        OPERATIONS[operation](M, tmp_path / "matrix")
-
-
-@pytest.mark.parametrize("kind", ["implicit", "block", "hessian, implicit"])
-def test_factored_damping_needs_factors(kind):
-    problem = problem_of(Setup())
-    with pytest.raises(TypeError, match=r"no factors to damp.*damping_style='exact'"):
-        KINDS[kind].matrix("fisher", problem).solve(randn(numel(problem.model)), 0.1, damping_style="factored")
-
-
-@every_kind
-@pytest.mark.parametrize("operation", ["@", "quadratic", "solve"])
-def test_vectors_that_do_not_fit(kind, operation):
-    problem = problem_of(Setup())
-    M, size = KINDS[kind].matrix("fisher", problem), numel(problem.model)
-    apply = {"@": M.__matmul__, "quadratic": M.quadratic, "solve": lambda v: M.solve(v, 1.0)}[operation]
-    v = problem.named(torch.zeros(size, dtype=f64))
-    with pytest.raises(ValueError, match=r"lacks 'first.bias' and has unknown 'bias'.*'second.bias'"):
-        apply({("bias" if n == "first.bias" else n): t for n, t in v.items()})
-    with pytest.raises(ValueError, match=r"first.weight has shape \(3, 4\), expected \(4, 3\)"):
-        apply(v | {"first.weight": v["first.weight"].mT})
-    with pytest.raises(ValueError, match=rf"a tensor of shape \({size - 1},\).*{size}"):
-        apply(torch.zeros(size - 1, dtype=f64))
-
-
-@every_kind
-def test_a_sum_with_a_matrix_of_other_parameters(kind):
-    M = KINDS[kind].matrix("fisher", problem_of(Setup()))
-    with pytest.raises(ValueError, match="same parameters"):
-        M + KINDS[kind].matrix("fisher", problem_of(Setup(hidden=5)))
-
-
-# Data --------------------------------------------------------------------------------------------------
-
-
-@every_kind
-@pytest.mark.parametrize("model", ["mlp", "pooled", "twice"])
-def test_data_may_be_an_iterator(kind, model):
-    kind, problem = KINDS[kind], problem_of(Setup(model=model))
-    M = kind.matrix("fisher", problem, iter(problem.batches))
-    close(M.to_dense(), problem.dense(kind), TOL)
-    close(M.to_dense(), problem.dense(kind), TOL)  # implicit reads it at every product
-
-
-@every_kind
-def test_data_that_is_not_finite(kind):
-    kind, problem = KINDS[kind], problem_of(Setup())
-    (x, y), *rest = problem.batches
-    x = x.clone()
-    x[1, 2] = float("nan")
-    with pytest.raises(ValueError, match=r"3 of 12 entries of the model's output are not finite"):
-        kind.matrix("fisher", problem, [(x, y), *rest]) @ randn(numel(problem.model))
-
-
-@every_kind
-def test_no_data(kind):
-    kind, problem = KINDS[kind], problem_of(Setup())
-    with pytest.raises(ValueError, match="data is empty"):
-        kind.matrix("fisher", problem, []) @ randn(numel(problem.model))
-    x, y = problem.batches[0]
-    with pytest.raises(ValueError, match="batch is empty"):
-        kind.matrix("fisher", problem, [(x, y), (x[:0], y[:0])]) @ randn(numel(problem.model))
-
-
-@every_kind
-def test_targets_that_are_all_ignored(kind):
-    kind, problem = KINDS[kind], problem_of(Setup(loss="ignore -100"))
-    x, y = problem.batches[0]
-    with pytest.raises(ValueError, match="every target is ignored"):
-        kind.matrix("fisher", problem, (x, torch.full_like(y, -100))) @ randn(numel(problem.model))
-
-
-@pytest.mark.parametrize("structure", ["block", "kfac", "ekfac", "diagonal"])
-def test_a_parameter_that_no_layer_covers(structure):
-    problem = problem_of(Setup())
-    model = nn.Sequential(nn.Linear(3, 4, dtype=f64), Power(4), nn.Linear(4, CLASSES, dtype=f64))
-    with pytest.raises(NotImplementedError, match=r"'1\.exponent'.*params="):
-        natgrad.fisher(model, problem.loss, problem.batches, structure)

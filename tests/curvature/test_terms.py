@@ -150,9 +150,9 @@ def traced(M, out, axis):
 def test_sampled_labels_have_the_exact_matrix_for_a_mean(structure):
     model, data = TwoHeads(), batches(2)
     exact = natgrad.fisher(model, LOSSES, data, structure, weights=WEIGHTS).to_dense()
-    options = {"weights": WEIGHTS, "estimator": "mc", "samples": 300}
+    options = {"weights": WEIGHTS, "estimator": "mc", "samples": 100}
     F = natgrad.fisher(model, LOSSES, data, structure, generator=torch.Generator().manual_seed(0), **options)
-    assert (F.to_dense() - exact).norm() < 0.15 * exact.norm()
+    assert (F.to_dense() - exact).norm() < 0.26 * exact.norm()
 
 
 def test_a_weight_of_zero_leaves_the_other_term():

@@ -87,6 +87,7 @@ def test_sharded_models_are_refused(ranks):
     assert all("the model's parameters are sharded over ranks (fully_shard)" in s for s in said)
 
 
+@pytest.mark.long  # seven processes
 def test_inspect_under_torchrun(tmp_path):
     """Each process gives its own part of the data; one of them prints and writes, what one process would."""
     (tmp_path / "own_problem.py").write_text(

@@ -49,6 +49,7 @@ def number(pattern, line):
     return float(found[1])
 
 
+@pytest.mark.long
 def test_kfac_gets_further_than_adamw_in_as_many_steps(result):
     line = result("train")
     assert number("steps: KFAC", line) < 0.7 * number(r"AdamW", line)

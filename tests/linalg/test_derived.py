@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import natgrad
 from cases import block_diagonal, centered, coordinates, corrected_centered, exact, eye, kronecker, wide
 from natgrad.linalg import ColumnBlock, Dense, Diagonal, ExactBlock, Operator
+from natgrad.linalg.combination import Scaled
 from oracles import close, f64, flatten, randn, spd
 
 TOL = 1e-8
@@ -23,6 +24,12 @@ def few_columns(d_out, d_in, seed):
     h, g = randn(n, 2, d_in, seed=seed), randn(n, 1, 2, d_out, seed=seed + 1)
     S = torch.stack([torch.cat([(g[i, 0].mT @ h[i]).flatten(), g[i, 0].sum(0)]) for i in range(n)], 1)
     return ExactBlock(h, g, bias=True, scale=1 / n), S @ S.mT / n
+
+
+def multiple(d_out, d_in, seed):
+    """A multiple of an operator whose class has no multiples of its own."""
+    case = exact(d_out, d_in, seed)
+    return Scaled(case.op, 0.5), 0.5 * case.dense
 
 
 def unlike(d_out, d_in, seed):
@@ -114,6 +121,7 @@ TABLE = {
     "few columns, inverse": Row(inverse_of(few_columns), lacks=DAMPED),
     "few columns, power": Row(power_of_few_columns, lacks=DAMPED),
     "few columns, twice the power": Row(twice(power_of_few_columns), lacks=DAMPED),
+    "multiple": Row(multiple),
     "minus exact": Row(minus_exact, refuses=DEFINITE),
     "sum": Row(unlike, lacks=PRODUCTS),
     "sum, named": Row(unlike_named, lacks=PRODUCTS),
@@ -217,6 +225,8 @@ def test_power(name, d_out, d_in, seed, exponent):
     e, U = torch.linalg.eigh(dense)
     e = torch.where(e > 1e-12 * e[-1], e, 0.0)  # of a singular matrix, zeros but for rounding
     close(op.power(exponent).to_dense(), (U * e**exponent) @ U.mT, TOL)
+    if TABLE[name].can("damped power"):
+        close(op.power(-exponent, DAMPING).to_dense(), (U * (e + DAMPING) ** -exponent) @ U.mT, TOL)
 
 
 @every

@@ -252,7 +252,7 @@ torch.save(model.state_dict(), path.with_suffix(".end"))
 """
 
 
-@pytest.mark.long  # three processes; `test_robustness.py` resumes within one
+@pytest.mark.long  # three processes; `test_resuming.py` resumes within one
 @pytest.mark.parametrize("last", [6, 13])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(last, tmp_path):
     script = tmp_path / "training.py"

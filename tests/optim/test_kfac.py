@@ -1,6 +1,7 @@
 """KFAC's step against dense algebra on inputs and gradients that are captured by hand.
 
-`test_step.py` has the plain step and its invariances, `test_robustness.py` bad input and resuming.
+`test_step.py` has the plain step and its invariances, `test_kfac_input.py` bad input, `test_resuming.py` saving and
+resuming.
 """
 
 import copy

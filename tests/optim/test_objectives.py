@@ -181,6 +181,7 @@ def test_a_policys_step_goes_to_the_bound_along_the_natural_gradient(maker):
     start = flatten(dict(model.named_parameters())).clone()
     logits = model(X)
     opt.predict(logits)
+    opt.zero_grad()  # between prediction and backward, as in many loops
     surrogate(lambda _: logits).backward()
     opt.step()
     expected = start - math.sqrt(0.01 / (0.5 * float(d @ (F @ d)))) * d

@@ -145,8 +145,8 @@ class TestSchedule:
         spec = read_spec("s", "s.toml", """
         seeds = 1
         steps = 10
-        tasks = ["text-64"]
-        batch = 1
+        tasks = ["classifier"]
+        batch = 10
         evaluations = 2
         [schedule]
         warmup = 0.2
@@ -157,7 +157,7 @@ class TestSchedule:
         use = "AdamW"
         length = 0.5
         """)  # fmt: skip
-        jobs = [spec.job(spec.tasks[0], o, o.settings["text-64"][0], 0) for o in spec.optimizers]
+        jobs = [spec.job(spec.tasks[0], o, o.settings["classifier"][0], 0) for o in spec.optimizers]
         results = [perform(job) for job in jobs]
         assert [r["curve"][-1]["step"] for r in results] == [10, 5]
         assert all(r["status"] == "finished" for r in results)

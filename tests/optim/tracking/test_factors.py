@@ -94,6 +94,11 @@ def by_hand_after_a_skipped_one(model, loss, opt):
     by_hand(model, loss, opt)
 
 
+def by_hand_beside_a_loss_that_is_only_read(model, loss, opt):
+    by_hand(model, loss, opt)
+    loss(model(X[:8] + 1), Y[:8]).item()
+
+
 def summed_and_divided(model, loss, opt):
     for part in (slice(0, 12), slice(12, 24)):
         loss(model(X[part]), Y[part]).backward()
@@ -130,7 +135,7 @@ def after_a_failed_backward(model, loss, opt):
 WAYS = [
     plain, scaled, looked_at, of_one_layer_first, penalized_slope, adversarial, adversarial_alone,
     into_the_inputs_first, in_two_parts, by_hand, by_hand_one_by_one, by_hand_after_a_skipped_one,
-    summed_and_divided, sharpness_aware,
+    by_hand_beside_a_loss_that_is_only_read, summed_and_divided, sharpness_aware,
     after_a_failed_backward,
 ]  # fmt: skip
 
