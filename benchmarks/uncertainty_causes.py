@@ -199,6 +199,7 @@ def main() -> None:
         "--sets", nargs="*", default=["iris", "wine", "breast_cancer", "digits", "diabetes", "auto mpg"]
     )
     parser.add_argument("--exact", nargs="*", default=["iris", "wine", "breast_cancer", "diabetes", "auto mpg"])
+    parser.add_argument("--beside", action="store_true", help="compare with laplace-torch alone")
     parser.add_argument("--results", type=Path, help="a JSON file for the values of all splits")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -212,7 +213,14 @@ def main() -> None:
     console.print(f"{options.splits} splits; {machine()}")
     results: dict[str, Any] = {}
     own = sets()
-    for name in options.sets:
+    for name in options.sets if options.beside else []:
+        largest = 0.0
+        for seed in range(options.splits):
+            s = split(own[name], seed)
+            prior, noise = chosen(s, seed)
+            largest = max(largest, laplace_torch(s, trained(s, seed, prior, noise), prior, noise)[1])
+        console.print(f"{name}: laplace-torch's predictions differ from natgrad's by at most {largest:.0e}")
+    for name in [] if options.beside else options.sets:
         found = measured(own[name], options.splits, name in options.exact, peer)
         largest = max(found.pop("differs by", {"NLL": [0.0]})["NLL"])
         figures = list(found["MAP"])

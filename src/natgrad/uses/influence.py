@@ -164,8 +164,9 @@ def influence(
         _check_alone(structure, query=query, refine=refine, factors=factors)
         stretches = read_segments(objective.model, checkpoints, times, segments)
         assert asked is not None
-        own = list(query_gradients(asked, query, columns))
-        gradients, layers = torch.cat([g for g, _ in own]), [layer for _, its in own for layer in its]
+        parts, of_each = zip(*query_gradients(asked, query, columns), strict=True)
+        gradients, layers = torch.cat(parts), [layer for its in of_each for layer in its]
+        del parts
         found = []
         with weights_kept(objective.model):
             matrices = [(averaged(objective, s.states, structure, options), s.time) for s in stretches]
