@@ -1,12 +1,12 @@
-"""Digits learned on as many processes as there are, with checkpoints that any other number of them resumes from.
+"""Training on digits with any number of processes, and checkpoints that any other number of processes can resume from.
 
 python examples/several_ranks.py
 torchrun --nproc-per-node 2 examples/several_ranks.py
 torchrun --nproc-per-node 2 --max-restarts 3 examples/several_ranks.py --shard --folder checkpoints
 
-Started again with the same folder, it goes on from the last checkpoint there, as torchrun does where a rank has died.
-With gloo, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for that: each start then has a store of its own, and does not look
-for the processes of the last one.
+If you start it again with the same folder, it continues from the last checkpoint there. torchrun restarts it in this
+way if a rank dies. With gloo, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for such restarts: each start then has its own
+store, and does not look for the processes of the last start.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """An actor-critic: the natural policy gradient of a pole on a cart, with a value head beside the policy.
 
-`opt.predict` takes the curvature of the policy's distribution; the gradient is that of the advantages. The value head's
-squared error is a term of its own, and each step goes as far as `max_kl` allows (ACKTR, arXiv:1708.05144).
+`opt.predict` gives the curvature of the policy's distribution; the gradient comes from the advantages. The squared
+error of the value head is a second term. `max_kl` bounds the length of each step (ACKTR, arXiv:1708.05144).
 
     python examples/gallery/actor_critic.py FOLDER
 """

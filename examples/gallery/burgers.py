@@ -1,7 +1,7 @@
 """A differential equation by plain autograd: Burgers' equation, u_t + u u_x = ν u_xx, which makes a steep front.
 
-The model's forward takes the derivatives itself, by `torch.autograd.grad`. Its objective has two terms, the equation
-inside and what is known at the start and at the ends. The exact natural gradient is here the Gauss-Newton step.
+The model's forward pass computes the derivatives with `torch.autograd.grad`. The objective has two terms: the equation
+inside, and the known values at the start and at both ends. The exact natural gradient is the Gauss-Newton step here.
 
     python examples/gallery/burgers.py FOLDER
 """

@@ -1,7 +1,8 @@
 """Learn a second task without forgetting the first: elastic weight consolidation.
 
-While the second task is learned, c/2 (θ − θ*)ᵀ F (θ − θ*) holds the weights where the first needs them. F is the first
-task's Fisher matrix: all that is kept of it. The tasks are upright digits, and the same turned by 90 degrees.
+While the second task is learned, the penalty c/2 (θ − θ*)ᵀ F (θ − θ*) protects the weights that the first task needs. F
+is the first task's Fisher matrix, and its data are not used again. The tasks are upright digits and digits turned by 90
+degrees.
 
     python examples/gallery/continual.py FOLDER
 """

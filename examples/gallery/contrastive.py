@@ -1,7 +1,7 @@
-"""Contrastive training, as SimCLR: the encoding of a picture finds that of another view of it among all the others.
+"""Contrastive training, as in SimCLR: from the encoding of one view of a picture, find that of the other view.
 
-The model returns the similarities of all views with one another. The loss is the cross-entropy with the right partner.
-Afterwards a linear classifier of the encodings says what they are worth.
+The model returns the similarities of all pairs of views. The loss is the cross-entropy with the right partner.
+Afterwards, a linear classifier of the encodings measures how good they are.
 
     python examples/gallery/contrastive.py FOLDER
 """

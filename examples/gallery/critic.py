@@ -1,7 +1,8 @@
 """A critic with a gradient penalty, as in WGAN-GP: how far are two clouds of points from one another?
 
-The critic f maximizes its mean difference between the clouds with |∇f| held to one between them. The difference has no
-curvature in the output: `opt.plus` adds it to the objective. The penalty is a squared error of what the model returns.
+The critic f maximizes the difference of its means on the two clouds, while a penalty keeps |∇f| close to one between
+them. The difference has no curvature in the output: `opt.plus` adds it to the objective. The penalty is a squared
+error.
 
     python examples/gallery/critic.py FOLDER
 """

@@ -1,6 +1,6 @@
 """A detection head: which digit is in a picture, and in which box?
 
-The objective has two terms on one trunk: cross-entropy for the class and a smooth absolute error for the box.
+The objective has two terms on one shared network: cross-entropy for the class and a smooth absolute error for the box.
 
     python examples/gallery/detection.py FOLDER
 """

@@ -1,4 +1,4 @@
-"""Natural gradients beside Adam at equal processor time: what the recipes for objectives share.
+"""Natural gradients and Adam in equal processor time: the code that the recipes for objectives share.
 
 All runs start from the same weights and draw the same random numbers. They take turns, so that a busy machine slows all
 of them down alike. Adam has the best of four learning rates.

@@ -1,7 +1,7 @@
 """Influence functions: which training examples does a prediction rest on?
 
-Without example i the test loss changes by ∇ℓᵀ (F + λI)⁻¹ ∇ℓ_i / N, to first order: its score over N. The weight decay
-is the damping λ. Checked by training again without each of the most influential examples.
+Without example i, the test loss changes by ∇ℓᵀ (F + λI)⁻¹ ∇ℓ_i / N to first order: the score of i divided by N. The
+damping λ is the weight decay. The script checks this by training again without each of the most influential examples.
 
     python examples/gallery/influence.py FOLDER
 """

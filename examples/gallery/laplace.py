@@ -1,7 +1,7 @@
 """A Laplace posterior: how sure is a trained network, and where?
 
-The posterior is a Gaussian about the trained weights. The prior's precision and the noise are those of the largest
-marginal likelihood. Predictions are those of the network linearized in its weights, and so are the draws.
+The posterior is a Gaussian around the trained weights. The prior's precision and the noise maximize the marginal
+likelihood. Predictions and draws come from the network linearized in its weights.
 
     python examples/gallery/laplace.py FOLDER
 """

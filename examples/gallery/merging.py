@@ -1,8 +1,8 @@
-"""Merge two models that were tuned on different data, with their Fisher matrices in the place of the data.
+"""Merge two models that were tuned on different data, with their Fisher matrices instead of the data.
 
-The merged weights minimize Σ_i (θ − θ_i)ᵀ F_i (θ − θ_i) + 2λ ‖θ − θ̄‖²: each model holds on to what its own F_i says it
-needs, and what neither needs is averaged. One was tuned on upright digits, the other on digits turned by 90 degrees.
-λ is chosen on digits that are neither in the training nor in the test set.
+The merged weights minimize Σ_i (θ − θ_i)ᵀ F_i (θ − θ_i) + 2λ ‖θ − θ̄‖²: each model keeps the weights that its own F_i
+says it needs, and all others are averaged. One was tuned on upright digits, the other on digits turned by 90 degrees. λ
+is chosen on digits that are neither in the training nor in the test set.
 
     python examples/gallery/merging.py FOLDER
 """

@@ -1,7 +1,7 @@
 """Solve a differential equation, −Δu = f on the unit square with u = 0 on its boundary, by a network for u.
 
-The model's output is the equation's residual at each point; the loss is its square. The exact natural gradient over
-all parameters, for this loss the Gauss-Newton step, has its step size and damping from the loss itself.
+The model's output is the equation's residual at each point; the loss is its square. The exact natural gradient over all
+parameters is the Gauss-Newton step for this loss. Its damping is adapted to the measured loss.
 
     python examples/gallery/pinn.py FOLDER
 """

@@ -1,8 +1,8 @@
-"""Prune a network: which weights can go, and what must the others do about it?
+"""Prune a network: which weights can be removed, and how do the others compensate?
 
 Removing weights R costs ½ w_Rᵀ (Σ_RR)⁻¹ w_R where Σ = (F + λI)⁻¹, if the others move by −Σ_·R (Σ_RR)⁻¹ w_R: the optimal
-brain surgeon. A diagonal F gives the optimal brain damage, where nothing else moves. Weights go in rounds, those with
-the least w²/Σ_qq first; what is left of Σ after each round is that of the weights that remain.
+brain surgeon. A diagonal F gives optimal brain damage, in which no other weight moves. Weights are removed in rounds,
+those with the smallest w²/Σ_qq first. After each round, Σ is updated to that of the remaining weights.
 
     python examples/gallery/pruning.py FOLDER
 """

@@ -1,7 +1,8 @@
 """Train a classifier with K-FAC in place of AdamW.
 
-The only lines that differ are the optimizer's and the loss's. KFAC has nothing to tune; AdamW has the best of a few
-learning rates here. Both start from the same weights and see the same batches of scikit-learn's digits.
+Only two lines differ: the one that makes the optimizer and the one that computes the loss. KFAC has nothing to tune;
+AdamW has the best of a few learning rates here. Both start from the same weights and see the same batches of
+scikit-learn's digits.
 
     python examples/gallery/train.py FOLDER
 """

@@ -1,7 +1,7 @@
 """A variational autoencoder of digits: an objective of two terms, reconstruction and divergence.
 
-Minus the evidence lower bound is a Bernoulli likelihood of the pixels, which torch has, plus KL(q(z|x) ‖ N(0, I)),
-which it has not: Convex makes a loss of the function.
+The negative evidence lower bound has two terms. The first is the Bernoulli likelihood of the pixels, which is a loss of
+torch. The second is KL(q(z|x) ‖ N(0, I)), which is not: Convex makes a loss from a function for it.
 
     python examples/gallery/vae.py FOLDER
 """

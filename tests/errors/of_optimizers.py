@@ -91,7 +91,7 @@ ROWS = [
      "output is a str; expected a function from what the model returns to what the loss takes"),
     ("a seed for KFAC", lambda: kfac(generator=0), TypeError, "generator is an int; expected a torch.Generator"),
     ("a bound without a model", lambda: kfac(structure="input", orthogonalize=True, lr=0.1, momentum=0.9, max_kl=1.0),
-     ValueError, "max_kl needs the quadratic model where orthogonalize=True; leave out lr, or max_kl"),
+     ValueError, "max_kl with orthogonalize=True needs an adaptive step size; leave out lr, or max_kl"),
     ("PRONG without a step size", lambda: prong(lr=None), ValueError, "lr=None is not usable: expected a number >= 0"),
     ("a loss given to PRONG", lambda: natgrad.PRONG(net(), CE), ValueError, "lr is a CrossEntropyLoss, which is not"),
     ("PRONG's epsilon of zero", lambda: prong(epsilon=0), ValueError, "epsilon=0 is not usable: expected a number > 0"),
@@ -102,7 +102,7 @@ ROWS = [
      "tolerance=1 is not usable: expected a number in (0, 1), or None"),
     ("no iterations", lambda: natural(max_iterations=0), ValueError, "max_iterations=0 is not usable: "),
     ("a random matrix by products", lambda: natural(solver="cg", estimator="mc"), ValueError,
-     "solver='cg' has products of the exact matrix only; got estimator='mc': leave one of them out"),
+     "solver='cg' works only with estimator='exact'; got estimator='mc': leave one of them out"),
     # Calls
     ("a step at once", calls(lambda opt: opt.step()), RuntimeError, f"step() came before any loss: {ORDER}"),
     ("a step without backward", calls(loss, lambda opt: opt.step()), RuntimeError,

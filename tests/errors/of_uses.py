@@ -97,7 +97,7 @@ ROWS = [
     ("the noise of a loss that has none", lambda: laplace().log_marginal_likelihood(sigma_noise=1.0), ValueError,
      "sigma_noise is the noise of one nn.MSELoss, and the loss is CrossEntropyLoss", "leave it out"),
     ("the noise of several losses", lambda: of_terms().fit_prior(noise=True), ValueError,
-     "noise=True is for one loss: with several the noises weigh the terms in the matrix", "sigma_noise={...}"),
+     "noise=True is for one loss: with several losses the matrix depends on their noises", "sigma_noise={...}"),
     ("a term that is none", lambda: of_terms().predict(X, term="boxes"), ValueError,
      "term='boxes' is unknown; expected one of 'class', 'box'; did you mean 'box'?"),
     # Influence
@@ -129,7 +129,7 @@ ROWS = [
      "fraction=0.99 of 8 training examples are 8; expected at least 1, and fewer than all"),
     ("a path that is a number", lambda: lds(path=3), TypeError, "path is an int; expected the name of a file"),
     ("a line that is no result", lambda: lds_from('{"subset": 1}'), ValueError,
-     "has a line that is no result, '{\"subset\": 1}'; expected those that natgrad.lds wrote", "give another path"),
+     "has a line that is not a result, '{\"subset\": 1}'; expected those that natgrad.lds wrote", "give another path"),
     # Editing
     ("a model with a NaN", lambda: natgrad.prune(with_a_nan(), 1.0 * fisher(MODEL)), ValueError,
      "'0.weight' of the model has entries that are not finite; look for a training that diverged"),

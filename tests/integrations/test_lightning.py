@@ -132,7 +132,7 @@ def test_a_scheduler_of_a_given_step_size():
 
 
 def test_a_scheduler_of_an_adapted_step_size_is_refused():
-    with pytest.raises(ValueError, match=r"lr, which is None here: it is adapted at every step\. Give numbers"):
+    with pytest.raises(ValueError, match=r"lr, because lr is None: it is adapted at every step\. Give numbers"):
         fit(Classifier({}, lambda opt: torch.optim.lr_scheduler.StepLR(opt, 5)))
 
 

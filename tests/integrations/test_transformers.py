@@ -207,7 +207,9 @@ def test_what_a_step_did_is_logged_with_the_loss(tmp_path):
 def test_a_schedule_of_an_adapted_step_size_is_refused(tmp_path):
     model = gpt2()
     own = trainer(model, kfac(model, ADAPTIVE), tmp_path, lr_scheduler_type="linear")
-    with pytest.raises(ValueError, match=r"lr_scheduler_type='linear' is to change lr, which is None here.*'constant'"):
+    with pytest.raises(
+        ValueError, match=r"lr_scheduler_type='linear' cannot change lr, because lr is None.*'constant'"
+    ):
         own.train()
 
 

@@ -64,7 +64,7 @@ class TestAsATorchOptimizer:
     )
     def test_a_scheduler_has_nothing_to_change_where_the_step_size_is_adapted(self, name, options):
         _, opt = made()
-        with pytest.raises(ValueError, match=r"a scheduler .* is to change lr, which is None"):
+        with pytest.raises(ValueError, match=r"a scheduler .* cannot change lr, because lr is None"):
             getattr(torch.optim.lr_scheduler, name)(opt, **options)
 
     def test_nor_one_that_writes_numbers_where_there_were_none(self):
@@ -73,7 +73,7 @@ class TestAsATorchOptimizer:
             lambda: torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10),
             lambda: step(model, opt),  # as the numbers are in the groups now
         ):
-            with pytest.raises(ValueError, match=r"a scheduler .* is to change lr, which is None"):
+            with pytest.raises(ValueError, match=r"a scheduler .* cannot change lr, because lr is None"):
                 attempt()
 
     def test_a_rejected_step_has_the_figures_of_any_other(self):

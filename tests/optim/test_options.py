@@ -69,5 +69,5 @@ def test_what_is_wrong_is_said(options, message):
 
 
 def test_options_that_the_exact_step_has_not():
-    with pytest.raises(ValueError, match=r"Damping\(floor=0.1\) is no option of NaturalGradient"):
+    with pytest.raises(ValueError, match=r"Damping\(floor=0.1\) is not an option of NaturalGradient"):
         natgrad.NaturalGradient(nn.Linear(2, 2), nn.MSELoss(), damping=Damping(floor=0.1))

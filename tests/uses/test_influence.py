@@ -117,7 +117,7 @@ def test_factors_are_used_again(tmp_path):
     F.save(tmp_path / "factors.safetensors")
     found = natgrad.influence(model, loss, train, query, factors=natgrad.load(tmp_path / "factors.safetensors"))
     assert torch.equal(found, natgrad.influence(model, loss, train, query))
-    with pytest.raises(ValueError, match=r"factors are of another model or of other parameters: '0.weight' has shape"):
+    with pytest.raises(ValueError, match=r"factors belong to another model or other parameters: '0.weight' has shape"):
         natgrad.influence(net(4, 7, 3), loss, train, query, factors=F)
     with pytest.raises(ValueError, match="give the matrix of this model, and the same params="):
         natgrad.influence(model, loss, train, query, factors=F, params=["0.weight"])

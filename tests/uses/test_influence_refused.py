@@ -22,7 +22,7 @@ def test_training_targets_that_are_no_numbers_are_named(query):
 
 def test_a_measure_of_no_query_is_refused():
     model, loss, train, _ = problem()
-    with pytest.raises(ValueError, match="measure= is of the queries, and there are none; give query="):
+    with pytest.raises(ValueError, match="measure= is for queries, and there are none; give query="):
         natgrad.influence(model, loss, train, measure=lambda f, y: f[:, 0])
 
 

@@ -116,9 +116,9 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     model, loss, data = problem()
     path = tmp_path / "posterior.safetensors"
     natgrad.laplace(model, loss, data, subset="last_layer").save(path)
-    with pytest.raises(ValueError, match=r"is of another model: '2\.weight', of shape"):
+    with pytest.raises(ValueError, match=r"is for another model: its '2\.weight' of shape"):
         LaplacePosterior.load(path, net(4, 6, 3), loss)
-    with pytest.raises(ValueError, match="is of a model under CrossEntropyLoss and loss is MSELoss"):
+    with pytest.raises(ValueError, match="is for the loss CrossEntropyLoss, but loss is MSELoss"):
         LaplacePosterior.load(path, model, nn.MSELoss())
     with pytest.raises(ValueError, match=r"holds a dict, not a matrix.*LaplacePosterior.load"):
         natgrad.load(path)
@@ -133,7 +133,7 @@ def test_a_model_that_was_trained_on_is_refused(name):
     P = natgrad.laplace(model, loss, data, subset="last_layer")
     with torch.no_grad():
         dict(model.named_parameters())[name].add_(0.1)
-    with pytest.raises(ValueError, match=f"'{name}' has changed since the posterior was taken"):
+    with pytest.raises(ValueError, match=f"'{name}' has changed since the posterior was computed"):
         P.predict(data[0])
 
 

@@ -135,7 +135,7 @@ def test_lines_that_are_no_results_are_said(tmp_path):
     whole = path.read_text()
     for line in ('{"subset": 1}', "[1, 2]", '{"subset": 1, "losses": [1.0]}', '{"subset": "a", "losses": []}'):
         path.write_text(f"{whole}{line}\n")
-        with pytest.raises(ValueError, match="has a line that is no result"):
+        with pytest.raises(ValueError, match="has a line that is not a result"):
             natgrad.lds(scores, retrain, subsets=3, path=path)
         assert path.read_text() == f"{whole}{line}\n"
 

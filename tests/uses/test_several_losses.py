@@ -162,7 +162,7 @@ def test_checkpoints_of_several_terms():
 
 def test_what_has_no_meaning_is_refused_by_name():
     model, train = problem()
-    with pytest.raises(ValueError, match=r"measure is a function.*the losses are several; expected the name of one"):
+    with pytest.raises(ValueError, match=r"measure is a function, but there are several losses; expected the name of one of them"):
         natgrad.influence(model, LOSSES, train, train, measure=lambda f, y: f[:, 0])
     with pytest.raises(ValueError, match="measure='clas' is no term; expected one of 'class', 'box'"):
         natgrad.influence(model, LOSSES, train, train, measure="clas")
@@ -277,7 +277,7 @@ def test_a_posterior_of_several_losses_is_saved_and_read(tmp_path):
     assert torch.equal(Q.predict(x)["class"], P.predict(x)["class"])
     assert torch.equal(Q.predict(x)["box"].variance, P.predict(x)["box"].variance)
     assert torch.equal(Q.log_marginal_likelihood(), P.log_marginal_likelihood())
-    with pytest.raises(ValueError, match=r"is of a model under 'class': CrossEntropyLoss, 'box': MSELoss and loss is"):
+    with pytest.raises(ValueError, match=r"is for the loss 'class': CrossEntropyLoss, 'box': MSELoss, but loss is"):
         natgrad.LaplacePosterior.load(path, model, {"class": nn.CrossEntropyLoss(), "box": nn.L1Loss()})
 
 
@@ -297,7 +297,9 @@ def test_the_last_layer_of_every_head():
 def test_what_a_posterior_of_several_losses_refuses():
     P, model, data = posterior()
     x = data[0]
-    with pytest.raises(ValueError, match="noise=True is for one loss: with several the noises weigh the terms"):
+    with pytest.raises(
+        ValueError, match="noise=True is for one loss: with several losses the matrix depends on their noises"
+    ):
         P.fit_prior(noise=True)
     with pytest.raises(ValueError, match="sigma_noise cannot be set with several losses"):
         P.sigma_noise = 0.3

@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_said(tmp_path):
         ask([own, own], [1.0])
     with pytest.raises(ValueError, match=r"times has 0; expected numbers above zero"):
         ask([own, own], [1.0, 0])
-    with pytest.raises(ValueError, match="3 checkpoints cannot be shared out among segments=2"):
+    with pytest.raises(ValueError, match="3 checkpoints cannot be divided into segments=2 equal parts"):
         ask([own] * 3, segments=2)
     with pytest.raises(
         ValueError, match=r"checkpoints\[1\] is of another model: '0.weight' is .* expected a state dict"
@@ -200,13 +200,13 @@ def test_what_does_not_fit_is_said(tmp_path):
         ask([own], math.inf, damping=0.0, structure="dense")
     with pytest.raises(ValueError, match="there is no self-influence; give query="):
         ask([own], query=None)
-    with pytest.raises(ValueError, match="refine=3 solves with one matrix"):
+    with pytest.raises(ValueError, match="refine=3 works with one matrix"):
         ask([own], refine=3)
     with pytest.raises(ValueError, match="leave factors out"):
         ask([own], factors=natgrad.fisher(model, loss, train))
     with pytest.raises(ValueError, match="structure='implicit' has no eigenvectors"):
         ask([own], structure="implicit")
-    with pytest.raises(ValueError, match="times= and segments= are of checkpoints="):
+    with pytest.raises(ValueError, match="times= and segments= need checkpoints="):
         natgrad.influence(model, loss, train, query, times=1.0)
 
 

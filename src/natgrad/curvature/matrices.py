@@ -70,7 +70,7 @@ def fisher(
             losses: the terms of a sum. Outputs and targets are then dictionaries with the same keys.
         data: one `(input, target)` pair, or an iterable of such batches. A tuple of tensors is one batch. A list is a
             list of batches. A list of two tensors is one pair if `forward` is not given, because a `DataLoader`
-            collates pairs into lists, and two batches if it is given.
+            collates pairs into lists. If `forward` is given, it is a list of two batches.
         structure: `"kfac"` (a Kronecker product for each layer), `"ekfac"` (its eigenbases with corrected
             eigenvalues), `"kfoc"` (the Kronecker product nearest to the exact block), `"low_rank"` (the largest
             eigenvalues of the exact block, plus a diagonal), `"diagonal"`, `"block"` (the exact block of each layer,
@@ -90,8 +90,8 @@ def fisher(
             function: the tensors by name.
         forward: `forward(model, batch)` returns `(output, target)`. Needed if batches are not `(input, target)` pairs.
         generator: the source of the random labels of `"mc"`.
-        dtype: the dtype of the matrix and of its sums, float32 or float64. Default: that of the parameters, and float32
-            for a model in half precision.
+        dtype: the dtype of the matrix and of its sums, float32 or float64. Default: the dtype of the parameters, or
+            float32 for a model in half precision.
         progress: show a progress bar over the batches.
         weights: weights of the terms by name, if there are several losses. Default: 1 for each.
 

@@ -49,7 +49,7 @@ def residual(
     chunk: int = 2000,
     compare: Iterable[str] = (),
 ) -> ResidualReport:
-    """How good K-FAC is on a model and data: for each layer the residual `R = G − A ⊗ B`, its norm and its causes.
+    """How good K-FAC is for a model on data: the norm of the residual `R = G − A ⊗ B` of each layer, and its causes.
 
     `G = E[x xᵀ ⊗ Σ_k g_k g_kᵀ]` is the layer's block of `fisher(..., "block")`, and `A ⊗ B` is its block of
     `fisher(..., "kfac")`. So `R` is the covariance of `X = x xᵀ` and `Y = Σ_k g_k g_kᵀ`. Its squared norm is their

@@ -1,6 +1,6 @@
-"""For who trains with Lightning, Hugging Face's Trainer, Accelerate, TensorBoard: what these need beside the optimizer.
+"""Support for training with Lightning, Hugging Face's Trainer, Accelerate and TensorBoard.
 
-`natgrad.integrations.lightning` and `natgrad.integrations.transformers` need the packages that they are named after.
+`natgrad.integrations.lightning` and `natgrad.integrations.transformers` need the packages of the same names.
 """
 
 from natgrad.integrations.diagnostics import DiagnosticsWriter, scalars, texts

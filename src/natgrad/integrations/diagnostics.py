@@ -1,4 +1,4 @@
-"""`opt.diagnostics` for loggers: numbers by name, and words."""
+"""`opt.diagnostics` for loggers: numbers and texts by name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def scalars(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, float]:
-    """The numbers of `opt.diagnostics` by flat names, for `wandb.log` and whatever else takes a dictionary.
+    """The numbers in `opt.diagnostics` by flat names, for `wandb.log` and other functions that take a dictionary.
 
-    Truth values are 0 and 1, nested dictionaries give names with slashes. What is None or in words is left out: `texts`
-    has the words. `step` is left out too, as loggers have their own.
+    Truth values become 0 and 1, and nested dictionaries give names with slashes. Texts and None are left out: `texts`
+    returns the texts. `step` is left out too, because loggers count steps themselves.
 
     Args:
         diagnostics: of a step.
@@ -26,7 +26,7 @@ def scalars(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str
 
 
 def texts(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, str]:
-    """The words of `opt.diagnostics` by flat names: why a step was rejected, which layers have diagonal factors.
+    """The texts in `opt.diagnostics` by flat names: why a step was rejected, which layers have diagonal factors.
 
     Args:
         diagnostics: of a step.
@@ -43,10 +43,10 @@ def texts(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, 
 class DiagnosticsWriter:
     """Writes `opt.diagnostics` to TensorBoard, or to any writer that has `add_scalar(name, value, step)`.
 
-    Words go to the writer's `add_text`, if it has one, where they have changed.
+    Texts go to the writer's `add_text`, if it has this method, whenever they have changed.
 
     Args:
-        writer: say a `torch.utils.tensorboard.SummaryWriter`.
+        writer: for example a `torch.utils.tensorboard.SummaryWriter`.
         prefix: what the names begin with.
 
     Raises:
@@ -70,7 +70,7 @@ class DiagnosticsWriter:
         self._said: dict[str, str] = {}
 
     def write(self, diagnostics: Mapping[str, Any], step: int | None = None) -> None:
-        """Writes those of one step. Without `step` it is the optimizer's own count."""
+        """Writes the diagnostics of one step. Without `step`, the optimizer's own count is used."""
         step = diagnostics.get("step") if step is None else step
         for name, value in scalars(diagnostics, self.prefix).items():
             self.writer.add_scalar(name, value, step)

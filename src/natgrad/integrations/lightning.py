@@ -1,4 +1,4 @@
-"""Lightning: its trainer runs natgrad's optimizers as they are; this logs what their steps did."""
+"""Lightning: a callback that logs diagnostics. The trainer itself needs no changes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from natgrad.integrations.diagnostics import DiagnosticsWriter, scalars
 
 
 class LogDiagnostics(pl.Callback):
-    """A callback that sends `opt.diagnostics` to the trainer's loggers: every `log_every_n_steps` steps, and where a
+    """A callback that sends `opt.diagnostics` to the trainer's loggers every `log_every_n_steps` steps, and whenever a
     step was rejected, with the reason.
 
         Trainer(callbacks=[LogDiagnostics()])
 
-    It takes the place of `LearningRateMonitor`, which has no number to show where `lr` is adapted: `natgrad/lr` is the
-    step size that was taken. Loggers get numbers; those with TensorBoard's writer get words too.
+    Use it instead of `LearningRateMonitor`, which has no number to show if `lr` is adaptive: `natgrad/lr` is the step
+    size that was taken. Loggers get numbers. Those with a TensorBoard writer also get texts.
 
     Args:
-        prefix: what the names begin with. Where there are several optimizers, their number comes next.
+        prefix: what the names begin with. If there are several optimizers, the number of the optimizer follows.
 
     Example:
         >>> import torch, natgrad, lightning.pytorch as pl

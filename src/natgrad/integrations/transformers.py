@@ -25,27 +25,28 @@ class Trainer(transformers.Trainer):
         opt = natgrad.KFAC(model, nn.CrossEntropyLoss())
         Trainer(model, args, train_dataset=data, optimizers=(opt, None))
 
-    The loss is the optimizer's, on the model's `logits` and the batch's `labels`, of which -100 is left out. How the
-    two belong together, at the same position or at the next, the model's own loss tells: on the first batch of each
-    kind it is compared with the optimizer's, by value and by gradient, and what does not agree is an error. With
-    `natgrad.KFAC(model, "model")` the model's own loss is trained as it is. Microbatches and ranks count by their
-    labels, as in `transformers`. What a step did is logged with the loss.
+    The loss is the optimizer's, applied to the model's `logits` and the batch's `labels`; labels of -100 are left out.
+    The trainer finds out from the model's own loss whether a label belongs to the logits at its own position or at the
+    position before. On the first batch of each kind it compares the two losses by value and by gradient, and raises an
+    error if they differ. With `natgrad.KFAC(model, "model")` the model's own loss is minimized directly. Microbatches
+    and ranks are weighted by their numbers of labels, as in `transformers`. The diagnostics of a step are logged with
+    the loss.
 
-    Where `lr` is None, as is the default, the arguments must say `lr_scheduler_type="constant"`, and the learning rate
-    that is logged is the step size that was taken. `max_grad_norm`, 1 by default, clips as always: the step becomes
-    shorter by as much as the gradient. Set it to 0, with KFAC's `max_kl` in its place, for the full step.
+    If `lr` is None, which is the default, the arguments need `lr_scheduler_type="constant"`. The logged learning rate
+    is then the step size that was taken. `max_grad_norm` is 1 by default and clips as usual: the step becomes shorter
+    by the same factor as the gradient. For the full step, set it to 0. KFAC's `max_kl` can bound the step instead.
 
     Args:
-        read: None; or, where the optimizer's loss is not the model's own, `"same"` (each label belongs to the logits of
-            its own position), `"next"` (to those of the position before), or a function: `read(returned, labels)` gives
-            the loss's input and target. Nothing is compared then.
-        model, args, optimizers: and all else, as for `transformers.Trainer`.
+        read: None; or, if the optimizer's loss is not the model's own, `"same"` (each label belongs to the logits at
+            its own position), `"next"` (to those at the position before), or a function: `read(returned, labels)`
+            returns the loss's input and target. Then the losses are not compared.
+        model, args, optimizers: as for `transformers.Trainer`, like all other arguments.
 
     Raises:
-        TypeError: if `optimizers` has no optimizer of natgrad that follows a loss.
-        ValueError: if the arguments ask for label smoothing that the optimizer's loss has not, or for `DataParallel`;
-            by `train` and `evaluate`, if the optimizer's loss is another than the model's own, or than
-            `compute_loss_func`; by `train`, if the arguments have a scheduler of a step size that is adapted.
+        TypeError: if `optimizers` does not contain one of these optimizers.
+        ValueError: if the arguments ask for label smoothing that the optimizer's loss does not have, or for
+            `DataParallel`; by `train` and `evaluate`, if the optimizer's loss differs from the model's own or from
+            `compute_loss_func`; by `train`, if the arguments have a scheduler but the step size is adaptive.
 
     Example:
         >>> import tempfile, torch, natgrad, transformers
@@ -204,7 +205,7 @@ class Trainer(transformers.Trainer):
         kind = transformers.SchedulerType(self.args.lr_scheduler_type)
         if kind != transformers.SchedulerType.CONSTANT:
             raise ValueError(
-                f"lr_scheduler_type={kind.value!r} is to change lr, which is None here: it is adapted at every step. "
+                f"lr_scheduler_type={kind.value!r} cannot change lr, because lr is None: it is adapted at every step. "
                 "Give TrainingArguments(lr_scheduler_type='constant'), or numbers for lr and momentum to "
                 f"{type(self.following).__name__}"
             )

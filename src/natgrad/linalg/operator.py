@@ -69,8 +69,8 @@ class Operator(Spectral, ABC):
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         """The operator `(M + λ I)⁻¹`. It is factorized once: keep it for repeated solves.
 
-        The styles `"centered"` and `"factored"` damp in other ways. The optimizers use them: a centered solve, as a
-        change of a layer's function, does not depend on a shift of the layer's inputs.
+        The styles `"centered"` and `"factored"` damp in other ways. The optimizers use them: in centered coordinates, a
+        shift of a layer's inputs does not change what a step does to the layer's function.
 
         Args:
             damping: `λ`, a finite number, at least zero.
@@ -89,7 +89,7 @@ class Operator(Spectral, ABC):
         """The operator `(M + λ I)^exponent`.
 
         Args:
-            exponent: any number; −½ whitens.
+            exponent: any number. With −½ the operator whitens.
             damping: `λ`.
 
         Raises:
@@ -185,8 +185,8 @@ class Operator(Spectral, ABC):
     ) -> Any:
         """`(M + damping I)⁻¹ v`, in the form of `v`. For repeated solves, keep `inverse(damping)`.
 
-        With any of the last four arguments, the solution is by conjugate gradients, which need only products. Without
-        them, the structure decides: conjugate gradients for implicit matrices, else an exact inverse.
+        If any of the last four arguments is given, conjugate gradients compute the solution. They need only products.
+        Otherwise implicit matrices use conjugate gradients, and all other structures an exact inverse.
 
         Args:
             v: a vector in any form, or many along leading axes.
@@ -225,7 +225,8 @@ class Operator(Spectral, ABC):
         return self._form(self._inverse_factor(z, damping))
 
     def to_dense(self, order: str = "torch") -> Tensor:
-        """The dense matrix, `(size, size)`: rows of each parameter stacked (`"torch"`), or its columns (`"vec"`).
+        """The dense matrix, `(size, size)`. Parameters are flattened row by row (`order="torch"`) or column by column
+        (`"vec"`).
 
         Raises:
             ValueError: if the size is above `DENSE_LIMIT`.

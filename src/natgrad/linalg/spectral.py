@@ -25,10 +25,10 @@ class Spectral:
         return cast("Operator", self)
 
     def eigenvalues(self) -> Tensor:
-        """All eigenvalues, `(size,)`, in no particular order, from the structure: for K-FAC, products of the factors'.
+        """All eigenvalues, `(size,)`, in no particular order. For K-FAC they are products of the factors' eigenvalues.
 
         Raises:
-            TypeError: if the structure gives none, and it is too large to be formed.
+            TypeError: if the structure cannot compute them, and the matrix is too large to be formed.
         """
         found: Tensor = LATER["eigenvalues"](self)
         return found
@@ -92,7 +92,7 @@ class Spectral:
         return found
 
     def condition(self, damping: float = 0.0) -> Tensor:
-        """The largest eigenvalue of `M + damping I` divided by the smallest, a scalar: how hard it is to solve with.
+        """The condition number: the largest eigenvalue of `M + damping I` divided by the smallest, a scalar.
 
         It is exact if `eigenvalues()` gives all eigenvalues, else computed from the largest and the smallest by
         products.
@@ -107,10 +107,10 @@ class Spectral:
         return found
 
     def project(self, v: Any, keep: float, *, which: str = "smallest") -> Any:
-        """The part of `v` along the eigenvectors of the lowest (or the highest) curvature, in the form of `v`.
+        """The part of `v` along the eigenvectors with the lowest (or the highest) curvature, in the form of `v`.
 
-        A step projected on directions of low curvature changes the outputs on the matrix's own data little: it is an
-        edit that preserves the model's other abilities.
+        A step that is projected on directions of low curvature hardly changes the outputs on the data of the matrix. So
+        it can edit a model and preserve its other abilities.
 
         Args:
             v: a vector in any form, or many along leading axes.

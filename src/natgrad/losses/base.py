@@ -75,8 +75,8 @@ class OutputCurvature(ABC):
         check_choice("estimator", estimator, ESTIMATORS)
         if estimator != "exact" and not self.is_fisher:
             raise ValueError(
-                f"estimator={estimator!r} estimates the Fisher information, and the Gauss-Newton matrix of "
-                f"{type(self.module).__name__} is another; use natgrad.fisher, or estimator='exact'"
+                f"estimator={estimator!r} estimates the Fisher information, which differs from the Gauss-Newton matrix "
+                f"of {type(self.module).__name__}; use natgrad.fisher, or estimator='exact'"
             )
 
     def join(self, output: Any) -> Tensor:

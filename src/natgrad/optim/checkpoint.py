@@ -63,7 +63,7 @@ def load_checkpoint(opt: CurvatureOptimizer | NewtonMuon, path: str | PathLike[s
     paths: dict[str, Path] = {fqn: p[1:] for fqn, p in metadata.planner_data.items() if p[0] == key}
     if not paths:
         has = ", ".join(repr(k) for k in dict.fromkeys(str(p[0]) for p in metadata.planner_data.values()))
-        raise ValueError(f"{path} has no {key!r}; it has {has}. Say which is the optimizer's with key=")
+        raise ValueError(f"{path} has no {key!r}; it has {has}. Pass the key of the optimizer's state as key=")
 
     found: dict[Path, Any] = {}
 

@@ -50,7 +50,7 @@ class Decay:
         values = {self.of(n) for n in parameters}
         if len(values) > 1:
             raise ValueError(
-                f"the groups have weight decays of {sorted(values)} per unit of the loss's mean, and one matrix of all "
-                "parameters is damped by one; expected the same in all groups"
+                f"the groups have weight decays of {sorted(values)} per unit of the loss's mean, but the matrix "
+                "of all parameters has only one damping; expected the same in all groups"
             )
         return values.pop()

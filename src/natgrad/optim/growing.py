@@ -14,7 +14,7 @@ from natgrad.checks.values import check_count, check_generator
 
 class GrowingBatches(Sampler[list[int]]):
     """Batches of indices for `torch.utils.data.DataLoader(dataset, batch_sampler=...)`. Each batch is a little larger
-    than the last. The data are passed through in random order.
+    than the last. Each pass over the data is in random order.
 
     The `k`-th batch has `first · (last / first)^(k / steps)` indices, and after `steps` batches the size is `last`: an
     exponential schedule like that of Martens & Grosse (2015), section 13. One iteration is one pass over the data, and
@@ -60,7 +60,7 @@ class GrowingBatches(Sampler[list[int]]):
         self._taken = 0
 
     def size(self, k: int) -> int:
-        """Of the `k`-th batch, counted from 0."""
+        """The size of the `k`-th batch, counted from 0."""
         share = min(1.0, k / self.steps)
         return round(math.exp((1 - share) * math.log(self.first) + share * math.log(self.last)))
 
@@ -74,7 +74,7 @@ class GrowingBatches(Sampler[list[int]]):
             yield batch
 
     def __len__(self) -> int:
-        """The batches of the next pass."""
+        """The number of batches in the next pass."""
         count, left = 0, len(self.data)
         while (left := left - self.size(self._taken + count)) >= 0:
             count += 1

@@ -26,7 +26,7 @@ RELATIVE_DAMPING = 0.3
 
 
 class KFAC(CurvatureOptimizer):
-    """Natural-gradient descent with K-FAC's curvature, everything adaptive by default.
+    """Natural-gradient descent with K-FAC's curvature. Step size, momentum and damping are adaptive by default.
 
     For a layer `a = W h + b` with `m = E[h]`, `C = cov(h)` and output factor `B`, the centered step is
 
@@ -35,12 +35,12 @@ class KFAC(CurvatureOptimizer):
     with `δ` the previous step. `α` and `μ` minimize the quadratic model with the exact Fisher of the batch.
 
     Args:
-        model: the module to train. Every trainable parameter must belong to a layer of some kind (`docs/layers.md`).
+        model: the module to train. Every trainable parameter must be used in a supported way (`docs/layers.md`).
         loss: an instance of `nn.CrossEntropyLoss`, `nn.MSELoss`, `nn.BCEWithLogitsLoss`, `nn.PoissonNLLLoss` or
             `natgrad.losses.Likelihood`. Or `"model"`, for models that compute a loss from labels and return it as
             `loss`, with `logits`, as Hugging Face's models do. This loss replaces `opt.loss`:
-            `model(**batch).loss.backward()`, then `opt.step()`. The optimizer finds out from the value and the gradient
-            which loss it is.
+            `model(**batch).loss.backward()`, then `opt.step()`. The optimizer identifies the loss by its value and its
+            gradient.
         params: the parameters to train: None for all that are trainable, names, a predicate on names, tensors, or a
             list of groups, `{"params": ..., "lr": ..., "momentum": ..., "weight_decay": ...}`.
         lr: the step size `α`. None: the quadratic model gives it at every step.
@@ -62,7 +62,7 @@ class KFAC(CurvatureOptimizer):
             (biases, embeddings) get Adam steps. A group may have its own `"orthogonalize"`. `natgrad.NewtonMuon`
             takes such steps without a loss, and chooses the parameters for them itself.
         centered: treat weight and bias separately, with the covariance of the inputs as the input factor.
-        bias_update: `"exact"`, or `"simple"`: `Δb = B⁻¹ ∇_b`, independent of `ΔW`.
+        bias_update: `"exact"`, or `"simple"`, which is `Δb = B⁻¹ ∇_b`, without the term `ΔW m`.
         damping_style: `"factored"` (two Cholesky factorizations per layer) or `"exact"` (two eigendecompositions, and
             twice as many matrix products). None: factored with `centered=True`, else exact. With homogeneous factors,
             the factored style damps the bias as strongly as the weights, which stalls the bias.
@@ -170,7 +170,7 @@ class KFAC(CurvatureOptimizer):
                 f"orthogonalize=True needs structure='input'; got structure={structure!r}: use that, or leave it out"
             )
         if max_kl is not None and orthogonalize and given:
-            raise ValueError("max_kl needs the quadratic model where orthogonalize=True; leave out lr, or max_kl")
+            raise ValueError("max_kl with orthogonalize=True needs an adaptive step size; leave out lr, or max_kl")
         seldom = one_sided or centered
         options = Options(
             structure=structure,

@@ -26,8 +26,8 @@ class NaturalGradient(CurvatureOptimizer):
 
         Δ = (F + λI)⁻¹ ∇        F = E[Jᵀ D J] = S Sᵀ        θ ← θ − α Δ
 
-    Each case and each column of a square root of `D` give one column of `S`, `nk` in all. The optimizer inverts the
-    smaller of `F` and the Gram matrix `SᵀS`, by `(F + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v)/λ`. If both are large, it
+    There is one column of `S` for each case and each column of a square root of `D`, `nk` in all. The optimizer inverts
+    the smaller of `F` and the Gram matrix `SᵀS`, by `(F + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v)/λ`. If both are large, it
     uses conjugate gradients with products of `F`. For squared error this is the Levenberg-Marquardt method. It is meant
     for small networks and deterministic batches: physics-informed networks, regression to high accuracy.
 
@@ -42,9 +42,10 @@ class NaturalGradient(CurvatureOptimizer):
             None: the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
         damping: `λ`, in units of the mean loss, also for `reduction="sum"`. None: it is calibrated on the first batch
             and then adapted by Levenberg-Marquardt at every step. Or `natgrad.Damping(value, decay=)`.
-        min_damping: the smallest `λ` where it is adapted; once there, it stays. None: the rounding limit. Use it with
-            new points at every step and fewer of them than parameters, say 1e-4 for 500 residuals: such a step can fit
-            its own points whatever they are, so its own loss says little about the damping.
+        min_damping: the smallest `λ` if the damping is adapted. When `λ` has reached it, it stays there. None: the
+            rounding limit. Use it if every step has new points, and fewer points than there are parameters, for example
+            1e-4 for 500 residuals. Such a step can fit its own points in any case, so its own loss says little about
+            the damping.
         weight_decay: `η`, adds `η/2 ‖θ‖²` to the objective, for both reductions. It must be the same in all groups,
             unless it is decoupled.
         decoupled_weight_decay: multiply the parameters by `1 − α η` at each step instead.
@@ -60,8 +61,8 @@ class NaturalGradient(CurvatureOptimizer):
             cheaper of the first two, or `"cg"` if both matrices are larger than `max_size`.
         max_size: the largest number of rows of a matrix that is factorized.
         tolerance: the relative residual at which conjugate gradients stop. None: `eps^¾`.
-        max_iterations: the largest number of products in conjugate gradients. If it is reached, the current result is
-            the direction, and `diagnostics` has the residual.
+        max_iterations: the largest number of products in conjugate gradients. If it is reached, the optimizer uses the
+            current result as the direction, and `diagnostics` has the residual.
         damping_decay: the factor of the damping after a step that the quadratic model predicted well. None: 0.3.
         output: a function that makes the loss's input from what the model returns, as for `KFAC`.
         generator: the source of the random labels. Default: one seeded by `torch.initial_seed()`.
@@ -120,13 +121,13 @@ class NaturalGradient(CurvatureOptimizer):
         for name in ("floor", "style"):
             if getattr(damped, name) is not None:
                 raise ValueError(
-                    f"damping=Damping({name}={getattr(damped, name)!r}) is no option of NaturalGradient, which inverts "
-                    "the matrix itself; leave it out"
+                    f"damping=Damping({name}={getattr(damped, name)!r}) is not an option of NaturalGradient, which "
+                    "inverts the exact matrix; leave it out"
                 )
         check_choice("solver", solver, SOLVERS, optional=True)
         if solver == "cg" and estimator in ("mc", "empirical"):
             raise ValueError(
-                f"solver='cg' has products of the exact matrix only; got estimator={estimator!r}: leave one of them out"
+                f"solver='cg' works only with estimator='exact'; got estimator={estimator!r}: leave one of them out"
             )
         for name, count in (("max_size", max_size), ("max_iterations", max_iterations)):
             check_count(name, count)
@@ -137,7 +138,7 @@ class NaturalGradient(CurvatureOptimizer):
         check_number("min_damping", min_damping, optional=True, positive=True)
         if damped.value is not None and min_damping is not None:
             raise ValueError(
-                f"min_damping={min_damping} is for a damping that adapts, and damping={damped.value} stays: leave one "
+                f"min_damping={min_damping} is for an adaptive damping, but damping={damped.value} is fixed: leave one "
                 "of them out"
             )
         check_flag("accelerate", accelerate)

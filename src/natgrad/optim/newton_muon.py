@@ -74,17 +74,19 @@ class NewtonMuon(torch.optim.Optimizer):
         cautious: decay only the entries that the step moves towards zero (Chen et al. 2025, arXiv:2510.12402).
         momentum: momentum of hidden matrices.
         nesterov: whether to use Nesterov momentum.
-        betas: those of AdamW.
-        eps: that of AdamW.
+        betas: the betas of the AdamW steps.
+        eps: the epsilon of the AdamW steps.
         sides: `"input"`, `"both"`, or `"none"`: without whitening, which is Muon.
         ridge: `ρ`. With a large ridge, the whitening only divides each input by its root mean square.
-        refresh_every: steps between two updates of `A` and of its inverse; fewer at the start.
+        refresh_every: steps between two updates of `A` and of its inverse. At the start there are fewer steps between
+            updates.
         decay: the weight of earlier inputs is multiplied by this at each update.
         average: decay of an average of the parameters over the steps, for `averaged()`. None: no average.
         steps: the step of parameters by name, `"whitened"`, `"orthogonal"` or `"adamw"`: a dictionary whose keys may be
-            patterns such as `"blocks.*.out.weight"`, or a function of the name. None: the use of a parameter decides.
-        max_dim: for matrices with more columns than this, only the diagonal of `A` is kept; with more rows, only that
-            of `B`.
+            patterns such as `"blocks.*.out.weight"`, or a function of the name. None: chosen by how each parameter is
+            used.
+        max_dim: for matrices with more columns than this, only the diagonal of `A` is kept. For matrices with more rows
+            than this, only the diagonal of `B` is kept.
 
     Raises:
         TypeError, ValueError: if a setting has a wrong type or is out of range, or if `params` or `steps` has a name

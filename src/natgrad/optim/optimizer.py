@@ -37,7 +37,7 @@ TOLERATED_RISE = 0.5
 
 
 class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
-    """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`, everything adaptive by default.
+    """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`. By default step size, momentum and damping are adaptive.
 
     It puts the parts of a step together, which `recipe.py` calls one after the other, and has what torch's optimizers
     have: groups, states, schedulers, `state_dict`. A subclass calls this `__init__`, makes its preconditioner from
@@ -107,7 +107,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         check_function("output", output, "from what the model returns to what the loss takes")
         if not terms and output is not None:
             raise ValueError(
-                'output= is not for the loss "model", whose input is the model\'s own affair; leave it out'
+                'output= cannot be used with the loss "model", which the model computes itself; leave it out'
             )
         place = placed(model)
         if not self._many_ranks:
@@ -157,17 +157,17 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of the parameters from their gradients. What was done is in `diagnostics`.
+        """One update of the parameters from their gradients. `diagnostics` describes it.
 
-        A step that cannot be computed (a loss, gradient or curvature that is not finite), or by which the loss would
-        rise, leaves the parameters as they are. `diagnostics` says so; from the second in a row on, a warning does too.
-        If the loss is not finite because of the step before, that step is taken back. An exception leaves everything as
-        it was before the step.
+        If the step cannot be computed (a loss, gradient or curvature is not finite), or if it would raise the loss too
+        much, the parameters do not change. `diagnostics` says so, and from the second such step in a row on there is a
+        warning. If the loss is not finite because of the step before, that step is undone. After an exception,
+        everything is as it was before the step.
 
         Raises:
             RuntimeError: if no `opt.loss` and backward came before, or an input of the model was changed in place.
-            NotImplementedError: for a gradient that comes from no loss of `opt.loss`.
-            ValueError: if one of torch's schedulers is to change a step size that is adapted; if the run has diverged.
+            NotImplementedError: for a gradient that does not come from a loss of `opt.loss`.
+            ValueError: if there is a scheduler although the step size is adaptive, or if the run has diverged.
         """
         check_schedulable(self.param_groups, self._adapts_lr)
         value = _value_of(closure)
@@ -227,26 +227,27 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
 
     @property
     def loss(self) -> Losses:
-        """The loss of what the model returned, noted for the step.
+        """The loss of the model's output, recorded for the next step.
 
             loss = opt.loss(output, target)                # of an optimizer of one loss
             loss = opt.loss["box"](output, target)         # of one made with several, by its name
 
-        `output` is a tensor that a forward of the model in training mode has returned since the last step (also one in
-        an object or a dictionary), a view of it, or all that was returned where the optimizer has an `output=`. Call
-        backward on losses, scaled or summed as you like, then `step`.
+        `output` is a tensor that the model has returned in training mode since the last step (also within an object or
+        a dictionary), or a view of it. If the optimizer has an `output=`, it is everything that the model returned.
+        Call backward on the loss, scaled or summed as you like, and then `step`.
 
         Raises:
-            KeyError: for a term that there is not.
-            RuntimeError: if no forward in training mode with gradients enabled came before, or it has not returned.
+            KeyError: for an unknown term.
+            RuntimeError: if there was no forward pass in training mode with gradients enabled, or if it has not
+                returned.
             ValueError: if output and target do not fit the loss, or the batch is empty (on all of several ranks).
-            NotImplementedError: if the output depends on a parameter in a way that no layer kind covers; it is named.
+            NotImplementedError: if the output depends on a parameter in an unsupported way; the error names it.
         """
         return self._losses
 
     @property
     def predict(self) -> Predictions:
-        """The curvature of a predictive distribution; the gradient comes from a loss of your own.
+        """Records the curvature of a predictive distribution. The gradient comes from a loss of your own.
 
             logits = model(observations)
             opt.predict(logits)                            # with several terms: opt.predict["policy"](logits)
@@ -254,8 +255,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             opt.step()
 
         The distribution is that of the optimizer's loss: softmax for `nn.CrossEntropyLoss`, a Gaussian for
-        `nn.MSELoss`, any other by `natgrad.losses.Likelihood`. No loss measures such a step. So give the optimizer
-        `lr`, or `max_kl`: the step goes to that bound (Schulman et al. 2015, arXiv:1502.05477).
+        `nn.MSELoss`, any other by `natgrad.losses.Likelihood`. There is no loss to measure such a step. So give the
+        optimizer `lr`, or `max_kl`: the step then has the length that this bound allows (Schulman et al. 2015,
+        arXiv:1502.05477).
 
         Raises:
             TypeError: if the loss's curvature depends on targets.
@@ -264,15 +266,15 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         return self._predictions
 
     def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
-        """The value of a part of the objective that has no curvature here: add it to the loss, and backward from both.
+        """The value of a part of the objective that is treated as having no curvature. Add it to the loss.
 
             loss = opt.loss(model(x), y) + opt.plus(lambda: 1e-3 * model.weight.abs().sum())
 
-        Its gradient is that of the backward, and its value counts where a step is measured: the function is called
-        again then.
+        Its gradient comes from the backward pass. Its value counts when a step is measured: then the function is called
+        again.
 
         Args:
-            penalty: returns one number, a Tensor, from the parameters as they are when it is called.
+            penalty: a function that computes one number, a Tensor, from the current parameters.
 
         Raises:
             TypeError: if it returns something else.
@@ -280,10 +282,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         return self.tracker.plus(penalty)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of the model's parameters, say of layers that were frozen until now.
+        """Adds a group of the model's parameters, for example layers that were frozen until now.
 
         Raises:
-            ValueError: if one is not the model's, is in a group already, or a setting is out of range.
+            ValueError: if a parameter is not the model's or is already in a group, or if a setting is out of range.
         """
         super().add_param_group(as_group(self.model, param_group))
         try:
@@ -299,18 +301,18 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         check_groups(self.param_groups, self.defaults)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients, and with them the batches whose backward is in them."""
+        """Resets the gradients, and forgets the batches that they came from."""
         self.tracker.forget_arrived()
         super().zero_grad(set_to_none)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """A context within which the model has the averages of its parameters: for evaluation, and to save them.
+        """A context in which the model has the averages of its parameters, to evaluate or save them.
 
-        Statistics of batch normalization are those of the last iterate; `torch.optim.swa_utils.update_bn` takes new
+        Statistics of batch normalization are those of the last iterate. `torch.optim.swa_utils.update_bn` computes new
         ones.
 
         Raises:
-            RuntimeError: if the optimizer keeps none.
+            RuntimeError: if the optimizer keeps no averages.
         """
         if self.average is None:
             raise RuntimeError(
@@ -328,19 +330,18 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             self.parameters.place.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on beside the parameters: they resume bit for bit.
+        """Everything except the parameters that the next steps depend on. Training resumes bit for bit.
 
         As in torch, tensors are not copied.
         """
         return saved.state_dict(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes from what `state_dict` gave, for a model of the same parameters. If it does not fit, nothing is
-        changed.
+        """Resumes from a `state_dict`, for a model with the same parameters. If it does not fit, nothing is changed.
 
         Raises:
-            TypeError: if it is no dictionary.
-            ValueError: if it is not of such an optimizer, or of other parameters.
+            TypeError: if it is not a dictionary.
+            ValueError: if it belongs to another kind of optimizer or to other parameters.
         """
         saved.load_state_dict(self, state_dict, super().load_state_dict)
 
@@ -360,8 +361,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     # Ranks that have run out of data -------------------------------------------------------------------
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """For `torch.distributed.algorithms.Join([model, opt])`: a rank without further batches takes the others' steps
-        with them. Every rank needs one batch at least, and a step follows every backward."""
+        """For `torch.distributed.algorithms.Join([model, opt])`: a rank that has no more batches takes part in the
+        steps of the others. Every rank needs at least one batch, and every backward pass must be followed by a step."""
         self.tracker.joined = True
         return _Idle(self)
 

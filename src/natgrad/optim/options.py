@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True)
 class Damping:
-    """How an optimizer is damped: the number `λ`, and how it changes.
+    """The damping of an optimizer: the number `λ`, and how it changes.
 
     Args:
         value: `λ`, like the optimizer's option `damping`. None: calibrated on the first batch, then adapted.

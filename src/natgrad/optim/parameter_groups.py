@@ -89,8 +89,8 @@ def check_schedulable(groups: Iterable[Mapping[str, Any]], adapts_lr: bool) -> N
     """Raises ValueError if one of torch's schedulers has been made for a step size that is adapted."""
     if adapts_lr and any("initial_lr" in group for group in groups):
         raise ValueError(
-            "a scheduler of torch.optim.lr_scheduler is to change lr, which is None here: it is adapted at every step. "
-            "Give numbers for lr and momentum, or leave the scheduler out"
+            "a scheduler of torch.optim.lr_scheduler cannot change lr, because lr is None: it is adapted at every "
+            "step. Give numbers for lr and momentum, or leave the scheduler out"
         )
 
 
@@ -99,7 +99,7 @@ def check_one_decay(groups: Iterable[Mapping[str, Any]]) -> None:
     shares = {0.0 if group["decoupled_weight_decay"] else group["weight_decay"] for group in groups}
     if len(shares) > 1:
         raise ValueError(
-            f"weight_decay is {' and '.join(f'{eta:g}' for eta in sorted(shares))} in several groups, and "
-            "one matrix of all parameters is damped by one; expected the same in all groups, or "
+            f"weight_decay is {' and '.join(f'{eta:g}' for eta in sorted(shares))} in several groups, but "
+            "the matrix of all parameters has only one damping; expected the same in all groups, or "
             "decoupled_weight_decay=True"
         )

@@ -58,8 +58,8 @@ class PRONG(torch.optim.Optimizer):
 
     This moves `W` by `−α (∇_W − ∇_b mᵀ)(C + εI)⁻¹` and the mean pre-activation `b + W m` by `−α ∇_b`: it is the
     centered K-FAC step with `B = I`. The model keeps its own `W` and `b`, and the change is mapped back to them.
-    Therefore the forward pass costs nothing extra, the state dict of the model does not change, and new statistics
-    change no weight and no output. The momentum buffers belong to `V` and `c`, as in a reparametrized model.
+    Therefore the forward pass costs nothing extra, and the state dict keeps its form. An update of the statistics
+    changes neither weights nor outputs. The momentum buffers belong to `V` and `c`, as in a reparametrized model.
 
     A layer without a bias has no centering: `U = (E[h hᵀ] + εI)^{-1/2}`. Parameters of other kinds (scales, shifts, a
     weight that is used as `W` and as `Wᵀ`) get plain gradient steps; `diagnostics["plain"]` names them.
@@ -73,7 +73,7 @@ class PRONG(torch.optim.Optimizer):
         every: steps between updates of the statistics. They come from the last forward pass in training mode before the
             step.
         decay: the weight of the past in the moving average of the statistics.
-        centered: treat weight and bias separately. With False, `U` is computed from `E[h hᵀ]`, and `m` is zero.
+        centered: treat weight and bias separately. If False, `U` is computed from `E[h hᵀ]`, and `m` is zero.
         max_dim: if a layer has more inputs than this, each input is whitened separately.
 
     Raises:

@@ -1,4 +1,4 @@
-"""For networks that solve differential equations: their derivatives in one forward pass, and points to train on."""
+"""Tools for networks that solve differential equations: derivatives in one forward pass, and random training points."""
 
 from natgrad.pde.points import on_faces, uniform
 from natgrad.pde.taylor import Derivatives, derivatives

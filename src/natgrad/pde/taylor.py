@@ -1,4 +1,4 @@
-"""A network's value, gradient and Laplacian in one forward pass, with each of them carried from layer to layer."""
+"""A network's value, gradient and Laplacian in one forward pass, propagated from layer to layer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Derivatives:
-    """What a network `u` is at some points, and how it changes there.
+    """The value, gradient and Laplacian of a network `u` at some points.
 
     Args:
         value: `u`.
         gradient: `∂u/∂x_i`.
-        laplacian: `Σ ∂²u/∂x_i²` over the coordinates that were asked for.
+        laplacian: `Σ ∂²u/∂x_i²` over the coordinates in `over`.
 
     Example:
         >>> import torch, natgrad
@@ -35,22 +35,23 @@ class Derivatives:
 def derivatives(net: nn.Module, x: Tensor, over: Sequence[int] | None = None) -> Derivatives:
     """The value, the gradient and the Laplacian of a network at each point.
 
-    They go through the layers together: an affine map acts on the derivatives by its weight, and for `z = σ(a)`
+    All three are propagated through the layers together. An affine map multiplies the derivatives by its weight, and
+    for `z = σ(a)`
 
         ∂z = σ'(a) ∂a        Δz = σ'(a) Δa + σ''(a) Σ (∂_i a)²
 
-    So one forward pass does it, and the backward pass is that of an ordinary network. `torch.autograd.grad`
-    within the forward takes one pass more for each coordinate.
+    So one forward pass is enough, and the backward pass is that of an ordinary network. `torch.autograd.grad` within
+    the forward pass needs one more pass for each coordinate.
 
     Args:
         net: an `nn.Sequential`, nested or not, of `nn.Linear` and of `nn.Tanh`, `nn.Sigmoid`, `nn.SiLU`,
             `nn.Softplus` or `nn.Identity`; or one of these alone.
         x: the points, `(n, d)`.
-        over: the coordinates that the Laplacian sums over; None: all. The heat equation's leaves time out.
+        over: the coordinates that the Laplacian sums over. None: all. For the heat equation, leave out time.
 
     Raises:
-        TypeError: if a layer is of another kind; it is named.
-        ValueError: if `x` is not of shape `(n, d)`, or `over` names a coordinate that there is not.
+        TypeError: if there is a layer of another kind; the error names it.
+        ValueError: if `x` does not have the shape `(n, d)`, or if `over` has a coordinate that does not exist.
 
     Example:
         >>> import torch, natgrad
@@ -78,8 +79,8 @@ def derivatives(net: nn.Module, x: Tensor, over: Sequence[int] | None = None) ->
         bends = next((bends for kind, bends in _BENDS.items() if isinstance(layer, kind)), None)
         if bends is None:
             raise TypeError(
-                f"layer {name!r} is {layer}; natgrad.pde.derivatives goes through nn.Linear, nn.Tanh, nn.Sigmoid, "
-                "nn.SiLU, nn.Softplus and nn.Identity. Take derivatives of other networks by torch.func"
+                f"layer {name!r} is {layer}; natgrad.pde.derivatives supports nn.Linear, nn.Tanh, nn.Sigmoid, "
+                "nn.SiLU, nn.Softplus and nn.Identity. Compute derivatives of other networks with torch.autograd.grad"
             )
         z, slope, bend = bends(layer, z)
         own = dz[:, :d] if over is None else dz[:, chosen]

@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: a penalty for leaving weights that earlier data need."""
+"""Elastic weight consolidation: a penalty on changes of weights that earlier data need."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from natgrad.uses.weights import flat, parameters_of
 
 
 def ewc(model: nn.Module, F: Any, strength: float = 1.0) -> EWC:
-    """The penalty `½ strength (θ − θ*)ᵀ F (θ − θ*)`, `θ*` the model's weights now: add it to the loss of new data.
+    """The penalty `½ strength (θ − θ*)ᵀ F (θ − θ*)`, where `θ*` are the present weights. Add it to the loss of new
+    data.
 
     Args:
         model: the model, trained on the earlier data.
         F: its Fisher information there: `natgrad.fisher(model, loss, earlier)`, of any structure.
-        strength: with matrices of mean losses and the same number of examples in both sets, 1 weighs both alike.
+        strength: a factor. If both losses are means over equally many examples, 1 gives both data sets the same weight.
 
     Returns:
-        An object to be called without arguments, or with another model of the same parameters.
+        An object that you call without arguments, or with another model that has the same parameters.
 
     Raises:
-        TypeError, ValueError: if `F` is no matrix of this model, or an implicit one, which would move with the model's
-            weights; or if the strength is no number `>= 0`.
+        TypeError, ValueError: if `F` is not a matrix of this model, if `F` is implicit (it would change with the
+            model's weights), or if the strength is not a number `>= 0`.
 
     Example:
         >>> import torch, natgrad
@@ -41,7 +42,7 @@ def ewc(model: nn.Module, F: Any, strength: float = 1.0) -> EWC:
 
 
 class EWC:
-    """A quadratic penalty about a model's weights: what `natgrad.ewc` returns.
+    """What `natgrad.ewc` returns: a quadratic penalty on the distance from a model's weights.
 
     Args:
         model: as for `natgrad.ewc`.
@@ -63,7 +64,7 @@ class EWC:
         self.anchor = flat(F, parameters_of(model, F)).clone()
         if not holds_tensors(F):
             raise TypeError(
-                "F is computed anew at the model's weights of the moment, and would move with them; use "
+                "F is implicit, so it would change with the model's weights; expected a fixed matrix: use "
                 "structure='kfac', 'ekfac', 'block', 'diagonal' or 'dense'"
             )
         self.model, self.F, self.strength = model, F, strength
@@ -72,7 +73,8 @@ class EWC:
         """The penalty, a scalar with the gradient `strength F (θ − θ*)`. It has no second derivative.
 
         Raises:
-            ValueError: if `F` is indefinite, and the weights have gone where its curvature is negative.
+            ValueError: if `F` is indefinite, and its curvature is negative in the direction in which the weights have
+                moved.
         """
         F = self.F
         parameters = parameters_of(model or self.model, F, as_then=False)
@@ -81,8 +83,9 @@ class EWC:
             Fd = F @ d.detach()
             if d @ Fd < -(torch.finfo(F.dtype).eps ** 0.5) * d.norm() * Fd.norm():
                 raise ValueError(
-                    f"F is indefinite: its curvature is {float(d @ Fd / d.square().sum()):.3g} along the way that the "
-                    "weights have gone, which the penalty would reward; use the Fisher information, natgrad.fisher"
+                    f"F is indefinite: its curvature is {float(d @ Fd / d.square().sum()):.3g} in the direction in "
+                    "which the weights have moved, so the penalty would be negative; use the Fisher information, "
+                    "natgrad.fisher"
                 )
         # F d is held constant, so that the gradient is F d, and not half of it.
         return self.strength * (d @ Fd - 0.5 * (d.detach() @ Fd))

@@ -59,55 +59,59 @@ def influence(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Scores:
-    """How much each training example speaks for each query: the influence scores
+    """How much each training example supports the prediction on each query: the influence scores
 
         s_qi = ∇ℓ_qᵀ (F + λ I)⁻¹ ∇ℓ_i
 
-    To first order the query's loss grows by `s_qi / N` if example `i` is left out of `N`. A positive score means that
-    the example supports the prediction. `ℓ_i` is the loss of example `i` alone, and `F` the Fisher information of the
-    objective over `train`. For losses with a canonical link, `F` is the Gauss-Newton matrix. Batches are streamed, and
-    gradients of training examples are formed a few at a time. The queries' gradients are kept in memory: `queries x
-    parameters` numbers.
+    To first order, the loss of query `q` grows by `s_qi / N` if example `i` is left out of the `N` training examples.
+    So a positive score means support. `ℓ_i` is the loss of one example alone, and `F` is the Fisher information of the
+    objective over `train`. For losses with canonical links this is the Gauss-Newton matrix. The training batches are
+    read one after the other, and only some of their gradients are in memory at a time. The gradients of all queries are
+    kept in memory: `queries x parameters` numbers.
 
     With a model in `DistributedDataParallel` every rank gives its own part of `train`, possibly none, and the same
     `query`. The matrix is that of all the data, and each rank gets the scores of its own examples.
 
-    With `checkpoints` of the training, the scores follow the training, which need not have converged. Each segment `ℓ`
-    of the training is modelled as gradient descent with a fixed matrix `F_ℓ` and fixed gradients `∇ℓ_i,ℓ`, the means
-    over the segment's checkpoints. Its time `t_ℓ` is the sum of the learning rates of its steps:
+    With `checkpoints` of the training, the scores take account of the whole training, which need not have converged.
+    The training is divided into segments. Each segment `ℓ` is modelled as gradient descent with the matrix `F_ℓ` and
+    the gradients `∇ℓ_i,ℓ`, which are means over the segment's checkpoints. With its time `t_ℓ`, the sum of the learning
+    rates of its steps,
 
         s_qi = ∇ℓ_qᵀ Σ_ℓ S_L ⋯ S_ℓ+1 φ_ℓ ∇ℓ_i,ℓ
         S_ℓ = exp(−t_ℓ (F_ℓ + λ I)),    φ_ℓ = (I − S_ℓ) (F_ℓ + λ I)⁻¹
 
-    (SOURCE). One checkpoint and infinite time give the first formula. Of K-FAC and EKFAC the factors are averaged.
+    This is the method SOURCE. One checkpoint and infinite time give the first formula. For K-FAC and EKFAC, the factors
+    are averaged.
 
     Args:
         model: a trained model, in evaluation mode; with `checkpoints`, at the end of the training.
-        loss: its loss, any that `natgrad.fisher` takes; or a dictionary of losses, the terms of a sum, with outputs and
-            targets by the same keys. `ℓ` is then the weighted sum of an example's own losses.
+        loss: its loss, any that `natgrad.fisher` takes; or a dictionary of losses, the terms of a sum. Outputs and
+            targets are then dictionaries with the same keys, and `ℓ_i` is the weighted sum of the losses of example
+            `i`.
         train: the training data, as for `natgrad.fisher`: a pair, or an iterable of batches that can be read twice, in
             a fixed order.
         query: data of the same form. None: the influence of every training example on itself, `(training examples,)`.
         structure: any of `natgrad.fisher`.
-        damping: `λ`. It should be about the weight decay of the training, and not far below a tenth of the mean of
-            the curvature's diagonal; with `checkpoints`, the weight decay.
-        refine: the maximal number of steps of conjugate gradients with the exact Fisher information. They start from
-            the structure's solution and are preconditioned by it.
-        rank: keep the preconditioned query gradients of each weight matrix in this rank, `rank (d_in + d_out)` numbers.
-            The queries are then worked on batch by batch.
-        per: `"example"`, or `"token"`: `(queries, training examples, positions)`, the score of each position of the
-            layers' inputs. They sum to the example's score.
-        measure: `measure(output, target)`, one number for each example, instead of the query's loss. Smaller should
-            mean better, as for a loss. With several losses: the name of the loss to use for the queries.
-        factors: a matrix that was computed before, by `natgrad.fisher` or `gauss_newton`, or read by `load`.
+        damping: `λ`. Choose about the weight decay of the training, but not much less than a tenth of the mean of the
+            curvature's diagonal. With `checkpoints`, choose the weight decay.
+        refine: the maximum number of steps of conjugate gradients on the exact Fisher information. They start from the
+            solution of `structure`, which is also the preconditioner.
+        rank: keep the preconditioned query gradient of each weight matrix as a matrix of this rank: `rank (d_in +
+            d_out)` numbers. The queries are then worked on batch by batch.
+        per: `"example"`, or `"token"` for a score of each position of the layers' inputs: `(queries, training examples,
+            positions)`. The scores of all positions sum to the score of the example.
+        measure: `measure(output, target)` returns one number for each query, which is used instead of the query's loss.
+            Like a loss, it should be lower for better predictions. With several losses: the name of the loss to use for
+            the queries.
+        factors: the matrix, if you have computed it before: the result of `natgrad.fisher`, `gauss_newton` or `load`.
         checkpoints: state dicts of the model during its training, or files of them (`torch.save` or safetensors), in
-            order. The model has its own weights again afterwards.
-        times: of each checkpoint the learning rate times the number of steps that it stands for (`math.inf`: until it
-            converged); with momentum `β` the learning rate over `1 − β`. A number: the same for all.
-        segments: how many; each takes equally many checkpoints. None: one for each checkpoint.
-        weights: of several losses, by name, as for `natgrad.fisher`.
-        centered: as for `natgrad.fisher`. None: True; with `checkpoints` False, as a centered EKFAC of large layers has
-            no eigenbasis.
+            order. Afterwards the model has its own weights again.
+        times: for each checkpoint, the learning rate times the number of steps that it stands for; with momentum `β`,
+            divide by `1 − β`. `math.inf` means until convergence. One number holds for all checkpoints.
+        segments: the number of segments, all with equally many checkpoints. None: one for each checkpoint.
+        weights: if there are several losses, their weights by name, as for `natgrad.fisher`.
+        centered: as for `natgrad.fisher`. None: True, but False with `checkpoints`, because centered EKFAC has no
+            eigenbasis for large layers.
         estimator, samples, sharing, params, forward, generator, dtype, progress: as for `natgrad.fisher`.
 
     Returns:
@@ -115,8 +119,9 @@ def influence(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `natgrad.fisher` does.
-        ValueError: also if a query has no gradient, data are shuffled, or `factors` or `checkpoints` are of another
-            model or, for `factors`, of other weights; if scores are not finite; if ranks have different queries.
+        ValueError: also if a query has no gradient, if the data are shuffled, if `factors` or `checkpoints` belong to
+            another model, if `factors` were computed at other weights, if scores are not finite, or if ranks have
+            different queries.
         NotImplementedError: for the influence of examples on themselves on several ranks, with `refine` or
             `"implicit"`.
         RuntimeError: if the damped matrix is not positive definite.
@@ -140,11 +145,11 @@ def influence(
     if rank is not None:
         check_count("rank", rank)
     if per == "token" and (rank is not None or query is None):
-        raise ValueError("per='token' takes queries of full rank; leave rank out, and give query=")
+        raise ValueError("per='token' needs query= and does not work with rank=; give query=, and leave rank out")
     if measure is not None and query is None:
-        raise ValueError("measure= is of the queries, and there are none; give query=, or leave measure out")
+        raise ValueError("measure= is for queries, and there are none; give query=, or leave measure out")
     if checkpoints is None and (times is not None or segments is not None):
-        raise ValueError("times= and segments= are of checkpoints=, which are not given; leave them out")
+        raise ValueError("times= and segments= need checkpoints=, which is not given; leave them out")
     model, params = as_module(model, params)
     train = list(train) if isinstance(train, Iterator) else train
     how: dict[str, Any] = {
@@ -209,11 +214,9 @@ def _check_alone(structure: Any, query: Any, refine: int, factors: Any) -> None:
     if query is None:
         raise ValueError("with checkpoints= there is no self-influence; give query=, which may be the training data")
     if refine:
-        raise ValueError(
-            f"refine={refine} solves with one matrix, and checkpoints= have several; leave one of them out"
-        )
+        raise ValueError(f"refine={refine} works with one matrix, but checkpoints= has several; leave one of them out")
     if factors is not None:
-        raise ValueError("factors= are one matrix, and each segment of checkpoints= has its own; leave factors out")
+        raise ValueError("factors= is one matrix, but each segment of checkpoints= has its own; leave factors out")
     if structure == "implicit":
         raise ValueError(
             "structure='implicit' has no eigenvectors, which checkpoints= need; use 'ekfac', 'kfac', 'diagonal', "
@@ -232,13 +235,13 @@ def _checked(factors: Any, problem: Objective) -> Operator | None:
     if list(own.items()) != list(theirs.items()):
         other = next((n for n in [*theirs, *own] if own.get(n) != theirs.get(n)), "")
         raise ValueError(
-            f"factors are of another model or of other parameters: {other!r} has shape {theirs.get(other)} there and "
+            f"factors belong to another model or other parameters: {other!r} has shape {theirs.get(other)} there and "
             f"{own.get(other)} here; give the matrix of this model, and the same params="
         )
     if changed := moved(factors, problem.parameters):
         raise ValueError(
             f"factors were computed at other weights of the model: {changed!r} has changed since; compute them at the "
-            "weights of now, or load those of then. To use them as they are, pass 1.0 * factors"
+            "present weights, or load the earlier weights. To use them as they are, pass 1.0 * factors"
         )
     if factors.dtype != problem.dtype or factors.device != problem.device:
         raise ValueError(

@@ -45,12 +45,12 @@ def jacobian(
 
     Args:
         model: any module, in evaluation mode.
-        data: a tensor of inputs, a pair `(input, target)`, of which the target is not used, or an iterable of such
-            batches, which is read at every product: give it in a fixed order.
+        data: a tensor of inputs, a pair `(input, target)` (the target is not used), or an iterable of such batches.
+            Every product reads the iterable again, so its order must be fixed.
         params: the names of the parameters to take, or a predicate on names. Default: all trainable ones.
-        forward: `forward(model, batch)` returns the output, for batches of any other form; a pair is taken to be
-            `(output, target)`.
-        dtype: that of `to_dense`. Default: that of the parameters.
+        forward: `forward(model, batch)` returns the output. Needed for batches of any other form. If it returns a pair,
+            the pair is read as `(output, target)`.
+        dtype: the dtype of `to_dense`. Default: that of the parameters.
 
     Raises:
         ValueError: if the data is empty, or outputs are not finite or differ in shape.
@@ -83,12 +83,12 @@ def ntk(
 
     Args:
         model, data, params, forward, dtype: as for `natgrad.jacobian`.
-        structure: `"dense"`, from the inputs and gradients of each layer, no Jacobian is formed; or `"implicit"`:
-            products only, each a reverse and a forward pass over the data.
+        structure: `"dense"` computes the kernel from the inputs and gradients of each layer, without forming the
+            Jacobian. `"implicit"` has only products, each a reverse and a forward pass over the data.
 
     Raises:
-        ValueError: as `natgrad.jacobian` does; for `"dense"` also if passes over the data differ, or there are more
-            outputs than a dense matrix may have rows.
+        ValueError: as `natgrad.jacobian` does; for `"dense"` also if two passes over the data differ, or if there are
+            more outputs than a dense matrix may have rows.
 
     Example:
         >>> import torch, natgrad
@@ -109,8 +109,8 @@ def ntk(
 class Jacobian:
     """The Jacobian of a model's outputs in its parameters: what `natgrad.jacobian` returns.
 
-    `J @ v` takes a `dict` of name to tensor, and returns a tensor of the outputs' shape `(examples, *outputs)`; or one
-    flat tensor, and returns a flat one. `J.T @ u` is the other way round. Leading axes are those of as many vectors.
+    `J @ v` takes a `dict` of name to tensor and returns a tensor of the outputs' shape, `(examples, *outputs)`. For a
+    flat tensor it returns a flat tensor. `J.T @ u` does the reverse. Leading axes hold several vectors.
 
     Args:
         problem: the model, the data and the parameters.

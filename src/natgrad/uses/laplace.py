@@ -48,40 +48,39 @@ def laplace(
 
         P = F / T + diag(δ)
 
-    `F` is the Fisher information of the *sum* over all examples, whatever the loss's `reduction` is, `δ` the precision
-    of a Gaussian prior with mean zero, and `T` the temperature. `nn.MSELoss` is read as a Gaussian of standard
-    deviation `sigma_noise` about each entry of the output: `F = JᵀJ / σ²`.
+    `F` is the Fisher information of the *sum* over all examples, for every `reduction` of the loss. `δ` is the
+    precision of a Gaussian prior with mean zero, and `T` is the temperature. For `nn.MSELoss` the likelihood is a
+    Gaussian of standard deviation `sigma_noise` around each entry of the output: `F = JᵀJ / σ²`.
 
-    With several losses `{"class": ..., "box": ...}` the logarithm of the likelihood is the sum of the terms', each
-    times its weight: `F = Σ_t ω_t F_t`, where `F_t` of `nn.MSELoss` has its own `σ_t`. Predictions are then
-    dictionaries by the same keys.
+    With several losses `{"class": ..., "box": ...}`, the log-likelihood is the weighted sum of those of the terms: `F =
+    Σ_t ω_t F_t`. Each `nn.MSELoss` has its own `σ_t`. Predictions are then dictionaries with the same keys.
 
-    `θ` should be close to a maximum of the posterior: the weights of a model trained with weight decay. Call
-    `model.eval()` first, and `fit_prior()` before predictions, because the default prior is arbitrary. Of a model in
-    `DistributedDataParallel`, every rank gives its own data, and gets the posterior of all data.
+    `θ` should be close to a maximum of the posterior, as in a model that was trained with weight decay. Put the model
+    in evaluation mode first. Call `fit_prior()` before you predict, because the default prior is arbitrary. With a
+    model in `DistributedDataParallel`, every rank gives its own data and gets the posterior of all the data.
 
     Args:
-        model: a trained model. Its weights must not change while the posterior is in use.
-        loss: the loss it was trained with, any that `natgrad.fisher` takes; or a dictionary of losses, the terms of a
-            sum, with outputs and targets by the same keys.
+        model: a trained model; it must keep its weights while the posterior is in use.
+        loss: the loss that the model was trained with, any that `natgrad.fisher` takes; or a dictionary of losses, the
+            terms of a sum. Outputs and targets are then dictionaries with the same keys.
         data: the training data, as for `natgrad.fisher`; it is read twice (three times for `"ekfac"`), and not kept.
-        structure: any of `natgrad.fisher`. With `"implicit"` determinants are estimates, of 20 random vectors and 100
-            products each, and there are no draws of weights.
-        subset: `"all"` trainable parameters (of a model with adapters, these alone), the `"last_layer"`, names of
-            parameters or modules, or a predicate on parameter names. All other weights are held fixed.
-        prior_precision: `δ`, a number `> 0`, or a dict of them by parameter or layer; tensors of a parameter's shape
-            give each weight its own.
+        structure: any of `natgrad.fisher`. With `"implicit"`, determinants are estimated with 20 random vectors and 100
+            products for each of them, and weights cannot be sampled.
+        subset: `"all"` trainable parameters (for a model with adapters, only the adapters), the `"last_layer"`, names
+            of parameters or modules, or a predicate on parameter names. All other weights are held fixed.
+        prior_precision: `δ`, a number `> 0`, or a dict with a number for each parameter or layer. A tensor of a
+            parameter's shape gives each weight its own precision.
         sigma_noise: the standard deviation of targets under `nn.MSELoss`. None: 1, until `fit_prior` estimates it. With
-            several losses: a dictionary by term; one that is left out is the root mean square of its residuals, and
-            `fit_prior` keeps it.
-        weights: of several losses, by name: `ω`, the powers of their likelihoods. Default: 1 for each.
+            several losses: a dictionary with an entry for each term. If an entry is missing, it is the root mean square
+            of the term's residuals, and `fit_prior` does not change it.
+        weights: `ω`, if there are several losses: the exponent of each loss's likelihood, by name. Default: 1 for each.
         temperature: `T`; below 1 the posterior is sharper.
-        bias: `"coupled"` holds a layer's weight and bias in one block, `"apart"` in one each (K-FAC and EKFAC).
+        bias: `"coupled"` keeps a layer's weight and bias in one block, `"apart"` in separate blocks (K-FAC and EKFAC).
         estimator, samples, centered, sharing, rank, forward, generator, dtype, progress: as for `natgrad.fisher`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `natgrad.fisher` does.
-        ValueError: also for a prior precision or noise that is not above zero, and for unknown names.
+        ValueError: also if a prior precision or a noise is not above zero, or if a name is unknown.
 
     Example:
         >>> import torch, natgrad

@@ -1,4 +1,4 @@
-"""The linear datamodeling score: do influence scores predict what training on other subsets gives?"""
+"""The linear datamodeling score: do influence scores predict the losses after training on subsets of the data?"""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class LDS:
 
     Args:
         score: the mean of `per_query`, between −1 and 1.
-        standard_error: of that mean, over the queries.
-        per_query: Spearman's correlation of predicted and found losses over the subsets, `(queries,)`.
-        losses: of every query after training on every subset, `(subsets, queries)`.
-        members: which examples each subset has, `(subsets, training examples)`.
+        standard_error: the standard error of this mean, over the queries.
+        per_query: Spearman's correlation of predicted and measured losses over the subsets, `(queries,)`.
+        losses: the loss of every query after training on every subset, `(subsets, queries)`.
+        members: the examples that each subset contains, `(subsets, training examples)`.
 
     Example:
         >>> import torch, natgrad
@@ -66,30 +66,30 @@ def lds(
     """The linear datamodeling score: how well influence scores predict the losses of models that are trained on random
     subsets of the data.
 
-    For a subset, the scores predict the loss `−Σ_i s_qi` of query `q`, where the sum is over the examples `i` in the
-    subset. The result is Spearman's correlation between predicted and measured losses over the subsets, averaged over
-    queries. It is at most 1, and about 0 for scores without information.
+    For a subset, the scores predict that the loss of query `q` is an increasing function of `−Σ_i s_qi`, where the sum
+    is over the examples `i` in the subset. The score is Spearman's correlation of this prediction with the measured
+    loss, over the subsets. Its mean over the queries is at most 1, and about 0 for scores without information.
 
-    Training takes most of the time. With a `path`, each result is written to the file at once. After an interruption,
-    the same call continues where it stopped. Other scores can then be evaluated without training.
+    Most of the time is spent on training. With a `path`, every result is written to this file as soon as it is known.
+    If a call was interrupted, the same call continues where it stopped. Other scores can then be evaluated without any
+    training.
 
     Args:
-        scores: `(queries, training examples)`, as `natgrad.influence` returns them: a positive score means that the
-            example supports the prediction.
+        scores: `(queries, training examples)`, as `natgrad.influence` returns them: a positive score means support.
         retrain: `retrain(indices, seed)` trains a model from scratch on the training examples of these indices, a
             sorted `LongTensor`, and returns the loss of every query, `(queries,)`. None: all results are in the file.
-        subsets: how many.
-        fraction: the share of the training examples in each.
-        seed: of the draw of the subsets, `>= 0`. The `k`-th is trained with the seed `seed + k`.
+        subsets: the number of subsets.
+        fraction: the share of the training examples that each subset has.
+        seed: the random seed of the subsets, `>= 0`. The `k`-th training has the seed `seed + k`.
         path: a file for the results. It is created if it does not exist.
-        at_once: how many subsets `retrain` takes in one call, as an ensemble under `torch.vmap` does: it is then given
-            `(at_once, kept)` indices and a list of seeds, and returns `(at_once, queries)`. The last call may have
-            fewer.
+        at_once: how many subsets `retrain` takes in one call, for example to train an ensemble under `torch.vmap`. It
+            then gets `(at_once, kept)` indices and a list of seeds, and returns `(at_once, queries)`. The last call may
+            have fewer.
         progress: show a progress bar over the subsets.
 
     Raises:
-        TypeError: if there is something to train and no `retrain`.
-        ValueError: if a file is of other subsets, or losses have another shape or are not finite.
+        TypeError: if results are missing and `retrain` is not given.
+        ValueError: if the file has results of other subsets, or if losses have a wrong shape or are not finite.
 
     Example:
         >>> import torch, natgrad
@@ -181,8 +181,8 @@ class Results:
                 continue
             if not _is_result(row, of["queries"]):
                 raise ValueError(
-                    f"{self.path} has a line that is no result, {line[:60]!r}; expected those that natgrad.lds wrote. "
-                    "Take the line out, or give another path"
+                    f"{self.path} has a line that is not a result, {line[:60]!r}; expected those that natgrad.lds "
+                    "wrote. Take the line out, or give another path"
                 )
             self.losses[row["subset"]] = row["losses"]
             whole.append(line)

@@ -1,4 +1,4 @@
-"""Merging models that were trained apart, each where its own data say most."""
+"""Merging models that were trained separately, each weighted by what its own data determine."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def merge(
     weights: Sequence[int | float] | None = None,
     damping: float = 1e-3,
 ) -> nn.Module:
-    """Merges models with the same parameters into one, each weighted by its Fisher information:
+    """Merges several models with the same parameters into one, each weighted by its Fisher information:
 
         θ = (Σ_k w_k (F_k + λ I))⁻¹ Σ_k w_k (F_k + λ I) θ_k
 
-    It is the maximum of the product of the models' Laplace posteriors. With `λ` large it is the mean of the weights.
-    Parameters that the matrices do not have are averaged, buffers are the first model's.
+    It is the maximum of the product of the models' Laplace posteriors. For large `λ` it is the mean of the weights.
+    Parameters that are not in the matrices are averaged. Buffers are taken from the first model.
 
     Args:
-        models: two or more; they should come from one starting point, such as one pretrained model.
+        models: two or more models. They should have the same starting point, such as the same pretrained model.
         matrices: the Fisher information of each on its own data, of any structure: `natgrad.fisher(model, loss, data)`.
-        weights: `w`, one for each model; with matrices of mean losses, the numbers of examples. None: all alike.
-        damping: `λ`: directions in which no model has curvature take the mean of the weights.
+        weights: `w`, one for each model. If the losses are means, use the numbers of examples. None: the same for all.
+        damping: `λ`. In directions in which no model has curvature, the result is the mean of the weights.
 
     Returns:
         A new model.
 
     Raises:
-        TypeError, ValueError: if there are not as many matrices as models, or they are of other parameters.
-        RuntimeError: if conjugate gradients, which solve for the weights, do not converge; pass a larger damping.
+        TypeError, ValueError: if the numbers of matrices and models differ, or if the matrices have other parameters.
+        RuntimeError: if the conjugate gradients that solve for the weights do not converge. Then use a larger damping.
 
     Example:
         >>> import torch, natgrad

@@ -28,23 +28,23 @@ from natgrad.uses.subset import Fingerprint
 class LaplacePosterior:
     """What `natgrad.laplace` returns: the Gaussian over weights, its prior, and predictions under it.
 
-    Predictions are those of the model linearized at its weights, `f(x) + J(x) (θ' − θ)`, whose Gaussian over outputs
-    `N(f(x), J P⁻¹ Jᵀ)` is known exactly. `linearized=False` evaluates the network at drawn weights instead, which often
-    fits its own data badly (Immer, Korzepa & Bauer 2021).
+    Predictions use the model linearized at its weights, `f(x) + J(x) (θ' − θ)`. The distribution of its outputs is
+    exactly the Gaussian `N(f(x), J P⁻¹ Jᵀ)`. `linearized=False` evaluates the network at drawn weights instead, which
+    often fits its own data badly (Immer, Korzepa & Bauer 2021).
 
-    With several losses, `predict`, `functional_variance` and `sample` return a dictionary with an entry for each term;
-    with `term=` that of one term alone.
+    With several losses, `predict`, `functional_variance` and `sample` return a dictionary with an entry for each term.
+    With `term=` they return the result for one term.
 
     Args:
         model: the trained model.
         loss: its loss, or a dictionary of several.
-        matrix: the Fisher information of the sum over the data; of `nn.MSELoss`, `JᵀJ`.
-        total_loss: the summed loss at the weights; of `nn.MSELoss`, half of it.
-        entries: of `nn.MSELoss`, how many entries all targets have.
+        matrix: the Fisher information of the sum over the data; for `nn.MSELoss`, `JᵀJ`.
+        total_loss: the summed loss at the weights; for `nn.MSELoss`, half of it.
+        entries: for `nn.MSELoss`, the number of entries of all targets together.
         forward: as for `natgrad.fisher`.
-        noises: of several losses, the standard deviations of those that are `nn.MSELoss`. They are part of the matrix
-            and of the loss.
-        constant: of several losses, what the noises add to the logarithm of the likelihood.
+        noises: with several losses, the standard deviation of each `nn.MSELoss`. They are part of the matrix and of the
+            loss.
+        constant: with several losses, what the noises add to the log-likelihood.
 
     Example:
         >>> import torch, natgrad
@@ -106,7 +106,7 @@ class LaplacePosterior:
     def sigma_noise(self, value: float | int) -> None:
         if self._heads.several:
             raise ValueError(
-                "sigma_noise cannot be set with several losses, as the noises weigh the terms in the matrix; pass "
+                "sigma_noise cannot be set with several losses, because the matrix depends on the noises; pass "
                 "sigma_noise={...} to natgrad.laplace"
             )
         if not self._heads.has_noise:
@@ -137,26 +137,27 @@ class LaplacePosterior:
         return self._evidence.precision(self._precisions, self._sigma)
 
     def fit_prior(self, per: str = "one", noise: bool | None = None) -> LaplacePosterior:
-        """Sets the prior's precision to that of the largest marginal likelihood, and returns the posterior itself.
+        """Sets the prior's precision to the value that maximizes the marginal likelihood, and returns the posterior
+        itself.
 
         Args:
-            per: one precision for all weights (`"one"`), for each `"layer"`, each named `"parameter"`, or each weight
-                (`"entry"`). Several in one block of K-FAC with `bias="coupled"` are exact; a large block of EKFAC
-                takes one.
-            noise: whether to fit `sigma_noise` as well, under `nn.MSELoss`. None: unless it was given, and there is one
-                loss.
+            per: one precision for all weights (`"one"`), for each `"layer"`, for each named `"parameter"`, or for each
+                weight (`"entry"`). A K-FAC block with `bias="coupled"` may have several precisions, without
+                approximation. A large EKFAC block may have only one.
+            noise: whether to fit `sigma_noise` of `nn.MSELoss` as well. None: yes, if there is only one loss and you
+                did not give `sigma_noise`.
 
         Raises:
-            ValueError: if the marginal likelihood has no maximum: weights that are all zero, or that the data do not
-                depend on.
+            ValueError: if the marginal likelihood has no maximum, because weights are all zero or do not affect the
+                outputs on the data.
             RuntimeError: if the iteration does not converge.
 
-        Single weights (`per="entry"`) that are zero, or that the data do not depend on, keep the precision they have.
+        With `per="entry"`, weights that are zero or do not affect the outputs on the data keep their present precision.
         """
         fit_noise = self._heads.has_noise and not self._sigma_given if noise is None else noise
         if fit_noise and self._heads.several:
             raise ValueError(
-                "noise=True is for one loss: with several the noises weigh the terms in the matrix; pass "
+                "noise=True is for one loss: with several losses the matrix depends on their noises; pass "
                 "sigma_noise={...} to natgrad.laplace"
             )
         if fit_noise and not self._heads.has_noise:
@@ -176,7 +177,7 @@ class LaplacePosterior:
         """`log p(data | θ) / T − ½ Σ δ θ² + ½ Σ log δ − ½ log det P`: how well model and prior explain the data.
 
         Args:
-            prior_precision: another than the posterior's own, which stays.
+            prior_precision: a value to use instead of the posterior's own, which does not change.
             sigma_noise: likewise.
         """
         if prior_precision is None and sigma_noise is None:
@@ -211,15 +212,14 @@ class LaplacePosterior:
         """The prediction at inputs `x`, with the uncertainty of the weights.
 
         Args:
-            x: a batch of inputs, what `model(x)` takes; with a `forward`, a batch that it takes, whose target is not
-                looked at.
+            x: a batch of inputs for `model(x)`. With a `forward`, a batch for `forward`; its target is not used.
             link: for probabilities: `"probit"` (the default), `"mc"` (draws of the outputs), `"bridge"` and
                 `"bridge_norm"` (the Laplace bridge). With several losses a dictionary.
-            samples: how many draws `"mc"` and `linearized=False` take.
-            linearized: predict with the linearized model; False: with networks of drawn weights.
-            batch_size: how many examples of a tensor `x` are worked on at a time.
+            samples: the number of draws for `"mc"` and `linearized=False`.
+            linearized: True predicts with the linearized model, False with the network itself at drawn weights.
+            batch_size: how many examples of a tensor `x` are processed at a time.
             generator: the source of the draws.
-            term: of several losses, the one to predict for. None: all of them.
+            term: with several losses, the one to predict for. None: all of them.
 
         Returns:
             The probabilities, in the shape of the output, for `nn.CrossEntropyLoss` and `nn.BCEWithLogitsLoss`; else a
@@ -248,7 +248,7 @@ class LaplacePosterior:
 
         Args:
             x, term: as for `predict`.
-            diagonal: the variances alone, in the shape of the output.
+            diagonal: return only the variances, in the shape of the output.
             batch_size: as for `predict`.
         """
         heads = self._heads.chosen(term)
@@ -266,8 +266,9 @@ class LaplacePosterior:
         generator: torch.Generator | None = None,
         term: str | None = None,
     ) -> Any:
-        """`n` draws of the prediction, `(n, *output)`, each of one model for all of `x`, and for all losses:
-        probabilities for `nn.CrossEntropyLoss` and `nn.BCEWithLogitsLoss`, the model's outputs for other losses.
+        """`n` draws of the prediction, `(n, *output)`. Each draw is one model, for all of `x` and for all losses. The
+        draws are probabilities for `nn.CrossEntropyLoss` and `nn.BCEWithLogitsLoss`, and the model's outputs for other
+        losses.
 
         Args:
             x, linearized, batch_size, generator, term: as for `predict`.
@@ -305,8 +306,8 @@ class LaplacePosterior:
         changed = changed or self._rest.changes(self._problem.model)
         if changed:
             raise ValueError(
-                f"{changed[0]!r} has changed since the posterior was taken, which holds for the model as it was; take "
-                "it anew, or load the weights of then"
+                f"{changed[0]!r} has changed since the posterior was computed; compute it again, or load the "
+                "earlier weights"
             )
 
     # Saving -------------------------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ class LaplacePosterior:
         """Writes the posterior to a safetensors file, which `LaplacePosterior.load` reads. The model is not in it.
 
         Raises:
-            TypeError: for `structure="implicit"`, which holds the model and data.
+            TypeError: for `structure="implicit"`, which refers to the model and the data.
         """
         e = self._evidence
         save(
@@ -340,12 +341,13 @@ class LaplacePosterior:
 
         Args:
             path: the file.
-            model: the model it was taken of, with the weights of then.
-            loss: its loss, or its losses.
+            model: the model that the posterior was computed for, with the same weights.
+            loss: the loss or losses of the model.
             forward: as for `natgrad.fisher`.
 
         Raises:
-            ValueError: if the file holds no posterior, or is of another model, other weights or another loss.
+            ValueError: if the file contains no posterior, or if it belongs to another model, other weights or another
+                loss.
         """
         state = read(path)
         if not (isinstance(state, dict) and "laplace" in state):
@@ -354,15 +356,15 @@ class LaplacePosterior:
         wrong = [n for n, w in state["weights"].items() if shapes.get(n) != w.shape]
         if wrong:
             raise ValueError(
-                f"{path} is of another model: {wrong[0]!r}, of shape {tuple(state['weights'][wrong[0]].shape)} there, "
-                "is no such parameter of this one; give the model that the posterior was taken of"
+                f"{path} is for another model: its {wrong[0]!r} of shape {tuple(state['weights'][wrong[0]].shape)} is "
+                "not a parameter of this one; give the model that the posterior was computed for"
             )
         total, entries, temperature, sigma, given = state["numbers"]
         noises, constant = state.get("noises", {}), state.get("constant", 0.0)
         posterior = cls(model, loss, state["laplace"], total, entries, forward, noises, constant)
         if state["loss"] != posterior._heads.label:
             raise ValueError(
-                f"{path} is of a model under {state['loss']} and loss is {posterior._heads.label}; give that"
+                f"{path} is for the loss {state['loss']}, but loss is {posterior._heads.label}; pass that of the file"
             )
         posterior.weights, posterior._rest = state["weights"], Fingerprint(state["rest"])
         posterior._check_weights()

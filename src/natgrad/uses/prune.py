@@ -1,4 +1,4 @@
-"""Pruning by curvature: which weights to take out, and how the others make up for them."""
+"""Pruning by curvature: which weights to remove, and how the other weights compensate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Pruned:
     """What `natgrad.prune` returns.
 
     Args:
-        masks: of every pruned parameter, by name: where its weights are kept.
+        masks: for every pruned parameter, by name: which of its weights are kept.
         increase: the increase of the objective that the quadratic model predicts, `½ δᵀ F δ`.
 
     Example:
@@ -35,7 +35,7 @@ class Pruned:
     increase: float
 
     def apply(self, model: nn.Module) -> None:
-        """Sets the pruned weights to zero again, as after a step of further training."""
+        """Sets the pruned weights to zero again. Call it after each step of further training."""
         own = dict(model.named_parameters())
         with torch.no_grad():
             for n, mask in self.masks.items():
@@ -51,30 +51,31 @@ def prune(
     rounds: int = 4,
     params: Selection = None,
 ) -> Pruned:
-    """Sets the least important weights of a trained model to zero, and changes the others so that the loss grows least.
+    """Sets the least important weights of a trained model to zero, and moves the others to compensate.
 
-    With `H = F + λ I`, removing weight `i` raises the loss by `θ_i² / (2 [H⁻¹]_ii)`, if the other weights adapt (the
-    optimal brain surgeon). Each round removes the weights with the smallest values. Then the remaining weights solve
+    With `H = F + λ I`, removing weight `i` raises the loss by `θ_i² / (2 [H⁻¹]_ii)` if the other weights compensate
+    (the optimal brain surgeon). Each round removes some of the weights for which this increase is smallest. After each
+    round, the change `δ` of the weights is the solution of
 
-        minimize ½ δᵀ H δ  over the kept weights,  with δ_i = −θ_i for those taken out
+        minimize ½ δᵀ H δ  over the kept weights,  with δ_i = −θ_i for the removed weights
 
-    by conjugate gradients on products with `F`. The model is changed in place.
+    It is computed by conjugate gradients on products with `F`. The model is changed in place.
 
     Args:
-        model: a trained model: its gradient is taken to be zero.
+        model: a trained model. Its gradient is assumed to be zero.
         F: its curvature on the training data, whose inverse has a diagonal: `"kfac"`, `"ekfac"`, `"block"`, `"dense"`
             or `"diagonal"`.
         sparsity: the share of the weights to set to zero, over all pruned parameters together.
-        damping: `λ`. If it is small, the other weights change much, and the quadratic model may not hold.
-        rounds: the number of steps in which the sparsity is reached.
-        params: names of the parameters to prune, or a predicate. None: those of `F` with two axes or more.
+        damping: `λ`. If it is small, the other weights move so far that the quadratic model does not hold.
+        rounds: the number of rounds in which the sparsity is reached.
+        params: names of the parameters to prune, or a predicate on names. None: those of `F` with at least two axes.
 
     Returns:
         The masks, and the predicted increase of the loss.
 
     Raises:
-        TypeError: if `F` is no matrix of named parameters, or its inverse has no diagonal.
-        ValueError: if `F` is of another model, or a number out of range.
+        TypeError: if `F` is not a matrix of named parameters, or if its inverse has no diagonal.
+        ValueError: if `F` belongs to another model, or if a number is out of range.
 
     Example:
         >>> import torch, natgrad
@@ -122,7 +123,7 @@ def _inverse_diagonal(F: Operator, damping: float) -> Parts:
         return inverse._diagonal()
     except TypeError as error:
         raise TypeError(
-            f"the inverse of F ({F.describe()}) has no diagonal, which tells what the weights are worth; use "
+            f"the inverse of F ({F.describe()}) has no diagonal, which pruning needs; use "
             "structure='kfac', 'ekfac', 'block', 'diagonal' or 'dense'"
         ) from error
 
@@ -133,7 +134,7 @@ def _chosen(model: nn.Module, own: dict[str, nn.Parameter], params: Selection) -
     else:
         chosen = [n for n in select_parameters(model, params) if n in own]
     if not chosen:
-        raise ValueError("no parameter is to be pruned; expected params= to have names that F has, too")
+        raise ValueError("no parameter is selected for pruning; expected params= to have names that are also in F")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Rounding weights to few bits: each one makes up for the errors of those that were rounded before."""
+"""Rounding weights to few bits: each weight compensates for the errors of those that were rounded before it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SIDES = {"both": "the errors of inputs and of outputs", "input": "of inputs alon
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that a weight matrix can have: `scale (code − zero)` in each row, with whole codes of some bits.
+    """The values that the entries of a weight matrix can have: `scale (code − zero)` in each row, with integer codes.
 
     Args:
-        scale: the distance of two values, `(d_out, 1)`.
+        scale: the distance between adjacent values, `(d_out, 1)`.
         zero: the code of zero, `(d_out, 1)`.
         largest: the largest code.
 
@@ -66,10 +66,10 @@ class Quantized:
     """What `natgrad.quantize` returns.
 
     Args:
-        codes: of every rounded parameter, by name: whole numbers from 0 to `2^bits − 1`, in the parameter's shape.
-        grids: what the codes stand for: a row of a weight matrix is `scale (code − zero)`.
+        codes: for every rounded parameter, by name: integers from 0 to `2^bits − 1`, in the parameter's shape.
+        grids: the values that the codes stand for: a row of a weight matrix is `scale (code − zero)`.
         increase: the increase of the objective that the quadratic model predicts, `½ δᵀ F δ`.
-        nearest: the same, had each weight been rounded to the nearest value, and no bias moved.
+        nearest: the predicted increase if each weight were rounded to the nearest value, without a change of the bias.
 
     Example:
         >>> import torch, natgrad
@@ -96,35 +96,37 @@ def quantize(
     damping: float = 0.01,
     params: Selection = None,
 ) -> Quantized:
-    """Rounds weight matrices to few bits so that the loss grows little, by K-FAC's factors.
+    """Rounds weight matrices to few bits. K-FAC's factors are used to keep the increase of the loss small.
 
     Each row of a weight matrix has `2^bits` equidistant values, from its smallest entry to its largest. Nearest
-    rounding treats each weight independently. Here the weights of a layer are rounded so that their error `E = Ŵ − W`
-    has a small
+    rounding treats every weight separately. Here the error `E = Ŵ − W` of a layer is chosen to make this small:
 
         tr(B E C Eᵀ)  =  Σ_oi d_o c_i ((L_Bᵀ E L_C)_oi)²      with C = L_C diag(c) L_Cᵀ and B = L_B diag(d) L_Bᵀ
 
-    `L` is unit lower triangular. Weights are rounded from the last entry to the first, and each compensates for the
-    errors of the later ones in its term of the sum. Rows and columns with the largest curvature come first. The bias
-    then corrects the mean, `b ← b − E m`, so `C` is the covariance of the inputs. Without a bias it is their second
-    moment. If nearest rounding is better for a layer, it is kept.
+    `L_B` and `L_C` are unit lower triangular. The weights are rounded from the last entry to the first. Before a weight
+    is rounded, the errors of the later weights in its term of the sum are subtracted. Rows and columns with the largest
+    curvature come first. The bias then compensates for the errors' effect on the mean output, `b ← b − E m`, which is
+    why `C` is the inputs' covariance. Without a bias, `C` is their second moment. If nearest rounding is better for a
+    layer, it is used there.
 
-    The model is changed in place; its weights stay floating-point numbers, with `2^bits` different ones in a row.
+    The model is changed in place. Its weights are still floating-point numbers, with at most `2^bits` different values
+    in a row.
 
     Args:
         model: a trained model.
-        F: its curvature on (a sample of) the training data: of `structure="kfac"` or `"kfoc"`.
-        bits: from 1 to 16.
-        sides: `"both"`, or `"input"`: as if `B` were the identity, so that rows do not see one another's errors.
-        damping: what is added to each factor, as a share of its mean diagonal.
-        params: names of the weights to round, or a predicate. None: those of every `nn.Linear`.
+        F: its curvature on the training data or on a sample of them, with `structure="kfac"` or `"kfoc"`.
+        bits: the number of bits, from 1 to 16.
+        sides: `"both"` uses both factors. `"input"` treats `B` as the identity, so rows do not compensate for one
+            another's errors.
+        damping: the number that is added to each factor's diagonal, as a share of the mean diagonal.
+        params: names of the weights to round, or a predicate on names. None: those of every `nn.Linear`.
 
     Returns:
-        The codes, what they stand for, and the predicted increase of the loss.
+        The codes, the values that they stand for, and the predicted increase of the loss.
 
     Raises:
-        TypeError: if `F` is no matrix of named parameters, or a layer's block is no Kronecker product.
-        ValueError: if `F` is of another model, or a number out of range.
+        TypeError: if `F` is not a matrix of named parameters, or if a layer's block is not a Kronecker product.
+        ValueError: if `F` belongs to another model, or if a number is out of range.
 
     Example:
         >>> import torch, natgrad

@@ -34,8 +34,8 @@ def of_measure(asked: Objective, measure: Any) -> tuple[Objective, Callable[[Pro
         return Objective(asked.terms[measure]), loss_columns
     if several:
         raise ValueError(
-            f"measure is {described(measure)}, which takes one output, and the losses are several; expected "
-            f"the name of one: {', '.join(map(repr, asked.terms))}"
+            f"measure is {described(measure)}, but there are several losses; expected "
+            f"the name of one of them: {', '.join(map(repr, asked.terms))}"
         )
     check_function("measure", measure, "of the output and the target that returns one number for each example")
     return asked, lambda problem: measure_columns(measure)

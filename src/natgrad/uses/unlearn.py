@@ -56,38 +56,39 @@ def unlearn(
     forward: Forward | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> Unlearned:
-    """Raises a model's loss on some data, and changes its outputs on all other data as little as possible, by a few
-    uphill Gauss-Newton steps:
+    """Raises a model's loss on the data to forget, and changes its outputs on all other data as little as possible. It
+    takes a few uphill Gauss-Newton steps,
 
         θ ← θ + α (F + λ I)⁻¹ ∇L_forget(θ)
 
-    `F` is the Gauss-Newton matrix of the data to be retained. So `½ δᵀ F δ` is the increase of their loss, or the KL
-    divergence of their outputs, for a change `δ` of the weights. Among all `δ` with the same increase, the step raises
-    the loss on `forget` most.
+    `F` is the Gauss-Newton matrix of the data to be retained. `½ δᵀ F δ` predicts by how much a change `δ` of the
+    weights raises the loss on these data, or the KL divergence of the outputs on them. Of all `δ` with the same
+    predicted increase, the step is the one that raises the loss on `forget` most.
 
-    In a linear model under squared error one step without damping, of the step size
-    `len(forget) / len(retained)`, gives exactly the weights of training on the retained data alone.
+    For a linear model with squared error, one step without damping and with the step size `len(forget) / len(retained)`
+    gives exactly the weights of a model trained on the retained data alone.
 
     Args:
         model: a trained model, which is changed in place. Put it in evaluation mode first.
-        loss: its loss, any that `natgrad.fisher` takes, or a dictionary of several.
+        loss: its loss, any that `natgrad.fisher` takes, or a dictionary of several losses.
         forget: the data to forget, as for `natgrad.fisher`.
-        F: the matrix of the data to be retained, at the model's weights: `natgrad.fisher(model, loss, retained)`, of
-            any structure. Its parameters are those that are changed.
-        steps: how many. Each computes a new gradient and uses the same `F`.
-        increase: all steps together may raise the objective on the retained data by this much, in the quadratic model.
-            Each is of the same length in the norm of `F + λ I`. Begin with a hundredth of a nat, the default.
+        F: the matrix of the data to be retained, at the model's weights: `natgrad.fisher(model, loss, retained)`, with
+            any structure. Only the parameters in `F` are changed.
+        steps: the number of steps. Each computes the gradient again, but uses the same `F`.
+        increase: the increase of the objective on the retained data that the quadratic model predicts for all steps
+            together. All steps have the same length in the norm of `F + λ I`. Start with the default, a hundredth of a
+            nat.
         step_size: `α`. If it is given, `increase` is not used.
         damping: `λ`.
         forward, weights: as for `natgrad.fisher`.
 
     Returns:
-        The losses on `forget`, and the predicted increase of the others'.
+        The losses on `forget`, and the predicted increase of the loss on the retained data.
 
     Raises:
-        TypeError, ValueError: if `F` is no matrix of this model, or the data have no gradient; ValueError also if
-            `F + λ I` is not positive definite, or a step leads to a loss that is not finite. The model is then as it
-            was before.
+        TypeError, ValueError: if `F` is not a matrix of this model, or if the data have no gradient; ValueError also if
+            `F + λ I` is not positive definite, or if a step leads to a loss that is not finite. The model is then
+            unchanged.
 
     Example:
         >>> import torch, natgrad

@@ -65,7 +65,8 @@ def read_segments(model: nn.Module, checkpoints: Any, times: Any, segments: Any)
         check_count("segments", segments, "segments")
         if count % segments:
             raise ValueError(
-                f"{count} checkpoints cannot be shared out among segments={segments}; expected a divisor of {count}"
+                f"{count} checkpoints cannot be divided into segments={segments} equal parts; expected a divisor of "
+                f"{count}"
             )
         of_one = count // segments
     states = [_state(model, f"checkpoints[{i}]", one) for i, one in enumerate(checkpoints)]

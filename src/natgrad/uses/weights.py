@@ -46,8 +46,8 @@ def parameters_of(model: nn.Module, F: Any, name: str = "F", as_then: bool = Tru
         raise ValueError(f"{bad!r} of the model has entries that are not finite; look for a training that diverged")
     if as_then and (other := moved(F, own)):
         warn(
-            f"{name} was computed at other weights: {other!r} has changed since; expected it at the model's "
-            "weights of now"
+            f"{name} was computed at other weights: {other!r} has changed since; compute it again at "
+            "the present weights"
         )
     return {n: own[n] for n in F.space.names}
 
