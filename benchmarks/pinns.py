@@ -1,9 +1,10 @@
 """The table of docs/pinns.md: what runs of `natgrad study pinns` have come to, beside the published best.
 
-natgrad study pinns && python -m benchmarks.pinns natgrad-study/pinns
+natgrad study pinns && python -m benchmarks.pinns natgrad-study/pinns --save docs/studies/pinns.json
+python -m benchmarks.pinns docs/studies/pinns.json
 
-Folders of several studies are put together. Seconds are those of the study's clock, which is printed. Kept runs are
-enough: the study need not have come to its end.
+Folders of several studies, or files that `--save` has written, are put together. Seconds are those of the study's
+clock, which is printed. Kept runs are enough: the study need not have come to its end.
 """
 
 from __future__ import annotations
@@ -22,25 +23,59 @@ HEADINGS = ("problem", "seeds", "seconds", "ms a step", "to 1e-4", "to 1e-5", "t
 Run = dict[str, Any]
 
 
-def runs_of(folders: Sequence[Path], optimizer: str) -> dict[str, list[Run]]:
-    """The finished runs of an optimizer on each problem."""
+KEPT = ("task", "optimizer", "setting", "seed", "status", "what")
+MACHINE = ("cpu", "threads", "torch", "natgrad")
+
+
+def runs_of(sources: Sequence[Path], optimizer: str) -> dict[str, list[Run]]:
+    """The finished runs of an optimizer on each problem, by seed. Sources are folders of studies, or saved files."""
+    every: list[Run] = []
+    for source in sources:
+        if source.is_dir():
+            every += [json.loads(path.read_text(encoding="utf-8")) for path in (source / "runs").glob("*.json")]
+        else:
+            every += json.loads(source.read_text(encoding="utf-8"))
     found: dict[str, list[Run]] = {}
-    for folder in folders:
-        for path in sorted((folder / "runs").glob("*.json")):
-            run = json.loads(path.read_text(encoding="utf-8"))
-            if run["task"] in SETTINGS and run["optimizer"] == optimizer and run["status"] == "finished":
-                found.setdefault(run["task"], []).append(run)
+    for run in sorted(every, key=lambda r: (r["task"], r["seed"])):
+        if run["task"] in SETTINGS and run["optimizer"] == optimizer and run["status"] == "finished":
+            found.setdefault(run["task"], []).append(run)
     return found
 
 
-def cell(curves: Sequence[Curve], theirs: Sequence[Curve], target: float) -> str:
-    """Our time, the median over the seeds, and the shortest published one; bold where ours is shorter."""
-    times = sorted(t if (t := c.first(target)) is not None else float("inf") for c in curves)
-    mine, best = statistics.median(times), fastest(theirs, target)
-    words = "–" if mine == float("inf") else f"{mine:.3g}"
-    if mine < (best[0] if best else float("inf")):
+def save(runs: Sequence[Run], path: Path) -> None:
+    """One line for each run; numbers of the curves have five digits."""
+    lines = ",\n".join(json.dumps({key: run[key] for key in KEPT} | _short(run)) for run in runs)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def _short(run: Run) -> Run:
+    curve = [{key: value and float(f"{value:.5g}") for key, value in point.items()} for point in run["curve"]]
+    return {"curve": curve, "machine": {key: run["machine"].get(key) for key in MACHINE}}
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The median, and the range in brackets if there are several values."""
+    low, middle, high = (_number(v, digits) for v in (min(values), statistics.median(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} ({low} to {high})"
+
+
+def _number(value: float, digits: int) -> str:
+    return "–" if value == float("inf") else f"{value:.{digits}g}"
+
+
+def beside(mine: Sequence[float], theirs: float, digits: int, whose: str = "") -> str:
+    """Ours over the seeds / the published one; bold where every seed is ahead."""
+    words = spread(mine, digits)
+    if max(mine) < theirs:
         words = f"**{words}**"
-    return f"{words} / {f'{best[0]:.3g}' if best else '–'}"
+    return f"{words} / {_number(theirs, digits)}{whose}"
+
+
+def cell(curves: Sequence[Curve], theirs: Sequence[Curve], target: float) -> str:
+    """Our times to an error, and the shortest published one."""
+    times = [t if (t := c.first(target)) is not None else float("inf") for c in curves]
+    best = fastest(theirs, target)
+    return beside(times, best[0] if best else float("inf"), 3)
 
 
 def row(name: str, runs: Sequence[Run]) -> str:
@@ -50,27 +85,24 @@ def row(name: str, runs: Sequence[Run]) -> str:
     curves = [own(r["optimizer"], r) for r in runs]
     last = [r["curve"][-1] for r in runs]
     cells = [cell(curves, theirs, target) for target in TARGETS]
-    best = statistics.median(c.best for c in curves)
-    words = f"{best:.2g}"
     seconds = statistics.median(p["seconds"] for p in last)
     pace = statistics.median(1000 * p["seconds"] / max(1, p["step"]) for p in last)
-    mark = "**" if best < lowest.best else ""
-    lowest_words = f"{mark}{words}{mark} / {lowest.best:.2g} ({lowest.optimizer})"
     by_then, whose = min(((e, c.optimizer) for c in theirs for s, e in c.points if s <= seconds), default=(1.0, "none"))
-    mark = "**" if best < by_then else ""
-    then_words = f"{mark}{words}{mark} / {by_then:.2g} ({whose})"
-    return (
-        f"| {name} | {len(runs)} | {seconds:.0f} | {pace:.0f} | {' | '.join(cells)} | {then_words} | {lowest_words} |"
-    )
+    bests = [c.best for c in curves]
+    cells += [beside(bests, by_then, 2, f" ({whose})"), beside(bests, lowest.best, 2, f" ({lowest.optimizer})")]
+    return f"| `{name}` | {len(runs)} | {seconds:.0f} | {pace:.0f} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("sources", type=Path, nargs="+")
     parser.add_argument("--optimizer", default="NaturalGradient")
+    parser.add_argument("--save", type=Path, help="write the runs into this file")
     options = parser.parse_args()
-    found = runs_of(options.folders, options.optimizer)
+    found = runs_of(options.sources, options.optimizer)
     every = [run for runs in found.values() for run in runs]
+    if options.save:
+        save(every, options.save)
     clocks = sorted({run["what"].get("clock", "wall") for run in every})
     machines = sorted({f"{r['machine'].get('cpu')}, {r['machine'].get('threads')} threads" for r in every})
     print(f"clock: {', '.join(clocks)}; {'; '.join(machines)}\n")

@@ -1,6 +1,6 @@
 """The pictures of docs/pinns.md: runs of `natgrad study pinns` beside the published curves; solutions and their errors.
 
-natgrad study pinns && python -m benchmarks.pinns_pictures natgrad-study/pinns
+python -m benchmarks.pinns_pictures docs/studies/pinns.json      # or natgrad-study/pinns
 
 Solutions are those after some hundred steps, trained here. Both pictures go to docs/images.
 """
@@ -105,11 +105,11 @@ def draw_solutions(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("sources", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     parser.add_argument("--skip-solutions", action="store_true")
     options = parser.parse_args()
-    draw_curves(runs_of(options.folders, "NaturalGradient"), options.out / "pinns-curves.png")
+    draw_curves(runs_of(options.sources, "NaturalGradient"), options.out / "pinns-curves.png")
     if not options.skip_solutions:
         torch.set_num_threads(1)
         draw_solutions(options.out / "pinns-solutions.png")

@@ -93,9 +93,9 @@ def perform(job: tuple[str, str, int, int]) -> dict[str, Any]:
     }
 
 
-def figures(runs: list[dict[str, Any]], task: str, name: str) -> list[float]:
-    """The held-out losses, seed by seed."""
-    return [r["held-out"] for r in runs if (r["task"], r["optimizer"]) == (task, name)]
+def figures(runs: list[dict[str, Any]], task: str, name: str) -> dict[int, float]:
+    """The held-out losses by seed."""
+    return {r["seed"]: r["held-out"] for r in runs if (r["task"], r["optimizer"]) == (task, name)}
 
 
 def best_rate(runs: list[dict[str, Any]], task: str) -> str:
@@ -106,17 +106,24 @@ def best_rate(runs: list[dict[str, Any]], task: str) -> str:
 
 
 def table(runs: list[dict[str, Any]], every: dict[str, dict[str, float]], names: Sequence[str]) -> str:
-    """Ratios of the means over the seeds to AdamW's, with the lowest and highest of one seed, and costs of steps."""
+    """Ratios of the means over the seeds to AdamW's, with the lowest and highest of one seed, and costs of steps. What
+    was not run is left empty."""
     head = ["task", "AdamW, held-out loss", "rate", "steps", *names, *(f"a step of {name}" for name in names)]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for task in dict.fromkeys(r["task"] for r in runs):
         adamw = best_rate(runs, task)
         base = figures(runs, task, adamw)
         steps = next(r["steps"] for r in runs if (r["task"], r["optimizer"]) == (task, adamw))
-        cells = [task, f"{statistics.mean(base):.4g}", adamw.split()[1], str(steps)]
+        cells = [task, f"{statistics.mean(base.values()):.4g}", adamw.split()[1], str(steps)]
         for name in names:
-            spread = [v / b for v, b in zip(figures(runs, task, name), base, strict=True)]
-            ratio = statistics.mean(figures(runs, task, name)) / statistics.mean(base)
+            found = figures(runs, task, name)
+            seeds = [seed for seed in found if seed in base]
+            if not seeds:
+                cells.append("")
+                continue
+            spread = [found[seed] / base[seed] for seed in seeds]
+            ratio = statistics.mean(found[seed] for seed in seeds) / statistics.mean(base[seed] for seed in seeds)
             cells.append(f"{ratio:.2f}" + (f" ({min(spread):.2f} to {max(spread):.2f})" if len(spread) > 1 else ""))
-        lines.append("| " + " | ".join([*cells, *(f"{every[task][name]:.1f}" for name in names)]) + " |")
+        shares = [f"{every[task][name]:.1f}" if name in every[task] else "" for name in names]
+        lines.append("| " + " | ".join([*cells, *shares]) + " |")
     return "\n".join(lines)

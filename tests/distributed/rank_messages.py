@@ -11,8 +11,8 @@ from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
+from natgrad.curvature.kfac import KfacStructure
 from natgrad.curvature.problem import Problem
-from natgrad.curvature.structures import KfacStructure
 from natgrad.distributed.packing import leaves
 from natgrad.distributed.sizes import Size, sizes_of
 from natgrad.linalg.state import dump

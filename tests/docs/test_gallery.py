@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 SHARED = "equal_time"
 SCRIPTS = [p for p in sorted((ROOT / "examples" / "gallery").glob("*.py")) if p.stem != SHARED]
 MOST_LINES = 70
+PAGES = ("gallery.md", "pinns-beyond.md")
 SHOWN_CODE = runpy.run_path(str(ROOT / "docs" / "shown_code.py"))
 
 
@@ -31,7 +32,7 @@ def result(tmp_path_factory):
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=300,
+                timeout=600,
             )
             assert done.returncode == 0, done.stderr
             assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -129,6 +130,29 @@ def test_the_networks_solution_is_burgers_equations(result):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "figure", "most"),
+    [
+        ("shock", "steps:", 1e-3),
+        ("helmholtz", "steps:", 1e-2),
+        ("inverse", "coefficient", 0.1),
+        ("inverse", ", u", 0.01),
+        ("navier_stokes", "velocity", 1e-4),
+        ("navier_stokes", "pressure", 1e-3),
+    ],
+)
+def test_harder_equations_are_solved(result, name, figure, most):
+    assert number(figure, result(name)) < most
+
+
+@pytest.mark.long
+def test_momentum_helps_where_a_step_has_fewer_states_than_parameters(result):
+    line = result("spin_chain")
+    assert number("momentum", line) < 0.5 * number("gradient", line)
+    assert number("gradient", line) < 0.1 * number("best of 4", line)
+
+
+@pytest.mark.long
 def test_the_critic_is_level_with_adams(result):
     line = result("critic")
     assert number("s: NaturalGradient", line) < number("Adam", line) + 0.02
@@ -137,7 +161,7 @@ def test_the_critic_is_level_with_adams(result):
 def test_every_script_has_a_test_of_its_claim():
     here = Path(__file__).read_text(encoding="utf-8")
     assert [p.stem for p in SCRIPTS if f'result("{p.stem}")' not in here and f'"{p.stem}"' not in here] == []
-    assert len(SCRIPTS) == 15
+    assert len(SCRIPTS) == 20
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
@@ -145,8 +169,8 @@ def test_a_script_is_short_says_its_goal_and_is_on_the_page(script):
     lines = script.read_text(encoding="utf-8").splitlines()
     assert sum(bool(line.strip()) for line in lines) <= MOST_LINES
     assert lines[0].startswith('"""')
-    page = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
-    assert f"](../examples/gallery/{script.name})" in page
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in PAGES]
+    (page,) = [text for text in pages if f"](../examples/gallery/{script.name})" in text]
     own = dict(SHOWN_CODE["shown"](page))[f"examples/gallery/{script.name}"]
     assert own == script.read_text(encoding="utf-8"), "python docs/shown_code.py puts the script's code on the page"
     assert f"](images/gallery/{script.stem}.png)" in page

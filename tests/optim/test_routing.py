@@ -7,7 +7,9 @@ from torch import nn
 
 import natgrad
 from models import MODELS
-from oracles import f64, net, randn
+from natgrad.optim.muon.routing import Route
+from natgrad.optim.preconditioner.orthogonal import orthogonalized
+from oracles import close, f64, net, randn
 
 
 def steps_of(model, *args, **options):
@@ -201,3 +203,44 @@ def test_it_prints_as_a_table_where_blocks_are_one_row():
     head, *rows = str(opt.routing()).splitlines()
     assert head.split() == ["parameter", "shape", "step", "why"]
     assert any(row.split()[:6] == ["blocks.*.weight", "(2)", "5", "x", "5", "whitened"] for row in rows)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, or a cell, and an output layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        width = getattr(layer, "proj_size", 0) or layer.hidden_size
+        self.layer, self.head = layer, nn.Linear(width * (1 + getattr(layer, "bidirectional", 0)), 2)
+
+    def forward(self, x):
+        if not isinstance(self.layer, nn.RNNBase):
+            state = self.layer(x[:, 0])
+            return self.head(state if isinstance(state, torch.Tensor) else state[0])
+        return self.head(self.layer(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "gates"),
+    [
+        (nn.LSTM(5, 5, 2, batch_first=True, bidirectional=True), 4),
+        (nn.LSTM(5, 7, batch_first=True, proj_size=5), 4),
+        (nn.GRU(5, 5, batch_first=True), 3),
+        (nn.RNN(5, 5, batch_first=True), 1),
+        (nn.LSTMCell(5, 5), 4),
+    ],
+    ids=["LSTM", "projected", "GRU", "RNN", "LSTMCell"],
+)
+def test_every_gate_of_a_recurrent_layer_is_a_matrix(layer, gates):
+    model = Recurrent(layer).double()
+    opt = natgrad.NewtonMuon(model, lr=1.0, sides="none", momentum=0.0, weight_decay=0.0)
+    model(randn(8, 3, 5)).square().sum().backward()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    opt.step()
+    for n, route in opt.routing().items():
+        own = gates if "weight_ih" in n or "weight_hh" in n else 1
+        assert route.gates == own, n
+        assert Route.of_state(route.state()) == route
+        if own > 1:
+            p = model.get_parameter(n)
+            close(before[n] - p.detach(), torch.cat(orthogonalized(list(p.grad.chunk(own)))))

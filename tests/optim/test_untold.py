@@ -77,6 +77,17 @@ def test_a_term_that_is_warmed_up():
     assert len(found) == 1
 
 
+def test_terms_of_one_forward_run_the_model_once_more():
+    model, runs = network(), []
+    opt = natgrad.KFAC(model, {"one": nn.CrossEntropyLoss(), "two": nn.MSELoss()}, **GIVEN)
+    model[0].register_forward_hook(lambda *_: runs.append(1))
+    x = torch.randn(32, 5)
+    output = model(x)
+    (opt.loss["one"](output, x[:, :3].argmax(1)) + opt.loss["two"](output, x[:, :3])).backward()
+    opt.step()
+    assert len(runs) == 2
+
+
 def accumulated(opt, model, i):
     for _ in range(3):
         (loss(opt, model) / 3).backward()

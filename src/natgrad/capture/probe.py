@@ -28,18 +28,14 @@ LISTED_DIGITS = 4
 """The number of digits that identify rows in an unusual order: they distinguish 16⁴ rows."""
 
 
-def names_of(use: Use) -> tuple[str, ...]:
-    return tuple(n for n in (use.weight, use.bias) if n is not None)
-
-
 def connected(uses: Sequence[Use]) -> list[list[int]]:
     """Groups of uses that share parameters, directly or through other uses: lists of their numbers."""
     group_of: dict[str, list[int]] = {}
     for i, use in enumerate(uses):
         joined = [i]
-        for group in {id(g): g for n in names_of(use) if (g := group_of.get(n))}.values():
+        for group in {id(g): g for n in use.names if (g := group_of.get(n))}.values():
             joined = group + joined
-        names = {n for j in joined for n in names_of(uses[j])}
+        names = {n for j in joined for n in uses[j].names}
         group_of |= dict.fromkeys(names, joined)
     return list({id(group): group for group in group_of.values()}.values())
 
@@ -52,7 +48,7 @@ def _forms(uses: Sequence[Use]) -> list[tuple[int, Use]]:
 @dataclass(frozen=True)
 class Signal:
     """The result of one backward pass in the rows of a use: the norms of the gradients, and their products with one
-    random vector. For passes with powers of two, `exponents` has the exponent of every case of the grouping."""
+    random vector."""
 
     norms: Float[Tensor, " rows"]
     products: Float[Tensor, " rows"]

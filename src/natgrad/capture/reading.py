@@ -16,7 +16,6 @@ from natgrad.capture.layer import Layer, layers_of
 from natgrad.capture.layers import Inputs, Kind, Rows, Scale
 from natgrad.capture.layers.affine import Affine
 from natgrad.capture.order import Grouping, Order
-from natgrad.capture.probe import names_of
 from natgrad.capture.separation import Separation
 from natgrad.capture.use import Use
 
@@ -116,7 +115,7 @@ def read_cases(
         {} if ignored is None else {layer: group.of(ignored).flatten(1) for layer, group in groups.items()},
         present,
         {n: shape for use in uses for n, shape in use.shapes.items()},
-        tuple(dict.fromkeys(names_of(use) for use in uses)),
+        tuple(dict.fromkeys(use.names for use in uses)),
         tuple(layer for layer, its in layers.items() if any(id(r.use) in mixed for r in its)),
     )
 

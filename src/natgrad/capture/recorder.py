@@ -17,6 +17,7 @@ from natgrad.capture.graph import edge_of
 from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, RECURRENCES, RESHAPES, SPREADS, Call, Kind
 from natgrad.capture.layers.affine import Affine
 from natgrad.capture.layers.convolution import Convolution
+from natgrad.capture.layers.recurrent import GATES, weights_of_gates
 from natgrad.capture.layers.scale import Scale, product, shift
 from natgrad.capture.spread import Copied, Spreading
 from natgrad.capture.tape import Tape
@@ -36,6 +37,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor]):
         super().__init__()
         self.uses: list[Use] = []
+        self.gates: dict[str, int] = {}  # how many, for the weights that have a matrix for each
         self.tape: Tape | None = None
         self._names: dict[int, str] = {}
         self._forms = Forms()  # other forms of a parameter: `W.T`, `W.chunk(3)`
@@ -70,6 +72,9 @@ class Recorder(TorchFunctionMode):
         tensors = _tensors((args, kwargs))
         given = [t for t in tensors if t in self._forms]
         if composite is not None and given and torch.is_grad_enabled():
+            if func in GATES:
+                own = weights_of_gates(_tensors(args[2:]))
+                self.gates |= {self._names[id(t)]: GATES[func] for t in own if id(t) in self._names}
             opened = self._recurrence(func, args, kwargs) if func in RECURRENCES else NotImplemented
             if opened is NotImplemented:
                 with self:

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from natgrad.capture.order import Grouping, Order, apart, assumed, coarsened, crossed, together
 from natgrad.capture.probe import Probe, connected
+from natgrad.capture.settled import is_settled
 from natgrad.capture.use import Use
 
-TRUSTED = 4
-"""After this many shapes that differ only in lengths, with the same result, further lengths are not checked. The same
-holds for mini-batches of one shape, in which some rows had no gradient."""
 AGAIN = 10
 """What is known is checked again at call 10, 100, 1000, ...: values may change what depends on what, as those of a gate
 that is zero at first."""
@@ -68,13 +66,17 @@ class Separation:
 
 
 class SeparationCheck:
-    """Checks each batch shape once, and a few times later, and remembers the result. Keep one for repeated checks."""
+    """Checks each batch shape once, and a few times later, and remembers the result. Keep one for repeated checks.
+
+    Shapes that differ only in lengths are not checked any more after several of them gave the same result. If a batch
+    has rows without a gradient, its shape is checked until several batches of the shape gave the same result.
+    """
 
     def __init__(self) -> None:
-        self._found: dict[Hashable, Separation] = {}
-        self._looks: dict[Hashable, list[Hashable]] = {}
+        self._found: dict[Hashable, Separation] = {}  # by shape
+        self._incomplete: dict[Hashable, list[Hashable]] = {}  # by shape, from batches with rows without a gradient
+        self._ways: dict[Hashable, list[Ways]] = {}  # by shape without lengths
         self._calls = Counter[Hashable]()
-        self._alike: dict[Hashable, list[Ways]] = {}
 
     def of(self, uses: Sequence[Use], output: Tensor, mode: Hashable = None) -> Separation:
         """Which rows belong together.
@@ -90,9 +92,9 @@ class SeparationCheck:
         for use in uses:
             use.check_input()
         exact, alike = _signature(uses, output, mode), _pattern(uses, output, mode)
-        seen = self._alike.setdefault(alike, [])
+        seen = self._ways.setdefault(alike, [])
         guess = self._found.get(exact) or (_of_ways(uses, len(output), seen[0]) if seen else None)
-        known = exact in self._found or (guess is not None and len(seen) >= TRUSTED and len(set(seen)) == 1)
+        known = exact in self._found or (guess is not None and is_settled(seen))
         again = self.begin() and known
         if guess is not None and known and not again:
             return guess
@@ -106,17 +108,17 @@ class SeparationCheck:
             return found
         ways = _ways(found, uses)
         if ways is not None:
-            self._alike.setdefault(alike, []).append(ways)
+            self._ways.setdefault(alike, []).append(ways)
         if not probe.complete:
-            looks = self._looks.setdefault(exact, [])
-            looks.append(found.form)
-            if len(looks) < TRUSTED or len(set(looks)) > 1:
+            results = self._incomplete.setdefault(exact, [])
+            results.append(found.form)
+            if not is_settled(results):
                 return found
         self._found[exact] = found
         return found
 
     def _forget(self) -> None:
-        for known in (self._found, self._looks, self._alike):
+        for known in (self._found, self._incomplete, self._ways):
             known.clear()
 
     def begin(self, of: Hashable = None) -> bool:
@@ -131,7 +133,7 @@ class SeparationCheck:
         """The same, if other processes have to make the same number of passes at the same time: `PASSES` whenever
         passes are due at a call with a key `of`. Anything not found then is guessed from the shapes."""
         exact, alike = _signature(uses, output, mode), _pattern(uses, output, mode)
-        seen = self._alike.get(alike)
+        seen = self._ways.get(alike)
         known = self._found.get(exact) or (_of_ways(uses, len(output), seen[0]) if seen else None)
         if self.begin(of):
             probe = Probe(uses, output, in_step=True)
@@ -139,7 +141,7 @@ class SeparationCheck:
             if found is None:
                 found = _found(probe)
                 ways = _ways(found, uses)
-                self._found[exact], self._alike[alike] = found, [] if ways is None else [ways]
+                self._found[exact], self._ways[alike] = found, [] if ways is None else [ways]
             return found
         return known or assumed_of(uses, output)
 

@@ -50,6 +50,11 @@ class Use:
             self.before = None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its parameters."""
+        return tuple(n for n in (self.weight, self.bias) if n is not None)
+
+    @property
     def narrow(self) -> Use | None:
         """The use before it was spread over examples, if it was."""
         return self.before if self.is_spread else None

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from natgrad.checks.errors import UserError
 from natgrad.checks.values import did_you_mean
+from natgrad.curvature.kfac import KfacStructure
 from natgrad.curvature.problem import Problem
-from natgrad.curvature.structures import KfacStructure
 from natgrad.distributed.plan import SCHEMES, Machine, Prediction, Settings, best, predict
 from natgrad.distributed.sizes import MODELS, Size, sizes_of
 from natgrad.report.words import visible

@@ -14,14 +14,14 @@ from torch import Tensor
 from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, Rows, Sparse, joined
-from natgrad.curvature.blocks import homogeneous
+from natgrad.curvature.blocks import input_factor
 from natgrad.curvature.groups import by_case, has_rival, step_of
 from natgrad.curvature.moments import AffineMoments, Moments
 from natgrad.distributed.assignment import cost
 from natgrad.distributed.world import World
 from natgrad.linalg import Centered, Homogeneous, KroneckerEigen, Operator, factor
 from natgrad.linalg.centered import matrix_of
-from natgrad.linalg.pieces import squares
+from natgrad.linalg.pieces import squares, with_one
 from natgrad.linalg.space import Parts
 
 Turn = Callable[[Tensor, factor.Basis, str], factor.Basis]
@@ -46,7 +46,7 @@ class Eigenbasis:
         apart = bool(centered and layer.weight and layer.bias)
         U_A = None
         if layer.weight:
-            A = _input_factor(layer, m, apart)
+            A = input_factor(layer, m, centered)
             U_A = turn(A, before.U_A if before else None, f"the input factor of layer {layer.label!r}")
         B = m.B(is_mean=False)
         U_B = turn(B, before.U_B if before else None, f"the output factor of layer {layer.label!r}")
@@ -61,7 +61,7 @@ class Eigenbasis:
         if self.centered:
             h = h - m.mean
         elif self.layer.bias:
-            h = torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1)
+            h = with_one(h)
         return Rows(h if self.U_A is None else h @ self.U_A)
 
     def squares(self, z: Inputs, g: Float[Tensor, "n t o"]) -> Parts:
@@ -74,7 +74,7 @@ class Eigenbasis:
         f = _in_basis(m.B(is_mean=False), self.U_B)
         if not self.layer.weight:
             return (f,)
-        weight = torch.outer(f, _in_basis(_input_factor(self.layer, m, self.centered), self.U_A))
+        weight = torch.outer(f, _in_basis(input_factor(self.layer, m, self.centered), self.U_A))
         return (weight, f) if self.centered else (weight,)
 
     def block(self, values: Parts, m: AffineMoments) -> Operator:
@@ -156,10 +156,6 @@ def example_squares(x: Inputs, g: Float[Tensor, "n k t o"], *, bias: bool) -> Pa
 def accumulate(values: dict[Layer, Parts], layer: Layer, new: Parts) -> None:
     old = values.get(layer)
     values[layer] = new if old is None else tuple(a.add_(b) for a, b in zip(old, new, strict=True))
-
-
-def _input_factor(layer: Layer, m: AffineMoments, centered: bool) -> Tensor:
-    return m.C if centered else homogeneous(m) if layer.bias else m.A
 
 
 def _in_basis(F: Tensor, U: factor.Basis) -> Float[Tensor, " d"]:

@@ -30,6 +30,7 @@ from natgrad.linalg import (
 )
 from natgrad.linalg.centered import matrix_of
 from natgrad.linalg.nearest import nearest_of_cases, nearest_of_columns
+from natgrad.linalg.pieces import with_one
 
 ELSE = "use structure='block', 'diagonal', 'dense' or 'implicit', or leave it out with params="
 
@@ -107,20 +108,23 @@ def kfac_block(layer: Layer, moments: Moments, is_mean: bool, centered: bool) ->
         products = moments.means(is_mean)
         return Diagonal((products[0],)) if len(products) == 1 else CoordinateBlocks.of_products(*products)
     assert isinstance(moments, AffineMoments)
-    B = moments.B(is_mean)
+    return affine_block(layer, moments, moments.B(is_mean), centered)
+
+
+def affine_block(layer: Layer, moments: AffineMoments, B: Tensor, centered: bool) -> Operator:
+    """`A ⊗ B` of one layer with any output factor; `B` for a layer without a weight."""
     if layer.weight is None:
         return matrix_of(B)
-    if layer.bias is None:
-        return Kronecker(moments.A, B)
-    if centered:
+    if layer.bias and centered:
         return CenteredKronecker(covariance=moments.C, mean=moments.mean, output=B)
-    return Homogeneous(Kronecker(homogeneous(moments), B))
+    block = Kronecker(input_factor(layer, moments, centered=False), B)
+    return Homogeneous(block) if layer.bias else block
 
 
 def nearest_block(layer: Layer, exact: ExactBlock, m: AffineMoments, centered: bool) -> Operator:
     """The Kronecker product nearest to the exact block of a layer with a weight."""
     scale, apart = exact.scale, bool(centered and layer.bias)
-    start = m.C if apart else homogeneous(m) if layer.bias else m.A
+    start = input_factor(layer, m, centered)
     if isinstance(exact, ColumnBlock):
         W, *b = exact.space.unflatten(exact.S.flatten(0, 1))
         if layer.bias:  # S (h - m) or S [h; 1], of which b is the sum of the gradients
@@ -129,7 +133,7 @@ def nearest_block(layer: Layer, exact: ExactBlock, m: AffineMoments, centered: b
     else:
         h, g = exact.h, exact.g
         if layer.bias:
-            h = h - m.mean if apart else torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1)
+            h = h - m.mean if apart else with_one(h)
         A, B = nearest_of_cases(h, g, start)
         b = [g.sum(2).flatten(0, 1)]
     weight = Kronecker(A, scale * B)
@@ -165,6 +169,14 @@ def pooled(moments: Mapping[Layer, Moments], is_mean: bool) -> Kronecker:
     total = torch.stack(traces).sum()
     share = torch.where(total > 0, 1 / total, 0.0)
     return Kronecker(share * reduce(factor.add, rights), reduce(factor.add, lefts))
+
+
+def input_factor(layer: Layer, moments: AffineMoments, centered: bool) -> Tensor:
+    """The input factor of a layer with a weight: `C` if weight and bias are centered, else `E[x xᵀ]`, or `E[h hᵀ]`
+    without a bias. Or its diagonal."""
+    if not layer.bias:
+        return moments.A
+    return moments.C if centered else homogeneous(moments)
 
 
 def homogeneous(moments: AffineMoments) -> Tensor:

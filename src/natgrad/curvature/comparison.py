@@ -41,4 +41,4 @@ def distance(block: Operator, M: Operator, budget: int = 1 << 24) -> float:
         S = block.space.unflatten(block.part(slice(start, start + step)).columns().mT)
         inner += sum(float((s * Ms).sum()) for s, Ms in zip(S, M._matmul(S), strict=True))
     square = float(block.norm()) ** 2 - 2 * inner + float(M.norm()) ** 2
-    return max(square, 0.0) ** 0.5  # below zero by rounding alone
+    return max(square, 0.0) ** 0.5  # below zero only by rounding

@@ -19,17 +19,19 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.graph import refuse_reentrant
 from natgrad.capture.layers.embedding import can_be_opened, embedding_bag
+from natgrad.capture.settled import is_settled
 
 SEED = 1729
 """Seed of the check's own random vectors. Torch's random state does not change."""
-TRUSTED = 4
-"""After this many batch shapes that differ only in lengths and gave the same answer, further ones are not checked."""
 Vector = Mapping[str, Tensor]
 Forward = Callable[[Vector], tuple[Tensor, Tensor]]
 
 
 class Jacobian:
-    """Checks each kind of batch once: whether `⟨u, J v⟩ = ⟨Jᵀ u, v⟩` for random vectors, with `J v` by forward mode."""
+    """Checks each kind of batch once: whether `⟨u, J v⟩ = ⟨Jᵀ u, v⟩` for random vectors, with `J v` by forward mode.
+
+    Batches that differ only in lengths are not checked any more after several of them gave the same answer.
+    """
 
     def __init__(self) -> None:
         self._by_reverse: dict[Hashable, bool] = {}
@@ -62,7 +64,7 @@ class Jacobian:
         if key in self._by_reverse:
             return self._by_reverse[key]
         seen = self._alike.setdefault(_but_for_lengths(key), [])
-        if len(seen) >= TRUSTED and len(set(seen)) == 1:
+        if is_settled(seen):
             return seen[0]
         found = self._by_reverse[key] = _look(model, call, list(direction), forward)
         seen.append(found)

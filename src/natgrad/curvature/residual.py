@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,17 +15,19 @@ from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_count, check_flag
-from natgrad.curvature.blocks import homogeneous, named_blocks
+from natgrad.curvature.blocks import input_factor, named_blocks
 from natgrad.curvature.comparison import relative_errors
-from natgrad.curvature.exact import ExactStructure, of_all_ranks
+from natgrad.curvature.exact import ExactStructure
 from natgrad.curvature.independence import SMALLEST_CHUNK, Kernel, dependence, inner
+from natgrad.curvature.kfac import KfacStructure
 from natgrad.curvature.matrices import check_covered, check_finite
-from natgrad.curvature.moments import SHARING, AffineMoments, Moments, kept_positions
+from natgrad.curvature.moments import SHARING, AffineMoments, Moments
+from natgrad.curvature.positions import Positions
 from natgrad.curvature.problem import Forward, Problem, check_mass
-from natgrad.curvature.structures import STRUCTURES, KfacStructure
+from natgrad.curvature.structures import STRUCTURES
 from natgrad.distributed.gathering import jointly
-from natgrad.distributed.world import World
 from natgrad.linalg import BlockDiagonal, ColumnBlock, ExactBlock, Operator, Space
+from natgrad.linalg.pieces import with_one
 from natgrad.report.layer_residual import Condition, LayerResidual
 from natgrad.report.residual import ResidualReport
 
@@ -202,11 +203,11 @@ def _of_layer(
     permutations: int,
     generator: torch.Generator | None,
 ) -> LayerResidual:
-    A, B = homogeneous(moments) if layer.bias else moments.A, moments.B(is_mean)
+    A, B = input_factor(layer, moments, centered=False), moments.B(is_mean)
     scale = 1 / float(moments.mass) if is_mean else 1.0
     total = scale * float(moments.count)  # G = scale Σ_i X_i ⊗ Y_i = total E[X ⊗ Y], B = total E[Y]
     found = dependence(
-        Kernel(_with_one(h, layer).unsqueeze(1), A, chunk),
+        Kernel(_rows(h, layer).unsqueeze(1), A, chunk),
         Kernel(g, B / total, chunk),
         chunk=chunk,
         permutations=permutations,
@@ -216,7 +217,7 @@ def _of_layer(
     if block.h.shape[1] == 1:
         norm, block_norm, bound = total * found.covariance, total * found.second_moment, input_spread * output_spread
     else:
-        norm, block_norm = _norms(_with_one(block.h, layer), block.g, scale, A, B, chunk)
+        norm, block_norm = _norms(_rows(block.h, layer), block.g, scale, A, B, chunk)
     return LayerResidual(
         relative=norm / block_norm if block_norm else math.nan,
         norm=norm,
@@ -238,7 +239,7 @@ def _condition(layer: Layer, moments: Moments | None) -> Condition:
     """The condition numbers of a layer's input factors, if it has such a factor and the factor is a matrix."""
     if not isinstance(moments, AffineMoments) or not layer.weight or moments.scatter.ndim == 1:
         return Condition(None, None)
-    A = homogeneous(moments) if layer.bias else moments.A
+    A = input_factor(layer, moments, centered=False)
     return Condition(condition_number(A), condition_number(moments.C) if layer.bias else None)
 
 
@@ -266,38 +267,6 @@ def _of_columns(block: ColumnBlock, kfac: Operator, condition: Condition) -> Lay
         condition=condition,
         cases=block.S.shape[0],
     )
-
-
-class Positions:
-    """Which positions of an example are cases. If batches have different numbers of positions, the exact block fills
-    shorter examples with zeros. These positions, and positions without a target, are not cases."""
-
-    def __init__(self) -> None:
-        self._own: dict[Layer, list[Tensor]] = {}
-
-    def add(self, cases: Cases) -> None:
-        for layer, uses in cases.h.items():
-            kept = kept_positions(cases, layer)
-            if kept is None:
-                t = sum(use.shape[1] for use in uses)
-                kept = [torch.ones(uses[0].shape[0], t, dtype=torch.bool, device=cases.mass.device)]
-            self._own.setdefault(layer, []).append(torch.cat(kept, 1))
-
-    def merge_ranks(self, world: World) -> None:
-        """Adds the positions of the other ranks."""
-        self._own = of_all_ranks(world.exchanged(self._own, "the positions"))
-
-    def cases(
-        self, layer: Layer, block: ExactBlock, sharing: str
-    ) -> tuple[Float[Tensor, "cases i"], Float[Tensor, "cases k o"]]:
-        """The inputs and gradients that K-FAC averages over."""
-        t = block.h.shape[1]
-        own = torch.cat([F.pad(part, (0, t - part.shape[1])) for part in self._own[layer]])
-        if sharing == "reduce":
-            some = own.any(1)
-            own, h, g = own[some], block.h[some], block.g[some]
-            return (own.unsqueeze(1).to(h.dtype) @ h).squeeze(1) / own.sum(1, keepdim=True), g.sum(2)
-        return block.h[own], block.g.transpose(1, 2)[own]
 
 
 def condition_number(M: Float[Tensor, "d d"]) -> float:
@@ -356,9 +325,9 @@ def _norms(
     return float(rest.clamp_min(0).sqrt()), float(block.sqrt())  # a sum of squares, below zero by rounding alone
 
 
-def _with_one(h: Float[Tensor, "*n i"], layer: Layer) -> Tensor:
+def _rows(h: Float[Tensor, "*n i"], layer: Layer) -> Tensor:
     """`x = [h; 1]`, or `h` for a layer without a bias."""
-    return torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1) if layer.bias else h
+    return with_one(h) if layer.bias else h
 
 
 def _in_float64(cases: Cases) -> Cases:

@@ -15,8 +15,8 @@ def scalars(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str
     returns the texts. `step` is left out too, because loggers count steps themselves.
 
     Args:
-        diagnostics: of a step.
-        prefix: what the names begin with.
+        diagnostics: those of a step.
+        prefix: the start of every name.
 
     Example:
         >>> scalars({"step": 3, "accepted": True, "reason": "", "damping": 0.5, "faults": {"rejected": 2}})
@@ -29,8 +29,8 @@ def texts(diagnostics: Mapping[str, Any], prefix: str = "natgrad") -> dict[str, 
     """The texts in `opt.diagnostics` by flat names: why a step was rejected, which layers have diagonal factors.
 
     Args:
-        diagnostics: of a step.
-        prefix: what the names begin with.
+        diagnostics: those of a step.
+        prefix: the start of every name.
 
     Example:
         >>> texts({"reason": "the loss is not finite", "diagonal_factors": {"head": ("output",)}})

@@ -1,4 +1,4 @@
-"""Which loss a `Trainer` is to train: found on the first batch of each kind, by the model's own."""
+"""How a `Trainer`'s batches are read: the model's own loss shows which label belongs to which logits."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from natgrad.optim.tracking.forward import RandomState
 from natgrad.optim.tracking.own import kind_of_batch
 
 Read = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-"""What the loss takes, output and target, from what the model returned and the labels."""
+"""From what the model returned and the labels to the loss's input and target."""
 BY_NAME = {"same": SAME, "next": NEXT}
-"""The readings that have a name."""
+"""The values of `read` that are names."""
 LABELS = ("labels", "start_positions", "end_positions")
-"""What models take for the sake of a loss alone, if they do."""
+"""Arguments that models use only for their own loss."""
 MEND = (
     "pass read='same' (each label at its own position), read='next' (at the position before) or a function "
     "read(returned, labels), to say that natgrad's loss is the one that is meant"
@@ -36,8 +36,9 @@ MEND = (
 class Meaning:
     """How batches of one kind are read.
 
-    `left`: the readings that were right so far. `with_labels`: whether the model's logits need the labels, as those of
-    encoder-decoders do, which make the decoder's input of them. `tells_nothing`: no label took part in a loss.
+    `left`: the readings that agreed with all batches so far. `with_labels`: whether the logits depend on the labels, as
+    in encoder-decoders, whose decoder input is made from them. `tells_nothing`: all labels are ignored, so the loss
+    shows nothing.
     """
 
     left: list[Reading]
@@ -45,28 +46,28 @@ class Meaning:
     tells_nothing: bool = False
 
     def arguments(self, inputs: Given) -> dict[str, Any]:
-        """What the model is called with."""
+        """The arguments of the model."""
         return dict(inputs) if self.with_labels else _without_labels(inputs)
 
     @property
     def reading(self) -> Reading:
-        """The one that is used."""
+        """The reading that is used."""
         return self.left[0]
 
     def is_certain(self, inputs: Given) -> bool:
-        """Whether all that are left read this batch alike."""
+        """Whether all remaining readings read this batch in the same way."""
         first, *others = (reading.target(inputs, None) for reading in self.left)
         return all(first.shape == t.shape and torch.equal(first, t) for t in others)
 
 
 class Meanings:
-    """Compares the loss that is trained with the model's own, on the first batch of each kind.
+    """Compares the trained loss with the model's own, on the first batch of each kind.
 
     Args:
-        curvature: that of the loss that is trained.
-        read: a reading, where the user has said which; then nothing is compared.
-        loss: `loss(returned, labels, num_items_in_batch=)`, where it is not the model's own that is meant.
-        sharded: whether parameters are shards, so that a forward without a backward is to have no graph.
+        curvature: the curvature of the trained loss.
+        read: the user's choice of the reading; then no losses are compared.
+        loss: `loss(returned, labels, num_items_in_batch=)`, to compare with in place of the model's own.
+        sharded: whether parameters are sharded. A forward without a backward must then have no graph.
     """
 
     def __init__(
@@ -80,10 +81,10 @@ class Meanings:
         self._known: dict[Any, Meaning] = {}
 
     def of(self, model: nn.Module, inputs: Given) -> Meaning:
-        """How a batch is read, found by two forwards if it is the first of its kind.
+        """How a batch is read. The first batch of a kind takes two forward passes.
 
         Raises:
-            ValueError: if the model's own loss is another one, or does not say how its labels are read.
+            ValueError: if the model's own loss is another one, or does not show how its labels are read.
         """
         key = (kind_of_batch(inputs), model.training)
         known = self._known.get(key)
@@ -97,11 +98,11 @@ class Meanings:
 
     @property
     def known(self) -> list[Meaning]:
-        """How the kinds of batches are read that there were."""
+        """How each kind of batch that has occurred is read."""
         return list(self._known.values())
 
     def mass(self, reading: Reading, inputs: Given) -> Tensor | None:
-        """What the mean of a batch's loss divides by, before there are logits; None where it cannot be told then."""
+        """The divisor of the mean of a batch's loss, from the labels alone; None if it depends on the logits."""
         target = reading.target(inputs, None)
         if target.is_floating_point() and isinstance(self.curvature, (Elementwise, Softmax)):
             return self.curvature.normalizer(target, target)
@@ -132,7 +133,8 @@ class Meanings:
         )
 
     def _forwards(self, model: nn.Module, inputs: Given) -> tuple[Any, Any]:
-        """What the model returns with the labels, and without; None where it does not take them, or needs them."""
+        """What the model returns with the labels (None if it does not take them), and without them (None if it needs
+        them)."""
         device = next(model.parameters()).device
         own, bare = None, None
         with buffers_kept(model), torch.set_grad_enabled(not self._sharded):
@@ -157,7 +159,7 @@ class Meanings:
         return own, bare
 
     def _meant(self, own: Any, bare: Any, inputs: Given) -> Tensor | None:
-        """The loss that is meant."""
+        """The loss to compare with."""
         if self._loss is None:
             return loss_of(own)
         with torch.enable_grad():
@@ -165,7 +167,7 @@ class Meanings:
             return self._loss(returned, inputs.get("labels"), num_items_in_batch=_items(inputs))
 
     def _only(self, returned: Any, inputs: Given) -> Reading:
-        """The one reading that there is, where no loss says which is right."""
+        """The only possible reading, if there is no loss to compare with."""
         found = [c.reading for c in candidates(returned, inputs, [self.curvature])]
         if len(found) == 1 and Meaning(found, with_labels=False).is_certain(inputs):
             return found[0]
@@ -182,7 +184,7 @@ class Meanings:
         )
 
     def _fitting(self, model: nn.Module, own: Own, returned: Any) -> list[Reading]:
-        """The readings by which the loss that is trained is the one that is meant."""
+        """The readings with which the trained loss agrees with the loss to compare with."""
         compared = [own.compare(c, self._rules) for c in candidates(returned, own.given, plain(self.curvature))]
         fits = {c.candidate.reading.words: c.candidate.reading for c in compared if c.rule is not None}
         usable = [r for r in fits.values() if Candidate(r, self.curvature).fits_shapes(returned, own.given)]
@@ -200,7 +202,7 @@ class Meanings:
         return ("mean",) if self._loss is None else ("mean", "per item")
 
     def _other(self, model: nn.Module, own: Own, returned: Any, compared: list[Compared]) -> str:
-        """That the loss which is meant is another one."""
+        """The message that the two losses differ."""
         whose = "the model's own loss of these labels" if self._loss is None else "the loss of compute_loss_func"
         name = type(self.curvature.module).__name__
         trained = f"would train {named(compared)}" if compared else "has no form for these labels"
@@ -214,7 +216,7 @@ class Meanings:
 
 
 def _takes_labels(model: nn.Module, inputs: Given) -> bool:
-    """Whether the model's forward has a place for the labels."""
+    """Whether the model's forward takes the labels."""
     forward = inspect.signature(model.forward).parameters
     anything = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in forward.values())
     return anything or all(n in forward for n in LABELS if n in inputs)
@@ -225,7 +227,7 @@ def _without_labels(inputs: Given) -> dict[str, Any]:
 
 
 def _same_logits(one: Any, other: Any) -> bool:
-    """Whether the same logits were returned, up to rounding."""
+    """Whether two results have the same logits, up to rounding."""
     a, b = sources(one), sources(other)
     if not a or a.keys() != b.keys() or any(a[n].shape != b[n].shape for n in a):
         return False

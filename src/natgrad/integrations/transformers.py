@@ -1,4 +1,4 @@
-"""Hugging Face: a `Trainer` whose loss is the optimizer's own."""
+"""Hugging Face's `Trainer`, with the loss of the optimizer."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ class Trainer(transformers.Trainer):
         self._check_arguments()
         if self._trains_own:
             return
-        # Whether it counts the labels of all microbatches, and leaves it to `compute_loss` to divide by them.
+        # Whether the trainer counts the labels of all microbatches, for `compute_loss` to divide by.
         self.model_accepts_loss_kwargs = not callable(read)
         self._loss_that_is_meant, self.compute_loss_func = self.compute_loss_func, None
         if self.args.label_names is None and "labels" in self.label_names:
-            self.label_names = ["labels"]  # those of further heads are not asked for
+            self.label_names = ["labels"]  # labels of other heads are not needed
 
     def _check_arguments(self) -> None:
-        """Raises ValueError for what the optimizer's loss does not have, and for `DataParallel`."""
+        """Raises ValueError for options that the optimizer's loss does not have, and for `DataParallel`."""
         smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
         if self._trains_own and (smoothing or self.compute_loss_func is not None or self._read is not None):
             what = f"label_smoothing_factor={smoothing}" if smoothing else "read" if self._read else "compute_loss_func"
@@ -116,7 +116,8 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """`opt.loss` in training, the loss itself in evaluation; with a share of all microbatches' labels."""
+        """`opt.loss` in training, the loss itself in evaluation, times the batch's share of the labels of all
+        microbatches."""
         if isinstance(model, DistributedDataParallel):
             self.following.tracker.see_ranks(model)  # before its first forward, whose output it copies
         if self._trains_own:
@@ -138,12 +139,12 @@ class Trainer(transformers.Trainer):
 
     @property
     def _trains_own(self) -> bool:
-        """Whether the model's own loss is trained as it is."""
+        """Whether the model's own loss is trained."""
         return self.following.tracker.own is not None
 
     @property
     def _curvature(self) -> OutputCurvature:
-        """That of the optimizer's loss."""
+        """The curvature of the optimizer's loss."""
         (term,) = self.following.tracker.terms.values()
         return term.curvature
 
@@ -167,7 +168,7 @@ class Trainer(transformers.Trainer):
         return Candidate(meaning.reading, self._curvature).read(outputs, inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """What the mean over all microbatches and ranks divides by; None where only logits would tell."""
+        """The divisor of the mean over all microbatches and ranks; None if it depends on the logits."""
         if self._trains_own or callable(self._read):
             return super()._get_num_items_in_batch(batch_samples, device)
         masses = []
@@ -182,7 +183,7 @@ class Trainer(transformers.Trainer):
         return items
 
     def _share(self, output: Tensor, target: Tensor, items: float) -> Any:
-        """The factor by which microbatches and ranks add up to the mean over their labels."""
+        """The factor with which the losses of microbatches and ranks add up to the mean over their labels."""
         curvature, ranks = self._curvature, self.following.parameters.place.world.size
         if not curvature.is_mean:  # torch averages over the ranks
             return (ranks if self.args.average_tokens_across_devices else 1) / items
@@ -191,14 +192,14 @@ class Trainer(transformers.Trainer):
         return curvature.normalizer(output.detach(), target) / items
 
     def _is_causal(self) -> bool:
-        """Whether labels are read at the position before, as far as batches have told."""
+        """Whether a label belongs to the logits of the position before, in a batch seen so far."""
         return any(meaning.reading.words.startswith(NEXT.words) for meaning in self._meanings.known)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """That of the arguments, for a step size that is a number; else one that reports the step size taken.
+        """The scheduler of the arguments; or, if `lr` is None, one that only reports the step size that was used.
 
         Raises:
-            ValueError: if `lr` is None and the arguments have any but the constant one.
+            ValueError: if `lr` is None and the arguments have another scheduler than the constant one.
         """
         if self.lr_scheduler is not None or self.following.param_groups[0]["lr"] is not None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -214,20 +215,20 @@ class Trainer(transformers.Trainer):
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """With the figures of the last step, where there is a loss of one."""
+        """Logs also the diagnostics of the last step, if its loss is logged."""
         if "loss" in logs:
             logs |= scalars(self.following.diagnostics)
         super().log(logs, *args, **kwargs)
 
 
 class Adapted:
-    """In a scheduler's place where the optimizer adapts its step size: the last one taken."""
+    """Takes the place of a scheduler if the step size is adaptive: reports the last step size."""
 
     def __init__(self, opt: CurvatureOptimizer):
         self._opt = opt
 
     def step(self) -> None:
-        """Nothing is to be done."""
+        """Does nothing."""
 
     def get_last_lr(self) -> list[float]:
         return [self._opt.diagnostics.get("lr", 0.0)]
@@ -236,4 +237,4 @@ class Adapted:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """There is none."""
+        """Does nothing: there is no state."""

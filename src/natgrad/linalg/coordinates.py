@@ -133,10 +133,10 @@ class CoordinateBlocks(Operator):
 
 
 def _fitting(scale: Tensor, mean: Tensor, shift: Tensor, cross: Tensor | None) -> tuple[Tensor, ...]:
-    check_axes("a block of scale and shift", "scale", scale, (1,))
+    check_axes(WHAT, "scale", scale, (1,))
     cross = torch.zeros_like(scale) if cross is None else cross
     given = {"scale": scale, "mean": mean, "shift": shift, "cross": cross}
-    check_tensors("a block of scale and shift", {name: (t, scale.shape) for name, t in given.items()})
+    check_tensors(WHAT, {name: (t, scale.shape) for name, t in given.items()})
     return scale, mean, shift, cross
 
 

@@ -8,13 +8,10 @@ from torch import Tensor
 
 from natgrad.linalg.arguments import check_damping, check_exponent
 from natgrad.linalg.dense import Dense
-from natgrad.linalg.eigen import eigh, positive
+from natgrad.linalg.eigen import FORMED, eigh, positive
 from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
-
-FORMED = 2_000
-"""If there is no other way to its powers or eigenvectors, a matrix with at most this many rows is formed."""
 
 
 class DiagonalPlusLowRank(Operator):

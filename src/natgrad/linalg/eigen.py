@@ -6,6 +6,8 @@ from torch import Tensor
 
 from natgrad.linalg.arguments import singular
 
+FORMED = 2_000
+"""If its structure gives no eigenvalues or powers, a matrix with at most this many rows is formed."""
 WELL_CONDITIONED = 1e-4
 """The smallest ratio of two pivots for which float32 keeps about three digits of an inverse."""
 
@@ -69,6 +71,11 @@ def inverse_from_cholesky(M: Float[Tensor, "d d"], what: str, damping: float) ->
     if not pivots.min() > _rounding(pivots.to(M.dtype), damping):
         raise singular(what, damping, float(pivots.min()))
     return torch.cholesky_inverse(L).mT.to(M.dtype)
+
+
+def symmetric_part(M: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """The matrix without its antisymmetric part, which is rounding."""
+    return (M + M.mT) / 2
 
 
 def _rounding(values: Tensor, damping: float) -> Tensor:

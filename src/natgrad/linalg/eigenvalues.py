@@ -16,6 +16,7 @@ from natgrad.linalg.combination import Scaled
 from natgrad.linalg.coordinates import CoordinateBlocks
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
+from natgrad.linalg.eigen import FORMED as FORMED
 from natgrad.linalg.eigen import eigh, positive
 from natgrad.linalg.exact import ExactBlock
 from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
@@ -23,9 +24,6 @@ from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.rows import Rows
 from natgrad.linalg.state import dump
-
-FORMED = 2_000
-"""If its structure gives no eigenvalues, a matrix with at most this many rows is formed."""
 
 
 @later

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from natgrad.checks.values import described
-from natgrad.linalg.arguments import check_damping
+from natgrad.linalg.arguments import check_damping, check_plain
 from natgrad.linalg.krylov import IterativeInverse
 from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
@@ -109,6 +109,5 @@ class External(Operator):
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
         """`(M + damping I)⁻¹` by conjugate gradients."""
         check_damping(damping, damping_style)
-        if damping_style != "exact":
-            raise TypeError(f"{self._label()} has no factors to damp; use damping_style='exact'")
+        check_plain("a matrix of SciPy", damping_style)
         return IterativeInverse(self, damping)

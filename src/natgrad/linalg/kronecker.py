@@ -240,7 +240,7 @@ class Homogeneous(Operator):
         return f"{self.stacked.describe()}, homogeneous"
 
     def _matmul(self, parts: Parts) -> Parts:
-        return _unstack(self.stacked._matmul(_stack(parts)))
+        return without_bias_column(self.stacked._matmul(with_bias_column(parts)))
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Homogeneous:
         return Homogeneous(self.stacked.inverse(damping, damping_style=damping_style))
@@ -258,10 +258,10 @@ class Homogeneous(Operator):
         return self.stacked.norm()
 
     def _diagonal(self) -> Parts:
-        return _unstack(self.stacked._diagonal())
+        return without_bias_column(self.stacked._diagonal())
 
     def _inverse_factor(self, parts: Parts, damping: float) -> Parts:
-        return _unstack(self.stacked._inverse_factor(_stack(parts), damping))
+        return without_bias_column(self.stacked._inverse_factor(with_bias_column(parts), damping))
 
     def _scaled(self, factor: float) -> Homogeneous:
         return Homogeneous(self.stacked._scaled(factor))
@@ -279,10 +279,12 @@ def factored_inverses(A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Ten
     )
 
 
-def _stack(parts: Parts) -> Parts:
+def with_bias_column(parts: Parts) -> Parts:
+    """`[W b]` from `(W, b)`."""
     W, b = parts
     return (torch.cat([W, b.unsqueeze(-1)], -1),)
 
 
-def _unstack(parts: Parts) -> Parts:
+def without_bias_column(parts: Parts) -> Parts:
+    """`(W, b)` from `[W b]`."""
     return parts[0][..., :-1], parts[0][..., -1]

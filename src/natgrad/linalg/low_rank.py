@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natgrad.checks.values import check_count, check_generator
 from natgrad.linalg.arguments import check_damping, check_exponent
-from natgrad.linalg.eigen import positive, semidefinite
+from natgrad.linalg.eigen import positive, semidefinite, symmetric_part
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts, Space
 
@@ -134,7 +134,7 @@ def nystrom(matrix: Operator, rank: int, generator: torch.Generator | None = Non
     shift = torch.finfo(matrix.dtype).eps * size**0.5 * float(torch.linalg.matrix_norm(Y))
     Y = Y + shift * Ω
     core = Ω.mT @ Y
-    e, Q = torch.linalg.eigh((core + core.mT) / 2)
+    e, Q = torch.linalg.eigh(symmetric_part(core))
     e = semidefinite(e, matrix._label())
     kept = e > shift / 2
     B = (Y @ Q[:, kept]) * e[kept].rsqrt()

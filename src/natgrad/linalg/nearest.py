@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.linalg.eigen import symmetric_part
+
 STEPS = 500
+"""The largest number of iterations."""
 BUDGET = 1 << 25
-
-
+"""The approximate number of entries that are held at a time."""
 Side = Callable[[Tensor], Tensor]
 
 
@@ -72,7 +74,9 @@ def nearest_of_columns(
         return torch.stack([torch.tensordot(B @ s, s, ([0, 1], [0, 1])) for s in S.split(step)]).sum(0)
 
     step = max(1, BUDGET // max(1, S.shape[1] * S.shape[2]))
-    return nearest_kronecker(lambda A: _symmetric(output_side(A)), lambda B: _symmetric(input_side(B)), A, S.shape[1])
+    return nearest_kronecker(
+        lambda A: symmetric_part(output_side(A)), lambda B: symmetric_part(input_side(B)), A, S.shape[1]
+    )
 
 
 def _output_side(
@@ -84,7 +88,7 @@ def _output_side(
         inner = (x @ A) @ x.mT  # (n, t, t)
         weighted = (inner.unsqueeze(1) @ y).flatten(0, 2)
         B.addmm_(y.flatten(0, 2).mT, weighted)
-    return _symmetric(B)
+    return symmetric_part(B)
 
 
 def _input_side(
@@ -95,7 +99,7 @@ def _input_side(
     for x, y in _parts(h, g):
         inner = ((y @ B) @ y.mT).sum(1)
         A.addmm_(x.flatten(0, 1).mT, (inner @ x).flatten(0, 1))
-    return _symmetric(A)
+    return symmetric_part(A)
 
 
 def _parts(h: Tensor, g: Tensor) -> zip[tuple[Tensor, Tensor]]:
@@ -103,7 +107,3 @@ def _parts(h: Tensor, g: Tensor) -> zip[tuple[Tensor, Tensor]]:
     _, k, t, o = g.shape
     step = max(1, BUDGET // max(1, k * t * (t + o) + t * h.shape[-1]))
     return zip(h.split(step), g.split(step), strict=True)
-
-
-def _symmetric(M: Tensor) -> Tensor:
-    return (M + M.mT) / 2

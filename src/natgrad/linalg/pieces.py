@@ -67,9 +67,9 @@ class Piece(NamedTuple):
         return Piece(self.h[examples], self.g[examples])
 
 
-def with_one(h: Float[Tensor, "n t i"]) -> Float[Tensor, "n t x"]:
+def with_one(h: Float[Tensor, "*n i"]) -> Float[Tensor, "*n x"]:
     """`x = [h; 1]`."""
-    return torch.cat([h, h.new_ones(*h.shape[:2], 1)], 2)
+    return torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1)
 
 
 def chunks(pieces: Sequence[Piece], columns: int) -> Iterator[list[Piece]]:

@@ -88,13 +88,13 @@ def matmul(first: Tensor, *others: Tensor) -> Tensor:
 
 def linear(terms: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None) -> Tensor:
     """The sum of `h Wᵀ` over the terms `(h, W)`, in the precision of the context, plus the bias in full precision."""
-    few = _casts(*terms[0])
-    (h, W), *others = ((t.bfloat16() for t in term) if few else term for term in terms)
-    total = F.linear(h, W, None if few else bias)
+    casts = _casts(*terms[0])
+    (h, W), *others = ((t.bfloat16() for t in term) if casts else term for term in terms)
+    total = F.linear(h, W, None if casts else bias)
     for h, W in others:
         rows = torch.addmm(total.view(-1, len(W)), h.reshape(-1, h.shape[-1]), W.mT)
         total = rows.view(total.shape)
-    if not few:
+    if not casts:
         return total
     return total.float() if bias is None else total + bias
 

@@ -1,4 +1,4 @@
-"""Operators as plain dictionaries of tensors, numbers and strings."""
+"""Operators as plain dictionaries of tensors, numbers and strings: for files, sizes, and other dtypes or devices."""
 
 from __future__ import annotations
 
@@ -131,3 +131,18 @@ def restore(state: Any) -> Any:
     if isinstance(restored, Operator):
         restored.fingerprint = dict(state.get("fingerprint", {}))
     return restored
+
+
+@later
+def converted(operator: Operator, *args: Any, **kwargs: Any) -> Operator:
+    """The operator with all its floating-point tensors converted."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(*args, **kwargs) if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return {k: walk(v) for k, v in value.items()}
+        return type(value)(map(walk, value)) if isinstance(value, (tuple, list)) else value
+
+    found: Operator = restore(walk(dump(operator)))
+    return found

@@ -101,10 +101,15 @@ def quadrature(operator: Operator, z: Tensor, steps: int) -> tuple[Tensor, Tenso
 def probes(operator: Operator, samples: int, generator: torch.Generator | None) -> Iterator[Tensor]:
     """Vectors of random signs."""
     check_count("samples", samples, least=2)  # a standard error needs two
-    size, generator = (operator.space.size,), operator._source(generator)
+    generator = operator._source(generator)
     for _ in range(samples):
-        signs = torch.randint(2, size, generator=generator, device=operator.device)
-        yield (2 * signs - 1).to(operator.dtype)
+        yield random_signs(operator, (), generator)
+
+
+def random_signs(operator: Operator, lead: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Flat vectors of random signs, along the leading axes `lead`."""
+    shape = (*lead, operator.space.size)
+    return (2 * torch.randint(2, shape, generator=generator, device=operator.device) - 1).to(operator.dtype)
 
 
 def product(operator: Operator, z: Tensor) -> Tensor:

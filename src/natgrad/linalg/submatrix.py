@@ -1,4 +1,4 @@
-"""Parts of a matrix, and the same matrix in another dtype or on another device."""
+"""A part of a matrix: the rows and columns of some named parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from natgrad.checks.values import described, did_you_mean
 from natgrad.linalg.block_diagonal import BlockDiagonal
@@ -16,7 +15,6 @@ from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.restriction import Restriction
 from natgrad.linalg.space import Space
-from natgrad.linalg.state import dump, restore
 
 
 @later
@@ -57,18 +55,3 @@ def _parameters(operator: Operator, names: Any) -> list[str]:
     if not chosen:
         raise ValueError("the list of names is empty; expected at least one parameter")
     return [o for o in own if o in chosen]
-
-
-@later
-def converted(operator: Operator, *args: Any, **kwargs: Any) -> Operator:
-    """The operator with all its floating-point tensors converted."""
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(*args, **kwargs) if value.is_floating_point() else value
-        if isinstance(value, dict):
-            return {k: walk(v) for k, v in value.items()}
-        return type(value)(map(walk, value)) if isinstance(value, (tuple, list)) else value
-
-    found: Operator = restore(walk(dump(operator)))
-    return found

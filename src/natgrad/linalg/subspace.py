@@ -11,14 +11,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.checks.values import check_choice, check_within
-from natgrad.linalg import factor
 from natgrad.linalg.block_diagonal import BlockDiagonal
 from natgrad.linalg.centered import CenteredKronecker
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
-from natgrad.linalg.eigen import eigh
-from natgrad.linalg.eigenvalues import FORMED, holds_tensors
-from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
+from natgrad.linalg.eigen import FORMED, eigh
+from natgrad.linalg.eigenvalues import holds_tensors
+from natgrad.linalg.kronecker import (
+    Homogeneous,
+    Kronecker,
+    KroneckerEigen,
+    with_bias_column,
+    without_bias_column,
+)
 from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.rows import Rows
@@ -71,11 +76,8 @@ def _(operator: Diagonal) -> tuple[Tensor, Multiply]:
 
 @eigenbasis.register
 def _(operator: KroneckerEigen) -> tuple[Tensor, Multiply]:
-    U_B, U_A, shape = operator.U_B, operator.U_A, operator.values.shape
-
     def multiply(parts: Parts, c: Tensor) -> Parts:
-        inside = factor.rotate(parts[0], U_B, U_A) * c.view(shape)
-        return (factor.rotate(inside, U_B, U_A, back=True),)
+        return KroneckerEigen(operator.U_A, operator.U_B, c.view(operator.values.shape))._matmul(parts)
 
     return operator.values.flatten(), multiply
 
@@ -88,13 +90,7 @@ def _(operator: Kronecker) -> tuple[Tensor, Multiply]:
 @eigenbasis.register
 def _(operator: Homogeneous) -> tuple[Tensor, Multiply]:
     e, multiply = eigenbasis(operator.stacked)
-
-    def apart(parts: Parts, c: Tensor) -> Parts:
-        W, b = parts
-        (V,) = multiply((torch.cat([W, b.unsqueeze(-1)], -1),), c)
-        return V[..., :-1], V[..., -1]
-
-    return e, apart
+    return e, lambda parts, c: without_bias_column(multiply(with_bias_column(parts), c))
 
 
 @eigenbasis.register

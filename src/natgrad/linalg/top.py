@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.checks.values import check_choice, check_count, check_generator, check_number
+from natgrad.linalg.eigen import symmetric_part
 from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.stochastic import product
@@ -70,7 +71,7 @@ def top_eigenvalues(
     W = product(operator, V)
     count = len(V)
     while True:
-        e, Q = torch.linalg.eigh(_symmetric(V @ W.mT))
+        e, Q = torch.linalg.eigh(symmetric_part(V @ W.mT))
         order = _order(e, which)
         e, Q = e[order], Q[:, order]
         first = Q[:, :width].mT
@@ -105,10 +106,6 @@ def _orthonormal(rows: Float[Tensor, "k d"], against: Float[Tensor, "m d"]) -> F
         _, s, Vt = torch.linalg.svd(rows, full_matrices=False)
         rows = Vt[s > 100 * torch.finfo(rows.dtype).eps * len(Vt)]
     return rows
-
-
-def _symmetric(M: Tensor) -> Tensor:
-    return (M + M.mT) / 2
 
 
 def _order(e: Tensor, which: str) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from natgrad.checks.values import check_count
 from natgrad.linalg.later import later
 from natgrad.linalg.operator import Operator
-from natgrad.linalg.stochastic import Estimate, product
+from natgrad.linalg.stochastic import Estimate, product, random_signs
 
 
 @later
@@ -19,9 +19,9 @@ def hutch_plus_plus(operator: Operator, samples: int, generator: torch.Generator
     check_count("samples", samples, "products", least=6)
     size, third = operator.space.size, samples // 3
     generator = operator._source(generator)
-    Q = _orthonormal(product(operator, _signs(operator, third, generator)))
+    Q = _orthonormal(product(operator, random_signs(operator, (third,), generator)))
     inside = (Q * product(operator, Q)).sum()
-    z = _signs(operator, third, generator)
+    z = random_signs(operator, (third,), generator)
     z = z - (z @ Q.mT) @ Q
     outside = (z * product(operator, z)).sum(1) if len(Q) < size else z.new_zeros(third)
     return Estimate(inside + outside.mean(), outside.std() / third**0.5)
@@ -54,11 +54,6 @@ def xtrace(operator: Operator, samples: int, generator: torch.Generator | None) 
     norms = left.square().sum(1).clamp_min(torch.finfo(R.dtype).tiny)
     each = inside + (size - m + 1) * (left * Mleft).sum(1) / norms
     return Estimate(each.mean(), each.std() / m**0.5)
-
-
-def _signs(operator: Operator, count: int, generator: torch.Generator | None) -> Tensor:
-    shape = (count, operator.space.size)
-    return (2 * torch.randint(2, shape, generator=generator, device=operator.device) - 1).to(operator.dtype)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

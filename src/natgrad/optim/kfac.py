@@ -198,7 +198,7 @@ class KFAC(CurvatureOptimizer):
             floor = 1.0 if centered and structure in ("kfac", "ekfac") else 0.03
         check_number("damping_floor", floor)
         value = damped.value
-        if value is None and structure in ("input", "identity") and given:
+        if value is None and given and not RUNNING[structure].reads_gradients:
             value = RELATIVE_DAMPING
         super().__init__(
             model,

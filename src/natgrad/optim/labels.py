@@ -1,4 +1,4 @@
-"""Where random labels come from."""
+"""The source of random labels."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Labels:
         return self._own
 
     def of(self, step: int, draw: int) -> torch.Generator:
-        """The source for one batch. On several ranks it is of the rank, the step and the batch, as what one rank draws
-        is not to be the others' affair, nor a checkpoint's."""
+        """The source for one batch. On several ranks, its seed depends on the rank, the step and the batch. So the
+        labels of one rank do not depend on what other ranks draw, and a checkpoint needs no state of it."""
         own, world = self.generator, self._parameters.place.world
         if world.size == 1:
             return own
@@ -38,8 +38,8 @@ class Labels:
         return {"generator": self.generator.get_state(), "seed": self.generator.initial_seed()}
 
     def load(self, state: Tensor, seed: int, step: int) -> None:
-        """Random numbers go on as they would have; or, from another kind of device, whose generators are others, from a
-        seed of the run's own."""
+        """Continues the saved sequence of random numbers. A state from another kind of device does not fit; then a new
+        sequence starts, from a seed that is made of the run's seed and the step."""
         if state.shape == self.generator.get_state().shape:
             self.generator.set_state(state)
         else:

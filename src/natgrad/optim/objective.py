@@ -20,7 +20,14 @@ from natgrad.curvature.products import gauss_newton_product, tangents
 from natgrad.curvature.replay import Replay
 from natgrad.linalg.precision import matmul_precision
 from natgrad.optim.parameters import Parameters
-from natgrad.optim.tracking.batch import LOSS_NOT_FINITE, Batch, Penalty, by_forward, in_order, run_again
+from natgrad.optim.tracking.batch import (
+    LOSS_NOT_FINITE,
+    Batch,
+    Penalty,
+    by_forward,
+    in_order,
+    run_again,
+)
 from natgrad.optim.vectors import Vector, symmetric
 
 
@@ -162,24 +169,34 @@ class Objective:
         return any(b.forward.autocast is not None for b in self.batches) or self._parameters.lowered
 
     def gradient(self, names: Sequence[str]) -> Vector | None:
-        """The gradient for the named parameters, computed again. None if the losses differ the second time, as for a
-        model with internal state, or if this backward is not possible."""
-        total: Vector = {}
-        weights = [*self._per_loss(self._weights), *self._penalty_weights]
+        """The gradient for the named parameters, computed again, with one run of the model for each of its forwards.
+        None if the losses differ the second time, as for a model with internal state, or if this backward is not
+        possible."""
+        weights = dict(zip(map(id, self._parts), [*self._per_loss(self._weights), *self._penalty_weights], strict=True))
         leaves = [self._parameters[n] for n in names]
-        for weight, part in zip(weights, self._parts, strict=True):
+        groups: list[Sequence[Batch | Penalty]] = [*by_forward(self.batches), *([p] for p in self.penalties)]
+        total: Vector = {}
+        for parts in groups:
             try:
                 with torch.enable_grad(), buffers_kept(self._model):
-                    loss = part.again(self._model)
-                    if not torch.allclose(loss.detach(), part.loss, rtol=1e-3):
+                    each = list(zip(self._losses_again(parts), parts, strict=True))
+                    if not all(torch.allclose(loss.detach(), part.loss, rtol=1e-3) for loss, part in each):
                         return None
-                    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+                    whole = torch.stack([weights[id(part)] * loss for loss, part in each]).sum()
+                    gradients = torch.autograd.grad(whole, leaves, allow_unused=True)
             except RuntimeError:
                 return None
             for n, g in zip(names, gradients, strict=True):
                 if g is not None:
-                    total[n] = total[n] + weight * g if n in total else weight * g
+                    total[n] = total[n] + g if n in total else g
         return total
+
+    def _losses_again(self, parts: Sequence[Batch | Penalty]) -> list[Tensor]:
+        """The losses of batches of one forward, or a penalty, computed again."""
+        batches = [part for part in parts if isinstance(part, Batch)]
+        outputs = run_again(batches, self._model) if batches else []
+        losses = [batch.loss_of(output) for batch, output in zip(batches, outputs, strict=True)]
+        return [*losses, *(part.again() for part in parts if isinstance(part, Penalty))]
 
     def evaluate(self) -> float:
         """The objective at the current parameters; buffers and random generators keep their state."""
@@ -189,7 +206,7 @@ class Objective:
             for weight, batch, output in zip(self._per_loss(self._weights), self.batches, outputs, strict=True):
                 total += weight * batch.value(output)
             for weight, penalty in zip(self._penalty_weights, self.penalties, strict=True):
-                total += weight * penalty.value(self._model)
+                total += weight * penalty.value()
         self._place.settle()
         return self._world.numbers([total], "the loss after a step")[0]
 

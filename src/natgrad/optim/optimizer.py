@@ -1,4 +1,4 @@
-"""A torch optimizer that follows its model: what KFAC and NaturalGradient have in common with all others."""
+"""The base class of KFAC and NaturalGradient: a torch optimizer that follows the forward passes of its model."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ TOLERATED_RISE = 0.5
 class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     """Descent along `Δ = (F + λI)⁻¹ ∇` for some curvature `F`. By default step size, momentum and damping are adaptive.
 
-    It puts the parts of a step together, which `recipe.py` calls one after the other, and has what torch's optimizers
-    have: groups, states, schedulers, `state_dict`. A subclass calls this `__init__`, makes its preconditioner from
-    `self.parameters` (and `self.labels`, if it draws labels), and passes it to `_assemble` with a damping rule.
+    It puts the parts of a step together, which `recipe.py` calls one after the other, and supports what torch's
+    optimizers support: groups, states, schedulers, `state_dict`. A subclass calls this `__init__`, makes its
+    preconditioner from `self.parameters` (and `self.labels`, if it draws labels), and passes it to `_assemble` with a
+    damping rule.
 
     Args:
         model: the module to train.
@@ -50,10 +51,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         defaults: settings of the parameter groups that differ from `GROUP_DEFAULTS`, or are not in it.
         damping: `λ`; None: adaptive.
         max_kl: a bound on the predicted KL divergence of a step.
-        average: the factor by which the weight of an iterate in the averages falls each step; None: no averages.
+        average: decay of the average of the parameters over the steps; None: no average.
         estimator: which columns of `D` the preconditioner uses.
         adapt_every: steps between changes of the damping, and of the ratio of step size and momentum.
-        matmul_precision: of the products of the quadratic model.
+        matmul_precision: precision of the products of the quadratic model.
         output: a function from what the model returns to the loss's input.
         generator: the source of the random labels.
 
@@ -71,9 +72,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     """
 
     _key: ClassVar[str]
-    """Under which `state_dict` has what is not torch's own. Default: the name of the class."""
+    """The key of the optimizer's own state in `state_dict`. Default: the name of the class."""
     _many_ranks: ClassVar[bool] = False
-    """Whether what is taken from a rank's batches is summed over the ranks."""
+    """Whether the statistics of the ranks' batches are summed, so that it works on several ranks."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -125,7 +126,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             name, model, self.parameters, terms, output=output, generator=generator, many_ranks=self._many_ranks
         )
         self._losses, self._predictions = Losses(self.tracker), Predictions(self.tracker)
-        self._adapts_lr = self._has_free_lr()  # whatever a scheduler writes into the groups
+        self._adapts_lr = self._has_free_lr()  # kept, because a scheduler may write to the groups
 
     def _assemble(
         self,
@@ -136,7 +137,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         projected: Projected | None = None,
         min_damping: float = 0.0,
     ) -> None:
-        """Puts the parts together that differ from optimizer to optimizer; `Recipe` says what they are."""
+        """Completes the optimizer with the parts that a subclass chooses. `Recipe` describes them."""
         self.recipe = Recipe(
             self.parameters,
             self.tracker,
@@ -179,7 +180,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         return value
 
     def _nothing_to_do(self, parts: list[Batch | Penalty], gradients: Vector, silent: bool) -> bool:
-        """Whether a closure found nothing to do, as where Lightning's training_step returns None.
+        """Whether a closure computed nothing, as when Lightning's `training_step` returns None.
 
         Raises:
             RuntimeError: if there is nothing to do and no closure.
@@ -199,7 +200,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         )
 
     def _has_free_lr(self) -> bool:
-        """Whether a step size is the optimizer's to find."""
+        """Whether a step size is adaptive."""
         return any(group["lr"] is None for group in self.param_groups)
 
     # As torch's optimizers -----------------------------------------------------------------------------
@@ -211,7 +212,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
 
     @property
     def _steps(self) -> int:
-        """How many steps were taken."""
+        """The number of steps."""
         return self.journal.steps
 
     @property
@@ -220,7 +221,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         return self.recipe.damping.value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """One of torch's schedulers, when it is made, wraps `step` before it computes with `lr`."""
+        """Notices one of torch's schedulers when it is made: it wraps `step` before it computes with `lr`."""
         if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
             check_schedulable([{"initial_lr": None}], self._adapts_lr)
         super().__setattr__(name, value)
@@ -229,8 +230,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     def loss(self) -> Losses:
         """The loss of the model's output, recorded for the next step.
 
-            loss = opt.loss(output, target)                # of an optimizer of one loss
-            loss = opt.loss["box"](output, target)         # of one made with several, by its name
+            loss = opt.loss(output, target)                # if the optimizer has one loss
+            loss = opt.loss["box"](output, target)         # if it has several: by name
 
         `output` is a tensor that the model has returned in training mode since the last step (also within an object or
         a dictionary), or a view of it. If the optimizer has an `output=`, it is everything that the model returned.
@@ -383,7 +384,7 @@ def _value_of(closure: Callable[[], Any] | None) -> Any:
 
 
 class _Idle(JoinHook):
-    """What a rank does that has run out of data while others have not."""
+    """The steps of a rank that has run out of data while other ranks have not."""
 
     def __init__(self, opt: CurvatureOptimizer):
         self._opt = opt

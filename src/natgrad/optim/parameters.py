@@ -1,4 +1,4 @@
-"""The parameters that an optimizer trains: by name, in groups, with a state each."""
+"""The parameters that an optimizer trains: by name, with their groups and states."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from natgrad.optim.vectors import Vector, finite
 
 
 class Parameters(Mapping[str, Tensor]):
-    """A mapping from names to tensors of the model, with torch's groups and states of them.
+    """A mapping from names to tensors of the model, with torch's groups and states of these tensors.
 
     Args:
-        opt: whose `param_groups` and `state` these are.
-        place: where the parameters are: whole, or in shards.
+        opt: the optimizer with these `param_groups` and `state`.
+        place: where the parameters are: whole on every rank, or in shards.
     """
 
     def __init__(self, opt: torch.optim.Optimizer, place: Whole):
@@ -42,7 +42,7 @@ class Parameters(Mapping[str, Tensor]):
         return opt
 
     def refresh(self) -> None:
-        """Takes in what was added to the groups."""
+        """Reads the groups again, after parameters were added."""
         own = {id(p) for group in self.groups for p in group["params"]}
         self._named = {n: p for n, p in self.place.model.named_parameters() if id(p) in own}
         self._group_of = {id(p): i for i, group in enumerate(self.groups) for p in group["params"]}
@@ -64,20 +64,20 @@ class Parameters(Mapping[str, Tensor]):
 
     @property
     def lowered(self) -> bool:
-        """Whether some are in less than float32."""
+        """Whether some parameters have a lower precision than float32."""
         return any(torch.finfo(p.dtype).eps > torch.finfo(torch.float32).eps for p in self._named.values())
 
     @property
     def precision(self) -> torch.dtype:
-        """Of factors and what they multiply: at least float32, as averages and inverses need."""
+        """The precision of factors and directions: at least float32, which averages and inverses need."""
         return torch.promote_types(next(iter(self._named.values())).dtype, torch.float32)
 
     def local(self) -> dict[str, Tensor]:
-        """The tensors, or this rank's shards of them: writing to these changes those."""
+        """The tensors, or this rank's shards of them. Writing to them changes the parameters."""
         return {n: self.place.local(p) for n, p in self._named.items()}
 
     def gradients(self) -> Vector:
-        """Those that have one, and are trainable."""
+        """The gradients of the trainable parameters that have one."""
         return {n: self.place.local(p.grad) for n, p in self._named.items() if p.grad is not None and p.requires_grad}
 
     def state_of(self, name: str) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Parameters(Mapping[str, Tensor]):
         return state
 
     def by_group(self, names: Iterable[str]) -> list[tuple[dict[str, Any], list[str]]]:
-        """Every group with those of its parameters that are named."""
+        """The named parameters by group. Groups without any of them are left out."""
         found: list[list[str]] = [[] for _ in self.groups]
         for n in names:
             found[self._group_of[id(self._named[n])]].append(n)
@@ -99,16 +99,16 @@ class Parameters(Mapping[str, Tensor]):
         return [p._version for p in self._named.values()]
 
     def snapshot(self) -> Vector:
-        """A copy."""
+        """A copy of the parameters."""
         return {n: p.clone() for n, p in self.local().items()}
 
     def return_to(self, before: Vector) -> None:
-        """The parameters as they were: adding a step and taking it away would leave rounding behind."""
+        """Restores a copy. Subtracting a step that was added would leave rounding errors."""
         for n, p in self.local().items():
             p.copy_(before[n])
 
     def total(self, values: list[float]) -> list[float]:
-        """Sums over the entries of what this rank has of the parameters, over all of them: the same on all ranks."""
+        """Sums over all parameters, from sums over this rank's parts of them. The same on all ranks."""
         return self.place.total(values)
 
     def finite(self, v: Vector) -> bool:
@@ -116,7 +116,7 @@ class Parameters(Mapping[str, Tensor]):
         return not self.place.any(not finite(v))
 
     def forget_momentum(self) -> None:
-        """There is no step before."""
+        """Forgets the last step and all momentum."""
         for p in self._named.values():
             for past in ("delta", "momentum_buffer", "momentum_weight"):
                 self.states[p].pop(past, None)

@@ -1,4 +1,4 @@
-"""What an optimizer saves of its own, beside what torch's optimizers save, and how it is taken up again."""
+"""Saving and loading an optimizer: its own state, in addition to that of torch's optimizers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from natgrad.optim.optimizer import CurvatureOptimizer
 
 TORCH_CHECKPOINT = "torch.distributed.checkpoint.state_dict"
-"""The module whose `get_state_dict` keeps nothing but `state` and `param_groups`."""
+"""The module whose `get_state_dict` keeps only `state` and `param_groups`."""
 
 
 def state_of(state_dict: Any, key: str, optimizer: str) -> dict[str, Any]:
-    """What an optimizer saved of its own under `key`, beside torch's, or in the first group.
+    """An optimizer's own part of a state dictionary: under `key`, or in the first group.
 
     Raises:
-        TypeError: if it is no dictionary.
-        ValueError: if it is not such an optimizer's.
+        TypeError: if the state is not a dictionary.
+        ValueError: if it is from another kind of optimizer.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(
@@ -42,12 +42,12 @@ def state_of(state_dict: Any, key: str, optimizer: str) -> dict[str, Any]:
 
 
 def state_dict(opt: CurvatureOptimizer, whole: dict[str, Any]) -> dict[str, Any]:
-    """Torch's own state dictionary with the rest."""
+    """Torch's state dictionary `whole`, together with the optimizer's own state."""
     return joined(opt, whole, own_state(opt))
 
 
 def own_state(opt: CurvatureOptimizer) -> dict[str, Any]:
-    """What an optimizer saves beside torch's own."""
+    """An optimizer's own state, without what torch's optimizers save."""
     return {
         **opt.journal.state(),
         "damping": opt.recipe.damping.value,
@@ -61,8 +61,8 @@ def own_state(opt: CurvatureOptimizer) -> dict[str, Any]:
 
 
 def joined(opt: CurvatureOptimizer | NewtonMuon, whole: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Torch's own state dictionary, `whole`, with the rest: beside it under the optimizer's key, or, for
-    `torch.distributed.checkpoint.state_dict`, which would drop that, in the first group."""
+    """Torch's state dictionary `whole`, together with the optimizer's own state under the optimizer's key. For
+    `torch.distributed.checkpoint.state_dict`, which would drop this key, it is in the first group."""
     place, params = opt.parameters.place, by_index(opt)
     state = {
         i: {k: place.stored(params[i], v) if isinstance(v, Tensor) else v for k, v in its.items()}
@@ -90,14 +90,14 @@ def named(parameters: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def by_index(opt: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters as `state_dict` counts them."""
+    """The parameters, in the order in which `state_dict` numbers them."""
     return [p for group in opt.param_groups for p in group["params"]]
 
 
 def load_state_dict(
     opt: CurvatureOptimizer, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Checks all, then takes it up; `load` is that of torch's optimizers."""
+    """Checks the whole state, then loads it. `load` is the method of torch's optimizers."""
     own = state_of(state_dict, opt._key, type(opt).__name__)
     whole = torchs_own(state_dict, opt._key)
     _check(opt, own, whole)
@@ -122,14 +122,14 @@ def load_state_dict(
 
 
 def torchs_own(state_dict: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A state dictionary without what an optimizer saved of its own."""
+    """A state dictionary without the optimizer's own part."""
     whole = {k: v for k, v in state_dict.items() if k != key}
     groups = [{k: v for k, v in group.items() if k != key} for group in whole["param_groups"]]
     return whole | {"param_groups": groups}
 
 
 def _check(opt: CurvatureOptimizer, own: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-    """Raises ValueError if a state is not of such an optimizer, or of other parameters."""
+    """Raises ValueError if a state is from another kind of optimizer, or for other parameters."""
     expected = own_state(opt)
     missing = [k for k in expected if k not in own]
     if missing:
@@ -143,7 +143,8 @@ def _check(opt: CurvatureOptimizer, own: Mapping[str, Any], whole: Mapping[str, 
 def check_parameters(
     opt: torch.optim.Optimizer, parameters: Mapping[str, Tensor], own: Mapping[str, Any], whole: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError if a state is of other parameters: their names and order, dtypes, shapes, groups."""
+    """Raises ValueError if a state is for other parameters: other names, another order, other dtypes, shapes or
+    groups."""
     names, dtypes = list(parameters), [str(p.dtype) for p in parameters.values()]
     if list(own["names"]) != names:
         other = next((a, b) for a, b in zip([*own["names"], None], [*names, None], strict=False) if a != b)

@@ -1,4 +1,4 @@
-"""How an optimizer is shown: in a line, and as a table in notebooks."""
+"""The text form of an optimizer: one line, or a table for notebooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def line(opt: CurvatureOptimizer) -> str:
 
 
 def html(opt: CurvatureOptimizer) -> str:
-    """The settings, what is adaptive and its last value, the layers, the last step."""
+    """A table of the settings, the last values of what is adaptive, the layers, and the last step."""
     last = opt.diagnostics
     rows = [(name, str(value)) for name, value in opt.recipe.preconditioner.chosen().items()]
     for name, key in (("step size", "lr"), ("momentum", "momentum")):

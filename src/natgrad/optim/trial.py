@@ -1,4 +1,4 @@
-"""Steps that are tried: measured, and shortened or taken back where the loss rises."""
+"""Trial steps: the loss after a step is measured, and a step that raises it is shortened or undone."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from natgrad.optim.vectors import Vector
 from natgrad.optim.whole import uninterrupted
 
 BACKTRACKING = (0.25, 0.0625, 0.015625)
-"""The shares of a step that are tried where the whole of it would raise the loss."""
+"""The shares of a step that are tried if the whole step would raise the loss."""
 ON_ANOTHER_BATCH = 0.5
-"""The share of another batch's loss by which a step may raise it. A good step raises that of every second batch by a
-little, where few digits are left to gain: to take all of these back would cost half of the steps."""
+"""The share by which a step may raise the loss of another batch. Close to convergence, a good step raises the loss of
+every second batch a little. Undoing all such steps would lose half of them."""
 FAR = 9.0
-"""The same where the damping has come down to its least, and steps are not measured."""
+"""The same if the damping has reached its lower bound, where steps are not measured."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """The step that was taken, which share of the one proposed, and the loss after it, where that was measured."""
+    """The step that was taken, its share of the proposed step, and the loss after it if that was measured."""
 
     step: Step
     share: float = 1.0
@@ -32,7 +32,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Risen:
-    """No step was taken, as the loss would have risen to this."""
+    """No step was taken, because the loss would have risen to this value."""
 
     loss_after: float
 
@@ -49,18 +49,18 @@ class Trials:
         self.parameters, self.tolerated = parameters, tolerated
 
     def take(self, step: Step) -> Taken:
-        """Takes a step as it is."""
+        """Takes a step without measuring it."""
         with uninterrupted():
             step.take(self.parameters.local())
         return Taken(step)
 
     def measure(self, step: Step, stage: Stage, shorten: bool) -> Taken | Risen:
-        """Takes a step if the loss does not rise by it; else, if it may be shortened, the first of some shorter ones
-        after which the loss is no higher.
+        """Takes a step if it does not raise the loss. Otherwise, with `shorten`, takes the first of some shorter steps
+        that does not raise it.
 
-        Where few outputs have any curvature left, as those of one example that is wrong with high confidence among
-        many that are right, the direction is good and the length of the quadratic model is not. Damping alone falls
-        again before the example comes back, and would leave it as it is for ever.
+        A saturated output has almost no curvature, for example that of an example that is wrong with high confidence.
+        If most others are right, the direction is good but the quadratic model makes the step too long. More damping
+        would not help: it falls again before that example comes back.
         """
         before = self.parameters.snapshot()
         try:
@@ -82,7 +82,7 @@ class Trials:
             raise
 
     def loss_after(self, step: Step, stage: Stage) -> float:
-        """The loss that a step would lead to; infinite where it would not be finite."""
+        """The loss after a step, which is then undone; infinite if the loss is not finite."""
         before = self.parameters.snapshot()
         try:
             step.take(self.parameters.local())
@@ -92,7 +92,7 @@ class Trials:
         return after if math.isfinite(after) else math.inf
 
     def loss_now(self, stage: Stage) -> float:
-        """The objective on the pending batches at the parameters as they are."""
+        """The objective on the pending batches at the current parameters."""
         return stage.objective.evaluate() + self.penalty(stage)
 
     def penalty(self, stage: Stage) -> float:
@@ -101,12 +101,12 @@ class Trials:
         return self.parameters.total([decay.value(self.parameters.local())])[0] if decay.eta else 0.0
 
     def too_far(self, loss: float, before: float | None, share: float) -> bool:
-        """Whether a loss is by more than this share above that of the step before, so that it is worth a forward to
-        know why: the batch, or the step."""
+        """Whether the loss is more than this share above the loss of the step before. Then a forward pass is worth its
+        cost to find out the cause: the batch, or the step."""
         return before is not None and loss > before + share * abs(before)
 
     def undo_last(self, objective: Objective, loss: float = math.inf, share: float = 0.0) -> bool:
-        """Takes the last step back if it has raised this batch's loss to `loss` by more than this share."""
+        """Undoes the last step if it has raised this batch's loss, which is `loss` now, by more than this share."""
         states = {n: self.parameters.state_of(n) for n in self.parameters}
         delta = {n: s["delta"] for n, s in states.items() if "delta" in s}
         if not delta or not objective.runs_again:

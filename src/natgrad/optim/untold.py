@@ -1,4 +1,4 @@
-"""Whether the gradients that arrived are those of the losses that the optimizer was told of."""
+"""Checks that the gradients come from the losses that the optimizer knows, and from nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from natgrad.optim.vectors import Vector
 LOOKS = (0, 9, 99)
 """The steps that are checked. A term may start later in a run, after a warm-up."""
 FULL, LOWERED = 0.02, 0.2
-"""The share of the gradients from elsewhere above which there is a warning: in full and in lower precision."""
+"""The share of the gradients from elsewhere above which there is a warning: in full precision, and in low precision."""
 
 
 class Untold:
@@ -34,7 +34,7 @@ class Untold:
         Args:
             objective: the known losses.
             gradients: those that arrived, by parameter name.
-            step: the count of the steps before this one.
+            step: the number of steps before this one.
         """
         if self.told or step not in LOOKS or not (self._here() and objective.repeatable):
             return

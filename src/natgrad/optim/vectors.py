@@ -1,4 +1,4 @@
-"""The little algebra of vectors held as named tensors."""
+"""Algebra of vectors that are dictionaries of named tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 Vector = dict[str, Tensor]
 FEW = 2**17
-"""A vector of at most this many entries is copied into one tensor, as the time of calls counts more."""
+"""A vector with at most this many entries is copied into one tensor: for small vectors, calls take most of the time."""
 
 
 def dot(u: Vector, v: Vector) -> float:
@@ -19,7 +19,7 @@ def dot(u: Vector, v: Vector) -> float:
 
 
 def dots(pairs: Iterable[tuple[Vector, Vector]]) -> list[float]:
-    """`uᵀ v` of every pair; a GPU is waited for once. Vectors may be empty, as where a rank has no layer."""
+    """`uᵀ v` of every pair, with a single wait for the GPU. Vectors may be empty, as on a rank without layers."""
     found = list(pairs)
     full = [i for i, (u, _) in enumerate(found) if u]
     flat: dict[tuple[int, int], Tensor | None] = {}
@@ -37,8 +37,8 @@ def dots(pairs: Iterable[tuple[Vector, Vector]]) -> list[float]:
 
 
 def _flat(v: Vector, names: Vector, known: dict[tuple[int, int], Tensor | None]) -> Tensor | None:
-    """The entries with these names in one tensor, which saves calls; None if that would copy many. `known` has those
-    that were made before, by the vector and the order of its names."""
+    """The entries with these names in one tensor, which saves calls; None for a large vector. `known` contains earlier
+    results, by the vector and the order of its names."""
     key = id(v), id(v) if list(v) == list(names) else id(names)
     if key not in known:
         tensors = [v[n] for n in names]

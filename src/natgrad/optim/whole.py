@@ -1,4 +1,4 @@
-"""A step is taken as a whole or not at all."""
+"""A step changes everything or nothing: an error or Ctrl-C within it restores what was before."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from types import FrameType
 from typing import Any
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held by what changes torch's global settings: precision of products, levels of forward mode."""
-
-
+"""The lock of code that changes torch's global settings: precision of products, levels of forward mode."""
 COPIED = (dict, list, set, deque)
 
 
 @contextlib.contextmanager
 def restored_on_error(things: Iterable[Any]) -> Iterator[None]:
-    """Puts the attributes of some objects back to what they were if an exception passes, Ctrl-C among them.
+    """Within the context, an exception (also Ctrl-C) restores the attributes of some objects.
 
-    Dictionaries, lists, sets and counters are copied, and dictionaries in dictionaries; what is in them is not, tensors
-    among it: they must not be changed in place within.
+    Dictionaries, lists, sets and queues are copied, but not what they contain: within the context, tensors must be
+    replaced and not changed in place.
     """
     before = [(thing, {k: _copied(v) for k, v in vars(thing).items()}) for thing in things]
     try:
@@ -53,7 +51,7 @@ def states_restored_on_error(states: defaultdict[Any, dict[str, Any]]) -> Iterat
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within, Ctrl-C waits. It comes to the main thread alone."""
+    """Within the context, Ctrl-C waits until the end. Only the main thread receives it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""The figures of one layer that `natgrad.residual` gives back."""
+"""The figures of one layer in the result of `natgrad.residual`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 
 class Condition(NamedTuple):
-    """Condition numbers of a layer's input factors: the largest over the smallest eigenvalue; infinite where the
-    matrix is singular to rounding.
+    """Condition numbers of a layer's input factors: the largest divided by the smallest eigenvalue; infinite if the
+    matrix is singular up to rounding.
 
     Example:
         >>> from natgrad.report.layer_residual import Condition
@@ -17,9 +17,9 @@ class Condition(NamedTuple):
     """
 
     A: float | None
-    """Of the second moment `E[x xᵀ]`; None for a layer without a weight."""
+    """That of the second moment `E[x xᵀ]`; None for a layer without a weight."""
     C: float | None
-    """Of the inputs' covariance; None for a layer without a weight or without a bias, which has no centering."""
+    """That of the inputs' covariance; None for a layer without a weight, or without a bias and so without centering."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LayerResidual:
     """
 
     relative: float
-    """`‖R‖ / ‖G‖`; NaN where `G` is zero."""
+    """`‖R‖ / ‖G‖`; NaN if `G` is zero."""
     norm: float
     """`‖R‖`."""
     block_norm: float
@@ -45,23 +45,23 @@ class LayerResidual:
     output_norm: float
     """`‖B‖`."""
     input_spread: float
-    """`E[‖x xᵀ − A‖²]^½`, zero where it is below rounding."""
+    """`E[‖x xᵀ − A‖²]^½`; zero if it is below rounding."""
     output_spread: float
-    """`E[‖Y − B‖²]^½` of a case's output curvature `Y`, scaled so that `E[Y] = B`; zero where it is below rounding."""
+    """`E[‖Y − B‖²]^½` of a case's output curvature `Y`, scaled so that `E[Y] = B`; zero if it is below rounding."""
     bound: float | None
-    """`input_spread · output_spread`, at least `norm`; None where examples have several positions, whose cross terms
-    the spreads do not see."""
+    """`input_spread · output_spread`, which is at least `norm`; None if examples have several positions, because the
+    spreads do not contain the terms between positions."""
     cka: float
-    """Centered kernel alignment of `x xᵀ` and `Y`: 0 where they are uncorrelated, 1 where they vary as one; NaN where
-    a spread is zero."""
+    """Centered kernel alignment of `x xᵀ` and `Y`: 0 if they are uncorrelated, 1 if their kernels are
+    proportional; NaN if a spread is zero."""
     hsic_unbiased: float
-    """An estimate of `‖R‖²` of the distribution that these cases are a sample of: unlike `norm²` it is not inflated by
-    their number being finite, and may be negative. NaN for fewer than 4 cases."""
+    """An unbiased estimate of `‖R‖²` for the distribution that the cases were drawn from. Unlike `norm²`, it does not
+    grow when there are few cases, and it may be negative. NaN for fewer than 4 cases."""
     p_value: float
-    """Of the permutation test that `x xᵀ` and `Y` are independent; NaN without permutations."""
+    """The p-value of the permutation test of independence of `x xᵀ` and `Y`; NaN without permutations."""
     condition: Condition
     """Condition numbers of `A` and of the inputs' covariance `C`."""
     cases: int
-    """How many cases all this is over."""
+    """The number of cases."""
     others: dict[str, float] = field(default_factory=dict)
-    """`‖G − M‖ / ‖G‖` of other structures' blocks `M`, those asked for by `compare=`."""
+    """`‖G − M‖ / ‖G‖` for the blocks `M` of the structures in `compare=`."""

@@ -23,6 +23,8 @@ DECAYING = Schedule(warmup=0.05, cooldown=0.95)
 """The schedule of the learning rates, for all optimizers that have one."""
 SMALL = 5_000
 """The exact natural gradient is tried for models with at most this many parameters."""
+DECAY = 0.5
+"""A weight decay of NewtonMuon for little data, which it overfits with its default."""
 EVALUATIONS = 20
 MARGIN = 0.02
 """An optimizer is recommended if it is better than AdamW by this share."""
@@ -94,7 +96,8 @@ class Outcome:
 
 
 def contestants(model: nn.Module) -> list[Contestant]:
-    """AdamW at three rates, Muon, NewtonMuon, KFAC, and for small models the exact natural gradient."""
+    """AdamW at three rates, Muon, NewtonMuon at its own weight decay and at one for little data, KFAC, and for small
+    models the exact natural gradient."""
     found = [_adamw(lr) for lr in (3e-4, 1e-3, 3e-3)]
     found += [
         Contestant(
@@ -103,6 +106,11 @@ def contestants(model: nn.Module) -> list[Contestant]:
             lambda model, loss: natgrad.NewtonMuon(model, sides="none"),
         ),
         Contestant("NewtonMuon", "natgrad.NewtonMuon(model)", lambda model, loss: natgrad.NewtonMuon(model)),
+        Contestant(
+            f"NewtonMuon, decay {DECAY:g}",
+            f"natgrad.NewtonMuon(model, weight_decay={DECAY:g})",
+            lambda model, loss: natgrad.NewtonMuon(model, weight_decay=DECAY),
+        ),
         Contestant(
             "KFAC",
             "natgrad.KFAC(model, loss)",

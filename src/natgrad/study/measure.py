@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 import natgrad
-from natgrad.curvature.blocks import homogeneous
+from natgrad.curvature.blocks import input_factor
+from natgrad.curvature.kfac import KfacStructure
 from natgrad.curvature.moments import AffineMoments
 from natgrad.curvature.problem import Problem
-from natgrad.curvature.structures import KfacStructure
 from natgrad.study.spec import Measure
 from natgrad.study.task import Task
 from natgrad.study.tasks import SUBSET
@@ -76,7 +76,7 @@ def conditioning(model: nn.Module, task: Task) -> dict[str, dict[str, float | bo
         if not isinstance(m, AffineMoments) or not layer.weight or m.scatter.ndim == 1:
             continue
         varying = m.C.diagonal() > RELATIVE_FLOOR * m.A.diagonal()
-        A = homogeneous(m).double() if layer.bias else m.A.double()
+        A = input_factor(layer, m, centered=False).double()
         of_A, raised = condition_number(_part(A, varying))
         of_C, more = condition_number(_part(m.C.double(), varying)) if layer.bias else (None, 0)
         found[layer.name] = {"A": of_A, "C": of_C, "floored": raised + more > 0}

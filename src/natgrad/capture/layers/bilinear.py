@@ -18,7 +18,7 @@ from natgrad.capture.layers.kind import Call
 class Bilinear(Affine):
     """`a_o = uᵀ W_o v + b_o`, which is `W h + b` with `h = u ⊗ v`, row by row, and `W` as `(d_out, d_u d_v)`.
 
-    Exact in the cases; of K-FAC the input factor is that of the products, of width `d_u d_v`.
+    The cases are exact. K-FAC's input factor is that of the products `h`, of width `d_u d_v`.
     """
 
     name = "bilinear"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from natgrad.capture.layers.einsum import affine_map
 from natgrad.capture.layers.recurrent import UNROLLED
-from natgrad.capture.layers.scale import joined, stacked
+from natgrad.capture.layers.scale import cat_of_copies, stack_of_copies
 
 
 def _opened(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,11 +47,11 @@ def _quotient(*operands: Any, **named: Any) -> Any:
 FUSED: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
     torch.einsum: affine_map,
-    torch.stack: stacked,
-    **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], joined),
+    torch.stack: stack_of_copies,
+    **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], cat_of_copies),
     **UNROLLED,
 }
-# Those, and functions that have a forward mode, of which recording needs the products and sums.
+# Also functions that have a forward mode, but that have to be products and sums to be recorded.
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     **FUSED,
     **dict.fromkeys([F.prelu, torch.prelu], _prelu),

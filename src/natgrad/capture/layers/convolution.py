@@ -28,7 +28,7 @@ class Convolution(Kind):
     """One group of a convolution: `a[:, p] = W · patch(h, p) + b` at every output position `p`.
 
     `kernel`, `stride`, `padding` (before and after), `dilation` have an entry for each spatial axis; `channels` are the
-    group's input channels and `features` its output channels: the first, and the last plus one. The cases are exact.
+    group's input channels and `outputs` its output channels: the first, and the last plus one. The cases are exact.
     K-FAC treats each position as a case (Grosse & Martens 2016, arXiv:1602.01407), and each group as a layer.
     """
 

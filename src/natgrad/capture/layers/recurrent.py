@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -110,3 +110,13 @@ RECURRENCES: dict[Any, Callable[..., Any]] = {
     torch._VF.gru: fused(torch._VF.gru, _gru),
 }
 """The same where gradients are all that is computed from it: the fused function, and one loop over time backward."""
+GATES: dict[Any, int] = {torch._VF.lstm: 4, torch._VF.lstm_cell: 4, torch._VF.gru: 3, torch._VF.gru_cell: 3}
+"""How many gates a recurrent layer has. Their matrices are stored one below the other, as one weight."""
+
+
+def weights_of_gates(params: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the parameters of a recurrent layer that have a matrix for each gate. The others are biases, and
+    projections, which have fewer rows."""
+    matrices = [p for p in params if p.ndim == 2]
+    most = max((len(p) for p in matrices), default=0)
+    return [p for p in matrices if len(p) == most]

@@ -208,14 +208,14 @@ def repeats_of(args: Sequence[Any], named: Mapping[str, Any]) -> tuple[int, ...]
     return (given,) if isinstance(given, int) else tuple(given)
 
 
-def stacked(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+def stack_of_copies(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     """`torch.stack` of several copies of one tensor, as a repetition. NotImplemented for different tensors."""
     if len(tensors) == 0 or any(t is not tensors[0] for t in tensors):
         return NotImplemented
-    return joined([tensors[0].unsqueeze(dim)] * len(tensors), dim)
+    return cat_of_copies([tensors[0].unsqueeze(dim)] * len(tensors), dim)
 
 
-def joined(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+def cat_of_copies(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     """`torch.cat` of copies of one tensor of length 1 along `dim`, as a repetition. NotImplemented otherwise."""
     if len(tensors) == 0 or any(t is not tensors[0] for t in tensors) or tensors[0].shape[dim] != 1:
         return NotImplemented

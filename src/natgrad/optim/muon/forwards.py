@@ -69,7 +69,7 @@ class Forwards:
             sums = input_sums([use for use in recorder.uses if use.weight in trainable], self._max_dim)
             self._shown.sums = added(self._shown.sums, sums, 1.0)
         if self.settling:
-            self._shown.uses += seen_in(recorder.uses)  # frozen layers, too, may come after a matrix
+            self._shown.uses += seen_in(recorder.uses, recorder.gates)  # frozen layers, too, may come after a matrix
             self._shown.others |= recorder.others
 
     def _again(self, forward: Forward) -> Recorder:

@@ -149,16 +149,16 @@ class Matrices:
         return shards.scattered(whole, owners, shapes, next(iter(v.values())))
 
     def _directions(self, v: Vector) -> Vector:
-        matrices: dict[Layer, Tensor] = {}
+        matrices: dict[str, list[Tensor]] = {}
         for n, direction in v.items():
-            for unit, M in self._by_unit(n, direction).items():
-                matrices[unit] = self._whitened(unit, M) if self.routes[n].step == WHITENED else M
-        found = dict(zip(matrices, orthogonalized(list(matrices.values())), strict=True))
+            route, its = self.routes[n], self._by_unit(n, direction)
+            whole = [self._whitened(unit, M) if route.step == WHITENED else M for unit, M in its.items()]
+            matrices[n] = [part for M in whole for part in M.chunk(route.gates)]
+        found = iter(orthogonalized([M for its in matrices.values() for M in its]))
         out: Vector = {}
         for n, direction in v.items():
-            units = self.routes[n].units
-            M = found[units[0]] if len(units) == 1 else torch.cat([found[unit] for unit in units])
-            layout = units[0].layout
+            parts = [next(found) for _ in matrices[n]]
+            M, layout = parts[0] if len(parts) == 1 else torch.cat(parts), self.routes[n].units[0].layout
             out[n] = layout.to_parameter(M, direction.shape, matrix_shape(layout, direction.shape))
         return out
 

@@ -37,11 +37,13 @@ BY_USER = "chosen with steps="
 @dataclass(frozen=True)
 class Route:
     """The step that a parameter takes, `"whitened"`, `"orthogonal"` or `"adamw"`, and why. `units` are its matrices:
-    one, or some rows each."""
+    one, or some rows each. If there are `gates`, a matrix is that of several gates, one below the other, and each is
+    orthogonalized alone."""
 
     step: str
     why: str
     units: tuple[Layer, ...] = ()
+    gates: int = 1
 
     def unwhitened(self) -> Route:
         """The same without whitening."""
@@ -49,12 +51,14 @@ class Route:
 
     def state(self) -> dict[str, Any]:
         """Plain values, which `of_state` reads."""
-        return {"step": self.step, "why": self.why, "units": [unit.key() for unit in self.units]}
+        units = [unit.key() for unit in self.units]
+        return {"step": self.step, "why": self.why, "units": units, "gates": self.gates}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Route:
         """Undoes `state`."""
-        return cls(state["step"], state["why"], tuple(map(Layer.of_key, state.get("units", ()))))
+        units = tuple(map(Layer.of_key, state.get("units", ())))
+        return cls(state["step"], state["why"], units, state.get("gates", 1))
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Seen:
     """What stands for its output in the autograd graph."""
     sources: tuple[Node, ...]
     """Where the graph goes on from its output, beside the parameters."""
+    gates: int = 1
+    """How many gates of a recurrent layer the rows of the weight are for."""
 
 
 def unit_of(use: Use) -> Layer | None:
@@ -79,8 +85,8 @@ def unit_of(use: Use) -> Layer | None:
     return Layer(use.weight, None, use.kind.layout, use.rows, function=use.kind.name)
 
 
-def seen_in(uses: Iterable[Use]) -> Iterator[Seen]:
-    """What the recorded uses say about the parameters' roles."""
+def seen_in(uses: Iterable[Use], gates: Mapping[str, int]) -> Iterator[Seen]:
+    """What the recorded uses say about the parameters' roles. `gates`: how many gates' matrices a weight has."""
     for use in uses:
         nodes, part = [use.edge.node], use.before
         while part is not None:
@@ -91,7 +97,8 @@ def seen_in(uses: Iterable[Use]) -> Iterator[Seen]:
         for name in (use.weight, use.bias):
             if name is not None:
                 unit = unit_of(use) if name == use.weight else None
-                yield Seen(name, unit, use.kind.name, embeds and name == use.weight, tuple(nodes), sources)
+                embedded = embeds and name == use.weight
+                yield Seen(name, unit, use.kind.name, embedded, tuple(nodes), sources, gates.get(name, 1))
 
 
 def routes_of(
@@ -128,7 +135,13 @@ def _route(name: str, shape: Sequence[int], seen: Sequence[Seen], inner: set[Nod
         return Route(ADAMW, f"no matrix: a scale, shift or bias, used by {functions}")
     if not any(node in inner for s in seen if s.unit is not None for node in s.nodes):
         return Route(ADAMW, f"an output layer: no matrix comes after it, used by {functions}")
-    return _matrices(name, shape, units, f"a hidden matrix, used by {functions}")
+    route, (gates, *others) = (
+        _matrices(name, shape, units, f"a hidden matrix, used by {functions}"),
+        {s.gates for s in seen},
+    )
+    if gates == 1 or others or route.units != (Layer(name, None),):
+        return route
+    return replace(route, gates=gates, why=f"{gates} gates' hidden matrices, used by {functions}")
 
 
 def _matrices(name: str, shape: Sequence[int], units: Iterable[Layer], why: str) -> Route:

@@ -32,9 +32,8 @@ SOLVERS = ("dual", "primal", "cg")
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What is taken of a batch: its cases, the columns of its outputs, the outputs, and which of their rows make up a
-    case."""
+class ObservedBatch:
+    """A batch's cases, the columns of its outputs, the outputs, and which of their rows make up a case."""
 
     cases: Cases
     columns: list[Tensor]
@@ -93,7 +92,7 @@ class ExactMatrix(Preconditioner):
         return self.solver != "cg"
 
     def _takes_cases(self, output: Tensor) -> bool:
-        """Whether this batch, with those before it, is to be solved for by its cases."""
+        """Whether the step is computed from the cases of this batch and of those before it."""
         if self.solver is not None:
             return self.solver != "cg"
         columns = self._columns + (output.numel() if self.estimator == "exact" else len(output))
@@ -142,7 +141,7 @@ class ExactMatrix(Preconditioner):
             cases = by_autograd(output, columns(), trained, batch.mass, torch.float64)
         if not all(torch.isfinite(g.sum()) for column in cases.columns for uses in column.values() for g in uses):
             batch.fault = "the curvature is not finite"
-        batch.statistics = Taken(cases, taken, output.detach(), grouping)
+        batch.statistics = ObservedBatch(cases, taken, output.detach(), grouping)
 
     # The step ------------------------------------------------------------------------------------------
 

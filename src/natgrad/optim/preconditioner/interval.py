@@ -1,4 +1,4 @@
-"""How often something is due."""
+"""Refresh intervals."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ GROWTH = 10
 
 @dataclass(frozen=True)
 class Interval:
-    """So many steps at the most; at the start fewer, if it is `growing`: one, and one more with every `growth` steps.
-
-    Early on the curvature changes from step to step, and later not from ten to ten.
+    """A number of steps, `most`. A `growing` interval starts with one step, and becomes one step longer every `growth`
+    steps, because the curvature changes fast at first and slowly later.
     """
 
     most: int
@@ -19,5 +18,5 @@ class Interval:
     growth: int = GROWTH
 
     def steps(self, now: int) -> int:
-        """How many at step `now`."""
+        """The interval at step `now`."""
         return min(self.most, 1 + now // self.growth) if self.growing else self.most

@@ -123,7 +123,7 @@ class LayerBlocks(Preconditioner):
         self.inverse_age = 0
         if not self.running.layers:
             return
-        if self.options.structure == "ekfac" and (self.bases_age is None or self.bases_age >= self.options.bases_every):
+        if self.running.has_bases and (self.bases_age is None or self.bases_age >= self.options.bases_every):
             self.running.turn(self.parameters.place.world)
             self.bases_age = 0
         blocks, before = self._own_blocks(), self.inverse or {}
@@ -151,7 +151,7 @@ class LayerBlocks(Preconditioner):
     def damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
         """In the coordinates in which the inverse is damped. Then a step's length does not depend on a shift of a
         layer's inputs either."""
-        if self.options.structure == "input":  # its damping is in units of the inputs
+        if self.running.damps_inputs:
             return torch.zeros(len(directions), len(directions), dtype=torch.float64)
         precision = self.parameters.precision
         return damping * gram([self._in_coordinates(_in_precision(d, precision)) for d in directions])
@@ -200,8 +200,8 @@ class LayerBlocks(Preconditioner):
 
     def curvature(self) -> BlockDiagonal:
         """The current matrix from the moving averages, for the mean loss and without damping."""
-        if self.options.structure == "identity":
-            raise TypeError("structure='identity' keeps no curvature; choose another structure")
+        if not self.running.observes:
+            raise TypeError(f"structure={self.options.structure!r} keeps no curvature; choose another structure")
         if not self.running.layers:
             raise RuntimeError("there is no curvature before the first step; take one")
         blocks = self.running.blocks()

@@ -1,9 +1,8 @@
-"""Orthogonalized steps: the nearest orthogonal matrix of a direction, and Adam's step where there is no matrix."""
+"""Orthogonalized steps: the nearest orthogonal matrix of a direction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,19 +15,21 @@ from natgrad.linalg.space import Parts
 from natgrad.optim.vectors import Vector
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
+"""Of the odd polynomial of fifth degree that each iteration applies to the singular values."""
 STEPS = 5
 RMS = 0.2
-"""The root mean square of AdamW's steps, to which an orthogonalized one is scaled (Liu et al. 2025)."""
-SECOND_MOMENT_DECAY = 0.95
+"""The root mean square of AdamW's steps. An orthogonalized step is scaled to it (Liu et al. 2025)."""
 WORTH_BFLOAT16 = 2**22
-"""Multiplications of one product in the iteration from which on bfloat16 is faster on a CPU. They are counted for each
-matrix alone: the same matrix takes the same step on any number of ranks."""
+"""From this number of multiplications in one product on, bfloat16 is faster on a CPU. They are counted for each matrix
+separately: the same matrix takes the same step on any number of ranks."""
 
 
 def newton_schulz(V: Float[Tensor, "*batch o i"]) -> Float[Tensor, "*batch o i"]:
-    """`U Wᵀ` of the singular value decomposition `V = U S Wᵀ`, roughly: five steps of an iteration that moves the
-    singular values to between 0.7 and 1.2. Products are in bfloat16 where the processor multiplies that faster than
-    float32, on CPUs for large matrices alone; a `V` in float64 stays in float64.
+    """Approximately `U Wᵀ` of the singular value decomposition `V = U S Wᵀ`, by five iterations that move the singular
+    values to between 0.7 and 1.2.
+
+    Products are in bfloat16 if the processor multiplies it faster than float32 (on CPUs, only for large matrices). A
+    `V` in float64 stays in float64.
 
     Example:
         >>> import torch
@@ -64,7 +65,7 @@ def _working_dtype(V: Tensor) -> torch.dtype:
 
 def orthogonalized(matrices: Sequence[Float[Tensor, "_ _"]]) -> list[Tensor]:
     """Each matrix's orthogonal factor times `0.2 √max(d_out, d_in)`, so that its root mean square is that of AdamW's
-    steps. Those of one shape are done together."""
+    steps. Matrices of one shape are computed together."""
     by_shape: dict[torch.Size, list[int]] = {}
     for i, V in enumerate(matrices):
         by_shape.setdefault(V.shape, []).append(i)
@@ -76,43 +77,11 @@ def orthogonalized(matrices: Sequence[Float[Tensor, "_ _"]]) -> list[Tensor]:
     return out
 
 
-StateOf = Callable[[str], dict[str, Any]]
-"""A parameter's state, by name."""
-
-
-def take_in_squares(g: Vector, state_of: StateOf) -> None:
-    """The moving averages of the squared gradients, and the weight of what is in them: nothing at first."""
-    states = [state_of(n) for n in g]
-    for state, gradient in zip(states, g.values(), strict=True):
-        if "second_moment" not in state:
-            state["second_moment"], state["second_weight"] = torch.zeros_like(gradient), 0.0
-        state["second_weight"] += (1 - SECOND_MOMENT_DECAY) * (1 - state["second_weight"])
-    if not states:
-        return
-    # New tensors: a step that is given up has the old ones.
-    values = list(g.values())
-    seconds = torch._foreach_mul([state["second_moment"] for state in states], SECOND_MOMENT_DECAY)
-    torch._foreach_addcmul_(seconds, values, values, 1 - SECOND_MOMENT_DECAY)
-    for state, second in zip(states, seconds, strict=True):
-        state["second_moment"] = second
-
-
-def adam(v: Vector, state_of: StateOf, eps: float = 1e-8) -> Vector:
-    """Adam's direction for a first moment `v` (Kingma & Ba 2015, arXiv:1412.6980)."""
-    if not v:
-        return {}
-    states = [state_of(n) for n in v]
-    roots = torch._foreach_sqrt([state["second_moment"] for state in states])
-    torch._foreach_div_(roots, [state["second_weight"] ** 0.5 for state in states])
-    torch._foreach_add_(roots, eps)
-    return dict(zip(v, torch._foreach_div(list(v.values()), roots), strict=True))
-
-
 def orthogonal_directions(
     v: Vector, rest: Vector, blocks: Sequence[Block], *, simple: bool, precision: str | None
 ) -> Vector:
-    """The orthogonalized `v C⁻¹` of the blocks' weights; `rest` has the direction of what else is in them, in centered
-    blocks as the change of the mean pre-activation `b + W m` (with `simple`, of `b`)."""
+    """The orthogonalized `v C⁻¹` of the blocks' weights. `rest` has the directions of the other parts of the blocks: in
+    a centered block the change of the mean pre-activation `b + W m`, or (`simple`) of `b`."""
     matrices: list[Tensor] = []
 
     def collect(op: Operator, parts: Parts) -> Parts:
@@ -137,5 +106,5 @@ def orthogonal_directions(
 
 
 def _through(op: Operator, parts: Parts, apply: Callable[[Operator, Parts], Parts]) -> Parts:
-    """Applies to every operator on rows of its own."""
+    """Applies a function to the operator; or, if it consists of rows of several layers, to the operator of each."""
     return op._each(lambda o, p: _through(o, p, apply), parts) if isinstance(op, Rows) else apply(op, parts)

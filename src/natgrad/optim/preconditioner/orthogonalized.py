@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from natgrad.linalg import Block
+from natgrad.optim.preconditioner.adam import adam, take_in_squares
 from natgrad.optim.preconditioner.layers import LayerBlocks
-from natgrad.optim.preconditioner.orthogonal import adam, orthogonal_directions, take_in_squares
+from natgrad.optim.preconditioner.orthogonal import orthogonal_directions
 from natgrad.optim.preconditioner.ranks import Names
 from natgrad.optim.vectors import Vector
 

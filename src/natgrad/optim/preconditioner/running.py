@@ -14,7 +14,7 @@ from torch import Tensor
 from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.curvature.bases import Eigenbasis, bases_of, squares_in, turned
-from natgrad.curvature.blocks import homogeneous, kfac_blocks
+from natgrad.curvature.blocks import affine_block, kfac_blocks
 from natgrad.curvature.diagonal import diagonal_squares
 from natgrad.curvature.groups import has_rival, tiled
 from natgrad.curvature.moments import (
@@ -30,8 +30,7 @@ from natgrad.curvature.moments import (
 )
 from natgrad.distributed.reduction import Keep, Reduction, completed, reduced
 from natgrad.distributed.world import World
-from natgrad.linalg import CenteredKronecker, Diagonal, Homogeneous, Kronecker, Operator, factor
-from natgrad.linalg import rows as tiles
+from natgrad.linalg import CenteredKronecker, Diagonal, Homogeneous, Kronecker, Operator, Rows, factor
 from natgrad.linalg.centered import CenteredInverse
 from natgrad.optim.preconditioner.frozen import left_of, without
 
@@ -78,8 +77,18 @@ def _decayed(past: Mapping[Layer, Moments], decay: float, new: Mapping[Layer, Mo
 class Running(ABC):
     """The moving averages of one structure, for the layers seen so far. Layers `elsewhere` are on other ranks."""
 
+    observes = True
+    """Whether it needs statistics of batches at all."""
     reads_gradients = True
-    """Whether the statistics include the gradients `g`, or only the layers' inputs."""
+    """Whether the statistics include the gradients `g`, or only the layers' inputs. Only if they do, every parameter
+    must belong to a layer."""
+    squares_cases = False
+    """Whether it sums squares of each case's gradient. They depend on which rows make up a case; K-FAC's factors do
+    not, on average."""
+    has_bases = False
+    """Whether it has eigenbases, which `turn` updates."""
+    damps_inputs = False
+    """Whether the damping is in units of the inputs, so that the quadratic model has none."""
     can_be_elsewhere = True
     """Whether a rank can do without the averages of a layer."""
 
@@ -133,7 +142,7 @@ class Running(ABC):
         return spoiled
 
     def turn(self, world: World) -> None:  # noqa: B027
-        """Updates the eigenbases, if there are any."""
+        """Updates the eigenbases, if it has any."""
 
     @property
     def layers(self) -> list[Layer]:
@@ -173,6 +182,8 @@ class RunningEkfac(RunningKfac):
     """
 
     can_be_elsewhere = False
+    squares_cases = True
+    has_bases = True
 
     def __init__(self, centered: bool, sharing: str, max_dim: int):
         super().__init__(centered, sharing, max_dim)
@@ -227,6 +238,8 @@ class RunningEkfac(RunningKfac):
 class RunningDiagonal(Running):
     """The diagonal of the exact matrix."""
 
+    squares_cases = True
+
     def observe(self, cases: Cases) -> Statistics:
         return Statistics({layer: DiagonalMoments(v, cases.mass) for layer, v in diagonal_squares(cases).items()})
 
@@ -243,6 +256,7 @@ class RunningInput(Running):
     """
 
     reads_gradients = False
+    damps_inputs = True
 
     def observe(self, cases: Cases) -> Statistics:
         own = [layer for layer in cases.h if self._has_factor(layer, cases)]
@@ -258,18 +272,13 @@ class RunningInput(Running):
 
     def _block(self, layer: Layer, m: Moments) -> Operator:
         assert isinstance(m, AffineMoments)
-        ones = torch.ones_like(m.output)
-        if not layer.bias:
-            return Kronecker(m.A, ones)
-        if not self.centered:
-            return Homogeneous(Kronecker(homogeneous(m), ones))
-        return CenteredKronecker(covariance=m.C, mean=m.mean, output=ones)
+        return affine_block(layer, m, torch.ones_like(m.output), self.centered)
 
     def inverse(self, operator: Operator, damping: float, style: str) -> Operator:
         """`(C + εI)⁻¹ ⊗ I` and `I`: only the input factor is damped. `ε` is `damping`; with the style `"relative"`, it
         is in units of the factor's mean eigenvalue."""
-        if isinstance(operator, tiles.Rows):
-            return tiles.Rows([self.inverse(op, damping, style) for op in operator.parts])
+        if isinstance(operator, Rows):
+            return Rows([self.inverse(op, damping, style) for op in operator.parts])
         if isinstance(operator, Homogeneous):
             return Homogeneous(self.inverse(operator.stacked, damping, style))
         if isinstance(operator, CenteredKronecker):
@@ -295,6 +304,7 @@ def _damped_inverse(F: Tensor, damping: float, style: str, m: Tensor | None = No
 class RunningIdentity(Running):
     """No averages: the matrix is the identity, and the step is that of gradient descent."""
 
+    observes = False
     reads_gradients = False
 
     def observe(self, cases: Cases) -> Statistics:

@@ -73,7 +73,7 @@ class LayerStatistics:
 
     def due(self, step: int) -> bool:
         """Whether the statistics of the next batches are due."""
-        if self.options.structure == "identity":
+        if not self.running.observes:
             return False
         if self.last is None or self.wanted:
             return True
@@ -81,7 +81,7 @@ class LayerStatistics:
 
     def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
         """The uses that the output depends on."""
-        if self.options.structure in ("input", "identity"):  # parameters without a layer get plain steps
+        if not self.running.reads_gradients:  # parameters without a layer get plain steps
             return recorder.uses
         return recorder.check(output, reached=True)
 
@@ -137,7 +137,7 @@ class LayerStatistics:
 
     def _approximates(self, layer: Layer) -> bool:
         """Whether separating the rows changes the result. For K-FAC's factors it does not, on average."""
-        by_squares = self.options.sharing == "reduce" or self.options.structure in ("ekfac", "diagonal")
+        by_squares = self.options.sharing == "reduce" or self.running.squares_cases
         return self.options.estimator == "mc" and (layer.scale or by_squares)
 
     def follow_along(self, uses: list[Use], output: Tensor, target: Tensor, term: Term, draw: int, step: int) -> None:

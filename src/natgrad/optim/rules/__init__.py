@@ -1,1 +1,1 @@
-"""How long a step is, and how the damping moves."""
+"""Step rules and damping rules: how long a step is, and how the damping changes."""

@@ -1,4 +1,4 @@
-"""How the damping moves."""
+"""Damping rules: how the damping changes from step to step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 CEILING = 10.0
+"""The reduction ratio alone does not raise the damping above this many times the typical curvature."""
 LIMIT = 1e3
+"""Rejections do not raise it above this many times the typical curvature."""
 HIGHEST = 1e5
+"""The bound of `Eager` for both."""
 
 
 class DampingRule(ABC):
@@ -37,13 +40,13 @@ class DampingRule(ABC):
 class LevenbergMarquardt(DampingRule):
     """Damping `λ` that follows how well the quadratic model predicts the loss.
 
-    After a step with reduction ratio `ρ = (change of the loss) / (change of the model)`: `λ` is multiplied by
-    `factor` where `ρ > 3/4`, divided by it where `ρ < 1/4`.
+    After a step with reduction ratio `ρ = (change of the loss) / (change of the model)`, `λ` is multiplied by `factor`
+    if `ρ > 3/4`, and divided by it if `ρ < 1/4`.
 
-    The step size is chosen with the exact curvature, so `ρ` says little about the damping inside of the inverse
-    and would let it fall for ever. It stops at `floor` times the mean of the curvature's diagonal. Upwards it stops at
-    `CEILING` times that: near a minimum `ρ` is rounding, and would let it rise for ever. Rejections may raise it to
-    `LIMIT` times that, from where it falls again unless `ρ < 1/4`.
+    The exact curvature gives the step size, so `ρ` says little about the damping of the inverse, and would let it fall
+    without bound. Its lower bound is `floor` times the mean of the curvature's diagonal. Near a minimum, `ρ` is
+    rounding, and would let the damping rise without bound. Its upper bound is `CEILING` times that mean. Rejections may
+    raise it to `LIMIT` times that mean, from where it falls again unless `ρ < 1/4`.
 
     Args:
         factor: below 1.
@@ -66,19 +69,19 @@ class LevenbergMarquardt(DampingRule):
         return lower if damping > CEILING * scale > 0 else damping
 
     def after_rejection(self, damping: float, count: int, scale: float) -> float:
-        """Times four, and sixteen, and so on, up to a limit."""
+        """Four times the damping, then 16 times, 64 times, ..., up to a limit."""
         return min(damping * 4.0 ** min(count, 50), max(damping, LIMIT * scale if scale > 0 else 1e30))
 
 
 class Eager(LevenbergMarquardt):
-    """Damping that falls after every step that the quadratic model predicted half well, down to rounding.
+    """Damping that falls faster than with `LevenbergMarquardt`, down to rounding: after every step with `ρ > 1/2`.
 
-    `λ` is multiplied by `factor` where `ρ > 1/2`, and divided by it where the loss rose. A step that is rejected is
-    tried again with twice the damping, then four times that, and so on.
+    `λ` is multiplied by `factor` if `ρ > 1/2`, and divided by it if the loss rose. A rejected step is tried again with
+    twice the damping, then four times that, and so on.
 
-    Where the step is that of the damped matrix itself, `λ` alone bounds it. The rule of thumb with 3/4 and 1/4 can then
-    leave it in between for ever: in a curved valley `ρ` stays at 0.6, and the steps stay small. Upwards it may come to
-    `HIGHEST` times the mean eigenvalue: the first eigenvalue can be nearly the whole trace.
+    If the step is computed with the damped matrix itself, only `λ` bounds its length. In a curved valley, `ρ` may stay
+    at 0.6. Then the rule with 3/4 and 1/4 would never change `λ`, and the steps would stay small. The upper bound is
+    `HIGHEST` times the mean eigenvalue, because the first eigenvalue can be nearly the whole trace.
     """
 
     def adapt(self, damping: float, ratio: float, scale: float, share: float = 1.0) -> float:
@@ -98,8 +101,8 @@ class Eager(LevenbergMarquardt):
 class DampingControl:
     """The damping of a run: a number, or None until it is calibrated.
 
-    `given`: whether it is the user's own, and stays. `adaptive`: whether it follows how well steps are predicted. It
-    does not once it has come down to `least`, unless a rejection raises it.
+    `given`: whether the user gave it, so that it does not change. `adaptive`: whether it follows how well steps are
+    predicted. Once it has reached the lower bound `least`, it stays there unless a rejection raises it.
     """
 
     def __init__(self, value: float | None, rule: DampingRule, least: float = 0.0):
@@ -110,28 +113,28 @@ class DampingControl:
         return not self.given and (self.value is None or self.value > self.least)
 
     def calibrated(self, value: float) -> None:
-        """The first damping of a run."""
+        """Sets the first damping of a run."""
         self.value = max(value, self.least)
 
     def adapt(self, ratio: float, scale: float, share: float) -> None:
-        """After a step that was measured, `share` of which was taken to keep a bound on its length."""
+        """Called after a step that was measured. `share` is the part of it that was within the bound on its length."""
         if self.adaptive and self.value is not None:
             self.value = max(self.rule.adapt(self.value, ratio, scale, share), self.least)
 
     def raise_(self, count: int, scale: float) -> None:
-        """After a rejection, the `count`-th in a row."""
+        """Called after the `count`-th rejection in a row."""
         if not self.given and self.value is not None:
             self.value = self.rule.after_rejection(self.value, count, scale)
 
 
 def calibrate(scale: float, loss_after: Callable[[float], float]) -> float:
-    """The damping after whose step the loss on the first batch is lowest.
+    """The damping whose step gives the lowest loss on the first batch.
 
-    Tries `scale · 10³, 10², ... 10⁻⁶` from the safe end, and stops once two in a row were no better.
+    It tries `scale · 10³, 10², ... 10⁻⁶`, starting with the largest, and stops after two in a row without improvement.
 
     Args:
         scale: a typical curvature: `tr F` over the number of parameters.
-        loss_after: the loss after the step that this damping proposes; infinite where there is none.
+        loss_after: gives the loss after the step with some damping; infinite if there is no such step.
     """
     best, best_loss, worse = scale * 1e3, float("inf"), 0
     for damping in _grid(scale):
@@ -150,7 +153,8 @@ def _grid(scale: float) -> Iterator[float]:
 
 
 def weighted_median(values: Iterable[tuple[float, float]]) -> float:
-    """Of pairs of a value and its weight, the least value that has half of the weight at or below it; 0 of none.
+    """The weighted median of pairs `(value, weight)`: the smallest value such that the values up to it have half of the
+    total weight; 0 if there are no pairs.
 
     Example:
         >>> weighted_median([(5.0, 1.0), (1.0, 1.0), (2.0, 1.0)])

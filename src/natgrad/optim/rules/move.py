@@ -1,4 +1,4 @@
-"""A step that was chosen."""
+"""A step: its direction, and the factor of the direction for each group of parameters."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from natgrad.capture.use import Use
 from natgrad.curvature.replay import Replay
@@ -115,16 +115,13 @@ class Batch(Observed):
         """Whether inputs and target are unchanged, so that the loss can be computed again."""
         return changed_in_place(self.targets) is None and self.forward.unchanged
 
-    def again(self, model: nn.Module) -> Tensor:
-        """The loss at the current parameters."""
-        return self._loss_of(self.run(model))
-
     def value(self, output: Tensor) -> float:
         """The loss of another output for this batch, as a float."""
-        return float(self._loss_of(output))
+        return float(self.loss_of(output))
 
-    def _loss_of(self, output: Tensor) -> Tensor:
-        """Raises RuntimeError if the target has been changed in place since."""
+    def loss_of(self, output: Tensor) -> Tensor:
+        """The loss of another output for this batch. Raises RuntimeError if the target has been changed in place
+        since."""
         if self.is_empty:
             return output.sum()
         if (t := changed_in_place(self.targets)) is not None:
@@ -181,15 +178,15 @@ class Penalty(Observed):
     def mass(self) -> Tensor:
         return self.loss.new_ones(())
 
-    def again(self, model: nn.Module) -> Tensor:
+    def again(self) -> Tensor:
         """The penalty at the current parameters, with the same random numbers. Its function may take derivatives
         itself."""
         with self.rng.restored(), torch.enable_grad():
             return self.penalty().reshape(())
 
-    def value(self, model: nn.Module) -> float:
+    def value(self) -> float:
         """The penalty at the current parameters, as a float."""
-        return float(self.again(model).detach())
+        return float(self.again().detach())
 
 
 @dataclass(eq=False)
