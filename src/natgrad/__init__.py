@@ -1,6 +1,7 @@
 """Fisher and Gauss-Newton matrices of PyTorch models, and the optimizers that follow from them."""
 
 from natgrad import linalg, losses, pde
+from natgrad.curvature.function import Function
 from natgrad.curvature.matrices import fisher, gauss_newton, hessian
 from natgrad.curvature.residual import residual
 from natgrad.linalg import load
@@ -32,6 +33,7 @@ __all__ = [
     "LDS",
     "PRONG",
     "Damping",
+    "Function",
     "GrowingBatches",
     "Intervals",
     "Jacobian",

@@ -85,11 +85,11 @@ def results(out: Path) -> dict[str, dict[str, dict[str, object]]]:
 def test_it_writes_a_report(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = folder / "a" / "b"
     assert run_command("given:problem", "--out", str(out), "--permutations", "19") == 0
-    names = {"results.json", "report.html", "residuals.png", "spreads.png", "conditioning.png"}
+    names = {"results.json", "report.html", "residuals.png", "spreads.png", "conditioning.png", "spectrum.png"}
     assert {path.name for path in out.iterdir()} == names
     page = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://", page)
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     found = results(out)
     assert {"target": "given:problem", "estimator": "exact", "seed": 0, "permutations": 19}.items() <= found.items()
     assert list(found["layers"]) == ["0", "2"]
@@ -122,6 +122,9 @@ def test_it_says_in_words_what_is_good_and_bad_and_what_to_do(folder: Path, capf
     assert any(a["kind"] == "do" for a in said)
     for a in said:
         assert a["text"] in printed
+    assert "% of the curvature (the trace) is in " in printed
+    spectrum = results(folder / "out")["spectrum"]
+    assert 0 < spectrum["most"] <= spectrum["eigenvalues"] == 48
     assert "What to do:" in printed
     assert "What to do:</strong>" in page
 

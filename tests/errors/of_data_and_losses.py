@@ -38,6 +38,21 @@ AN_INSTANCE = "expected an instance of one of nn.CrossEntropyLoss(), nn.MSELoss(
 ROWS = [
     ("batches that grow, of what has no length", lambda: natgrad.GrowingBatches(iter(X), 1, 4, 2), TypeError,
      "data is a tuple_iterator, which has no length; expected a data set, or range(n)"),
+    ("inputs in another precision", lambda: fisher(data=(X.double(), LABELS)), ValueError,
+     "a batch has a tensor of dtype torch.float64, and the model's parameters have torch.float32; expected the same"),
+    ("inputs that are whole numbers", lambda: fisher(data=(LABELS[:, None].expand(8, 4), LABELS)), ValueError,
+     "a batch has a tensor of dtype torch.int64 where the model takes torch.float32; expected x.to(torch.float32)"),
+    ("inputs on another device", lambda: fisher(data=(X.to("meta"), LABELS)), ValueError,
+     "a batch is on meta and the model on cpu; expected both on one device: x.to('cpu')"),
+    # Functions as models
+    ("a function without its parameters", lambda: natgrad.fisher(lambda p, x: x, nn.MSELoss(), (X, X)), TypeError,
+     "model is a function; expected an instance of torch.nn.Module", "or of a function f(params, x) natgrad.Function"),
+    ("parameters that are no tensors", lambda: natgrad.jacobian(lambda p, x: x, X, params={"W": [1.0]}), TypeError,
+     "params has a list of 1 as 'W'; expected a floating tensor"),
+    ("parameters without names", lambda: natgrad.Function(lambda p, x: x, [X]), TypeError,
+     "params is a list of 1; expected a dictionary of tensors by name"),
+    ("a function that is none", lambda: natgrad.Function(1.0, {"W": X}), TypeError,
+     "function is a float; expected a function f(params, x)"),
     # The loss
     ("a class of losses", lambda: fisher(loss=nn.MSELoss), TypeError,
      "loss is the class MSELoss; ", AN_INSTANCE, "did you mean nn.MSELoss()?"),

@@ -76,8 +76,16 @@ def a_penalty_of_a_hessian():
 # fmt: off
 ROWS = [
     # Posteriors
+    ("a subset that is cut short", lambda: laplace(subset="last"), ValueError,
+     "subset='last' is unknown; expected 'all', 'last_layer', or names", "; did you mean 'last_layer'?"),
+    ("inputs to predict in another precision", lambda: laplace().predict(X.double()), ValueError,
+     "a batch has a tensor of dtype torch.float64, and the model's parameters have torch.float32; expected the same"),
+    ("queries on another device", lambda: influence(query=(X.to("meta"), LABELS)), ValueError,
+     "a batch is on meta and the model on cpu; expected both on one device: x.to('cpu')"),
+    ("targets of training that are NaN", lambda: natgrad.influence(MODEL, nn.MSELoss(), (X, NUMBERS[1] * torch.nan),
+     NUMBERS), ValueError, "the scores of 8 training examples are not finite, of which the first is example 0"),
     ("a prior of zero", lambda: laplace(prior_precision=0), ValueError,
-     "prior_precision=0 for '0.weight' is not usable: expected a number > 0", "use a small one, such as 1e-3"),
+     "prior_precision=0 for '0.weight' is not usable: expected a finite number > 0", "use a small one, such as 1e-3"),
     ("a prediction under a robust loss", lambda: laplace(nn.HuberLoss(), NUMBERS).predict(X), TypeError,
      "HuberLoss gives no distribution of targets at the model's outputs", "use P.functional_variance(x)"),
     ("a posterior of nothing", lambda: laplace(data=(X, torch.full_like(LABELS, -100))).fit_prior(), ValueError,
@@ -93,6 +101,8 @@ ROWS = [
     ("a term that is none", lambda: of_terms().predict(X, term="boxes"), ValueError,
      "term='boxes' is unknown; expected one of 'class', 'box'; did you mean 'box'?"),
     # Influence
+    ("one checkpoint, not in a list", lambda: through_checkpoints(dict(MODEL.state_dict())), TypeError,
+     "checkpoints is a dict", "expected a list of state dicts"),
     ("checkpoints without times", lambda: through_checkpoints(times=None), ValueError,
      "checkpoints= needs times=; give the learning rate times the number of steps"),
     ("a time that is NaN", lambda: through_checkpoints(times=float("nan")), ValueError,

@@ -184,6 +184,24 @@ def test_on_a_steep_spectrum_the_sketches_are_far_more_exact():
     assert size["xtrace"][0] > 8 * size["xtrace"][1]
 
 
+def test_the_sketches_errors_fall_where_the_papers_do():
+    """Of exponentially falling eigenvalues down to rounding; of a step once the sketch has more vectors than the step:
+    a half of the products with XTrace, a third with Hutch++ (Epperly, Tropp & Webber 2024, figure 1)."""
+
+    def size(e, method, products):
+        M = with_spectrum(e)
+        return float((errors(M, method, products, 20)[0] / M.trace()).square().mean().sqrt())
+
+    i = torch.arange(200, dtype=f64)
+    assert size(0.7**i, "xtrace", 200) < 1e-13
+    assert size(0.7**i, "hutch++", 200) < 1e-9
+    step = torch.where(i < 10, 1.0, 1e-3).to(f64)
+    few, more, most = ({m: size(step, m, k) for m in ("hutch++", "xtrace")} for k in (12, 26, 48))
+    assert more["xtrace"] < 1e-2 * few["xtrace"]
+    assert more["hutch++"] > 0.1 * few["hutch++"]
+    assert most["hutch++"] < 1e-2 * few["hutch++"]
+
+
 @pytest.mark.parametrize("method", ["hutch++", "xtrace"])
 def test_a_matrix_of_low_rank_has_its_trace_exactly(method):
     M = with_spectrum(torch.cat([torch.tensor([3.0, 2, 1], dtype=f64), torch.zeros(60, dtype=f64)]))

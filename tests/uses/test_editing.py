@@ -137,7 +137,7 @@ def test_what_cannot_be_merged_is_said():
         natgrad.merge([a, a], [F, F], weights=[1, 0])
     with pytest.raises(TypeError, match="F is a dict; expected a matrix"):
         inspect.unwrap(natgrad.ewc)(a, {})
-    with pytest.raises(TypeError, match="would move with them; use structure='kfac'"):
+    with pytest.raises(TypeError, match="expected a fixed matrix: use structure='kfac'"):
         natgrad.ewc(a, natgrad.fisher(a, nn.CrossEntropyLoss(), data, "implicit"))
     with pytest.raises(ValueError, match=r"F is torch.float64 on cpu, and '0.weight' is torch.float32"):
         natgrad.prune(net(4, 5, 3).float(), F)

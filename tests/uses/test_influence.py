@@ -1,39 +1,16 @@
 """Influence scores against brute force: every gradient by autograd, the damped matrix inverted whole."""
 
-import inspect
-
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import natgrad
 from models import MODELS
 from natgrad.uses.scores import Scores
 from oracles import close, dense_curvature, f64, net, randn
+from scored import DAMPING, gradients, problem
 
-DAMPING = 0.05
 STRUCTURES = ["dense", "block", "kfac", "ekfac", "low_rank", "diagonal", "implicit"]
-
-
-def problem(loss=None):
-    torch.manual_seed(0)
-    train, query = (randn(20, 4), torch.arange(20) % 3), (randn(5, 4, seed=7), torch.arange(5) % 3)
-    return net(4, 6, 3).eval(), loss or nn.CrossEntropyLoss(), train, query
-
-
-def gradients(model, loss, data, params=None):
-    """`(n, size)`: of every example's own loss."""
-    leaves = [p for n, p in model.named_parameters() if params is None or params(n)]
-    x, y = data
-    rows = []
-    for i in range(len(x)):
-        value = loss(model(x[i : i + 1]), y[i : i + 1])
-        grads = torch.autograd.grad(value, leaves, allow_unused=True)
-        rows.append(
-            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(grads, leaves, strict=True)])
-        )
-    return torch.stack(rows)
 
 
 def brute(matrix, model, loss, train, query, damping=DAMPING):
@@ -125,47 +102,6 @@ def test_refined_they_come_to_those_of_the_exact_matrix(structure):
     close(itself, exact, 2e-3 * float(exact.max()))
 
 
-def test_query_gradients_of_low_rank():
-    model, loss, train, query = problem()
-    whole = natgrad.influence(model, loss, train, query, damping=DAMPING)
-    errors = [
-        float((natgrad.influence(model, loss, train, query, damping=DAMPING, rank=r) - whole).norm() / whole.norm())
-        for r in (1, 2, 4)
-    ]
-    assert errors[0] > errors[1] > 1e-3
-    assert errors[2] < 1e-10
-
-
-def tagger():
-    class Tagger(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.mid, self.head = nn.Embedding(7, 4), nn.Linear(4, 5), nn.Linear(5, 3)
-
-        def forward(self, x):
-            return self.head(self.mid(self.embed(x)).tanh()).transpose(1, 2)
-
-    y = torch.randint(3, (8, 6))
-    y[2, :3] = -100
-    return Tagger().double().eval(), (torch.randint(7, (8, 6)), y)
-
-
-def test_tokens_share_out_their_examples_score():
-    model, data = tagger()
-    query, loss, linear = (
-        (data[0][:3], data[1][:3]),
-        nn.CrossEntropyLoss(),
-        ["mid.weight", "mid.bias", "head.weight", "head.bias"],
-    )
-    how = {"damping": DAMPING, "params": linear}
-    by_token = natgrad.influence(model, loss, data, query, per="token", **how)
-    assert by_token.shape == (3, 8, 6)
-    close(by_token.sum(2), natgrad.influence(model, loss, data, query, **how))
-    assert not by_token[:, 2, :3].any()  # there every gradient is zero
-    with pytest.raises(ValueError, match="layer 'embed' has no inputs by position where others have 6"):
-        natgrad.influence(model, loss, data, query, per="token")
-
-
 def test_any_measure_of_a_query():
     model, loss, train, query = problem()
     found = natgrad.influence(model, loss, train, query, "dense", damping=DAMPING, measure=lambda f, y: -f[:, 0])
@@ -173,12 +109,6 @@ def test_any_measure_of_a_query():
     inverse = torch.linalg.inv(matrix + DAMPING * torch.eye(len(matrix), dtype=f64))
     wanted = gradients(model, lambda f, y: -f[0, 0], query)
     close(found, wanted @ inverse @ gradients(model, loss, train).mT)
-
-
-def test_a_measure_of_no_query_is_refused():
-    model, loss, train, _ = problem()
-    with pytest.raises(ValueError, match="measure= is for queries, and there are none; give query="):
-        natgrad.influence(model, loss, train, measure=lambda f, y: f[:, 0])
 
 
 def test_factors_are_used_again(tmp_path):
@@ -254,94 +184,3 @@ def test_models_that_people_have(name):
         damping=1e6, forward=example.forward,
     )  # fmt: skip
     close(1e6 * own, g.square().sum(1), 1e-3)  # all but F + λ = λ
-
-
-def test_a_query_without_a_gradient_is_named():
-    model, data = tagger()
-    y = data[1][:3].clone()
-    y[1] = -100
-    with pytest.raises(ValueError, match="query 1 has no gradient"):
-        natgrad.influence(model, nn.CrossEntropyLoss(), data, (data[0][:3], y))
-    with pytest.raises(ValueError, match="query 0 has no gradient"):
-        natgrad.influence(model, nn.CrossEntropyLoss(), data, data, measure=lambda f, y: torch.zeros(len(f), dtype=f64))
-
-
-def test_an_indefinite_matrix_is_said():
-    model, loss, train, query = problem()
-    H = -1 * natgrad.hessian(model, loss, train, "dense")
-    with pytest.raises(ValueError, match="singular or indefinite"):
-        natgrad.influence(model, loss, train, query, factors=H, damping=1e-3)
-
-
-def test_factors_that_do_not_fit_are_said():
-    model, loss, train, query = problem()
-    F = natgrad.fisher(model, loss, train)
-    with pytest.raises(ValueError, match=r"factors are torch.float32 on cpu.*factors.to\('cpu', torch.float64\)"):
-        natgrad.influence(model, loss, train, query, factors=F.to(torch.float32))
-    with pytest.raises(TypeError, match="factors is a dict; expected a matrix"):
-        inspect.unwrap(natgrad.influence)(model, loss, train, query, factors={})
-    for structure in ("dense", "implicit"):
-        H = natgrad.hessian(model, loss, train, structure)
-        with pytest.raises((ValueError, RuntimeError), match=r"indefinite|not positive definite"):
-            natgrad.influence(model, loss, train, query, factors=H, damping=1e-6)
-
-
-def test_factors_of_other_weights_are_refused(tmp_path):
-    model, loss, train, query = problem()
-    for structure in ("kfac", "dense"):
-        F = natgrad.fisher(model, loss, train, structure)
-        F.save(tmp_path / "factors.safetensors")
-        other = net(4, 6, 3)  # of the same shapes
-        for factors in (F, natgrad.load(tmp_path / "factors.safetensors"), F.to("cpu")):
-            with pytest.raises(ValueError, match=r"computed at other weights of the model: '0.weight' has changed"):
-                natgrad.influence(other, loss, train, query, factors=factors)
-        assert natgrad.influence(other, loss, train, query, factors=1.0 * F).shape == (5, 20)
-    H = natgrad.hessian(model, loss, train, "dense")
-    with pytest.raises(ValueError, match="computed at other weights"):
-        natgrad.influence(other, loss, train, query, factors=H)
-
-
-class Shuffled:
-    """Batches in another order at each pass."""
-
-    def __init__(self, x, y):
-        self.batches = [(x[i : i + 5], y[i : i + 5]) for i in range(0, len(x), 5)]
-
-    def __iter__(self):
-        self.batches = self.batches[1:] + self.batches[:1]
-        return iter(self.batches)
-
-
-class Mixed:
-    """A batch sampler that says nothing of its order."""
-
-    def __iter__(self):
-        return iter(torch.randperm(20).view(5, 4).tolist())
-
-    def __len__(self):
-        return 5
-
-
-def test_data_in_a_random_order_are_refused():
-    model, loss, train, query = problem()
-    data = TensorDataset(*train)
-    drawn, mixed = BatchSampler(RandomSampler(data), 4, False), Mixed()
-    for many in (
-        DataLoader(data, 4, shuffle=True),
-        DataLoader(data, batch_sampler=drawn),
-        DataLoader(data, batch_sampler=mixed),
-        Shuffled(*train),
-    ):
-        with pytest.raises(ValueError, match=r"(first batch of train|train is a DataLoader that shuffles)"):
-            natgrad.influence(model, loss, many, query)
-        with pytest.raises(ValueError, match=r"(first batch of query|query is a DataLoader that shuffles)"):
-            natgrad.influence(model, loss, train, many)
-    found = natgrad.influence(model, loss, DataLoader(TensorDataset(*train), 7), query)
-    close(found, natgrad.influence(model, loss, train, query))
-
-
-def test_a_model_in_training_mode_is_warned_of():
-    _, loss, train, query = problem()
-    model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
-    with pytest.warns(RuntimeWarning, match="'1' \\(Dropout\\) is in training mode"):
-        natgrad.influence(model, loss, train, query)

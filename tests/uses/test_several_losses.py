@@ -162,7 +162,7 @@ def test_checkpoints_of_several_terms():
 
 def test_what_has_no_meaning_is_refused_by_name():
     model, train = problem()
-    with pytest.raises(ValueError, match=r"measure is a function.*the losses are several; expected the name of one"):
+    with pytest.raises(ValueError, match=r"measure is a function, but there are several losses; expected the name"):
         natgrad.influence(model, LOSSES, train, train, measure=lambda f, y: f[:, 0])
     with pytest.raises(ValueError, match="measure='clas' is no term; expected one of 'class', 'box'"):
         natgrad.influence(model, LOSSES, train, train, measure="clas")

@@ -21,6 +21,8 @@ def check_model(model: Any) -> None:
     if isinstance(model, nn.Module):
         return
     mend = "write its parentheses" if isinstance(model, type) else "give the model itself"
+    if callable(model) and not isinstance(model, type):
+        mend += ", or of a function f(params, x) natgrad.Function(f, params)"
     if not callable(model) and isinstance(model, Iterable):
         mend += ", not its parameters, and select some of them with params="
     raise TypeError(f"model is {described(model)}; expected an instance of torch.nn.Module: {mend}")

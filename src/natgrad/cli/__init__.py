@@ -166,15 +166,29 @@ def plan(
     given_step_size: Annotated[
         bool, typer.Option("--given-step-size", help="Plan for a fixed lr and momentum.")
     ] = False,
+    influence: Annotated[
+        int | None, typer.Option(help="Plan influence scores of that many training examples, not training.")
+    ] = None,
+    queries: Annotated[int, typer.Option(help="Of influence scores: the number of queries.")] = 100,
+    rank: Annotated[
+        int | None, typer.Option(help="Of influence scores: the rank of query gradients. Default: in full.")
+    ] = None,
 ) -> None:
     """Predict the time of a step and the memory on many devices, and recommend a scheme.
 
-    Replicated is DistributedDataParallel, sharded is fully_shard. docs/scaling.md has the formulas.
+    Replicated is DistributedDataParallel, sharded is fully_shard. With --influence: the time and memory of
+    natgrad.influence. docs/scaling.md has the formulas.
     """
     from natgrad.cli.plan import run_plan
     from natgrad.distributed.plan import Settings
 
     given = {"bandwidth": bandwidth, "latency": latency, "flops": flops, "memory": memory}
+    if influence is not None:
+        from natgrad.cli.plan_influence import run_plan_influence
+        from natgrad.distributed.scoring import Scoring
+
+        run_plan_influence(target, ranks, machine, given, Scoring(influence, queries, rank, batch))
+        return
     run_plan(target, ranks, machine, given, Settings(batch=batch, adaptive=not given_step_size))
 
 

@@ -13,16 +13,18 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-from natgrad import residual
+from natgrad import fisher, residual
 from natgrad.checks.errors import UserError
 from natgrad.checks.values import did_you_mean
 from natgrad.cli.device import check_device, on_device
 from natgrad.cli.report import check_seed, check_writable, write_json, write_page, writing
 from natgrad.curvature.problem import Forward
+from natgrad.linalg.density import SpectralDensity
 from natgrad.losses.base import ESTIMATORS
 from natgrad.report.advice import LABELS, Advice, advice
 from natgrad.report.residual import COLUMNS, ResidualReport
 from natgrad.report.residual_figures import PANELS, draw
+from natgrad.report.spectrum import spectrum_advice, spectrum_figures
 from natgrad.report.words import visible
 from natgrad.study.target import load_problem, words
 
@@ -51,16 +53,17 @@ def run_inspect(target: str, estimator: str, seed: int, permutations: int, out: 
         if rank == 0:
             check_writable(out)
         report = _residual(target, model, loss, data, forward, estimator, seed, permutations)
+        density = _density(model, loss, data, forward, estimator, seed)
     if rank > 0:
         return
     console = Console()
     console.print(visible(report.table(), lines=True), markup=False, highlight=False, soft_wrap=True)
-    remarks = [*advice(report), *of_mode(model)]
+    remarks = [*advice(report), *spectrum_advice(density), *of_mode(model)]
     for remark in remarks:
         console.print(visible(str(remark)), markup=False, highlight=False, soft_wrap=True)
     settings = {"target": target, "estimator": estimator, "seed": seed, "permutations": permutations}
     with writing(out):
-        page = write_all(report, remarks, settings, out)
+        page = write_all(report, density, remarks, settings, out)
     console.print(f"Report: {visible(str(page))}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -91,13 +94,18 @@ def of_mode(model: nn.Module) -> list[Advice]:
     return []
 
 
-def write_all(report: ResidualReport, remarks: list[Advice], settings: dict[str, Any], out: Path) -> Path:
+def write_all(
+    report: ResidualReport, density: SpectralDensity, remarks: list[Advice], settings: dict[str, Any], out: Path
+) -> Path:
     """Write results.json, the pictures and report.html to `out`; return the report's path."""
     said = [a._asdict() for a in remarks]
-    write_json({**settings, "advice": said, "layers": report.to_dict()}, out / "results.json")
+    spectrum = spectrum_figures(density)
+    write_json({**settings, "advice": said, "spectrum": spectrum, "layers": report.to_dict()}, out / "results.json")
     pictures = {name: out / f"{name}.png" for name in PANELS}
     for name, picture in pictures.items():
         draw(report, [PANELS[name]], picture)
+    pictures["spectrum"] = out / "spectrum.png"
+    density.plot(pictures["spectrum"])
     page = out / "report.html"
     write_page(
         "inspect.html.jinja",
@@ -112,6 +120,16 @@ def write_all(report: ResidualReport, remarks: list[Advice], settings: dict[str,
         unbounded=any(layer.bound is None for layer in report.values()),
     )
     return page
+
+
+def _density(
+    model: nn.Module, loss: nn.Module, data: Any, forward: Forward | None, estimator: str, seed: int
+) -> SpectralDensity:
+    """The eigenvalues of K-FAC's matrix."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator(device).manual_seed(seed)
+    F = fisher(model, loss, data, "kfac", forward=forward, estimator=estimator, generator=generator)
+    return F.spectral_density(generator=generator)
 
 
 def _residual(

@@ -27,11 +27,11 @@ def run_plan(target: str, ranks: str, machine: Path | None, given: dict[str, flo
 
     `given` are constants of the machine in the units of `UNITS`. None: the value from the file, or else the default.
     """
-    counts = _counts(ranks)
+    counts = counts_of(ranks)
     if settings.batch < 1:
         raise UserError(f"--batch was {settings.batch}; expected the batch size on each rank, at least 1.")
-    constants = _machine(machine, given)
-    layers = _layers(target)
+    constants = machine_of(machine, given)
+    layers = layers_of(target)
     table = Table(box=None, pad_edge=False)
     headings = ("ranks", "scheme", "ms a step", "of it sending", "GiB a rank", "")
     for heading in headings:
@@ -54,12 +54,13 @@ def run_plan(target: str, ranks: str, machine: Path | None, given: dict[str, flo
     for scheme, p in last.items():
         spent = ", ".join(f"{what} {1e3 * s:.3g}" for what, s in p.seconds.items() if s > 0)
         console.print(f"  {scheme}: {spent}", soft_wrap=True)
-    console.print(_assumed(constants, machine), soft_wrap=True, markup=False)
+    console.print(assumed(constants, machine), soft_wrap=True, markup=False)
     if any(p.time < LEAST for p in last.values()):
         console.print("Less than 0.1 ms is less than Python takes to start a step: measure a model of this size.")
 
 
-def _assumed(constants: Machine, file: Path | None) -> str:
+def assumed(constants: Machine, file: Path | None) -> str:
+    """What the prediction takes a device to be."""
     values = {name: getattr(constants, name) / unit for name, (_, unit) in UNITS.items()}
     said = ", ".join(f"{name} {value:.3g} {UNITS[name][0]}" for name, value in values.items())
     return f"Assumed for a device: {said}" + ("" if file else " (for yours: --machine, from benchmarks/constants.py)")
@@ -70,7 +71,8 @@ def _row(p: Prediction, chosen: bool, memory: float) -> tuple[str, ...]:
     return str(p.ranks), p.scheme, f"{1e3 * p.time:,.3g}", f"{p.sending / p.time:.0%}", f"{p.held / 2**30:,.2f}", remark
 
 
-def _counts(ranks: str) -> list[int]:
+def counts_of(ranks: str) -> list[int]:
+    """Numbers of ranks, separated by commas."""
     try:
         counts = [int(n) for n in ranks.split(",")]
     except ValueError:
@@ -80,7 +82,8 @@ def _counts(ranks: str) -> list[int]:
     return counts
 
 
-def _machine(file: Path | None, given: dict[str, float | None]) -> Machine:
+def machine_of(file: Path | None, given: dict[str, float | None]) -> Machine:
+    """The constants of a device, from a file and from options."""
     names = [f.name for f in fields(Machine)]
     constants: dict[str, Any] = {}
     if file is not None:
@@ -107,7 +110,8 @@ def _machine(file: Path | None, given: dict[str, float | None]) -> Machine:
     return replace(Machine(), **constants)
 
 
-def _layers(target: str) -> list[Size]:
+def layers_of(target: str) -> list[Size]:
+    """The layers of a known model, or of one that a function returns."""
     if target in MODELS:
         return MODELS[target]()
     if ":" not in target:

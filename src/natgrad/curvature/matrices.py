@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from natgrad.capture.cases import Cases
 from natgrad.capture.graph import refuse_reentrant
@@ -17,6 +17,7 @@ from natgrad.capture.reading import example_gradients
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_count, check_flag, check_max_dim
 from natgrad.curvature.blocks import assemble
+from natgrad.curvature.function import Model, as_module
 from natgrad.curvature.implicit import ImplicitGaussNewton, ImplicitHessian, ImplicitSampled
 from natgrad.curvature.low_rank import RANK
 from natgrad.curvature.mixed import MixedStructure
@@ -34,7 +35,7 @@ ALL_STRUCTURES = ("implicit", "dense", *STRUCTURES)
 
 
 def fisher(
-    model: nn.Module,
+    model: Model,
     loss: Losses,
     data: Any,
     structure: str | Mapping[str, str] = "kfac",
@@ -45,7 +46,7 @@ def fisher(
     sharing: str = "expand",
     max_dim: int = MAX_DIM,
     rank: int = RANK,
-    params: Selection = None,
+    params: Selection | Mapping[str, Tensor] = None,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
@@ -62,7 +63,8 @@ def fisher(
     `"implicit"` all ranks must compute a product together. If one rank raises an error, all ranks raise it.
 
     Args:
-        model: any module. The matrix is over its trainable parameters.
+        model: any module. The matrix is over its trainable parameters. Or a function `f(params, x)`, with `params` the
+            dictionary of its parameters.
         loss: an instance of one of torch's losses (`docs/losses.md` lists them; for `nn.GaussianNLLLoss` the model
             returns `(mean, var)`), `natgrad.losses.Likelihood` or `natgrad.losses.Convex`. Or a dictionary of such
             losses: the terms of a sum. Outputs and targets are then dictionaries with the same keys.
@@ -84,7 +86,8 @@ def fisher(
         rank: the number of eigenvalues of each layer that `"low_rank"` keeps.
         sharing: for layers that are used at several positions: each position is a case (`"expand"`), or inputs are
             averaged and gradients summed over the positions first (`"reduce"`) (Eschenhagen et al. 2023).
-        params: the names of the parameters of the matrix, or a predicate on names. Default: all trainable ones.
+        params: the names of the parameters of the matrix, or a predicate on names. Default: all trainable ones. Of a
+            function: the tensors by name.
         forward: `forward(model, batch)` returns `(output, target)`. Needed if batches are not `(input, target)` pairs.
         generator: the source of the random labels of `"mc"`.
         dtype: the dtype of the matrix and of its sums, float32 or float64. Default: the dtype of the parameters, or
@@ -133,7 +136,7 @@ def fisher(
 
 
 def gauss_newton(
-    model: nn.Module,
+    model: Model,
     loss: Losses,
     data: Any,
     structure: str | Mapping[str, str] = "kfac",
@@ -142,7 +145,7 @@ def gauss_newton(
     sharing: str = "expand",
     max_dim: int = MAX_DIM,
     rank: int = RANK,
-    params: Selection = None,
+    params: Selection | Mapping[str, Tensor] = None,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
@@ -202,12 +205,12 @@ def gauss_newton(
 
 
 def hessian(
-    model: nn.Module,
+    model: Model,
     loss: Losses,
     data: Any,
     structure: str = "implicit",
     *,
-    params: Selection = None,
+    params: Selection | Mapping[str, Tensor] = None,
     forward: Forward | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
@@ -253,7 +256,7 @@ def hessian(
 
 
 def problem_of(
-    model: nn.Module,
+    model: Model,
     loss: Losses,
     data: Any,
     forward: Forward | None,
@@ -261,6 +264,7 @@ def problem_of(
     **options: Any,
 ) -> Problem | Terms:
     """One loss's problem, or the weighted sum of several losses'."""
+    model, options["params"] = as_module(model, options.get("params"))
     if isinstance(loss, Mapping):
         return Terms(model, loss, data, forward, weights, **options)
     if weights is not None:

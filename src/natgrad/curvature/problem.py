@@ -16,6 +16,7 @@ from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.separation import SeparationCheck
 from natgrad.capture.use import Use
+from natgrad.checks.batches import misfit
 from natgrad.checks.parameters import Selection, select_parameters
 from natgrad.checks.values import check_count, check_dtype, check_function, check_generator, described
 from natgrad.distributed.gathering import apart, in_common, jointly
@@ -106,7 +107,13 @@ class Problem:
         model's buffers, such as the running averages of batch normalization, do not change."""
         lowered = torch.autocast(self.device.type, self._precision, enabled=self._precision is not None)
         with lowered, buffers_kept(self.model), without_cudnn(self.model):
-            return self._run(model, batch)
+            try:
+                return self._run(model, batch)
+            except RuntimeError as error:
+                clearer = misfit(error, batch, next(iter(self.parameters.values())))
+                if clearer is None:
+                    raise
+                raise clearer from error
 
     def evaluated(self, batch: Any) -> tuple[Tensor, Any]:
         """The output without a graph, and the target."""

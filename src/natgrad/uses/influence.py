@@ -8,21 +8,22 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from natgrad.checks.parameters import Selection
-from natgrad.checks.values import check_choice, check_count, check_function, described, did_you_mean
+from natgrad.checks.values import check_choice, check_count, described
+from natgrad.curvature.function import Model, as_module
 from natgrad.curvature.matrices import check_structure, matrix_of, problem_of
 from natgrad.curvature.problem import Forward, Problem
 from natgrad.curvature.structures import Options
-from natgrad.curvature.terms import Losses, Terms
-from natgrad.linalg import BlockDiagonal, Operator
+from natgrad.curvature.terms import Losses
+from natgrad.linalg import Operator
 from natgrad.linalg.arguments import check_damping
-from natgrad.uses.covariance import output_covariance
-from natgrad.uses.objective import Objective, sum_over
+from natgrad.uses.objective import Objective
+from natgrad.uses.queries import held, of_measure, query_gradients
 from natgrad.uses.refined import ByCases, refined
-from natgrad.uses.rows import Rows, loss_columns, measure_columns
-from natgrad.uses.scores import Queries, Scores
+from natgrad.uses.rows import loss_columns
+from natgrad.uses.scores import Scores, of_themselves, scores_of
 from natgrad.uses.subset import moved, warn_in_training
 from natgrad.uses.unrolled import Checkpoint, averaged, read_segments, unrolled_queries, weights_kept
 
@@ -32,7 +33,7 @@ TOLERANCE = 1e-3
 
 
 def influence(
-    model: nn.Module,
+    model: Model,
     loss: Losses,
     train: Any,
     query: Any = None,
@@ -52,7 +53,7 @@ def influence(
     samples: int = 1,
     centered: bool | None = None,
     sharing: str = "expand",
-    params: Selection = None,
+    params: Selection | Mapping[str, Tensor] = None,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
@@ -67,6 +68,9 @@ def influence(
     objective over `train`. For losses with canonical links this is the Gauss-Newton matrix. The training batches are
     read one after the other, and only some of their gradients are in memory at a time. The gradients of all queries are
     kept in memory: `queries x parameters` numbers.
+
+    With a model in `DistributedDataParallel` every rank gives its own part of `train`, possibly none, and the same
+    `query`. The matrix is that of all the data, and each rank gets the scores of its own examples.
 
     With `checkpoints` of the training, the scores take account of the whole training, which need not have converged.
     The training is divided into segments. Each segment `ℓ` is modelled as gradient descent with the matrix `F_ℓ` and
@@ -93,7 +97,7 @@ def influence(
         refine: the maximum number of steps of conjugate gradients on the exact Fisher information. They start from the
             solution of `structure`, which is also the preconditioner.
         rank: keep the preconditioned query gradient of each weight matrix as a matrix of this rank: `rank (d_in +
-            d_out)` numbers.
+            d_out)` numbers. The queries are then worked on batch by batch.
         per: `"example"`, or `"token"` for a score of each position of the layers' inputs: `(queries, training examples,
             positions)`. The scores of all positions sum to the score of the example.
         measure: `measure(output, target)` returns one number for each query, which is used instead of the query's loss.
@@ -116,7 +120,10 @@ def influence(
     Raises:
         TypeError, ValueError, NotImplementedError: as `natgrad.fisher` does.
         ValueError: also if a query has no gradient, if the data are shuffled, if `factors` or `checkpoints` belong to
-            another model, or if `factors` were computed at other weights.
+            another model, if `factors` were computed at other weights, if scores are not finite, or if ranks have
+            different queries.
+        NotImplementedError: for the influence of examples on themselves on several ranks, with `refine` or
+            `"implicit"`.
         RuntimeError: if the damped matrix is not positive definite.
 
     Example:
@@ -143,6 +150,7 @@ def influence(
         raise ValueError("measure= is for queries, and there are none; give query=, or leave measure out")
     if checkpoints is None and (times is not None or segments is not None):
         raise ValueError("times= and segments= need checkpoints=, which is not given; leave them out")
+    model, params = as_module(model, params)
     train = list(train) if isinstance(train, Iterator) else train
     how: dict[str, Any] = {
         "forward": forward, "weights": weights, "estimator": estimator, "samples": samples, "params": params,
@@ -155,21 +163,29 @@ def influence(
     query = list(query) if isinstance(query, Iterator) else query
     if query is not None:
         asked = Objective(problem_of(model, loss, query, **how))
-        asked, columns = _of_measure(asked, measure)
+        asked, columns = of_measure(asked, measure)
     options = Options(checkpoints is None if centered is None else centered, sharing)
     if checkpoints is not None:
         _check_alone(structure, query=query, refine=refine, factors=factors)
         stretches = read_segments(objective.model, checkpoints, times, segments)
         assert asked is not None
-        gradients = _gradients(asked, query, columns)
+        parts, of_each = zip(*query_gradients(asked, query, columns), strict=True)
+        gradients, layers = torch.cat(parts), [layer for its in of_each for layer in its]
+        del parts
         found = []
         with weights_kept(objective.model):
             matrices = [(averaged(objective, s.states, structure, options), s.time) for s in stretches]
             for (states, _), v in zip(stretches, unrolled_queries(matrices, gradients, damping), strict=True):
                 for state in states:
                     objective.model.load_state_dict(state)
-                    found.append(_scores(objective, train, v / len(states), matrices[0][0], rank, per))
+                    queries = [held(matrices[0][0], v / len(states), rank, layers)]
+                    found.append(scores_of(objective, train, queries, per))
         return Scores(torch.stack(found).sum(0))
+    if query is None and objective.world.size > 1 and (refine or structure == "implicit"):
+        raise NotImplementedError(
+            "the influence of examples on themselves with refine= or structure='implicit' takes products that all "
+            "ranks compute together, and each rank has its own examples; give query=, or another structure"
+        )
     F = _checked(factors, objective)
     if F is None:
         F = matrix_of(objective.problem, structure, options)
@@ -181,34 +197,16 @@ def influence(
 
     def solved(b: Tensor) -> Tensor:
         x = inverse @ b
-        return x if exact is None else refined(exact, damping, inverse, b, x, refine, TOLERANCE)
+        return x if exact is None else refined(exact, damping, inverse, b, x, refine, TOLERANCE, objective.world)
 
     if asked is None:
-        refine_by = None if exact is None else solved
-        batches = objective.batches("train", train)
-        return Scores(torch.cat([_with_itself(objective, batch, inverse, refine_by) for batch in batches]))
-    return Scores(_scores(objective, train, solved(_gradients(asked, query, columns)), F, rank, per))
-
-
-def _of_measure(asked: Objective, measure: Any) -> tuple[Objective, Callable[[Problem], Any]]:
-    """The queries' objective, and what the columns of its rows are."""
-    if measure is None:
-        return asked, loss_columns
-    several = isinstance(asked.problem, Terms)
-    if isinstance(measure, str) and several:
-        if measure not in asked.terms:
-            raise ValueError(
-                f"measure={measure!r} is no term; expected one of {', '.join(map(repr, asked.terms))}"
-                f"{did_you_mean(measure, asked.terms)}"
-            )
-        return Objective(asked.terms[measure]), loss_columns
-    if several:
-        raise ValueError(
-            f"measure is {described(measure)}, but there are several losses; expected "
-            f"the name of one of them: {', '.join(map(repr, asked.terms))}"
-        )
-    check_function("measure", measure, "of the output and the target that returns one number for each example")
-    return asked, lambda problem: measure_columns(measure)
+        return Scores(of_themselves(objective, train, inverse, None if exact is None else solved))
+    if rank is None:
+        gradients = torch.cat([g for g, _ in query_gradients(asked, query, columns)])
+        queries = [held(F, solved(gradients))]
+    else:  # one batch after the other, so that few are held in full
+        queries = [held(F, solved(g), rank, layers) for g, layers in query_gradients(asked, query, columns)]
+    return Scores(scores_of(objective, train, queries, per))
 
 
 def _check_alone(structure: Any, query: Any, refine: int, factors: Any) -> None:
@@ -224,23 +222,6 @@ def _check_alone(structure: Any, query: Any, refine: int, factors: Any) -> None:
             "structure='implicit' has no eigenvectors, which checkpoints= need; use 'ekfac', 'kfac', 'diagonal', "
             "'block' or 'dense'"
         )
-
-
-def _scores(objective: Objective, train: Any, v: Tensor, F: Operator, rank: int | None, per: str) -> Tensor:
-    """The inner products of vectors `(q, size)` with the gradient of every training example."""
-    by_name = dict(zip(F.space.names or (), F.space.unflatten(v), strict=True))
-    queries = [Queries(by_name, rank) for _ in objective.terms]
-    if per == "token":
-        found = [
-            sum_over(objective.weights, (q.position_scores(rows) for q, rows in zip(queries, batch, strict=True)))
-            for batch in objective.batches("train", train)
-        ]
-    else:
-        found = [
-            sum_over(objective.weights, (q.scores(rows) for q, rows in zip(queries, batch, strict=True)))
-            for batch in objective.batches("train", train)
-        ]
-    return torch.cat(found, 1)
 
 
 def _checked(factors: Any, problem: Objective) -> Operator | None:
@@ -268,36 +249,3 @@ def _checked(factors: Any, problem: Objective) -> Operator | None:
             f"expected the same: factors.to({str(problem.device)!r}, {problem.dtype})"
         )
     return factors
-
-
-def _gradients(asked: Objective, query: Any, columns: Callable[[Problem], Any]) -> Tensor:
-    """The query gradients, `(queries, size)`."""
-    found = [asked.gradients(batch) for batch in asked.batches("query", query, columns)]
-    gradients = torch.cat(found)
-    size = gradients.norm(dim=1)
-    if not torch.isfinite(size).all():
-        raise ValueError(
-            f"the gradient of query {int((~torch.isfinite(size)).nonzero()[0])} is not finite; look for NaN or inf in "
-            "the queries"
-        )
-    if (size == 0).any():
-        raise ValueError(
-            f"query {int((size == 0).nonzero()[0])} has no gradient: its loss does not depend on the parameters, or "
-            "all of its targets are ignored; leave it out"
-        )
-    return gradients
-
-
-def _with_itself(
-    objective: Objective, batch: tuple[Rows, ...], inverse: Operator, solved: Callable[[Tensor], Tensor] | None
-) -> Tensor:
-    """`∇ᵀ (F + λ I)⁻¹ ∇` of every example."""
-    rows = batch[0]
-    if solved is None and isinstance(inverse, BlockDiagonal) and not isinstance(objective.problem, Terms):
-        return output_covariance(rows, inverse, diagonal=True)[:, 0]
-    found = []
-    step = max(1, (1 << 25) // rows.space.size)
-    for start in range(0, len(rows), step):
-        g = objective.gradients(batch, slice(start, start + step))
-        found.append((g * (inverse @ g if solved is None else solved(g))).sum(1))
-    return torch.cat(found)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, described
 from natgrad.curvature.exact import ExactStructure
+from natgrad.curvature.function import Model, as_module
 from natgrad.curvature.implicit import shapes
 from natgrad.curvature.jacobian import Jacobian as Derivative
 from natgrad.curvature.problem import Problem, check_output
@@ -33,10 +34,10 @@ KERNELS = {"dense": "formed at once", "implicit": "by products, each two passes 
 
 
 def jacobian(
-    model: nn.Module,
+    model: Model,
     data: Any,
     *,
-    params: Selection = None,
+    params: Selection | Mapping[str, Tensor] = None,
     forward: Callable[[Any, Any], Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Jacobian:
@@ -63,15 +64,16 @@ def jacobian(
         >>> (J.T @ torch.ones(10, 3))["weight"].shape
         torch.Size([3, 2])
     """
+    model, params = as_module(model, params)
     return Jacobian(outputs_problem(model, _batches(data, forward), params, _output(forward), dtype))
 
 
 def ntk(
-    model: nn.Module,
+    model: Model,
     data: Any,
     structure: str = "dense",
     *,
-    params: Selection = None,
+    params: Selection | Mapping[str, Tensor] = None,
     forward: Callable[[Any, Any], Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Operator:

@@ -56,7 +56,8 @@ def laplace(
     Σ_t ω_t F_t`. Each `nn.MSELoss` has its own `σ_t`. Predictions are then dictionaries with the same keys.
 
     `θ` should be close to a maximum of the posterior, as in a model that was trained with weight decay. Put the model
-    in evaluation mode first. Call `fit_prior()` before you predict, because the default prior is arbitrary.
+    in evaluation mode first. Call `fit_prior()` before you predict, because the default prior is arbitrary. With a
+    model in `DistributedDataParallel`, every rank gives its own data and gets the posterior of all the data.
 
     Args:
         model: a trained model; it must keep its weights while the posterior is in use.

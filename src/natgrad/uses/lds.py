@@ -63,8 +63,8 @@ def lds(
     at_once: int = 1,
     progress: bool = False,
 ) -> LDS:
-    """The linear datamodeling score of influence scores: the correlation of what they predict for models trained on
-    random subsets of the data, with what training finds.
+    """The linear datamodeling score: how well influence scores predict the losses of models that are trained on random
+    subsets of the data.
 
     For a subset, the scores predict that the loss of query `q` is an increasing function of `−Σ_i s_qi`, where the sum
     is over the examples `i` in the subset. The score is Spearman's correlation of this prediction with the measured

@@ -28,6 +28,7 @@ class Objective:
         self.weights: list[float] = list(problem.weights.values()) if isinstance(problem, Terms) else [1.0]
         first = next(iter(self.terms.values()))
         self.model, self.parameters, self.dtype, self.device = first.model, first.parameters, first.dtype, first.device
+        self.world = first.world
 
     def batches(
         self, name: str, data: Any, columns: Callable[[Problem], Columns] = loss_columns

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from natgrad.checks.values import check_count, check_generator, check_number
 from natgrad.curvature.problem import Forward, Problem
 from natgrad.curvature.terms import Losses
+from natgrad.distributed.placement import unwrapped
 from natgrad.linalg import Operator
 from natgrad.linalg.files import read, save
 from natgrad.uses.evidence import Evidence
@@ -67,6 +68,7 @@ class LaplacePosterior:
         noises: Mapping[str, float] | None = None,
         constant: float = 0.0,
     ):
+        model, _ = unwrapped(model)  # each rank predicts by itself
         self.model, self.loss, self.forward = model, loss, forward
         names = list(matrix.space.names or ())
         self._noises = dict(noises or {})

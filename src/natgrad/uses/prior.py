@@ -69,7 +69,7 @@ def _checked(name: str, value: Any, shape: tuple[int, ...], M: Operator) -> Tens
     smallest = float(delta.min())
     if not (smallest > 0 and torch.isfinite(delta).all()):
         raise ValueError(
-            f"prior_precision={smallest:g} for {name!r} is not usable: expected a number > 0, as a prior of "
+            f"prior_precision={smallest:g} for {name!r} is not usable: expected a finite number > 0, as a prior of "
             "precision zero is no distribution; use a small one, such as 1e-3"
         )
     return delta

@@ -13,11 +13,15 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from natgrad.capture.layers.scale import Scale
 from natgrad.checks.parameters import Selection
+from natgrad.checks.values import did_you_mean
 from natgrad.checks.warning import warn
 from natgrad.curvature.matrices import problem_of
 from natgrad.curvature.problem import Forward, Problem
 from natgrad.curvature.terms import Losses, Terms
 from natgrad.linalg import Operator
+
+WHOLE = ("all", "last_layer")
+"""Subsets that have a name."""
 
 
 def chosen(model: nn.Module, loss: Losses, data: Any, subset: Selection, forward: Forward | None) -> Selection:
@@ -34,6 +38,11 @@ def chosen(model: nn.Module, loss: Losses, data: Any, subset: Selection, forward
     if not isinstance(wanted, Iterable):
         return wanted  # whose error is that of params
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    known = [*trainable, *(n for n, _ in model.named_modules())]
+    if isinstance(subset, str) and subset not in known and (near := did_you_mean(subset, WHOLE, alike=0.5)):
+        raise ValueError(
+            f"subset={subset!r} is unknown; expected 'all', 'last_layer', or names of parameters or modules{near}"
+        )
     return [n for w in wanted for n in ([t for t in trainable if t.startswith(f"{w}.")] or [w])]
 
 
