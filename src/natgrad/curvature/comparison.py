@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from natgrad.capture.layer import Layer
-from natgrad.curvature.matrices import of_layers
+from natgrad.curvature.by_layers import of_layers
 from natgrad.curvature.problem import Problem
 from natgrad.curvature.structures import Options
 from natgrad.linalg import ExactBlock, Operator

@@ -16,11 +16,11 @@ from natgrad.capture.layer import Layer
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_count, check_flag
 from natgrad.curvature.blocks import input_factor, named_blocks
+from natgrad.curvature.by_layers import check_covered, check_finite
 from natgrad.curvature.comparison import relative_errors
 from natgrad.curvature.exact import ExactStructure
 from natgrad.curvature.independence import SMALLEST_CHUNK, Kernel, dependence, inner
 from natgrad.curvature.kfac import KfacStructure
-from natgrad.curvature.matrices import check_covered, check_finite
 from natgrad.curvature.moments import SHARING, AffineMoments, Moments
 from natgrad.curvature.positions import Positions
 from natgrad.curvature.problem import Forward, Problem, check_mass

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from natgrad.capture.cases import Cases
 from natgrad.checks.values import check_count, described
-from natgrad.curvature.matrices import Chosen, matrix_of, of_layers
+from natgrad.curvature.by_layers import of_layers
+from natgrad.curvature.matrices import Chosen, matrix_of
 from natgrad.curvature.structures import Options
 from natgrad.linalg import Operator
 from natgrad.linalg.subspace import eigenbasis
