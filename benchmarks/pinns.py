@@ -1,7 +1,7 @@
 """The table of docs/pinns.md: what runs of `natgrad study pinns` have come to, beside the published best.
 
-natgrad study pinns && python -m benchmarks.pinns natgrad-study/pinns --save docs/studies/pinns.json
-python -m benchmarks.pinns docs/studies/pinns.json
+natgrad study pinns && python -m benchmarks.pinns natgrad-study/pinns --save docs/curves/pinns.json
+python -m benchmarks.pinns docs/curves/pinns.json
 
 Folders of several studies, or files that `--save` has written, are put together. Seconds are those of the study's
 clock, which is printed. Kept runs are enough: the study need not have come to its end.

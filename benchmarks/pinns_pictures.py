@@ -1,6 +1,6 @@
 """The pictures of docs/pinns.md: runs of `natgrad study pinns` beside the published curves; solutions and their errors.
 
-python -m benchmarks.pinns_pictures docs/studies/pinns.json      # or natgrad-study/pinns
+python -m benchmarks.pinns_pictures docs/curves/pinns.json      # or natgrad-study/pinns
 
 Solutions are those after some hundred steps, trained here. Both pictures go to docs/images.
 """

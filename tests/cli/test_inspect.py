@@ -44,7 +44,7 @@ def function_as_loss():
     return problem()[0], nn.functional.mse_loss, ()
 
 def unknown_loss():
-    return problem()[0], nn.CTCLoss(), (torch.randn(4, 4), torch.randn(4, 3))
+    return problem()[0], nn.MultiLabelMarginLoss(), (torch.randn(4, 4), torch.randn(4, 3))
 
 def other_width():
     return problem()[0], nn.CrossEntropyLoss(), (torch.randn(5, 7), torch.zeros(5, dtype=torch.long))
@@ -210,7 +210,8 @@ def test_a_mistake_gives_one_line_and_status_2(
 
 
 @pytest.mark.parametrize(
-    ("function", "words"), [("unknown_loss", ["CTCLoss", "CrossEntropyLoss"]), ("other_width", ["5x7", "4x6"])]
+    ("function", "words"),
+    [("unknown_loss", ["MultiLabelMarginLoss", "MultiLabelSoftMarginLoss"]), ("other_width", ["5x7", "4x6"])],
 )
 def test_what_cannot_be_inspected_gives_one_line(
     function: str, words: list[str], folder: Path, capfd: pytest.CaptureFixture[str]

@@ -71,7 +71,7 @@ ROWS = [
      "MultiMarginLoss: target has dtype torch.float32; expected class indices of dtype torch.int64 (target.long())"),
     ("a loss without curvature", lambda: fisher(loss=nn.MultiLabelMarginLoss()), TypeError,
      "loss is a MultiLabelMarginLoss; ", AN_INSTANCE, "natgrad.losses.Convex(fn) for a loss of one's own",
-     "nn.MultiLabelSoftMarginLoss() has one, for labels 0 and 1"),
+     "nn.MultiLabelSoftMarginLoss(), whose labels are 0 and 1, is supported"),
     ("a distribution in place of a function", lambda: Likelihood(Normal(0, 1)), TypeError,
      "Likelihood: fn is a Normal; expected a function of the output that returns one: lambda f: Normal(f, 1.0)"),
     ("a reduction that is misspelt", lambda: Likelihood(lambda f: Normal(f, 1.0), reduction="men"), ValueError,

@@ -338,7 +338,7 @@ class TestOwnLossInALoop:
             model(input_ids=tokens(), labels=torch.full_like(tokens(), -100))
         with pytest.raises(ValueError, match=r"loss='modle' is not a loss; expected a loss module.*or 'model'"):
             natgrad.KFAC(model, "modle")
-        with pytest.raises(ValueError, match=r"output= is not for the loss \"model\""):
+        with pytest.raises(ValueError, match=r"output= cannot be used with the loss \"model\""):
             natgrad.KFAC(model, "model", output=lambda r: r.logits)
 
 

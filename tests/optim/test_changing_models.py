@@ -120,7 +120,7 @@ class TestWhatTheLossIsGiven:
     @pytest.mark.parametrize(
         ("loss", "message"),
         [
-            (nn.CTCLoss(), "loss is a CTCLoss; expected an instance of one of"),
+            (nn.MultiLabelMarginLoss(), "loss is a MultiLabelMarginLoss; expected an instance of one of"),
             (nn.CrossEntropyLoss(reduction="none"), "reduction='none'.* needs 'mean' or 'sum'"),
         ],
         ids=str,

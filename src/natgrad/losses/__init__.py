@@ -94,7 +94,7 @@ def output_curvature(loss: nn.Module, kind: str = "fisher") -> OutputCurvature:
 def _in_its_place(loss: Any) -> str:
     """The end of the message: the supported loss that was probably meant, by a function or a class of its name."""
     if isinstance(loss, nn.MultiLabelMarginLoss):
-        return ". nn.MultiLabelSoftMarginLoss() has one, for labels 0 and 1"
+        return ". nn.MultiLabelSoftMarginLoss(), whose labels are 0 and 1, is supported"
     plain = {_plain(known.__name__): known.__name__ for known in _KNOWN if known not in _OWN}
     name = plain.get(_plain(getattr(loss, "__name__", type(loss).__name__)))
     return f"; did you mean nn.{name}()?" if name else ""
