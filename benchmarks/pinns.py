@@ -54,13 +54,13 @@ def _short(run: Run) -> Run:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """The median, and the range in brackets if there are several values."""
+    """The median, and the range in brackets if the values differ."""
     low, middle, high = (_number(v, digits) for v in (min(values), statistics.median(values), max(values)))
-    return middle if len(values) == 1 else f"{middle} ({low} to {high})"
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _number(value: float, digits: int) -> str:
-    return "–" if value == float("inf") else f"{value:.{digits}g}"
+    return "–" if value == float("inf") else f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def beside(mine: Sequence[float], theirs: float, digits: int, whose: str = "") -> str:
