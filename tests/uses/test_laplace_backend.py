@@ -38,5 +38,5 @@ def test_posteriors_are_those_of_its_own_back_end(likelihood, subset, structure)
 
 def test_a_layer_that_laplace_torch_has_no_form_for():
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).to(f64)
-    with pytest.raises(NotImplementedError, match="no form for the block of .*1.weight"):
+    with pytest.raises(NotImplementedError, match=r"no form for the block of .*1.weight"):
         NatgradGGN(model, "regression").kron(randn(6, 4), randn(6, 3), 6)
