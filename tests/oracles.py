@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+import natgrad
 from natgrad.linalg import CenteredKronecker
 
 f64 = torch.float64
@@ -18,6 +19,18 @@ def close(a, b, tol=1e-9):
     assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
     error, scale = (a - b).abs().max().item(), max(1.0, b.abs().max().item())
     assert error <= tol * scale, f"differ by {error:.3g} at a scale of {scale:.3g}"
+
+
+def blocks_and_diagonal_are(model, x, y, J, same):
+    """Asserts by `same(a, b)` that the blocks, over two batches, and the diagonal under `nn.MSELoss` are those of
+    `2 Jᵀ J / n`, with the rows of `J` by parameter."""
+    F = natgrad.fisher(model, nn.MSELoss(), [(x[:5], y[:5]), (x[5:], y[5:])], "block")
+    for name, block in F.blocks.items():
+        own = torch.cat([J[n] for n in F.layers[name].names], 1)
+        same(block.to_dense(), 2 * own.mT @ own / len(x))
+    diagonal = natgrad.fisher(model, nn.MSELoss(), (x, y), "diagonal").diagonal()
+    for n, rows in J.items():
+        same(diagonal[n].flatten(), 2 * rows.square().sum(0) / len(x))
 
 
 def spd(n, seed, shift=0.5):

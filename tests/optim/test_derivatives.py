@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import natgrad
-from oracles import close, f64, fit, randn
+from oracles import blocks_and_diagonal_are, close, f64, fit, randn
 
 X, TARGET = randn(9, 2), torch.ones(9, 1, dtype=f64)
 
@@ -143,13 +143,7 @@ def rows_of(call, x, model):
 def test_blocks_and_the_diagonal_are_exact(kind):
     model = kind()
     J = rows_of(model, X, model)
-    F = natgrad.fisher(model, nn.MSELoss(), [(X[:5], TARGET[:5]), (X[5:], TARGET[5:])], "block")
-    for name, block in F.blocks.items():
-        own = torch.cat([J[n] for n in F.layers[name].names], 1)
-        close(block.to_dense(), 2 * own.mT @ own / len(X), 1e-12)
-    diagonal = natgrad.fisher(model, nn.MSELoss(), (X, TARGET), "diagonal").diagonal()
-    for n, rows in J.items():
-        close(diagonal[n].flatten(), 2 * rows.square().sum(0) / len(X), 1e-12)
+    blocks_and_diagonal_are(model, X, TARGET, J, lambda a, b: close(a, b, 1e-12))
 
 
 def test_uses_of_the_matrix_take_such_a_model():

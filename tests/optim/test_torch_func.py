@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import natgrad
-from oracles import f64, fit, net, randn
+from oracles import blocks_and_diagonal_are, f64, fit, net, randn
 
 X, TARGET = randn(9, 2), torch.ones(9, 1, dtype=f64)
 UNIT = torch.eye(2, dtype=f64)
@@ -177,13 +177,7 @@ def test_one_matrix(way, J):
     model, whole = Residual(way), torch.cat([*J.values()], 1)
     F = natgrad.fisher(model, nn.MSELoss(), (X, TARGET), "dense")
     equal(F.to_dense(), 2 * whole.mT @ whole / len(X), 1e-10)
-    F = natgrad.fisher(model, nn.MSELoss(), [(X[:5], TARGET[:5]), (X[5:], TARGET[5:])], "block")
-    for name, block in F.blocks.items():
-        own = torch.cat([J[n] for n in F.layers[name].names], 1)
-        equal(block.to_dense(), 2 * own.mT @ own / len(X), 1e-10)
-    diagonal = natgrad.fisher(model, nn.MSELoss(), (X, TARGET), "diagonal").diagonal()
-    for n, rows in J.items():
-        equal(diagonal[n].flatten(), 2 * rows.square().sum(0) / len(X), 1e-10)
+    blocks_and_diagonal_are(model, X, TARGET, J, lambda a, b: equal(a, b, 1e-10))
 
 
 @every_way
