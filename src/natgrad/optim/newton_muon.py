@@ -67,11 +67,12 @@ class NewtonMuon(torch.optim.Optimizer):
         model: the network.
         lr: learning rate of hidden matrices. Schedulers change `rest_lr` in proportion.
         params: the parameters to train: names, a predicate on names, groups of them, or torch's groups. None: all. A
-            group may have its own `lr`, `rest_lr`, `weight_decay`, `cautious`, `momentum`, `nesterov`, `betas` and
-            `eps`.
+            group may have its own `lr`, `rest_lr`, `weight_decay`, `rest_weight_decay`, `cautious`, `momentum`,
+            `nesterov`, `betas` and `eps`.
         rest_lr: learning rate of the AdamW steps. None: half of `lr`.
-        weight_decay: decoupled weight decay of all parameters: each step multiplies them by `1 − lr weight_decay`, or
-            `1 − rest_lr weight_decay`.
+        weight_decay: decoupled weight decay: each step multiplies hidden matrices by `1 − lr weight_decay`.
+        rest_weight_decay: that of all other parameters, which are multiplied by `1 − rest_lr rest_weight_decay`. None:
+            as `weight_decay`. Language models usually train with 0 here.
         cautious: decay only the entries that the step moves towards zero (Chen et al. 2025, arXiv:2510.12402).
         momentum: momentum of hidden matrices.
         nesterov: whether to use Nesterov momentum.
@@ -119,6 +120,7 @@ class NewtonMuon(torch.optim.Optimizer):
         params: Groups = None,
         rest_lr: float | None = None,
         weight_decay: float = 0.1,
+        rest_weight_decay: float | None = None,
         cautious: bool = False,
         momentum: float = 0.95,
         nesterov: bool = True,
@@ -144,6 +146,7 @@ class NewtonMuon(torch.optim.Optimizer):
             "lr": lr,
             "rest": REST if rest_lr is None else share_of_lr(rest_lr, lr),
             "weight_decay": weight_decay,
+            "rest_weight_decay": rest_weight_decay,
             "cautious": cautious,
             "momentum": momentum,
             "nesterov": nesterov,
@@ -278,13 +281,14 @@ class NewtonMuon(torch.optim.Optimizer):
             states = {n: self.parameters.state_of(n) for n in names}
             directions |= adamw({n: g[n] for n in names}, states, group["betas"], group["eps"])
         for group, names in self.parameters.by_group(g):
-            for own, rate in (
-                ([n for n in names if n in matrices], group["lr"]),
-                ([n for n in names if n not in matrices], group["lr"] * group["rest"]),
+            decay, its = group["weight_decay"], group.get("rest_weight_decay")
+            for own, rate, eta in (
+                ([n for n in names if n in matrices], group["lr"], decay),
+                ([n for n in names if n not in matrices], group["lr"] * group["rest"], decay if its is None else its),
             ):
                 if own:
                     p, d = [values[n] for n in own], [directions[n].to(values[n].dtype) for n in own]
-                    decayed_(p, d, rate * group["weight_decay"], group["cautious"])
+                    decayed_(p, d, rate * eta, group["cautious"])
                     torch._foreach_add_(p, d, alpha=-rate)
         if self.average is not None:
             averaging.take_in({n: values[n] for n in g}, self.parameters.state_of, self.average)

@@ -78,6 +78,7 @@ class TestAsTorchsOptimizers:
         model = perceptron()
         for options, message in (
             ({"lr": -1.0}, r"lr=-1\.0 is not usable: expected a number >= 0"),
+            ({"rest_weight_decay": -1.0}, r"rest_weight_decay=-1\.0 is not usable"),
             ({"rest_lr": math.nan}, "rest_lr=nan is not usable"),
             ({"lr": 0.0, "rest_lr": 0.1}, "rest_lr=0.1 is not usable beside lr=0"),
             ({"momentum": 1.0}, r"momentum=1\.0 is not usable: expected a number in \[0, 1\)"),

@@ -26,6 +26,7 @@ from muon_steps import (
     second_moment,
     stay_alike,
     step,
+    weights,
     whitening,
 )
 from natgrad.optim.muon import whitening as whitening_file
@@ -104,6 +105,24 @@ class TestFormula:
         opt = natgrad.NewtonMuon(model, lr=0.1, rest_lr=0.01, weight_decay=0.3, steps={"*": "adamw"})
         adamw = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.3, betas=(0.9, 0.95))
         stay_alike(model, opt, twin, adamw, 10, 1e-12)
+
+    def test_all_else_may_have_a_weight_decay_of_its_own(self):
+        model, twin = perceptron(), perceptron()
+        opt = natgrad.NewtonMuon(
+            model, lr=0.1, rest_lr=0.01, weight_decay=0.3, rest_weight_decay=0.0, steps={"*": "adamw"}
+        )
+        stay_alike(model, opt, twin, torch.optim.Adam(twin.parameters(), lr=0.01, betas=(0.9, 0.95)), 10, 1e-12)
+
+    def test_hidden_matrices_keep_theirs(self):
+        model, twin = perceptron(), perceptron()
+        own = natgrad.NewtonMuon(model, lr=0.1, weight_decay=0.3, rest_weight_decay=0.0)
+        none = natgrad.NewtonMuon(twin, lr=0.1, weight_decay=0.0)
+        before = weights(model)
+        for m, o in ((model, own), (twin, none)):
+            step(m, o)
+        for n, w in weights(model).items():
+            shrunk = own.routing()[n].step == "whitened"
+            close(w, weights(twin)[n] - (0.1 * 0.3 * before[n] if shrunk else 0.0), 1e-12)
 
     @pytest.mark.parametrize("nesterov", [True, False])
     def test_without_whitening_it_is_torchs_muon(self, nesterov, monkeypatch):

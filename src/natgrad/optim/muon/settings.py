@@ -20,6 +20,7 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raises ValueError if a setting is out of range, or misspelt."""
     for name in ("lr", "rest", "weight_decay", "eps"):
         check_number(name, group[name])
+    check_number("rest_weight_decay", group["rest_weight_decay"], optional=True)
     check_within("momentum", group["momentum"], "[0, 1)")
     for name in ("cautious", "nesterov"):
         check_flag(name, group[name])
