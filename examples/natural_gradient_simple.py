@@ -1,4 +1,4 @@
-"""The natural gradient in 65 lines of plain PyTorch, with the same steps as `natgrad.NaturalGradient` on a full batch.
+"""The natural gradient in 66 lines of plain PyTorch, with the same steps as `natgrad.NaturalGradient` on a full batch.
 
 `J` is the Jacobian of an example's outputs in all parameters, `D` the Hessian of its loss in the outputs, and
 `F = E[Jᵀ D J]` the exact Fisher matrix. docs/recipe.md explains the step: `opt.step(x, y)`, always on the same batch.
@@ -27,18 +27,19 @@ class SimpleNaturalGradient:
         D = vmap(hessian(self.loss))(f, y)
         loss, gradient = self.loss(f, y).item(), torch.einsum("nip,ni->p", J, grad(self.loss)(f, y))
         F = torch.einsum("nip,nij,njq->pq", J, D, J) / len(x)
+        scale = (F.diagonal() / F.diagonal().mean()).clamp_min(1e-6).sqrt()  # the diagonal of M
         typical = F.trace().item() / min(len(F), f.numel())  # the mean of the eigenvalues that are not zero
 
         def propose(damping, momentum):
-            """`δ = −(F + λI)⁻¹ (∇ − λ μ δ₋)`, with its acceleration. Also the decrease that `∇ᵀδ + ½ δᵀFδ` promises."""
-            M = F + damping * torch.eye(len(F)).to(F)
-            delta = -torch.linalg.solve(M, gradient - damping * momentum * self.delta)
+            """`δ = −(F + λM)⁻¹ (∇ − λ μ M δ₋)`, with its acceleration. Also the decrease that the model promises."""
+            damped = F + damping * scale.diag()
+            delta = -torch.linalg.solve(damped, gradient - damping * momentum * scale * self.delta)
             slope, half = -(gradient @ delta).item(), (delta @ F @ delta).item() / 2
             root = max(0.0, slope**2 - 4 * half * loss) ** 0.5
             share = 2 * loss / (slope + root) if slope - half > loss else 1.0  # no step gains more than the loss
             delta = share * delta
             bend = 200 * (self.output(theta + 0.1 * delta, x) - f - 0.1 * J @ delta)  # d²f along the step
-            a = -torch.linalg.solve(M, torch.einsum("nip,nij,nj->p", J, D, bend)) / (2 * len(x))
+            a = -torch.linalg.solve(damped, torch.einsum("nip,nij,nj->p", J, D, bend)) / (2 * len(x))
             return delta + a * min(1.0, (0.375 * delta.norm() / a.norm()).item()), share * slope - share**2 * half
 
         def after(delta):

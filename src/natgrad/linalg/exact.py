@@ -149,9 +149,14 @@ class ExactBlock(Operator):
         self.add_gram(gram, memory)
         return mirrored(gram)
 
-    def add_gram(self, gram: Float[Tensor, "nk nk"], memory: int = MEMORY) -> None:
-        """Adds `SᵀS` to the lower triangle of `gram`."""
-        add_gram(gram, self.pieces, self.bias, self.scale, memory)
+    def add_gram(self, gram: Float[Tensor, "nk nk"], memory: int = MEMORY, factors: Parts | None = None) -> None:
+        """Adds `SᵀS` to the lower triangle of `gram`, or `Sᵀ R² S` with the diagonal matrix `R` of the factors."""
+        if factors is None:
+            add_gram(gram, self.pieces, self.bias, self.scale, memory)
+            return
+        W, b = self._split(factors)
+        columns = [r for r in (W, None if b is None else b.unsqueeze(1)) if r is not None]
+        add_gram(gram, self.pieces, self.bias, self.scale, memory, torch.cat(columns, 1).flatten())
 
     def columns(self) -> Float[Tensor, "size nk"]:
         """`S`, in torch order."""

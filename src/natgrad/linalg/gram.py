@@ -32,13 +32,19 @@ PAIR = 128
 
 
 def add_gram(
-    gram: Float[Tensor, "nk nk"], pieces: Sequence[Piece], bias: bool, scale: float, memory: int = MEMORY
+    gram: Float[Tensor, "nk nk"],
+    pieces: Sequence[Piece],
+    bias: bool,
+    scale: float,
+    memory: int = MEMORY,
+    factors: Float[Tensor, " size"] | None = None,
 ) -> None:
-    """Adds `scale SᵀS` of one layer to the lower triangle of `gram`."""
-    if cheaper_way(pieces, bias) == "pairs":
+    """Adds `scale SᵀS` of one layer to the lower triangle of `gram`, or `scale Sᵀ R² S` with the diagonal matrix `R` of
+    the given factors. They are in the order of the columns: `(output, input)`, the bias as the last input."""
+    if factors is None and cheaper_way(pieces, bias) == "pairs":
         add_by_pairs(gram, pieces, bias, scale, memory)
     else:
-        add_by_columns(gram, pieces, bias, scale, memory)
+        add_by_columns(gram, pieces, bias, scale, memory, factors)
 
 
 def cheaper_way(pieces: Sequence[Piece], bias: bool) -> str:
@@ -57,12 +63,18 @@ def costs(pieces: Sequence[Piece], bias: bool) -> tuple[float, float]:
 
 
 def add_by_columns(
-    gram: Float[Tensor, "nk nk"], pieces: Sequence[Piece], bias: bool, scale: float, memory: int = MEMORY
+    gram: Float[Tensor, "nk nk"],
+    pieces: Sequence[Piece],
+    bias: bool,
+    scale: float,
+    memory: int = MEMORY,
+    factors: Float[Tensor, " size"] | None = None,
 ) -> None:
-    """From rows of `S`, for as many outputs at a time as fit."""
+    """From rows of `S`, or of `R S`, for as many outputs at a time as fit."""
     if not pieces[0].h.shape[2]:  # a bias alone, or explicit columns
         sums = [p.g.sum(2).flatten(0, 1) if p.g.shape[2] > 1 else p.g.reshape(p.columns, -1) for p in pieces]
-        add_square(gram, sums[0] if len(sums) == 1 else torch.cat(sums), scale)
+        S = sums[0] if len(sums) == 1 else torch.cat(sums)
+        add_square(gram, S if factors is None else S * factors, scale)
         return
     o, x, total = pieces[0].g.shape[3], pieces[0].h.shape[2] + bias, len(gram)
     width = min(WIDTH, memory // (total * gram.element_size()))
@@ -75,6 +87,8 @@ def add_by_columns(
         for p in pieces:
             p.written(outputs, bias, out=S[row : row + p.columns])
             row += p.columns
+        if factors is not None:
+            S *= factors[start * x : outputs.stop * x]
         add_square(gram, S, scale)
 
 

@@ -100,9 +100,18 @@ class Joint(Operator):
 
     def cheaper_form(self) -> str:
         """`"dual"` or `"primal"`: the one whose matrix takes fewer multiplications to form and factorize."""
+        return min(("primal", "dual"), key=self.cost)
+
+    def cost(self, form: str) -> float:
+        """The number of multiplications to form and factorize the matrix of `form`, `"dual"` or `"primal"`."""
         size, columns = self.space.size, self.rank_bound
-        dual = sum(min(costs(op.pieces, op.bias)) for _, op in self._blocks) + columns**3 / 6
-        return "primal" if columns * size**2 / 2 + size**3 / 6 <= dual else "dual"
+        if form == "primal":
+            return columns * size**2 / 2 + size**3 / 6
+        return sum(self._cost_of_gram(op) for _, op in self._blocks) + columns**3 / 6
+
+    def _cost_of_gram(self, op: ExactBlock) -> float:
+        """The number of multiplications for a layer's part of the Gram matrix."""
+        return min(costs(op.pieces, op.bias))
 
     def trace(self) -> Tensor:
         """`tr F`, from the formed matrix or from the layers' blocks."""
@@ -110,6 +119,8 @@ class Joint(Operator):
         return self.layers.trace() if formed is None else formed.diagonal().sum()
 
     def _diagonal(self) -> Parts:
+        if self._formed is not None:
+            return self.space.unflatten(self._formed.diagonal())
         return self.layers._diagonal()
 
     def _dense(self) -> Tensor:

@@ -17,6 +17,8 @@ from natgrad.optim.tracking.returned import Way
 
 TOLERATED_RISE = 1e-3
 """A step that raises the loss by more than this share is undone."""
+SCALING = 0.5
+"""The default exponent of the diagonal in an adaptive damping."""
 TRIES = 12
 """How often a step is tried, with more damping each time."""
 
@@ -24,11 +26,12 @@ TRIES = 12
 class NaturalGradient(CurvatureOptimizer):
     """Natural-gradient descent with the exact Fisher matrix of all parameters together.
 
-        Δ = (F + λI)⁻¹ ∇        F = E[Jᵀ D J] = S Sᵀ        θ ← θ − α Δ
+        Δ = (F + λM)⁻¹ ∇        F = E[Jᵀ D J] = S Sᵀ        θ ← θ − α Δ
 
-    There is one column of `S` for each case and each column of a square root of `D`, `nk` in all. The optimizer inverts
-    the smaller of `F` and the Gram matrix `SᵀS`, by `(F + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v)/λ`. If both are large, it
-    uses conjugate gradients with products of `F`. For squared error this is the Levenberg-Marquardt method. It is meant
+    `M` is `I` if `λ` is given. If `λ` is adaptive, `M = (diag F / mean(diag F))^½`: see `scaling`. There is one column
+    of `S` for each case and each column of a square root of `D`, `nk` in all. The optimizer inverts the smaller of `F`
+    and the Gram matrix `SᵀS`, by `(F + λI)⁻¹ v = (v − S (SᵀS + λI)⁻¹ Sᵀ v)/λ`. If both are large, it uses conjugate
+    gradients with products of `F`. For squared error this is the Levenberg-Marquardt method. It is meant
     for small networks and deterministic batches: physics-informed networks, regression to high accuracy.
 
     Args:
@@ -37,7 +40,7 @@ class NaturalGradient(CurvatureOptimizer):
         loss: an instance of one of torch's losses that `natgrad.fisher` takes, or `"model"`, as for `KFAC`.
         params: which parameters to train, as for `KFAC`.
         lr: the step size `α`. None: 1 with the exact estimator, else that of the quadratic model.
-        momentum: `μ`, from 0 to below 1. The direction is `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)`, where `Δ₋` is the previous
+        momentum: `μ`, from 0 to below 1. The direction is `Δ = (F + λM)⁻¹ (∇ + λ μ M Δ₋)`, where `Δ₋` is the previous
             direction. In directions that the batch does not determine, this keeps what earlier steps found (SPRING).
             None: the step is `−α Δ + μ δ₋` with `α` and `μ` from the quadratic model, as in `KFAC`.
         damping: `λ`, in units of the mean loss, also for `reduction="sum"`. None: it is calibrated on the first batch
@@ -51,9 +54,14 @@ class NaturalGradient(CurvatureOptimizer):
         decoupled_weight_decay: multiply the parameters by `1 − α η` at each step instead.
         max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step. A longer step is shortened to it.
         max_norm: a bound on the length `‖δ‖` of a step. A longer step is shortened to it.
-        accelerate: add the acceleration `a = −½ (F + λI)⁻¹ Jᵀ D f''` to a step `δ`, where `f''` is the second
+        accelerate: add the acceleration `a = −½ (F + λM)⁻¹ Jᵀ D f''` to a step `δ`, where `f''` is the second
             derivative of the outputs along the step. It costs one forward pass and one solve. It requires `lr=None`,
             and does not work with `solver="cg"`.
+        scaling: the exponent `p` of the damping `λ M`, with `M = (diag F / mean(diag F))^p`. 0: the damping is `λ I`,
+            as Levenberg's. 1: it follows the units of the parameters, as Marquardt's. None: 1/2 if the damping is
+            adaptive and the matrix then costs at most 1.5 times as much, else 0. Conjugate gradients use `λ I`.
+        line_search: halve a step as long as that lowers the loss. It costs one or more forward passes, and requires
+            `lr=None` and a number for `momentum`.
         average: keep an exponential average of the parameters, with this decay (smaller at first), for
             evaluation within `with opt.averaged():`. None: no average.
         estimator: `"exact"`, `"mc"` (one label for each case, drawn from the model) or `"empirical"`.
@@ -87,7 +95,7 @@ class NaturalGradient(CurvatureOptimizer):
     Reference: Amari (1998), "Natural Gradient Works Efficiently in Learning"; for the dual form Ren & Goldfarb
     (2019), arXiv:1906.02353; for physics-informed networks Müller & Zeinhofer (2023), arXiv:2302.13163; for the
     momentum Goldshlager, Abrahamsen & Lin (2024), arXiv:2401.10190; for the acceleration Transtrum & Sethna (2012),
-    arXiv:1201.5885.
+    arXiv:1201.5885; for the scaling of the damping Marquardt (1963); for the line search Müller & Zeinhofer (2023).
     """
 
     _key = "natural_gradient"
@@ -107,6 +115,8 @@ class NaturalGradient(CurvatureOptimizer):
         max_kl: float | None = None,
         max_norm: float | None = None,
         accelerate: bool = True,
+        scaling: float | None = None,
+        line_search: bool = False,
         average: float | None = None,
         estimator: str = "exact",
         solver: str | None = None,
@@ -142,6 +152,15 @@ class NaturalGradient(CurvatureOptimizer):
                 "of them out"
             )
         check_flag("accelerate", accelerate)
+        check_within("scaling", scaling, "[0, 1]", optional=True)
+        if scaling and solver == "cg":
+            raise ValueError(f"scaling={scaling} works only with solver='dual' or 'primal'; leave one of them out")
+        check_flag("line_search", line_search)
+        if line_search and (lr is not None or momentum is None):
+            raise ValueError(
+                f"line_search=True requires lr=None and a number for momentum; got lr={lr} and momentum={momentum}"
+            )
+        adaptive = damped.value is None
         super().__init__(
             model,
             loss,
@@ -170,10 +189,19 @@ class NaturalGradient(CurvatureOptimizer):
             max_size=max_size,
             tolerance=eps**0.75 if tolerance is None else tolerance,
             max_iterations=max_iterations,
+            scaling=SCALING * (adaptive and solver != "cg") if scaling is None else scaling,
+            always_scaled=scaling is not None,
         )
         # A damping below eps · tr F is lost in rounding.
         rule = Eager(factor, eps * min(matrix.size(), max_size))
-        projected = Projected(self.parameters, matrix, max_kl, max_norm=max_norm, accelerate=accelerate)
+        projected = Projected(
+            self.parameters,
+            matrix,
+            max_kl,
+            max_norm=max_norm,
+            accelerate=accelerate,
+            line_search=line_search,
+        )
         self._assemble(matrix, rule, TOLERATED_RISE, TRIES, projected, min_damping or 0.0)
 
     def _check_groups(self) -> None:

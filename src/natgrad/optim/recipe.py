@@ -155,7 +155,7 @@ class Recipe:
     def _try(self, stage: Stage) -> Taken:
         """Takes the step with the current damping. Raises Rejection if the loss would rise, or if there is none."""
         damping, figures, due = self.damping.value, self.journal.figures, self._adaptation_due()
-        measures = self._measures() and stage.objective.measurable
+        measures = (self._measures() or self.rule.searches) and stage.objective.measurable
         assert damping is not None
         try:
             self.preconditioner.prepare(damping, stage.decay, figures, self.journal.steps)
@@ -171,20 +171,23 @@ class Recipe:
         doubtful = self.damping.adaptive and stage.objective.measurable and -change > 0.5 * abs(stage.loss)
         if not (measures or doubtful):
             return self.trials.take(step)
-        found = self.trials.measure(step, stage, shorten=self.rule.shortens)
+        found = self.trials.measure(step, stage, shorten=self.rule.shortens, search=self.rule.searches)
         if isinstance(found, Risen):
             raise Rejection(f"the loss would have risen from {stage.loss:.4g} to {found.loss_after:.4g}")
         figures["loss_after"] = found.loss_after
         if found.share < 1:
             figures["shortened"] = found.share
+        if found.share < 1 and not self.rule.searches:
             self.journal.faults["shortened"] += 1
             self.damping.raise_(1, self.preconditioner.scale())
             self.rule.forget()
             self.preconditioner.expire()
         else:
             assert found.loss_after is not None
+            if found.share < 1:
+                change = self.rule.predicted(found.share)
             ratio = figures["reduction_ratio"] = (found.loss_after - stage.loss) / change if change else 0.0
-            self.damping.adapt(ratio, self.preconditioner.scale(), self.rule.share)
+            self.damping.adapt(ratio, self.preconditioner.scale(), self.rule.share * found.share)
         return found
 
     def _commit(self, taken: Taken) -> None:

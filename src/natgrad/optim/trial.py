@@ -14,6 +14,8 @@ from natgrad.optim.whole import uninterrupted
 
 BACKTRACKING = (0.25, 0.0625, 0.015625)
 """The shares of a step that are tried if the whole step would raise the loss."""
+HALVINGS = 10
+"""How often a line search halves a step at most."""
 ON_ANOTHER_BATCH = 0.5
 """The share by which a step may raise the loss of another batch. Close to convergence, a good step raises the loss of
 every second batch a little. Undoing all such steps would lose half of them."""
@@ -54,9 +56,9 @@ class Trials:
             step.take(self.parameters.local())
         return Taken(step)
 
-    def measure(self, step: Step, stage: Stage, shorten: bool) -> Taken | Risen:
+    def measure(self, step: Step, stage: Stage, *, shorten: bool, search: bool = False) -> Taken | Risen:
         """Takes a step if it does not raise the loss. Otherwise, with `shorten`, takes the first of some shorter steps
-        that does not raise it.
+        that does not raise it. With `search`, the step is halved as long as that lowers the loss.
 
         A saturated output has almost no curvature, for example that of an example that is wrong with high confidence.
         If most others are right, the direction is good but the quadratic model makes the step too long. More damping
@@ -66,6 +68,8 @@ class Trials:
         try:
             step.take(self.parameters.local())
             after = self.loss_now(stage)
+            if search:
+                return self._halved(step, stage, before, after)
             if after <= self._highest(stage.loss):
                 return Taken(step, 1.0, after)
             self.parameters.return_to(before)
@@ -80,6 +84,24 @@ class Trials:
         except BaseException:
             self._put_back(before)
             raise
+
+    def _halved(self, step: Step, stage: Stage, before: Vector, after: float) -> Taken | Risen:
+        """Takes the step, or a half, a quarter, ... of it: the last one before the loss rises again."""
+        shorter, share, lowest = step, 1.0, after if math.isfinite(after) else math.inf
+        for k in range(1, HALVINGS + 1):
+            self.parameters.return_to(before)
+            half = step.shortened(0.5**k)
+            half.take(self.parameters.local())
+            its = self.loss_now(stage)
+            if its < lowest:
+                shorter, share, lowest = half, 0.5**k, its
+            elif lowest < math.inf:
+                break
+        self.parameters.return_to(before)
+        if not lowest <= self._highest(stage.loss):
+            return Risen(lowest)
+        shorter.take(self.parameters.local())
+        return Taken(shorter, share, lowest)
 
     def loss_after(self, step: Step, stage: Stage) -> float:
         """The loss after a step, which is then undone; infinite if the loss is not finite."""

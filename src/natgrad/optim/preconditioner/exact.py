@@ -17,6 +17,7 @@ from natgrad.capture.separation import SeparationCheck
 from natgrad.capture.use import Use
 from natgrad.linalg import Operator
 from natgrad.linalg.joint import DualInverse, Joint, PrimalInverse
+from natgrad.linalg.rescaled import RescaledInverse
 from natgrad.optim.decay import Decay
 from natgrad.optim.labels import Labels
 from natgrad.optim.objective import Objective
@@ -24,6 +25,7 @@ from natgrad.optim.parameters import Parameters
 from natgrad.optim.preconditioner.base import Preconditioner
 from natgrad.optim.preconditioner.joint import from_cases
 from natgrad.optim.preconditioner.products import ByProducts, TruncatedInverse
+from natgrad.optim.preconditioner.scaled import ScaledDamping, is_affordable
 from natgrad.optim.rules.stage import Figures
 from natgrad.optim.tracking.batch import Batch
 from natgrad.optim.vectors import Vector
@@ -66,8 +68,11 @@ class ExactMatrix(Preconditioner):
         max_size: int,
         tolerance: float,
         max_iterations: int,
+        scaling: float = 0.0,
+        always_scaled: bool = True,
     ):
         super().__init__(parameters)
+        self.scaling, self.always_scaled = scaling, always_scaled
         self.labels, self.estimator, self.solver = labels, estimator, solver
         self.max_size, self.tolerance, self.max_iterations = max_size, tolerance, max_iterations
         self.runs_again = solver in (None, "cg")
@@ -75,6 +80,7 @@ class ExactMatrix(Preconditioner):
         self._derives = False  # whether the last forward that was checked takes derivatives itself
         self._matrix: Joint | ByProducts | None = None
         self._inverse: Operator | None = None
+        self._scaled: ScaledDamping | None = None
         self._objective: Objective | None = None
         self._figures: Figures = {}
         self._columns = 0  # of this step's batches so far
@@ -149,8 +155,11 @@ class ExactMatrix(Preconditioner):
         parameters = {n: self.parameters[n] for n in gradients}
         self._figures = figures
         self._objective = objective
+        self._scaled = None
         if all(b.statistics is not None for b in objective.batches):
             self._matrix = from_cases([b.statistics.cases for b in objective.batches], objective.shares, parameters)
+            if self.scaling and (self.always_scaled or is_affordable(self._matrix, self.solver)):
+                self._scaled = ScaledDamping(self._matrix, self.scaling, self.solver)
         elif self.estimator == "exact":
             self._matrix = ByProducts(objective, parameters, self.tolerance, self.max_iterations)
         else:
@@ -163,14 +172,27 @@ class ExactMatrix(Preconditioner):
 
     def refresh(self, damping: float, decay: Decay, figures: Figures) -> None:
         assert self._matrix is not None
-        damping += decay.same(self.parameters)
-        if isinstance(self._matrix, Joint):
-            form = self.solver or self._matrix.cheaper_form()
-            self._inverse = self._matrix.inverse(damping, form=form)
-        else:
+        eta = decay.same(self.parameters)
+        if not isinstance(self._matrix, Joint):
             form = "cg"
-            self._inverse = self._matrix.inverse(damping)
+            self._inverse = self._matrix.inverse(damping + eta)
+        elif self._scaled is not None:
+            form, self._inverse = self._scaled.form, self._scaled.inverse(damping, eta)
+        else:
+            form = self.solver or self._matrix.cheaper_form()
+            self._inverse = self._matrix.inverse(damping + eta, form=form)
         figures["solver"] = form
+        if self._scaled is not None:
+            figures["scaling"] = self.scaling
+
+    def in_units_of_damping(self, v: Vector) -> Vector:
+        """`M v`, where the damping adds `λ M` to the matrix."""
+        return v if self._scaled is None else self._scaled.times(v)
+
+    def damped_gram(self, directions: list[Vector], damping: float) -> Tensor:
+        if self._scaled is None:
+            return super().damped_gram(directions, damping)
+        return damping * self._scaled.gram(directions)
 
     def apply(self, v: Vector) -> Vector:
         assert self._inverse is not None
@@ -200,7 +222,7 @@ class ExactMatrix(Preconditioner):
         return torch.cat(inner)
 
     def solve_columns(self, c: Tensor) -> Vector:
-        assert isinstance(self._inverse, (DualInverse, PrimalInverse))
+        assert isinstance(self._inverse, (DualInverse, PrimalInverse, RescaledInverse))
         names = self._inverse.space.names or ()
         solved = self._inverse.solve_columns(c)
         return {n: d.to(self.parameters[n].dtype) for n, d in zip(names, solved, strict=True)}
@@ -215,5 +237,5 @@ class ExactMatrix(Preconditioner):
         return float(trace) / max(1, min(self._matrix.space.size, self._columns))
 
     def end_step(self) -> None:
-        self._matrix = self._inverse = self._objective = None  # they hold the batches
+        self._matrix = self._inverse = self._scaled = self._objective = None  # they hold the batches
         self._columns = 0

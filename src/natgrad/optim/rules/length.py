@@ -31,6 +31,8 @@ class StepRule(ABC):
     """Whether step size and momentum are given."""
     shortens = False
     """Whether a step that would raise the loss is tried again at a part of its length."""
+    searches = False
+    """Whether the length with the lowest loss is looked for."""
 
     def __init__(self, parameters: Parameters, directions: Directions, max_kl: float | None):
         self.parameters, self.directions, self.max_kl = parameters, directions, max_kl
@@ -51,6 +53,11 @@ class StepRule(ABC):
             Rejection: if there is no finite step.
             ValueError: if the damped curvature has no inverse.
         """
+
+    def predicted(self, share: float) -> float:
+        """The change of the objective that the quadratic model predicts for a share of the proposed step. A rule that
+        searches must have it."""
+        raise NotImplementedError(f"{type(self).__name__} does not predict shares of a step")
 
     def forget(self) -> None:  # noqa: B027
         """Forgets the last step, because it was not taken."""

@@ -40,17 +40,21 @@ class Columns(Directions, Protocol):
         """`Lᵀ (f − f₀)` for every batch, with the current outputs `f` and the outputs `f₀` at the start of the step."""
 
     def solve_columns(self, c: Tensor) -> Vector:
-        """`(F + λI)⁻¹ S c`."""
+        """`(F + λM)⁻¹ S c`."""
+
+    def in_units_of_damping(self, v: Vector) -> Vector:
+        """`M v`, where the damping adds `λ M` to the matrix."""
 
 
 class Projected(StepRule):
-    """`θ ← θ + δ + a` with `δ = −α Δ`, the direction `Δ = (F + λI)⁻¹ (∇ + λ μ Δ₋)`, and the acceleration `a`.
+    """`θ ← θ + δ + a` with `δ = −α Δ`, the direction `Δ = (F + λM)⁻¹ (∇ + λ μ M Δ₋)`, and the acceleration `a`.
 
-    `Δ₋` is the previous direction: `−Δ` minimizes `∇ᵀd + ½ dᵀFd + ½ λ ‖d + μ Δ₋‖²`. In directions that this batch does
+    `λ M` is the damping, with `M = I` or another diagonal matrix. `Δ₋` is the previous direction: `−Δ` minimizes
+    `∇ᵀd + ½ dᵀFd + ½ λ (d + μ Δ₋)ᵀ M (d + μ Δ₋)`. In directions that this batch does
     not determine, the result of the last batch is kept; the rest is projected away. As `λ` rises, the direction goes to
     `μ Δ₋` and not to zero. Therefore the momentum is left out after `KEPT` rejections.
 
-    Along the step, the outputs have the second derivative `f'' = d²f(θ + t δ)/dt²`. The acceleration `a = −½ (F + λI)⁻¹
+    Along the step, the outputs have the second derivative `f'' = d²f(θ + t δ)/dt²`. The acceleration `a = −½ (F + λM)⁻¹
     Jᵀ D f''` cancels its effect to second order. It costs one forward pass and one solve, and is used if the step size
     is adaptive and the matrix is exact.
 
@@ -60,6 +64,7 @@ class Projected(StepRule):
         max_kl: a bound on `½ δᵀFδ`, to which the step is shortened.
         max_norm: a bound on `‖δ‖`, likewise.
         accelerate: whether to use the acceleration.
+        line_search: whether to halve the step as long as that lowers the loss.
 
     Reference: Goldshlager, Abrahamsen & Lin (2024), arXiv:2401.10190 (SPRING), for the momentum; Transtrum & Sethna
     (2012), arXiv:1201.5885, for the acceleration.
@@ -73,14 +78,24 @@ class Projected(StepRule):
         *,
         max_norm: float | None = None,
         accelerate: bool = True,
+        line_search: bool = False,
     ):
         super().__init__(parameters, directions, max_kl)
         self.columns, self.max_norm, self.accelerate = directions, max_norm, accelerate
+        self.line_search = line_search
+        self._proposed: Minimum | None = None
 
     @property
     def fixed(self) -> bool:  # type: ignore[override]
         """Whether the step size is given."""
         return all(group["lr"] is not None for group in self.parameters.groups)
+
+    @property
+    def searches(self) -> bool:  # type: ignore[override]
+        return self.line_search and not self.fixed
+
+    def predicted(self, share: float) -> float:
+        return 0.0 if self._proposed is None else self._proposed.shortened(share).change
 
     def propose(self, stage: Stage, damping: float, figures: Figures, *, predicts: bool, joint: bool) -> Proposal:
         past = self._past(stage.gradient) if stage.rejected < KEPT else {}
@@ -102,7 +117,8 @@ class Projected(StepRule):
             share = min(share, self._share_of_kl(stage, model))
             self.share = share
             share = min(share, self._share_promised(stage, model))
-            change = model.shortened(share).change
+            self._proposed = model.shortened(share)
+            change = self._proposed.change
             if self.max_kl is not None:
                 figures["kl"] = share**2 * model.curvature
         if share != 1:
@@ -120,8 +136,8 @@ class Projected(StepRule):
         return past if len(past) == len(states) else {}
 
     def _pulled(self, g: Vector, past: Vector, damping: float) -> Vector:
-        """`∇ + λ μ Δ₋`, with `Δ₋ = −δ₋ / α`."""
-        pulled = dict(g)
+        """`∇ + λ μ M Δ₋`, with `Δ₋ = −δ₋ / α`."""
+        pulled, past = dict(g), self.columns.in_units_of_damping(past)
         for group, own in self.parameters.by_group(past):
             length = 1.0 if group["lr"] is None else group["lr"]
             if group["momentum"] and length:
