@@ -98,20 +98,20 @@ class Joint(Operator):
             return PrimalInverse(self, damping)
         return DualInverse(self, damping)
 
-    def cheaper_form(self) -> str:
+    def cheaper_form(self, *, by_columns: bool = False) -> str:
         """`"dual"` or `"primal"`: the one whose matrix takes fewer multiplications to form and factorize."""
-        return min(("primal", "dual"), key=self.cost)
+        return min(("primal", "dual"), key=lambda form: self.cost(form, by_columns=by_columns))
 
-    def cost(self, form: str) -> float:
-        """The number of multiplications to form and factorize the matrix of `form`, `"dual"` or `"primal"`."""
+    def cost(self, form: str, *, by_columns: bool = False) -> float:
+        """The number of multiplications to form and factorize the matrix of `form`, `"dual"` or `"primal"`.
+
+        by_columns: whether the Gram matrix is computed from columns, even if pairs of positions are cheaper.
+        """
         size, columns = self.space.size, self.rank_bound
         if form == "primal":
             return columns * size**2 / 2 + size**3 / 6
-        return sum(self._cost_of_gram(op) for _, op in self._blocks) + columns**3 / 6
-
-    def _cost_of_gram(self, op: ExactBlock) -> float:
-        """The number of multiplications for a layer's part of the Gram matrix."""
-        return min(costs(op.pieces, op.bias))
+        each = (costs(op.pieces, op.bias) for _, op in self._blocks)
+        return sum(own if by_columns else min(pairs, own) for pairs, own in each) + columns**3 / 6
 
     def trace(self) -> Tensor:
         """`tr F`, from the formed matrix or from the layers' blocks."""

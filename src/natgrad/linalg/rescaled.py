@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.linalg.exact import ExactBlock
-from natgrad.linalg.gram import costs, mirrored
+from natgrad.linalg.gram import mirrored
 from natgrad.linalg.joint import DualInverse, Joint, PrimalInverse
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts
@@ -23,6 +22,7 @@ class Rescaled(Joint):
     Example:
         >>> import torch
         >>> from natgrad.linalg.block_diagonal import Block, BlockDiagonal
+        >>> from natgrad.linalg.exact import ExactBlock
         >>> from natgrad.linalg.space import Space
         >>> block = Block(ExactBlock(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[[3.0]]]]), bias=False), ("w",))
         >>> F = Joint(BlockDiagonal({"w": block}, Space(((1, 2),), ("w",))))
@@ -65,8 +65,10 @@ class Rescaled(Joint):
     def _diagonal(self) -> Parts:
         return _times(self.r, _times(self.r, self.matrix._diagonal()))
 
-    def _cost_of_gram(self, op: ExactBlock) -> float:
-        return costs(op.pieces, op.bias)[1]  # the sum over pairs of positions needs factors of inputs and outputs
+    def cost(self, form: str, *, by_columns: bool = True) -> float:
+        """As for `Joint`, but the Gram matrix always comes from columns: pairs would need factors of inputs and
+        outputs."""
+        return self.matrix.cost(form, by_columns=True)
 
 
 class RescaledInverse(Operator):

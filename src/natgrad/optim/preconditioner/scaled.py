@@ -16,22 +16,17 @@ SMALLEST = 1e-6
 """Entries of the diagonal below this, in units of their mean, count as this."""
 
 
-def form_of(F: Joint, solver: str | None) -> str:
-    """The form of the inverse with a scaled damping."""
-    return solver or Rescaled(F, ()).cheaper_form()
-
-
 def is_affordable(F: Joint, solver: str | None) -> bool:
     """Whether an inverse with a scaled damping costs at most `AFFORDABLE` times as much as one without."""
-    own = Rescaled(F, ()).cost(form_of(F, solver))
-    return own <= AFFORDABLE * F.cost(solver or F.cheaper_form())
+    scaled, plain = (F.cost(solver or F.cheaper_form(by_columns=c), by_columns=c) for c in (True, False))
+    return scaled <= AFFORDABLE * plain
 
 
 class ScaledDamping:
     """The damping `λ M` with the diagonal matrix `M = (diag F / mean(diag F))^p`.
 
-    With `p = 0` it is Levenberg's damping `λ I`. With `p = 1` it is Marquardt's, and the step does not depend on the
-    units of the parameters.
+    With `p = 0` it is Levenberg's damping `λ I`. With `p = 1` it is Marquardt's: the units of the parameters change
+    only the value of `λ`.
 
     Args:
         F: the exact matrix of all parameters.
@@ -43,7 +38,7 @@ class ScaledDamping:
 
     def __init__(self, F: Joint, exponent: float, solver: str | None):
         self.F = F
-        self.form = form_of(F, solver)
+        self.form = solver or F.cheaper_form(by_columns=True)
         if self.form == "primal":
             F.formed()  # its diagonal then costs nothing
         d = F.space.flatten(F._diagonal())
