@@ -58,8 +58,9 @@ class NaturalGradient(CurvatureOptimizer):
             derivative of the outputs along the step. It costs one forward pass and one solve. It requires `lr=None`,
             and does not work with `solver="cg"`.
         scaling: the exponent `p` of the damping `λ M`, with `M = (diag F / mean(diag F))^p`. 0: the damping is `λ I`,
-            as Levenberg's. 1: Marquardt's, with which the units of the parameters matter no more. None: 1/2 if the damping is
-            adaptive and the matrix then costs at most 1.5 times as much, else 0. Conjugate gradients use `λ I`.
+            as Levenberg's. 1: Marquardt's, with which the units of the parameters matter no more. None: 1/2 if the
+            damping is adaptive and the matrix then costs at most 1.5 times as much, else 0. Conjugate gradients use
+            `λ I`.
         line_search: halve a step as long as that lowers the loss. It costs one or more forward passes, and requires
             `lr=None` and a number for `momentum`.
         average: keep an exponential average of the parameters, with this decay (smaller at first), for
