@@ -185,8 +185,11 @@ class TestLineSearch:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"line_search": True, "lr": 0.1}, "line_search=True requires lr=None"),
-            ({"line_search": True, "momentum": None}, "a number for momentum; got lr=None and momentum=None"),
+            ({"line_search": True, "lr": 0.1}, "line_search=True was given with lr=0.1"),
+            (
+                {"line_search": True, "momentum": None},
+                "lr=None and momentum=None: expected lr=None and a number for momentum",
+            ),
             ({"line_search": 1}, "line_search=1"),
             ({"scaling": 1.5}, r"scaling=1\.5"),
             ({"scaling": -0.5}, r"scaling=-0\.5"),

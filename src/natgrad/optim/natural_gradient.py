@@ -159,7 +159,8 @@ class NaturalGradient(CurvatureOptimizer):
         check_flag("line_search", line_search)
         if line_search and (lr is not None or momentum is None):
             raise ValueError(
-                f"line_search=True requires lr=None and a number for momentum; got lr={lr} and momentum={momentum}"
+                f"line_search=True was given with lr={lr} and momentum={momentum}: expected lr=None and a number for "
+                "momentum; leave line_search out, or change them"
             )
         adaptive = damped.value is None
         super().__init__(

@@ -57,7 +57,10 @@ class StepRule(ABC):
     def predicted(self, share: float) -> float:
         """The change of the objective that the quadratic model predicts for a share of the proposed step. A rule that
         searches must have it."""
-        raise NotImplementedError(f"{type(self).__name__} does not predict shares of a step")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no method predicted; expected one that predicts the change for a share of the "
+            "step, or the class attribute searches = False"
+        )
 
     def forget(self) -> None:  # noqa: B027
         """Forgets the last step, because it was not taken."""
