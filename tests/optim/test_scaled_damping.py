@@ -188,7 +188,7 @@ class TestLineSearch:
             ({"line_search": True, "lr": 0.1}, "line_search=True was given with lr=0.1"),
             (
                 {"line_search": True, "momentum": None},
-                "lr=None and momentum=None: expected lr=None and a number for momentum",
+                "momentum=None: expected lr=None and a number for momentum",
             ),
             ({"line_search": 1}, "line_search=1"),
             ({"scaling": 1.5}, r"scaling=1\.5"),
