@@ -14,6 +14,11 @@ from natgrad.linalg import CenteredKronecker
 f64 = torch.float64
 
 
+def flat(tensors):
+    """All entries in one vector."""
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
 def close(a, b, tol=1e-9):
     """Asserts that two tensors agree up to `tol` of the larger one's scale."""
     assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"

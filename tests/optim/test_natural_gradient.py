@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import natgrad
-from oracles import close, dense_curvature, f64, net, randn, rejected
+from oracles import close, dense_curvature, f64, flat, net, randn, rejected
 
 N, D, C = 12, 4, 3
 X, LABELS = randn(N, D), torch.arange(N) % C
@@ -32,10 +32,6 @@ class Tied(nn.Module):
 def model_of(tied=False):
     torch.manual_seed(0)
     return Tied() if tied else net(D, 5, C)
-
-
-def flat(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def stepped(model, loss, batches, **options):

@@ -11,17 +11,13 @@ from torch.func import functional_call, jvp
 import natgrad
 from natgrad.optim.rules.damping import Eager
 from natgrad.optim.rules.projected import BENT, KEPT
-from oracles import close, dense_curvature, f64, net, randn
+from oracles import close, dense_curvature, f64, flat, net, randn
 
 N, D = 12, 3
 X, Y = randn(N, D), randn(N, 2, seed=1)
 DAMPING = 0.05
 LOSS = nn.MSELoss()
 GIVEN = {"damping": DAMPING, "accelerate": False}
-
-
-def flat(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def step(opt, model):

@@ -14,16 +14,12 @@ from natgrad.linalg.joint import Joint
 from natgrad.linalg.space import Space
 from natgrad.optim.preconditioner.scaled import SMALLEST, ScaledDamping
 from natgrad.optim.trial import HALVINGS
-from oracles import close, dense_curvature, f64, net, randn
+from oracles import close, dense_curvature, f64, flat, net, randn
 
 N, D = 12, 3
 X, Y = randn(N, D), randn(N, 2, seed=1)
 DAMPING = 0.05
 LOSS = nn.MSELoss()
-
-
-def flat(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def step(opt, model, x=X, y=Y):
@@ -70,13 +66,19 @@ def test_the_length_of_a_step_with_drawn_labels_is_the_models(estimator):
     )  # fmt: skip
     g = flat(torch.autograd.grad(LOSS(model(X), Y), list(model.parameters())))
     F = dense_curvature(model, LOSS, [(X, Y)])
-    matrices = {}
-    own = opt.recipe.preconditioner.damped_gram
-    opt.recipe.preconditioner.damped_gram = lambda d, damping: matrices.setdefault("Q", own(d, damping))
+    drawn = []
+    preconditioner = opt.recipe.preconditioner
+    own = preconditioner.damped_gram
+
+    def damped_gram(directions, damping):
+        drawn.append(preconditioner._matrix.to_dense())
+        return own(directions, damping)
+
+    preconditioner.damped_gram = damped_gram
     delta = step(opt, model)
     length = opt.diagnostics["lr"]
     direction = -delta / length
-    damped = float(direction @ F @ direction) + float(matrices["Q"][0, 0])
+    damped = float(direction @ (F + DAMPING * scaled(drawn[0], 1.0)) @ direction)
     assert length == pytest.approx(float(direction @ g) / damped, rel=1e-9)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from natgrad.linalg.arguments import check_damping, check_exponent, check_plain
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.eigen import eigh, semidefinite
-from natgrad.linalg.gram import MEMORY, add_gram, add_square, mirrored
+from natgrad.linalg.gram import MEMORY, add_by_columns, add_gram, add_square, mirrored
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.pieces import Piece, chunks, squares, stacked, summed
 from natgrad.linalg.space import Parts, Space, check_order
@@ -156,7 +156,7 @@ class ExactBlock(Operator):
             return
         W, b = self._split(factors)
         columns = [r for r in (W, None if b is None else b.unsqueeze(1)) if r is not None]
-        add_gram(gram, self.pieces, self.bias, self.scale, memory, torch.cat(columns, 1).flatten())
+        add_by_columns(gram, self.pieces, self.bias, self.scale, memory, torch.cat(columns, 1).flatten())
 
     def columns(self) -> Float[Tensor, "size nk"]:
         """`S`, in torch order."""

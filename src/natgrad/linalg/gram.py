@@ -32,19 +32,13 @@ PAIR = 128
 
 
 def add_gram(
-    gram: Float[Tensor, "nk nk"],
-    pieces: Sequence[Piece],
-    bias: bool,
-    scale: float,
-    memory: int = MEMORY,
-    factors: Float[Tensor, " size"] | None = None,
+    gram: Float[Tensor, "nk nk"], pieces: Sequence[Piece], bias: bool, scale: float, memory: int = MEMORY
 ) -> None:
-    """Adds `scale SᵀS` of one layer to the lower triangle of `gram`, or `scale Sᵀ R² S` with the diagonal matrix `R` of
-    the given factors. They are in the order of the columns: `(output, input)`, the bias as the last input."""
-    if factors is None and cheaper_way(pieces, bias) == "pairs":
+    """Adds `scale SᵀS` of one layer to the lower triangle of `gram`."""
+    if cheaper_way(pieces, bias) == "pairs":
         add_by_pairs(gram, pieces, bias, scale, memory)
     else:
-        add_by_columns(gram, pieces, bias, scale, memory, factors)
+        add_by_columns(gram, pieces, bias, scale, memory)
 
 
 def cheaper_way(pieces: Sequence[Piece], bias: bool) -> str:
@@ -70,7 +64,11 @@ def add_by_columns(
     memory: int = MEMORY,
     factors: Float[Tensor, " size"] | None = None,
 ) -> None:
-    """From rows of `S`, or of `R S`, for as many outputs at a time as fit."""
+    """From rows of `S`, for as many outputs at a time as fit.
+
+    factors: the diagonal of a matrix `R`, in the order `(output, input)` with the bias as the last input. With them the
+    rows are those of `R S`.
+    """
     if not pieces[0].h.shape[2]:  # a bias alone, or explicit columns
         sums = [p.g.sum(2).flatten(0, 1) if p.g.shape[2] > 1 else p.g.reshape(p.columns, -1) for p in pieces]
         S = sums[0] if len(sums) == 1 else torch.cat(sums)

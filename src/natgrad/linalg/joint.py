@@ -82,10 +82,14 @@ class Joint(Operator):
         """`SᵀS`."""
         if self._gram is None:
             gram = torch.zeros(self.rank_bound, self.rank_bound, dtype=self.dtype, device=self.device)
-            for _, op in self._blocks:
-                op.add_gram(gram, self.memory)
+            for block, op in self._blocks:
+                op.add_gram(gram, self.memory, self._factors(block))
             self._gram = mirrored(gram)
         return self._gram
+
+    def _factors(self, block: Block) -> Parts | None:
+        """The factors of a layer's rows of `S` in the Gram matrix, if there are any."""
+        return None
 
     def inverse(self, damping: float = 0.0, *, damping_style: str = "exact", form: str | None = None) -> Operator:
         """`(F + λI)⁻¹`, from the Cholesky factor of `SᵀS + λI` (`form="dual"`) or of `F + λI` (`"primal"`).

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from natgrad.linalg.gram import mirrored
+from natgrad.linalg.block_diagonal import Block
 from natgrad.linalg.joint import DualInverse, Joint, PrimalInverse
 from natgrad.linalg.operator import Operator
 from natgrad.linalg.space import Parts
@@ -42,15 +42,8 @@ class Rescaled(Joint):
         """`R S c`."""
         return _times(self.r, self.matrix.outer(c))
 
-    def gram(self) -> Float[Tensor, "nk nk"]:
-        """`Sᵀ R² S`."""
-        if self._gram is None:
-            gram = torch.zeros(self.rank_bound, self.rank_bound, dtype=self.dtype, device=self.device)
-            r = self._named(self.r)
-            for block, op in self._blocks:
-                op.add_gram(gram, self.memory, block.parts(r))
-            self._gram = mirrored(gram)
-        return self._gram
+    def _factors(self, block: Block) -> Parts:
+        return block.parts(self._named(self.r))
 
     def formed(self) -> Float[Tensor, "size size"]:
         """`R F R`, from `F`."""
