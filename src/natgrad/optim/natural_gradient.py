@@ -17,8 +17,6 @@ from natgrad.optim.tracking.returned import Way
 
 TOLERATED_RISE = 1e-3
 """A step that raises the loss by more than this share is undone."""
-SCALING = 0.5
-"""The default exponent of the diagonal in an adaptive damping."""
 TRIES = 12
 """How often a step is tried, with more damping each time."""
 
@@ -191,8 +189,7 @@ class NaturalGradient(CurvatureOptimizer):
             max_size=max_size,
             tolerance=eps**0.75 if tolerance is None else tolerance,
             max_iterations=max_iterations,
-            scaling=SCALING * (adaptive and solver != "cg") if scaling is None else scaling,
-            always_scaled=scaling is not None,
+            scaling=0.0 if scaling is None and not adaptive else scaling,
         )
         # A damping below eps · tr F is lost in rounding.
         rule = Eager(factor, eps * min(matrix.size(), max_size))

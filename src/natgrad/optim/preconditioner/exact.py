@@ -25,7 +25,7 @@ from natgrad.optim.parameters import Parameters
 from natgrad.optim.preconditioner.base import Preconditioner
 from natgrad.optim.preconditioner.joint import from_cases
 from natgrad.optim.preconditioner.products import ByProducts, TruncatedInverse
-from natgrad.optim.preconditioner.scaled import ScaledDamping, is_affordable
+from natgrad.optim.preconditioner.scaled import ScaledDamping, exponent_for
 from natgrad.optim.rules.stage import Figures
 from natgrad.optim.tracking.batch import Batch
 from natgrad.optim.vectors import Vector
@@ -52,7 +52,7 @@ class ObservedBatch:
 class ExactMatrix(Preconditioner):
     """`F = E[Jᵀ D J]` over all parameters together, of one step's batches.
 
-    `NaturalGradient` says what the options mean.
+    `NaturalGradient` says what the options mean. With `scaling=None` each step's matrix decides whether it is scaled.
     """
 
     inverted = "the Fisher matrix"
@@ -68,11 +68,10 @@ class ExactMatrix(Preconditioner):
         max_size: int,
         tolerance: float,
         max_iterations: int,
-        scaling: float = 0.0,
-        always_scaled: bool = True,
+        scaling: float | None = 0.0,
     ):
         super().__init__(parameters)
-        self.scaling, self.always_scaled = scaling, always_scaled
+        self.scaling = scaling
         self.labels, self.estimator, self.solver = labels, estimator, solver
         self.max_size, self.tolerance, self.max_iterations = max_size, tolerance, max_iterations
         self.runs_again = solver in (None, "cg")
@@ -158,8 +157,9 @@ class ExactMatrix(Preconditioner):
         self._scaled = None
         if all(b.statistics is not None for b in objective.batches):
             self._matrix = from_cases([b.statistics.cases for b in objective.batches], objective.shares, parameters)
-            if self.scaling and (self.always_scaled or is_affordable(self._matrix, self.solver)):
-                self._scaled = ScaledDamping(self._matrix, self.scaling, self.solver)
+            exponent = exponent_for(self._matrix, self.solver) if self.scaling is None else self.scaling
+            if exponent != 0:
+                self._scaled = ScaledDamping(self._matrix, exponent, self.solver)
         elif self.estimator == "exact":
             self._matrix = ByProducts(objective, parameters, self.tolerance, self.max_iterations)
         else:
@@ -183,7 +183,7 @@ class ExactMatrix(Preconditioner):
             self._inverse = self._matrix.inverse(damping + eta, form=form)
         figures["solver"] = form
         if self._scaled is not None:
-            figures["scaling"] = self.scaling
+            figures["scaling"] = self._scaled.exponent
 
     def in_units_of_damping(self, v: Vector) -> Vector:
         """`M v`, where the damping adds `λ M` to the matrix."""

@@ -10,16 +10,18 @@ from natgrad.linalg.rescaled import Rescaled, RescaledInverse
 from natgrad.linalg.space import Parts
 from natgrad.optim.vectors import Vector, gram
 
+EXPONENT = 0.5
+"""The exponent by default, where it is affordable."""
 AFFORDABLE = 1.5
 """By default the damping is scaled if the matrix then takes at most this many times the multiplications."""
 SMALLEST = 1e-6
 """Entries of the diagonal below this, in units of their mean, count as this."""
 
 
-def is_affordable(F: Joint, solver: str | None) -> bool:
-    """Whether an inverse with a scaled damping costs at most `AFFORDABLE` times as much as one without."""
+def exponent_for(F: Joint, solver: str | None) -> float:
+    """`EXPONENT` if an inverse with a scaled damping costs at most `AFFORDABLE` times as much as one without, else 0."""
     scaled, plain = (F.cost(solver or F.cheaper_form(by_columns=c), by_columns=c) for c in (True, False))
-    return scaled <= AFFORDABLE * plain
+    return EXPONENT if scaled <= AFFORDABLE * plain else 0.0
 
 
 class ScaledDamping:
@@ -37,7 +39,7 @@ class ScaledDamping:
     """
 
     def __init__(self, F: Joint, exponent: float, solver: str | None):
-        self.F = F
+        self.F, self.exponent = F, exponent
         self.form = solver or F.cheaper_form(by_columns=True)
         if self.form == "primal":
             F.formed()  # its diagonal then costs nothing
