@@ -19,7 +19,7 @@ SMALLEST = 1e-6
 
 
 def exponent_for(F: Joint, solver: str | None) -> float:
-    """`EXPONENT` if an inverse with a scaled damping costs at most `AFFORDABLE` times as much as one without, else 0."""
+    """`EXPONENT` if an inverse with a scaled damping costs at most `AFFORDABLE` times one without, else 0."""
     scaled, plain = (F.cost(solver or F.cheaper_form(by_columns=c), by_columns=c) for c in (True, False))
     return EXPONENT if scaled <= AFFORDABLE * plain else 0.0
 
