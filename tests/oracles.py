@@ -19,6 +19,11 @@ def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
+def parameter_vector(model):
+    """All parameters of the model in one vector."""
+    return flat(model.parameters())
+
+
 def close(a, b, tol=1e-9):
     """Asserts that two tensors agree up to `tol` of the larger one's scale."""
     assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"

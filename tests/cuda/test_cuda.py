@@ -12,15 +12,11 @@ from torch import nn
 import natgrad
 from layers.networks import NETWORKS, make
 from models import MODELS
-from oracles import close, net, randn
+from oracles import close, net, parameter_vector, randn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 LOSS = nn.CrossEntropyLoss()
 GPU = torch.device("cuda")
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def steps(model, opt, x, y, count):
@@ -94,7 +90,7 @@ def trained(device, options, count=20):
     torch.manual_seed(0)
     model, x, y = net(5, 8, 3).to(device), randn(40, 5).to(device), (torch.arange(40) % 3).to(device)
     opt = natgrad.KFAC(model, LOSS, estimator="exact", weight_decay=1e-3, **options)
-    return steps(model, opt, x, y, count), flat(model).cpu()
+    return steps(model, opt, x, y, count), parameter_vector(model).cpu()
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -112,7 +108,7 @@ def test_natural_gradient_is_the_cpus():
         model, x, y = net(3, 6, 1).to(device), randn(20, 3).to(device), randn(20, 1, seed=1).to(device)
         opt = natgrad.NaturalGradient(model, nn.MSELoss())
         steps(model, opt, x, y, 10)
-        found.append(flat(model).cpu())
+        found.append(parameter_vector(model).cpu())
     close(*found, 1e-5)
 
 

@@ -41,10 +41,6 @@ def step(model, opt, x=X, y=LABELS, scale=1.0):
     return loss
 
 
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def gradient(model, loss, x=X, y=LABELS):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss(model(x), y), list(model.parameters()))])
 

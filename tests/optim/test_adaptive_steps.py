@@ -17,12 +17,11 @@ from kfac_steps import (
     N,
     X,
     eye,
-    flat,
     gradient,
     model_of,
     step,
 )
-from oracles import close, damping_matrix, f64, normalizer, randn
+from oracles import close, damping_matrix, f64, normalizer, parameter_vector, randn
 
 
 class TestQuadraticModel:
@@ -38,18 +37,18 @@ class TestQuadraticModel:
         opt = natgrad.KFAC(model, loss, weight_decay=weight_decay, **{**ADAPTIVE, "adapt_every": 3})
         previous = None
         for k in range(8):
-            before, damping = flat(model), opt.diagnostics.get("damping")
+            before, damping = parameter_vector(model), opt.diagnostics.get("damping")
             F = natgrad.fisher(model, loss, (X, y), "dense").to_dense()
             g = gradient(model, loss, X, y) + eta * before
             step(model, opt, X, y, scale)
-            delta, d = flat(model) - before, opt.diagnostics
+            delta, d = parameter_vector(model) - before, opt.diagnostics
             assert d["accepted"], d
             assert d["predicted_change"] < 0
             assert d["loss"] == pytest.approx(
                 float(loss(functional(model, before), y).detach() + eta / 2 * before @ before)
             )
             if "loss_after" in d:
-                after = loss(model(X), y).item() + eta / 2 * float(flat(model).square().sum())
+                after = loss(model(X), y).item() + eta / 2 * float(parameter_vector(model).square().sum())
                 assert d["loss_after"] == pytest.approx(after)
                 assert d["reduction_ratio"] == pytest.approx((after - d["loss"]) / d["predicted_change"])
             if k:
@@ -70,23 +69,23 @@ class TestQuadraticModel:
         model, loss = model_of(D, 4, C), nn.CrossEntropyLoss()
         opt = natgrad.KFAC(model, loss, momentum=momentum, damping=0.05, **ADAPTIVE)
         for k in range(4):
-            before, g = flat(model), gradient(model, loss)
+            before, g = parameter_vector(model), gradient(model, loss)
             F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
             step(model, opt)
             M = F + damping_matrix(opt, 0.05)
             direction = opt.curvature().solve(g, 0.05, damping_style="factored")
-            assert abs((M @ (flat(model) - before) + g) @ direction) < 1e-10
+            assert abs((M @ (parameter_vector(model) - before) + g) @ direction) < 1e-10
             assert opt.diagnostics["momentum"] == (momentum if k else 0.0)
 
     def test_a_given_step_size_leaves_the_momentum_to_the_model(self):
         model, loss = model_of(D, 4, C), nn.CrossEntropyLoss()
         opt, previous = natgrad.KFAC(model, loss, lr=0.2, damping=0.05, **ADAPTIVE), None
         for _ in range(4):
-            before, g = flat(model), gradient(model, loss)
+            before, g = parameter_vector(model), gradient(model, loss)
             F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
             step(model, opt)
             M = F + damping_matrix(opt, 0.05)
-            delta = flat(model) - before
+            delta = parameter_vector(model) - before
             assert opt.diagnostics["lr"] == pytest.approx(0.2)
             if previous is not None:
                 assert abs((M @ delta + g) @ previous) < 1e-10
@@ -95,14 +94,14 @@ class TestQuadraticModel:
     def test_accumulated_batches_are_one_model(self):
         model, loss = model_of(D, 4, C), nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1)
         opt = natgrad.KFAC(model, loss, damping=0.05, **ADAPTIVE)
-        before, g = flat(model), gradient(model, loss)
+        before, g = parameter_vector(model), gradient(model, loss)
         F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
         whole = normalizer(loss, model(X), LABELS)
         for x, y in zip(X.split([5, 19]), LABELS.split([5, 19]), strict=True):
             output = model(x)
             (opt.loss(output, y) * (normalizer(loss, output, y) / whole).detach()).backward()
         opt.step()
-        delta, M = flat(model) - before, F + damping_matrix(opt, 0.05)
+        delta, M = parameter_vector(model) - before, F + damping_matrix(opt, 0.05)
         assert opt.diagnostics["predicted_change"] == pytest.approx(float(0.5 * delta @ M @ delta + g @ delta))
         assert opt.diagnostics["predicted_change"] == pytest.approx(float(0.5 * g @ delta))
 
@@ -137,7 +136,7 @@ class TestRandomAndStatefulModels:
         model, loss = Noisy().to(f64), nn.CrossEntropyLoss()
         opt = natgrad.KFAC(model, loss, damping=0.05, **{**ADAPTIVE, "adapt_every": 1})
         for k in range(3):
-            before = flat(model)
+            before = parameter_vector(model)
             torch.manual_seed(k)
             F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
             torch.manual_seed(k)
@@ -145,7 +144,7 @@ class TestRandomAndStatefulModels:
             damping = opt.diagnostics.get("damping", 0.05)
             torch.manual_seed(k)
             step(model, opt)
-            delta = flat(model) - before
+            delta = parameter_vector(model) - before
             predicted = float(0.5 * delta @ (F + damping_matrix(opt, 0.05)) @ delta + g @ delta)
             assert damping == 0.05
             assert opt.diagnostics["predicted_change"] == pytest.approx(predicted)
@@ -187,7 +186,7 @@ class TestRandomAndStatefulModels:
             opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), generator=torch.Generator().manual_seed(5))
             for _ in range(4):
                 step(model, opt)
-            ends.append(flat(model))
+            ends.append(parameter_vector(model))
         assert torch.equal(*ends)
 
 

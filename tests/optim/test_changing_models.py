@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import natgrad
-from kfac_steps import ADAPTIVE, BOTH, FIXED, FRESH, LABELS, C, D, X, flat, made, model_of, step
-from oracles import f64, randn
+from kfac_steps import ADAPTIVE, BOTH, FIXED, FRESH, LABELS, C, D, X, made, model_of, step
+from oracles import f64, parameter_vector, randn
 
 
 class Branches(nn.Module):
@@ -144,4 +144,4 @@ class TestWhatTheLossIsGiven:
         opt.loss(one[0](3 * X), LABELS).backward()
         step(*one)
         step(*two)
-        assert torch.equal(flat(one[0]), flat(two[0]))
+        assert torch.equal(parameter_vector(one[0]), parameter_vector(two[0]))

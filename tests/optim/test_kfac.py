@@ -25,22 +25,21 @@ from kfac_steps import (
     N,
     X,
     eye,
-    flat,
     gradient,
     made,
     model_of,
     step,
 )
-from oracles import close, f64, homogeneous, homogeneous_kron, normalizer, output_hessian, summed
+from oracles import close, f64, homogeneous, homogeneous_kron, normalizer, output_hessian, parameter_vector, summed
 
 
 def change(model, loss, y=LABELS, scale=1.0, **options):
     """What one step adds to the parameters, flat; the model is left as it was."""
     model = copy.deepcopy(model)
-    before, opt = flat(model), natgrad.KFAC(model, loss, **options)
+    before, opt = parameter_vector(model), natgrad.KFAC(model, loss, **options)
     step(model, opt, X, y, scale)
     assert opt.diagnostics["accepted"], opt.diagnostics
-    return flat(model) - before
+    return parameter_vector(model) - before
 
 
 def captured(model, loss, y, estimator="exact"):
@@ -135,7 +134,7 @@ class TestAgainstHandCapturedFactors:
         eta = 0.3 / (scale * (N if reduction == "sum" else 1))  # per unit of the loss's mean
         dense = centered_inverse if centered else uncentered_inverse
         inverse = torch.block_diag(*(dense(h, B, 0.02 + eta) for h, B in captured(model, loss, LABELS)))
-        expected = -0.3 * inverse @ (gradient(model, loss) + eta * flat(model))
+        expected = -0.3 * inverse @ (gradient(model, loss) + eta * parameter_vector(model))
         options = {**FIXED, "centered": centered, "damping_style": "exact", "weight_decay": 0.3}
         loss.reduction = reduction
         close(change(model, loss, scale=scale, **options), expected)
@@ -161,9 +160,9 @@ class TestAgainstHandCapturedFactors:
             J = torch.stack([torch.autograd.grad(a[:, c].sum(), use, retain_graph=True)[0] for c in range(C)], 1)
             B += sum(J[n].mT @ (torch.diag(p[n]) - torch.outer(p[n], p[n])) @ J[n] for n in range(N)) / N
         expected = -0.3 * centered_inverse(torch.cat([h for h, _ in inner]), B, 0.02) @ gradient(model, loss, x)
-        before, opt = flat(model), natgrad.KFAC(model, loss, damping_style="exact", **FIXED)
+        before, opt = parameter_vector(model), natgrad.KFAC(model, loss, damping_style="exact", **FIXED)
         step(model, opt, x)
-        close(flat(model) - before, expected)
+        close(parameter_vector(model) - before, expected)
 
     def test_the_running_factors_are_a_bias_free_average(self):
         # After two updates the weights are decay : 1, with no trace of a first value.
@@ -207,7 +206,7 @@ def test_steps_do_not_depend_on_accumulation_for_any_loss(kind, options, reducti
             (accumulating.loss(output, y_i) * share).backward()
         accumulating.step()
         assert opt.diagnostics["accepted"]
-        close(flat(parts), flat(model), 1e-8)
+        close(parameter_vector(parts), parameter_vector(model), 1e-8)
 
 
 @EVERY_LOSS
@@ -221,6 +220,6 @@ def test_the_adaptive_steps_do_not_depend_on_duplication_nor_on_the_scale_of_the
         for _ in range(5):
             step(model, opt, x, target, scale)
             assert opt.diagnostics["accepted"]
-        ends.append(flat(model))
+        ends.append(parameter_vector(model))
     close(ends[1], ends[0], 1e-7)
     close(ends[2], ends[0], 1e-7)

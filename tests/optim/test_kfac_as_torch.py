@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import natgrad
-from kfac_steps import LABELS, C, D, N, X, flat, made, step
-from oracles import f64, randn, rejected
+from kfac_steps import LABELS, C, D, N, X, made, step
+from oracles import f64, parameter_vector, randn, rejected
 
 FIXED = {"lr": 0.05, "momentum": 0.5, "damping": 0.1}
 
@@ -22,7 +22,7 @@ class TestAsATorchOptimizer:
         for _ in range(5):
             step(*one)
             step(*two)
-        assert torch.equal(flat(one[0]), flat(two[0]))
+        assert torch.equal(parameter_vector(one[0]), parameter_vector(two[0]))
 
     def test_random_numbers_outside_stay_as_they_would_be(self):
         model, opt = made()
@@ -49,7 +49,7 @@ class TestAsATorchOptimizer:
         for _ in range(2):
             model.load_state_dict(start)
             step(model, opt)
-            moved.append(flat(model) - torch.cat([p.flatten() for p in start.values()]))
+            moved.append(parameter_vector(model) - torch.cat([p.flatten() for p in start.values()]))
             scheduler.step()
         torch.testing.assert_close(moved[1], 0.1 * moved[0], rtol=1e-9, atol=0)
 
@@ -87,9 +87,9 @@ class TestAsATorchOptimizer:
 
     def test_momentum_and_step_size_as_numbers(self):
         model, opt = made(**FIXED, statistics_every=2, inverses_every=2)
-        start = flat(model)
+        start = parameter_vector(model)
         step(model, opt)
-        first = flat(model) - start
+        first = parameter_vector(model) - start
         inverse = natgrad.linalg.BlockDiagonal(opt.recipe.preconditioner.inverse, opt.curvature().space)
         g = torch.cat(
             [
@@ -100,7 +100,7 @@ class TestAsATorchOptimizer:
         model(X)  # another forward, without a loss: nothing comes of it
         step(model, opt)
         expected = -FIXED["lr"] * (inverse @ g) + FIXED["momentum"] * first
-        torch.testing.assert_close(flat(model) - start - first, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(parameter_vector(model) - start - first, expected, rtol=1e-9, atol=1e-12)
 
     def test_it_goes_when_its_last_reference_goes(self):
         model, opt = made()

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import natgrad
-from kfac_steps import LABELS, C, D, X, flat, made, step
-from oracles import Power
+from kfac_steps import LABELS, C, D, X, made, step
+from oracles import Power, parameter_vector
 
 FIXED = {"lr": 0.05, "momentum": 0.5, "damping": 0.1}
 
@@ -61,10 +61,10 @@ class TestBadInput:
 
     def test_no_damping_on_a_singular_factor(self):
         model, opt = made(**{**FIXED, "damping": 0.0})
-        before = flat(model)
+        before = parameter_vector(model)
         with pytest.raises(ValueError, match=r"layer '[02]': .*pass a larger damping"):
             step(model, opt)
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
 
     def test_a_parameter_that_no_kind_covers(self):
         model = nn.Sequential(nn.Linear(D, 4), Power(4), nn.Linear(4, C)).double()

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import natgrad
-from kfac_steps import ADAPTIVE, FIXED, C, D, X, flat, made, model_of, step
-from oracles import f64, rejected
+from kfac_steps import ADAPTIVE, FIXED, C, D, X, made, model_of, step
+from oracles import f64, parameter_vector, rejected
 
 
 class TestState:
@@ -55,7 +55,7 @@ class TestState:
         for _ in range(6):
             step(model, opt)
             step(other, resumed)
-            assert torch.equal(flat(model), flat(other))
+            assert torch.equal(parameter_vector(model), parameter_vector(other))
         assert opt.diagnostics == resumed.diagnostics
 
     def test_a_copy_of_the_model_takes_no_part(self):
@@ -66,7 +66,7 @@ class TestState:
             twin(X).sum().backward()
             twin.eval()(X)
             step(*two)
-        assert torch.equal(flat(one[0]), flat(two[0]))
+        assert torch.equal(parameter_vector(one[0]), parameter_vector(two[0]))
 
     def test_a_copy_of_model_and_optimizer_steps_alike_or_is_refused(self):
         model, opt = made(**ADAPTIVE)
@@ -77,7 +77,7 @@ class TestState:
             return
         step(model, opt)
         step(other, copied)
-        assert torch.equal(flat(model), flat(other))
+        assert torch.equal(parameter_vector(model), parameter_vector(other))
 
     def test_two_optimizers_of_one_model_do_not_disturb_each_other(self):
         model, opt = made(**ADAPTIVE)
@@ -87,6 +87,6 @@ class TestState:
         for _ in range(3):
             step(model, opt)
             step(alone, reference)
-        assert torch.equal(flat(model), flat(alone))
+        assert torch.equal(parameter_vector(model), parameter_vector(alone))
         step(model, second)
         assert second.diagnostics["accepted"]

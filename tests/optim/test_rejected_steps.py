@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import natgrad
-from kfac_steps import ADAPTIVE, BOTH, FIXED, FRESH, LABELS, C, D, X, flat, made, model_of, step
+from kfac_steps import ADAPTIVE, BOTH, FIXED, FRESH, LABELS, C, D, X, made, model_of, step
 from natgrad.linalg import CenteredKronecker
-from oracles import rejected
+from oracles import parameter_vector, rejected
 
 
 def singular(self, *args, **kwargs):
@@ -26,13 +26,13 @@ class TestRejection:
     @BOTH
     def test_one_bad_microbatch_rejects_the_step_and_leaves_the_moments(self, options):
         model, opt = self.trained(options)
-        before, curvature = flat(model), opt.curvature().to_dense()
+        before, curvature = parameter_vector(model), opt.curvature().to_dense()
         opt.zero_grad()
         for x in (X, X.index_fill(0, torch.tensor(2), math.inf)):
             (opt.loss(model(x), LABELS) / 2).backward()
         opt.step()
         rejected(opt)
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
         assert torch.equal(opt.curvature().to_dense(), curvature)
         step(model, opt)
         assert opt.diagnostics["accepted"]
@@ -47,14 +47,14 @@ class TestRejection:
 
     def test_a_factor_that_cannot_be_inverted(self, monkeypatch):
         model, opt = self.trained(ADAPTIVE)
-        before, damping = flat(model), opt.diagnostics["damping"]
+        before, damping = parameter_vector(model), opt.diagnostics["damping"]
         opt.recipe.preconditioner.inverse = None  # with a last one it would be kept
 
         with monkeypatch.context() as patch:
             patch.setattr(CenteredKronecker, "inverse", singular)
             step(model, opt)
             rejected(opt, "a factor could not be inverted: layer '0'")
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
         assert "could not be inverted" in opt.diagnostics["reason"]
         assert opt.diagnostics["damping"] == pytest.approx(4 * damping)
         loss = step(model, opt)
@@ -63,13 +63,13 @@ class TestRejection:
 
     def test_without_any_invertible_factor_the_first_step_is_rejected_too(self, monkeypatch):
         model, opt = made()
-        before = flat(model)
+        before = parameter_vector(model)
 
         with monkeypatch.context() as patch:
             patch.setattr(CenteredKronecker, "inverse", singular)
             step(model, opt)
             rejected(opt, "could not be inverted")
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
 
     @BOTH
     def test_a_good_step_follows_a_gradient_of_nan(self, options):
@@ -77,10 +77,10 @@ class TestRejection:
         opt.zero_grad()
         opt.loss(model(X), LABELS).backward()
         model[2].bias.grad[0] = math.nan
-        before = flat(model)
+        before = parameter_vector(model)
         opt.step()
         rejected(opt, "gradient is not finite")
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
         loss = step(model, opt)
         assert opt.diagnostics["accepted"]
         assert nn.CrossEntropyLoss()(model(X), LABELS) < loss
@@ -88,9 +88,9 @@ class TestRejection:
     def test_at_an_exact_optimum_nothing_moves_and_nothing_is_rejected(self, recwarn):
         model = model_of(D, C)
         opt = natgrad.KFAC(model, nn.MSELoss(), **ADAPTIVE)
-        before, y = flat(model), model(X).detach()
+        before, y = parameter_vector(model), model(X).detach()
         for _ in range(3):
             step(model, opt, X, y)
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
         assert opt.diagnostics["accepted"], opt.diagnostics
         assert not [w for w in recwarn if w.category is RuntimeWarning]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import natgrad
-from kfac_steps import C, D, flat, made, step
-from oracles import net
+from kfac_steps import C, D, made, step
+from oracles import net, parameter_vector
 
 FIXED = {"lr": 0.05, "momentum": 0.5, "damping": 0.1}
 
@@ -33,7 +33,7 @@ class TestResuming:
         resumed.load_state_dict(saved["opt"])
         for _ in range(7):
             assert torch.equal(step(model, opt), step(other, resumed))
-            assert torch.equal(flat(model), flat(other))
+            assert torch.equal(parameter_vector(model), parameter_vector(other))
         assert opt.diagnostics == resumed.diagnostics
 
     def test_a_state_from_another_kind_of_device_has_random_numbers_of_another_kind(self):
@@ -48,7 +48,7 @@ class TestResuming:
             again.load_state_dict(saved)
             for _ in range(3):
                 step(twin, again)
-            resumed.append(flat(twin))
+            resumed.append(parameter_vector(twin))
         assert torch.equal(*resumed)
         assert torch.isfinite(resumed[0]).all()
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import natgrad
-from oracles import close, damping_matrix, f64, homogeneous, homogeneous_kron, net, randn
+from oracles import close, damping_matrix, f64, homogeneous, homogeneous_kron, net, parameter_vector, randn
 
 N, D, C = 24, 5, 3
 X, LABELS = randn(N, D), torch.arange(N) % C
@@ -22,10 +22,6 @@ def model_of(*widths, seed=0):
 
 def backward(opt, model, x, y, scale=1.0):
     (scale * opt.loss(model(x), y)).backward()
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def change(model, loss, x=X, y=LABELS, **options):
@@ -181,7 +177,7 @@ def run(model, loss, options, batches, scale=1.0, steps=4):
             backward(opt, model, x, y, scale * weight)
         opt.step()
         assert opt.diagnostics["accepted"], opt.diagnostics
-    return flat(model)
+    return parameter_vector(model)
 
 
 @pytest.mark.parametrize(
@@ -227,14 +223,14 @@ def test_step_size_and_momentum_minimize_the_quadratic_model(weight_decay, cente
     opt = natgrad.KFAC(model, loss, weight_decay=weight_decay, damping=0.05, **options)
     previous = None
     for _ in range(3):
-        before, direction_space = flat(model), []
+        before, direction_space = parameter_vector(model), []
         F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
         g = torch.cat([v.flatten() for v in gradients(model, loss).values()]) + weight_decay * before
         opt.zero_grad()
         backward(opt, model, X, LABELS)
         opt.step()
         F = F + damping_matrix(opt, 0.05) + weight_decay * torch.eye(len(F), dtype=f64)
-        delta = flat(model) - before
+        delta = parameter_vector(model) - before
         direction_space = [delta] if previous is None else [delta, previous]
         for d in direction_space:  # at the minimum over a plane the model's gradient is normal to it
             assert abs(d @ (F @ delta + g)) < 1e-9 * max(1.0, (d.norm() * g.norm()).item())
@@ -247,13 +243,13 @@ def test_between_adaptations_the_length_alone_minimizes_it():
     opt = natgrad.KFAC(model, loss, damping=0.05, **{**ADAPTIVE, "adapt_every": 3})
     ratios = []
     for step in range(6):
-        before, g = flat(model), torch.cat([v.flatten() for v in gradients(model, loss).values()])
+        before, g = parameter_vector(model), torch.cat([v.flatten() for v in gradients(model, loss).values()])
         F = natgrad.fisher(model, loss, (X, LABELS), "dense").to_dense()
         opt.zero_grad()
         backward(opt, model, X, LABELS)
         opt.step()
         F = F + damping_matrix(opt, 0.05)
-        delta = flat(model) - before
+        delta = parameter_vector(model) - before
         assert abs(delta @ (F @ delta + g)) < 1e-9
         if step:
             ratios.append(opt.diagnostics["momentum"] / opt.diagnostics["lr"])

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import natgrad
-from kfac_steps import LABELS, C, D, N, X, flat, made, step
-from oracles import net, rejected
+from kfac_steps import LABELS, C, D, N, X, made, step
+from oracles import net, parameter_vector, rejected
 
 FIXED = {"lr": 0.05, "momentum": 0.5, "damping": 0.1}
 
@@ -25,56 +25,56 @@ class TestUndone:
 
     def test_a_nan_in_the_batch(self, trained):
         model, opt = trained
-        before, curvature, damping = flat(model), opt.curvature().to_dense(), opt.diagnostics["damping"]
+        before, curvature, damping = parameter_vector(model), opt.curvature().to_dense(), opt.diagnostics["damping"]
         bad = X.clone()
         bad[3, 1] = math.nan
         step(model, opt, bad)
         rejected(opt, "the loss is not finite")
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
         assert torch.equal(opt.curvature().to_dense(), curvature)
         assert not opt.diagnostics["accepted"]
         assert "not finite" in opt.diagnostics["reason"]
         assert opt.diagnostics["damping"] == damping  # the batch is to blame, not the step
         step(model, opt)
         assert opt.diagnostics["accepted"]
-        assert torch.isfinite(flat(model)).all()
-        assert not torch.equal(flat(model), before)
+        assert torch.isfinite(parameter_vector(model)).all()
+        assert not torch.equal(parameter_vector(model), before)
 
     def test_a_nan_in_a_gradient(self, trained):
         model, opt = trained
-        before = flat(model)
+        before = parameter_vector(model)
         opt.loss(model(X), LABELS).backward()
         model[0].weight.grad[1, 2] = math.nan
         opt.step()
         rejected(opt, "the gradient is not finite")
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
 
     def test_squares_of_inputs_that_overflow(self):
         model = net(D, 4, C).float()
         nn.init.zeros_(model[0].weight)  # so that loss and gradient are finite
         opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), **FIXED)
-        before = flat(model)
+        before = parameter_vector(model)
         step(model, opt, 1e25 * X.float())
         rejected(opt, "the statistics are not finite")
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
 
     def test_a_nan_in_the_first_batch(self):
         model, opt = made()
-        before = flat(model)
+        before = parameter_vector(model)
         step(model, opt, torch.full_like(X, math.nan))
         rejected(opt)
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
         step(model, opt)
         assert opt.diagnostics["accepted"]
 
     def test_a_loss_that_rises_by_half_is_undone(self, monkeypatch):
         model, opt = made(adapt_every=1)
         step(model, opt)
-        before, damping = flat(model), opt.diagnostics["damping"]
+        before, damping = parameter_vector(model), opt.diagnostics["damping"]
         monkeypatch.setattr("natgrad.optim.objective.Objective.evaluate", lambda self: 100.0)
         step(model, opt)
         rejected(opt, r"the loss would have risen from .* to 100")
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
         assert opt.diagnostics["damping"] == 4 * damping
 
     def test_where_the_whole_step_would_raise_the_loss_a_part_of_it_is_taken(self, monkeypatch):
@@ -83,7 +83,7 @@ class TestUndone:
         twin, other = copy.deepcopy(model), opt.state_dict()
         again = natgrad.KFAC(twin, nn.CrossEntropyLoss(), adapt_every=1)
         again.load_state_dict(copy.deepcopy(other))
-        before, damping = flat(model), opt.diagnostics["damping"]
+        before, damping = parameter_vector(model), opt.diagnostics["damping"]
         values = iter([100.0, 50.0, 0.0])  # of the whole, of a quarter, of a sixteenth
         with monkeypatch.context() as patched:
             patched.setattr("natgrad.optim.objective.Objective.evaluate", lambda self: next(values))
@@ -93,30 +93,32 @@ class TestUndone:
         assert opt.diagnostics["shortened"] == 1 / 16
         assert opt.diagnostics["faults"] == {"shortened": 1}
         assert opt.diagnostics["damping"] == 4 * damping
-        assert torch.allclose(flat(model) - before, (flat(twin) - before) / 16, rtol=1e-6, atol=1e-12)
+        assert torch.allclose(
+            parameter_vector(model) - before, (parameter_vector(twin) - before) / 16, rtol=1e-6, atol=1e-12
+        )
 
     def test_a_given_step_size_is_not_shortened(self, monkeypatch):
         model, opt = made(lr=0.1, momentum=0.0, adapt_every=1)
         step(model, opt)
-        before = flat(model)
+        before = parameter_vector(model)
         monkeypatch.setattr("natgrad.optim.objective.Objective.evaluate", lambda self: 100.0)
         step(model, opt)
         rejected(opt, "would have risen")
-        assert torch.equal(flat(model), before)
+        assert torch.equal(parameter_vector(model), before)
 
     def test_a_step_that_made_the_loss_infinite_is_taken_back(self):
         torch.manual_seed(0)
         model = net(D, 4, C, activation=nn.ReLU)
         opt = natgrad.KFAC(model, nn.CrossEntropyLoss(), **FIXED)
         step(model, opt)
-        before = flat(model)
+        before = parameter_vector(model)
         opt.param_groups[0]["lr"] = 1e200
         step(model, opt)
         opt.param_groups[0]["lr"] = 1e-3
         step(model, opt)
         rejected(opt, "not finite after the last step, which is undone")
         assert torch.isfinite(step(model, opt))
-        assert flat(model).abs().max() < 10 * before.abs().max()
+        assert parameter_vector(model).abs().max() < 10 * before.abs().max()
 
     def test_rejections_in_a_row_raise_the_damping_ever_faster_and_are_told_seldom(self, monkeypatch, recwarn):
         model, opt = made(adapt_every=1)
@@ -167,7 +169,7 @@ class TestUndone:
             for _ in range(30):
                 loss = step(model, opt, x)
         assert torch.isfinite(loss)
-        assert torch.isfinite(flat(model)).all()
+        assert torch.isfinite(parameter_vector(model)).all()
 
 
 class TestAStepTooFar:

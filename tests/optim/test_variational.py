@@ -1,18 +1,13 @@
 """Variational Monte Carlo: a step by the log-derivatives of a wave function, whose energy is an expectation."""
 
 import torch
-from torch import nn
 
 import natgrad
-from oracles import close, f64, jacobian, net, randn
+from oracles import close, f64, jacobian, net, parameter_vector, randn
 
 N, D, DAMPING, MOMENTUM = 80, 4, 1e-3, 0.9
 STATES, ENERGIES = randn(N, D), randn(N, seed=1)
 LOSS = natgrad.losses.Likelihood(lambda output: torch.distributions.Normal(output, 0.5))
-
-
-def flat(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def log_derivatives(model):
@@ -22,18 +17,18 @@ def log_derivatives(model):
 
 def direction(opt, model, lr):
     """`Δ` of one step."""
-    before, output = flat(model), model(STATES)
+    before, output = parameter_vector(model), model(STATES)
     opt.predict(output)
     opt.zero_grad()
     (2 * (ENERGIES - ENERGIES.mean()) * output[:, 0]).mean().backward()
     opt.step()
-    return (before - flat(model)) / lr
+    return (before - parameter_vector(model)) / lr
 
 
 def test_the_step_is_that_of_the_log_derivatives_with_momentum():
     model, lr = net(D, 6, 1), 0.1
     opt = natgrad.NaturalGradient(model, LOSS, lr=lr, damping=DAMPING, momentum=MOMENTUM)
-    past = torch.zeros_like(flat(model))
+    past = torch.zeros_like(parameter_vector(model))
     for _ in range(3):
         J = log_derivatives(model)
         g = 2 * (ENERGIES - ENERGIES.mean()) @ J / N

@@ -5,7 +5,7 @@ from math import log, pi
 import torch
 from torch import nn
 
-from oracles import dense_curvature, f64, net, randn, summed
+from oracles import dense_curvature, f64, net, parameter_vector, randn, summed
 
 N = 30
 
@@ -27,10 +27,6 @@ def problem(case="classes"):
     return net(4, 5, 3).eval(), loss, (randn(N, 4), target())
 
 
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
 def likelihood(model, loss, data, sigma):
     """The curvature of the negative log-likelihood, and the log-likelihood, of the sum over the data."""
     G = dense_curvature(model, summed(loss), [data])
@@ -44,7 +40,7 @@ def likelihood(model, loss, data, sigma):
 def evidence(model, loss, data, delta, sigma=1.0):
     """`log p(data)` of the dense posterior, by the formula."""
     G, log_likelihood = likelihood(model, loss, data, sigma)
-    theta = flat(model)
+    theta = parameter_vector(model)
     delta = torch.as_tensor(delta, dtype=f64).expand(len(theta))
     terms = (delta * theta.square()).sum() - delta.log().sum() + torch.logdet(G + delta.diag())
     return log_likelihood - 0.5 * terms

@@ -7,8 +7,8 @@ from torch import nn
 import natgrad
 from models import MODELS
 from natgrad import LaplacePosterior
-from oracles import close, f64, jacobian, net, randn, summed
-from posteriors import CASES, STRUCTURES, N, evidence, flat, likelihood, problem
+from oracles import close, f64, jacobian, net, parameter_vector, randn, summed
+from posteriors import CASES, STRUCTURES, N, evidence, likelihood, problem
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,7 +48,7 @@ def test_every_structure_is_consistent_with_its_own_matrix(structure, case):
     J = jacobian(model, x, [n for n, _ in model.named_parameters()])[0].view(7, 3, -1)
     close(P.functional_variance(x), J @ torch.linalg.inv(precision) @ J.mT, 1e-9)
     _, log_likelihood = likelihood(model, loss, data, 1.0)
-    terms = 0.3 * flat(model).square().sum() - len(F) * torch.tensor(0.3).log() + torch.logdet(precision)
+    terms = 0.3 * parameter_vector(model).square().sum() - len(F) * torch.tensor(0.3).log() + torch.logdet(precision)
     close(P.log_marginal_likelihood(), log_likelihood - 0.5 * terms, 1e-7)
     draws = P.sample_weights(20000, torch.Generator().manual_seed(0))
     moves = torch.cat([(draws[n] - p.detach()).flatten(1) for n, p in model.named_parameters()], 1)
