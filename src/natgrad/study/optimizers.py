@@ -56,7 +56,13 @@ class Kind:
         names = [p.name for p in own if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
         own_ways = ("params", "model", "loss", "generator", "output", "rest_lr", "steps")
         kept = [n for n in names if n not in (*own_ways, *COMMON)]
-        return [*COMMON, *kept, *(["rest"] if self.rest else [])]
+        rest = ["rest"] if self.rest else []
+        return [*COMMON, *kept, *rest, *(["rest_betas"] if self._has_adamw_beside else [])]
+
+    @property
+    def _has_adamw_beside(self) -> bool:
+        """Whether torch's AdamW trains the parameters that are not hidden matrices."""
+        return self.rest and not (self.follows_loss or self.whole_model)
 
     def types(self, option: str) -> tuple[type, ...]:
         """The allowed types of the option, from its annotation; empty: any type."""
@@ -75,7 +81,7 @@ class Kind:
         if self.decays:
             own.setdefault("weight_decay", task.weight_decay)
         own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
-        rest = own.pop("rest", None)
+        rest, rest_betas = own.pop("rest", None), own.pop("rest_betas", (0.9, 0.999))
         if self.follows_loss:
             if rest is not None:
                 hidden, others = matrices(model)
@@ -89,7 +95,8 @@ class Kind:
             return _plain([self.load()(model.parameters(), **own)], model, task, average)
         hidden, others = matrices(model)
         opts = [self.load()(hidden, **own)] if hidden else []
-        return _plain([*opts, torch.optim.AdamW(others, lr=rest, weight_decay=0.0)], model, task, average)
+        beside = torch.optim.AdamW(others, lr=rest, betas=rest_betas, weight_decay=0.0)
+        return _plain([*opts, beside], model, task, average)
 
 
 def _plain(opts: list[Any], model: nn.Module, task: Task, average: float | None) -> Stepper:
