@@ -128,6 +128,18 @@ class TestPeers:
         assert F.cross_entropy(model(x[0]), x[1]).item() < before - 1.5
 
 
+    @pytest.mark.parametrize("name", ["Muon", "NorMuon", "SOAPMuon"])
+    def test_adamw_beside_them_has_betas_of_its_own(self, name):
+        task = TASKS["text-64"]()
+        setting = {"lr": 0.02, "rest": 0.01, "rest_betas": [0.8, 0.95]}
+        stepper = OPTIMIZERS[name].make(task.make_model(0), task, setting)
+        _, beside = stepper.optimizers
+        assert isinstance(beside, torch.optim.AdamW)
+        assert beside.defaults["betas"] == (0.8, 0.95)
+        assert "rest_betas" in OPTIMIZERS[name].options()
+        assert "rest_betas" not in OPTIMIZERS["NewtonMuon"].options()
+
+
 class TestSchedule:
     def test_rates_rise_and_fall(self):
         schedule, budget = Schedule(0.1, 0.5), Budget(20)
