@@ -127,7 +127,6 @@ class TestPeers:
             stepper.step(next(batches))
         assert F.cross_entropy(model(x[0]), x[1]).item() < before - 1.5
 
-
     @pytest.mark.parametrize("name", ["Muon", "NorMuon", "SOAPMuon"])
     def test_adamw_beside_them_has_betas_of_its_own(self, name):
         task = TASKS["text-64"]()
