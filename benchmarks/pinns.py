@@ -93,6 +93,26 @@ def row(name: str, runs: Sequence[Run]) -> str:
     return f"| `{name}` | {len(runs)} | {seconds:.0f} | {pace:.0f} | {' | '.join(cells)} |"
 
 
+def is_ahead(name: str, runs: Sequence[Run]) -> bool:
+    """Whether every seed is ahead of every published run, in the lowest error and in the time to every target that one
+    of these reached."""
+    theirs, curves = published(name), [own(r["optimizer"], r) for r in runs]
+    pairs = [(max(c.best for c in curves), min(c.best for c in theirs))]
+    for target in TARGETS:
+        best = fastest(theirs, target)
+        if best is not None:
+            times = [c.first(target) for c in curves]
+            pairs.append((max(float("inf") if t is None else t for t in times), best[0]))
+    return all(ours < other for ours, other in pairs)
+
+
+def is_ahead_by_then(name: str, runs: Sequence[Run]) -> bool:
+    """Whether the median of the lowest errors is below all that the published runs had after the same seconds."""
+    seconds = statistics.median(r["curve"][-1]["seconds"] for r in runs)
+    by_then = [e for c in published(name) for s, e in c.points if s <= seconds]
+    return statistics.median(own(r["optimizer"], r).best for r in runs) < min(by_then, default=1.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", type=Path, nargs="+")
@@ -110,6 +130,12 @@ def main() -> None:
     for name in SETTINGS:
         if name in found:
             print(row(name, found[name]))
+    for words, test in (
+        ("in the lowest error and to every target, every seed", is_ahead),
+        ("at equal seconds, median", is_ahead_by_then),
+    ):
+        names = [name for name in SETTINGS if name in found and test(name, found[name])]
+        print(f"\nahead {words}: {len(names)} of {len(found)}: {', '.join(names)}")
     print(f"\nnot run: {', '.join(n for n in SETTINGS if n not in found)}")
 
 
