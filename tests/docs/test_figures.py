@@ -8,7 +8,7 @@ from benchmarks.pinns import is_ahead, is_ahead_by_then, row, runs_of
 
 ROOT = Path(__file__).parents[2]
 RUNS = runs_of([ROOT / "docs/curves/pinns.json"], "NaturalGradient")
-PAGE, README = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/pinns.md", "README.md"))
+PAGE, README = (" ".join((ROOT / n).read_text(encoding="utf-8").split()) for n in ("docs/pinns.md", "README.md"))
 WORDS = {9: "nine", 10: "ten", 11: "eleven", 12: "twelve", 13: "thirteen", 14: "fourteen"}
 
 
