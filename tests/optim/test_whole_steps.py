@@ -1,12 +1,14 @@
 """An exception or Ctrl-C within a step leaves parameters, buffers and optimizer as they were."""
 
 import copy
+import signal
 
 import pytest
 import torch
 from torch import nn
 
 import natgrad
+from natgrad.optim.whole import uninterrupted
 from oracles import f64
 
 X = torch.randn(24, 5, dtype=f64, generator=torch.Generator().manual_seed(0))
@@ -110,11 +112,16 @@ def test_an_exception_in_a_users_penalty():
     assert opt.diagnostics["accepted"]
 
 
-def test_ctrl_c_waits_for_the_end_of_a_change():
-    import signal
+@pytest.fixture
+def handler_of_ctrl_c():
+    """Sets the handler. It is not Python's where the tests run in the background of a shell: Ctrl-C is ignored there."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
 
-    from natgrad.optim.whole import uninterrupted
 
+def interrupted():
+    """A change that Ctrl-C comes into. Gives what was done."""
     done = []
 
     def change():
@@ -122,7 +129,21 @@ def test_ctrl_c_waits_for_the_end_of_a_change():
             signal.raise_signal(signal.SIGINT)
             done.append("the rest")
 
+    return done, change
+
+
+def test_ctrl_c_waits_for_the_end_of_a_change(handler_of_ctrl_c):
+    handler_of_ctrl_c(signal.default_int_handler)
+    done, change = interrupted()
     with pytest.raises(KeyboardInterrupt):
         change()
     assert done == ["the rest"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(handler_of_ctrl_c):
+    handler_of_ctrl_c(signal.SIG_IGN)
+    done, change = interrupted()
+    change()
+    assert done == ["the rest"]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
