@@ -114,7 +114,7 @@ def test_an_exception_in_a_users_penalty():
 
 @pytest.fixture
 def handler_of_ctrl_c():
-    """Sets the handler. It is not Python's where the tests run in the background of a shell: Ctrl-C is ignored there."""
+    """Sets the handler. It is not Python's own if a shell runs the tests in the background: Ctrl-C is then ignored."""
     before = signal.getsignal(signal.SIGINT)
     yield lambda handler: signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGINT, before)
