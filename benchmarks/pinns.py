@@ -71,11 +71,21 @@ def beside(mine: Sequence[float], theirs: float, digits: int, whose: str = "") -
     return f"{words} / {_number(theirs, digits)}{whose}"
 
 
-def cell(curves: Sequence[Curve], theirs: Sequence[Curve], target: float) -> str:
-    """Our times to an error, and the shortest published one."""
-    times = [t if (t := c.first(target)) is not None else float("inf") for c in curves]
+def to_target(curves: Sequence[Curve], theirs: Sequence[Curve], target: float) -> tuple[list[float], float]:
+    """Our times to an error, and the shortest published one; infinite where it is not reached."""
     best = fastest(theirs, target)
-    return beside(times, best[0] if best else float("inf"), 3)
+    return [t if (t := c.first(target)) is not None else float("inf") for c in curves], best[0] if best else float(
+        "inf"
+    )
+
+
+def median_seconds(runs: Sequence[Run]) -> float:
+    return statistics.median(r["curve"][-1]["seconds"] for r in runs)
+
+
+def lowest_by(theirs: Sequence[Curve], seconds: float) -> tuple[float, str]:
+    """The lowest published error within so many seconds, and whose it is."""
+    return min(((e, c.optimizer) for c in theirs for s, e in c.points if s <= seconds), default=(1.0, "none"))
 
 
 def row(name: str, runs: Sequence[Run]) -> str:
@@ -84,10 +94,10 @@ def row(name: str, runs: Sequence[Run]) -> str:
     lowest = min(theirs, key=lambda c: c.best)
     curves = [own(r["optimizer"], r) for r in runs]
     last = [r["curve"][-1] for r in runs]
-    cells = [cell(curves, theirs, target) for target in TARGETS]
-    seconds = statistics.median(p["seconds"] for p in last)
+    cells = [beside(*to_target(curves, theirs, target), 3) for target in TARGETS]
+    seconds = median_seconds(runs)
     pace = statistics.median(1000 * p["seconds"] / max(1, p["step"]) for p in last)
-    by_then, whose = min(((e, c.optimizer) for c in theirs for s, e in c.points if s <= seconds), default=(1.0, "none"))
+    by_then, whose = lowest_by(theirs, seconds)
     bests = [c.best for c in curves]
     cells += [beside(bests, by_then, 2, f" ({whose})"), beside(bests, lowest.best, 2, f" ({lowest.optimizer})")]
     return f"| `{name}` | {len(runs)} | {seconds:.0f} | {pace:.0f} | {' | '.join(cells)} |"
@@ -97,20 +107,15 @@ def is_ahead(name: str, runs: Sequence[Run]) -> bool:
     """Whether every seed is ahead of every published run, in the lowest error and in the time to every target that one
     of these reached."""
     theirs, curves = published(name), [own(r["optimizer"], r) for r in runs]
-    pairs = [(max(c.best for c in curves), min(c.best for c in theirs))]
-    for target in TARGETS:
-        best = fastest(theirs, target)
-        if best is not None:
-            times = [c.first(target) for c in curves]
-            pairs.append((max(float("inf") if t is None else t for t in times), best[0]))
-    return all(ours < other for ours, other in pairs)
+    pairs = [([c.best for c in curves], min(c.best for c in theirs))]
+    pairs += [to_target(curves, theirs, target) for target in TARGETS if fastest(theirs, target)]
+    return all(max(ours) < other for ours, other in pairs)
 
 
 def is_ahead_by_then(name: str, runs: Sequence[Run]) -> bool:
     """Whether the median of the lowest errors is below all that the published runs had after the same seconds."""
-    seconds = statistics.median(r["curve"][-1]["seconds"] for r in runs)
-    by_then = [e for c in published(name) for s, e in c.points if s <= seconds]
-    return statistics.median(own(r["optimizer"], r).best for r in runs) < min(by_then, default=1.0)
+    by_then, _ = lowest_by(published(name), median_seconds(runs))
+    return statistics.median(own(r["optimizer"], r).best for r in runs) < by_then
 
 
 def main() -> None:

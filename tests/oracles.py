@@ -65,7 +65,7 @@ def net(*widths, bias=True, activation=nn.Tanh):
 def flatten(v):
     """A vector in any of its forms as one flat tensor."""
     values = v.values() if isinstance(v, dict) else v if isinstance(v, tuple) else (v,)
-    return torch.cat([t.detach().flatten() for t in values])
+    return flat(values)
 
 
 def fit(opt, model, x, y, steps):

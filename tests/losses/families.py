@@ -97,6 +97,7 @@ def blocks(curvature, output, target):
 
 
 def outer(columns):
+    """`Σ_k s_k s_kᵀ` of every example."""
     S = torch.stack([s.flatten(1) if s.ndim > 1 else s.unsqueeze(1) for s in columns], -1)
     return S @ S.mT
 

@@ -16,13 +16,6 @@ KINDS = ("fisher", "gauss_newton")
 both_reductions = pytest.mark.parametrize("reduce", [summed, meant])
 
 
-def outer(columns):
-    """`Σ_k s_k s_kᵀ` of every example."""
-    S = torch.stack(list(columns), -1)
-    S = S.reshape(len(S), -1, S.shape[-1])
-    return S @ S.mT
-
-
 def rates(*shape, seed=0):
     return randn(*shape, seed=seed).exp()
 

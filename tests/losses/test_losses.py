@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from families import outer
 from natgrad.losses import ESTIMATORS, output_curvature
 from oracles import close, f64, meant, normalizer, output_hessian, randn, summed
 
@@ -84,13 +85,6 @@ def make(name, seed=0):
 def by_example(M, n):
     """The diagonal blocks of a matrix over n examples."""
     return torch.stack([block.chunk(n, 1)[i] for i, block in enumerate(M.chunk(n))])
-
-
-def outer(columns):
-    """`Σ_k s_k s_kᵀ` of every example."""
-    S = torch.stack(list(columns), -1)
-    S = S.reshape(len(S), -1, S.shape[-1])
-    return S @ S.mT
 
 
 def reference_weight(loss, output, target):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import natgrad
+from families import outer
 from natgrad.losses import output_curvature
 from noncanonical import (
     KINDS,
@@ -18,7 +19,6 @@ from noncanonical import (
     dense_of,
     every_other,
     expected_outer,
-    outer,
     rates,
     reference,
 )

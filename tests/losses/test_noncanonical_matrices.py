@@ -7,7 +7,7 @@ from torch import nn
 
 import natgrad
 from noncanonical import COUNTS, C, Joined, MeanAndVariance, both_reductions, expected_outer
-from oracles import close, dense_curvature, jacobian, meant, net, numel, output_hessian, randn
+from oracles import close, dense_curvature, jacobian, meant, net, numel, output_hessian, parameter_vector, randn
 
 
 def joined(model):
@@ -93,8 +93,7 @@ class TestMatrices:
             values = {n: p.view(s) for (n, _), p, s in zip(single.named_parameters(), pieces, shapes, strict=True)}
             return Joined(loss)(torch.func.functional_call(single, values, (x,)), y)
 
-        flat = torch.cat([p.detach().flatten() for p in single.parameters()])
-        expected = torch.autograd.functional.hessian(objective, flat)
+        expected = torch.autograd.functional.hessian(objective, parameter_vector(single))
         close(natgrad.hessian(model, loss, (x, y), "dense").to_dense(), expected, 1e-9)
         v = randn(numel(model))
         close(natgrad.hessian(model, loss, (x, y), "implicit") @ v, expected @ v, 1e-9)
