@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch.overrides import _len_torch_function_stack
 
+from natgrad.capture.eager import EAGER
 from pairwise import mark_all_but_some, mark_the_rest
 
 settings.register_profile("natgrad", deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
@@ -18,14 +19,19 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def _no_function_mode_survives_a_test():
-    """Also ends those that do, so that one failure stays one."""
+def _no_mode_survives_a_test():
+    """No function mode, and no order to run compiled code eagerly. It also ends those that do, so that one failure
+    stays one."""
     before = _len_torch_function_stack()
     yield
     left = _len_torch_function_stack() - before
     for _ in range(left):
         torch._C._pop_torch_function_stack()
+    eager = EAGER._within
+    while EAGER._within:
+        EAGER.__exit__()
     assert left == 0
+    assert not eager
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from natgrad.capture.cases import Cases
 from natgrad.capture.derivatives import DerivativeRecorder
+from natgrad.capture.eager import EAGER
 from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.separation import SeparationCheck
@@ -184,7 +185,7 @@ class Problem:
 
     def _record(self, recorder: Recorder, batch: Any) -> tuple[Tensor, Any]:
         # Compiled code has no function modes.
-        with torch.compiler.set_stance("force_eager"), torch.enable_grad(), recorder:
+        with EAGER, torch.enable_grad(), recorder:
             output, target = self.run(self.model, batch)
         check_output(output)
         if not output.requires_grad and not self.reached:

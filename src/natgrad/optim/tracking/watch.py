@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from natgrad.capture.eager import EAGER
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.tap import Tap
 from natgrad.capture.tape import Tape
@@ -58,6 +59,7 @@ class Watch:
         self.forwards: list[Forward] = []
         self._now: Forward | None = None
         self._recorder: Recorder | Tape | None = None
+        self._end: Callable[[], object] | None = None  # the recording
         self._depth = 0
         self._outermost: FrameType | None = None
         self._suspended = False
@@ -141,19 +143,18 @@ class Watch:
         """Within the context, forwards of the model are ignored."""
         self._suspended = True
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with EAGER:
                 yield
         finally:
             self._suspended = False
 
     def clear(self) -> None:
-        """Ends the recording of a forward. One that was interrupted is ended by the next: torch runs no hook
-        after a KeyboardInterrupt."""
-        self._depth, self._outermost, self._now = 0, None, None
-        recorder, self._recorder = self._recorder, None
-        if recorder is not None:
-            _leave(recorder)
-            self._stance.__exit__(None, None, None)
+        """Ends the recording of a forward. One that was interrupted is ended by the next, or with the optimizer: torch
+        runs no hook after a KeyboardInterrupt."""
+        self._depth, self._outermost, self._now, self._recorder = 0, None, None, None
+        if self._end is not None:
+            self._end()
+            self._end = None
 
     def _before(self, args: Any, kwargs: Any, compiled: bool) -> None:
         if self._suspended:
@@ -186,8 +187,9 @@ class Watch:
             else:
                 self._recorder = self.recorder()
                 self._recorder.tape = tape
+            EAGER.__enter__()
             self._recorder.__enter__()
-            self._stance = torch.compiler.set_stance("force_eager")
+            self._end = weakref.finalize(self, _end, self._recorder)
 
     def _after(self, output: Any) -> None:
         if self._suspended:
@@ -232,8 +234,8 @@ def _running(frame: FrameType) -> bool:
     return caller is not None
 
 
-def _leave(recorder: Recorder | Tape) -> None:
-    """Removes the recorder from the stack of function modes, even if it is not on top."""
+def _end(recorder: Recorder | Tape) -> None:
+    """Removes the recorder from the stack of function modes, even if it is not on top; compiled code may run again."""
     above: list[Any] = []
     while recorder in _get_current_function_mode_stack():
         mode = _pop_mode()
@@ -241,3 +243,4 @@ def _leave(recorder: Recorder | Tape) -> None:
             above.append(mode)
     for mode in reversed(above):
         _push_mode(mode)
+    EAGER.__exit__()
