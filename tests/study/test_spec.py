@@ -67,6 +67,13 @@ def test_shipped_specs_are_good(name):
     assert spec.in_seconds == (name in ("peers", "pinns", "pinns-long"))
 
 
+def test_short_and_long_runs_of_physics_informed_networks_have_the_same_settings():
+    short, long = (load_spec(name) for name in ("pinns", "pinns-long"))
+    assert short.optimizers[0] == long.optimizers[0]
+    budgets = {task.name: task.budget.seconds for task in long.tasks}
+    assert all(task.budget.seconds < budgets[task.name] for task in short.tasks)
+
+
 def test_the_clock_of_the_processor():
     spec = read(GOOD + '\nclock = "cpu"' if "[" not in GOOD else 'clock = "cpu"\n' + GOOD)
     plain = read(GOOD)
