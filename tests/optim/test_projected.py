@@ -55,6 +55,18 @@ def test_momentum_is_the_formula(solver, lr):
             previous = direction
 
 
+def test_momentum_is_the_formula_while_a_scheduler_changes_the_step_size():
+    model, mu = net(D, 5, 2), 0.8
+    opt = natgrad.NaturalGradient(model, LOSS, lr=1.0, momentum=mu, **GIVEN)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(opt, [2, 3], gamma=0.1)
+    previous = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=f64)
+    for lr in (1.0, 1.0, 0.1, 0.01):
+        M, g = matrices(model)
+        previous = torch.linalg.solve(M, g + DAMPING * mu * previous)
+        close(step(opt, model), -lr * previous, 1e-9)
+        scheduler.step()
+
+
 def bent(model, delta):
     """`−½ (F + λI)⁻¹ Jᵀ D f''`, with `f''` along `δ` by forward mode over forward mode."""
     own = {n: p.detach() for n, p in model.named_parameters()}
@@ -71,13 +83,16 @@ def bent(model, delta):
     return -0.5 * torch.linalg.solve(M, flat(pulled))
 
 
+@pytest.mark.parametrize(("lr", "momentum"), [(None, 0.8), (1.0, 0.8), (0.3, 0.0)])
 @pytest.mark.parametrize("solver", ["dual", "primal"])
-def test_the_acceleration_takes_the_bending_back(solver):
+def test_the_acceleration_takes_the_bending_back(solver, lr, momentum):
     model = net(D, 5, 2)
     straight, other = copy.deepcopy(model), copy.deepcopy(model)
-    delta = step(natgrad.NaturalGradient(straight, LOSS, solver=solver, **GIVEN), straight)
+    options = {"solver": solver, "lr": lr, "momentum": momentum}
+    delta = step(natgrad.NaturalGradient(straight, LOSS, **options, **GIVEN), straight)
     expected = bent(model, delta)
-    opt = natgrad.NaturalGradient(other, LOSS, solver=solver, damping=DAMPING)
+    accelerate = None if lr is None else True
+    opt = natgrad.NaturalGradient(other, LOSS, damping=DAMPING, accelerate=accelerate, **options)
     change = step(opt, other)
     a = change - delta
     share = min(1.0, BENT / (2 * float(expected.norm() / delta.norm())))
@@ -92,6 +107,40 @@ def test_a_quadratic_problem_has_no_bending():
     delta = step(opt, model)
     assert opt.diagnostics["bending"] < 1e-10
     assert delta.norm() > 0.1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_a_step_size_of_one_is_the_step_without_one(momentum):
+    models = [net(D, 5, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    opts = [
+        natgrad.NaturalGradient(model, LOSS, momentum=momentum, lr=lr, accelerate=True)
+        for model, lr in zip(models, (None, 1.0), strict=True)
+    ]
+    for _ in range(4):
+        one, other = (step(*pair) for pair in zip(opts, models, strict=True))
+        close(one, other, 1e-12)
+    assert opts[0].diagnostics["bending"] == pytest.approx(opts[1].diagnostics["bending"])
+
+
+@pytest.mark.parametrize("what", ["penalty", "prediction", "cg"])
+def test_an_acceleration_that_was_asked_for_is_never_left_out(what):
+    model = net(D, 5, 2)
+    options = {"max_size": 3} if what == "cg" else {"lr": 0.1}
+    opt = natgrad.NaturalGradient(model, LOSS, accelerate=True, **options)
+    output = model(X)
+    if what == "prediction":
+        opt.predict(output)
+        loss = (output * Y).mean()
+    else:
+        loss = opt.loss(output, Y)
+    if what == "penalty":
+        loss = loss + opt.plus(lambda: 1e-3 * model[0].weight.square().sum())
+    loss.backward()
+    before = flat(model.parameters())
+    with pytest.raises(NotImplementedError, match="leave accelerate out"):
+        opt.step()
+    assert torch.equal(flat(model.parameters()), before)
 
 
 def test_a_bound_on_the_norm_is_kept():
@@ -178,7 +227,13 @@ def test_eager_damping_falls_in_the_rule_of_thumbs_dead_zone():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"max_norm": 0.0}, "max_norm=0.0"), ({"accelerate": 2}, "accelerate")]
+    ("options", "message"),
+    [
+        ({"max_norm": 0.0}, "max_norm=0.0"),
+        ({"accelerate": 2}, "accelerate"),
+        ({"accelerate": True, "solver": "cg"}, "leave one of them out"),
+        ({"accelerate": True, "estimator": "mc"}, "leave one of them out"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises((ValueError, TypeError), match=message):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import natgrad
 from natgrad.checks.errors import UserError
 from natgrad.study import text
 from natgrad.study.decoder import Decoder, rotated
@@ -174,10 +175,36 @@ class TestSchedule:
         assert all(r["status"] == "finished" for r in results)
         assert jobs[0].what()["schedule"] == {"warmup": 0.2, "cooldown": 0.5}
 
+    def test_an_optimizer_may_have_a_cooldown_of_its_own(self, monkeypatch):
+        spec = read_spec("s", "s.toml", """
+        seeds = 1
+        steps = 4
+        tasks = ["poisson2d-257"]
+        batch = 20
+        [optimizers.NaturalGradient]
+        lr = 1.0
+        accelerate = true
+        cooldown = 0.5
+        """)  # fmt: skip
+        rates = []
+        inner = natgrad.NaturalGradient.step
+
+        def step(self, *args):
+            rates.append(self.param_groups[0]["lr"])
+            return inner(self, *args)
+
+        monkeypatch.setattr(natgrad.NaturalGradient, "step", step)
+        (entry,) = spec.optimizers
+        result = perform(spec.job(spec.tasks[0], entry, entry.settings["poisson2d-257"][0], 0))
+        assert (result["status"], rates) == ("finished", [1.0, 1.0, 1.0, 0.5])
+
     @pytest.mark.parametrize(
         ("line", "message"),
         [
             ("[schedule]\nwarmup = 1.5", "schedule.warmup is 1.5; expected a share of the budget"),
+            ("[schedule]\ncooldown = 0.5\n[optimizers.KFAC]", "a schedule or cooldown needs a number for lr"),
+            ("[optimizers.KFAC]\ncooldown = 0.5", "a schedule or cooldown needs a number for lr"),
+            ("[optimizers.KFAC]\nlr = 0.1\nmomentum = 0.9\ncooldown = 1.5", "cooldown is 1.5; expected a share of the"),
             ("[schedule]\nwarm = 0.5", "there is no key 'warm' in \\[schedule\\]"),
             ("[optimizers.Adam]\nlength = 1.5", "optimizers.Adam.length is 1.5; expected a share of the budget"),
         ],

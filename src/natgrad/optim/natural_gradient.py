@@ -53,8 +53,9 @@ class NaturalGradient(CurvatureOptimizer):
         max_kl: a bound on the predicted KL divergence `½ δᵀFδ` of a step. A longer step is shortened to it.
         max_norm: a bound on the length `‖δ‖` of a step. A longer step is shortened to it.
         accelerate: add the acceleration `a = −½ (F + λM)⁻¹ Jᵀ D f''` to a step `δ`, where `f''` is the second
-            derivative of the outputs along the step. It costs one forward pass and one solve. It requires `lr=None`,
-            and does not work with `solver="cg"`.
+            derivative of the outputs along the step. It costs one forward pass and one solve. None: if `lr` is None
+            and the matrix is the exact one, not by conjugate gradients. True: also with a number for `lr`, which a
+            scheduler may change; an error if it is not possible.
         scaling: the exponent `p` of the damping `λ M`, with `M = (diag F / mean(diag F))^p`. 0: the damping is `λ I`,
             as Levenberg's. 1: Marquardt's, with which the units of the parameters matter no more. None: 1/2 if the
             damping is adaptive and the matrix then costs at most 1.5 times as much, else 0. Conjugate gradients use
@@ -113,7 +114,7 @@ class NaturalGradient(CurvatureOptimizer):
         decoupled_weight_decay: bool = False,
         max_kl: float | None = None,
         max_norm: float | None = None,
-        accelerate: bool = True,
+        accelerate: bool | None = None,
         scaling: float | None = None,
         line_search: bool = False,
         average: float | None = None,
@@ -150,7 +151,13 @@ class NaturalGradient(CurvatureOptimizer):
                 f"min_damping={min_damping} is for an adaptive damping, but damping={damped.value} is fixed: leave one "
                 "of them out"
             )
-        check_flag("accelerate", accelerate)
+        if accelerate is not None:
+            check_flag("accelerate", accelerate)
+        if accelerate and (solver == "cg" or estimator != "exact"):
+            raise ValueError(
+                f"accelerate=True was given with solver={solver!r} and estimator={estimator!r}: expected 'dual' or "
+                "'primal' and 'exact'; leave one of them out"
+            )
         check_within("scaling", scaling, "[0, 1]", optional=True)
         if scaling and solver == "cg":
             raise ValueError(f"scaling={scaling} works only with solver='dual' or 'primal'; leave one of them out")

@@ -118,5 +118,5 @@ class Parameters(Mapping[str, Tensor]):
     def forget_momentum(self) -> None:
         """Forgets the last step and all momentum."""
         for p in self._named.values():
-            for past in ("delta", "momentum_buffer", "momentum_weight"):
+            for past in ("delta", "length", "momentum_buffer", "momentum_weight"):
                 self.states[p].pop(past, None)

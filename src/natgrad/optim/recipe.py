@@ -195,6 +195,9 @@ class Recipe:
         with uninterrupted():
             for n, d in taken.step.delta.items():
                 self.parameters.state_of(n)["delta"] = d
+            for part in taken.step.parts:
+                for n in part.names if part.length is not None else ():
+                    self.parameters.state_of(n)["length"] = part.length
             if self.average is not None:
                 own = self.parameters.local()
                 averaging.take_in({n: own[n] for n in taken.step.direction}, self.parameters.state_of, self.average)
@@ -343,10 +346,10 @@ class Recipe:
         return self.preconditioner.due(self.journal.steps)
 
     def runs_again(self) -> bool:
-        return not self.rule.fixed or self._measures() or self.preconditioner.runs_again
+        return self.rule.runs_again or self._measures() or self.preconditioner.runs_again
 
     def may_run_again(self) -> bool:
-        return not self.rule.fixed or self.damping.adaptive or self.preconditioner.runs_again
+        return self.rule.runs_again or self.damping.adaptive or self.preconditioner.runs_again
 
     def check(self, recorder: Recorder, output: Tensor) -> list[Use]:
         return self.preconditioner.check(recorder, output)

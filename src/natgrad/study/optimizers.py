@@ -19,9 +19,10 @@ from natgrad.study.peers import NorMuon, SOAPMuon
 from natgrad.study.task import Batch, Task
 
 Setting = Mapping[str, Any]
-COMMON = ("batch", "weight_decay", "average", "length")
+COMMON = ("batch", "weight_decay", "average", "length", "cooldown")
 """Options of every optimizer: the batch size, the weight decay of the objective (default: the task's), the decay of the
-weight average used for evaluation, and its share of the task's budget."""
+weight average used for evaluation, its share of the task's budget, and the share of its own budget at the end over
+which its learning rates fall to zero (default: the study's)."""
 
 
 @dataclass
@@ -69,14 +70,15 @@ class Kind:
         known = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,), "None": ()}
         parameter = inspect.signature(self.load()).parameters.get(option)
         words = str(parameter.annotation).replace("<class '", "").replace("'>", "") if parameter else "Any"
-        words = {"average": "float", "weight_decay": "float", "rest": "float", "length": "float"}.get(option, words)
+        if option in ("average", "weight_decay", "rest", "length", "cooldown"):
+            words = "float"
         parts = [part.strip() for part in words.split("|")]
         return tuple(t for part in parts for t in known[part]) if all(part in known for part in parts) else ()
 
     def make(self, model: nn.Module, task: Task, setting: Setting) -> Stepper:
         """Creates the stepper, from a model, a task and options."""
         own = {**self.defaults, **setting}
-        for name in ("batch", "length"):
+        for name in ("batch", "length", "cooldown"):
             own.pop(name, None)
         if self.decays:
             own.setdefault("weight_decay", task.weight_decay)
@@ -189,15 +191,18 @@ OPTIMIZERS: dict[str, Kind] = {
 }
 
 
-def check(use: str, setting: Setting) -> None:
-    """Creates the optimizer for a model of two layers.
+def check(use: str, setting: Setting, scheduled: bool) -> None:
+    """Creates the optimizer for a model of two layers. `scheduled`: its learning rates are to change by a schedule.
 
     Raises:
-        ValueError, TypeError: the optimizer's own errors about its options.
+        ValueError, TypeError: the optimizer's own errors about its options, or there is no rate to schedule.
     """
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
     x = torch.zeros(2, 2)
     task = Task("", "", 2, nn.MSELoss(), lambda _: model, lambda *_: iter(()), lambda _: {}, lambda _: (x, x))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        OPTIMIZERS[use].make(model, task, setting)
+        stepper = OPTIMIZERS[use].make(model, task, setting)
+    rates = [group["lr"] for opt in stepper.optimizers for group in opt.param_groups]
+    if scheduled and None in rates:
+        raise ValueError("a schedule or cooldown needs a number for lr, which is adaptive here; give one, or leave it out")

@@ -79,6 +79,7 @@ def _train(job: Job, task: Task, result: Result, on_moment: Callable[[Moment, fl
     stepper = OPTIMIZERS[job.use].make(model, task, job.setting)
     size = job.setting.get("batch") or job.task.batch or task.batch
     budget = job.task.budget.scaled(job.setting.get("length", 1.0))
+    schedule = job.used_schedule
     rates = [(group, group["lr"]) for opt in stepper.optimizers for group in opt.param_groups]
     wanted, due, figure = job.measure, 0.0, math.nan
     every = moments(stepper.step, task.batches(job.seed, size), budget, job.evaluations, clock=CLOCKS[job.clock])
@@ -102,6 +103,6 @@ def _train(job: Job, task: Task, result: Result, on_moment: Callable[[Moment, fl
         if not math.isfinite(figure):
             result["status"] = "diverged"
             return
-        if job.schedule != CONSTANT:
+        if schedule != CONSTANT:
             for group, rate in rates:
-                group["lr"] = rate * job.schedule.factor(budget, moment.step, moment.share)
+                group["lr"] = rate * schedule.factor(budget, moment.step, moment.share)

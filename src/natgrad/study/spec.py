@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,11 @@ class Job:
     measure: Measure
     clock: str = "wall"
     schedule: Schedule = CONSTANT
+
+    @property
+    def used_schedule(self) -> Schedule:
+        """The study's schedule, or with the cooldown of the optimizer's own setting."""
+        return replace(self.schedule, cooldown=self.setting.get("cooldown", self.schedule.cooldown))
 
     @property
     def label(self) -> str:
@@ -173,7 +178,7 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     measure = _measure(top.table("measure"))
     schedule = _schedule(top.table("schedule"))
     tasks = _tasks(top, budget, batch)
-    optimizers = _optimizers(top, tasks)
+    optimizers = _optimizers(top, tasks, schedule != CONSTANT)
     names = [o.name for o in optimizers]
     baseline = top.text("baseline", names[0])
     if baseline not in names:
@@ -251,12 +256,13 @@ def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEn
     return tuple(entries)
 
 
-def _optimizers(top: Table, tasks: tuple[TaskEntry, ...]) -> tuple[OptimizerEntry, ...]:
+def _optimizers(top: Table, tasks: tuple[TaskEntry, ...], scheduled: bool) -> tuple[OptimizerEntry, ...]:
     expected, mend = f"optimizers: {', '.join(OPTIMIZERS)}", 'write, say, optimizers = ["Adam", "KFAC"].'
-    return tuple(_optimizer(name, table, tasks) for name, table in top.names("optimizers", expected, mend).items())
+    entries = top.names("optimizers", expected, mend).items()
+    return tuple(_optimizer(name, table, tasks, scheduled) for name, table in entries)
 
 
-def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...]) -> OptimizerEntry:
+def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...], scheduled: bool) -> OptimizerEntry:
     use = table.text("use", name)
     if use not in OPTIMIZERS:
         mend = near(use, OPTIMIZERS)
@@ -281,11 +287,11 @@ def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...]) -> Optimiz
     settings = {}
     for task in only:
         where = f"{table.where}.on.{task}" if task in overrides else table.where
-        settings[task] = _grid(Table(table.file, where, {**options, **overrides.get(task, {})}), use)
+        settings[task] = _grid(Table(table.file, where, {**options, **overrides.get(task, {})}), use, scheduled)
     return OptimizerEntry(name, use, settings)
 
 
-def _grid(table: Table, use: str) -> tuple[Setting, ...]:
+def _grid(table: Table, use: str, scheduled: bool) -> tuple[Setting, ...]:
     """Every combination of the options; an option with several values is a list. Each is checked on a small model."""
     kind = OPTIMIZERS[use]
     options = table.rest()
@@ -305,7 +311,7 @@ def _grid(table: Table, use: str) -> tuple[Setting, ...]:
     settings = tuple(dict(chosen) for chosen in itertools.product(*several))
     for setting in settings:
         try:
-            check(use, setting)
+            check(use, setting, scheduled or "cooldown" in setting)
         except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
             said = " ".join(str(error).split()).rstrip(".")
             what = brief(setting) or "nothing set"
@@ -329,9 +335,9 @@ def _check_types(table: Table, kind: Kind, key: str, values: list[Any]) -> None:
         if types and type(value) not in types:
             expected = " or ".join(words[t] for t in dict.fromkeys(types) if not (t is int and float in types))
             raise table.fail(key, shown(value), f"{expected}, or a list of such to try", "mend it.")
-        if key == "length" and not 0 < value <= 1:
+        if key in ("length", "cooldown") and not 0 < value <= 1:
             raise table.fail(
-                key, shown(value), "a share of the budget, above 0 and at most 1", "write, say, length = 0.8."
+                key, shown(value), "a share of the budget, above 0 and at most 1", f"write, say, {key} = 0.8."
             )
         if key == "batch" and value < 1:
             raise table.fail(key, shown(value), "a whole number of at least 1", "write, say, batch = 250.")

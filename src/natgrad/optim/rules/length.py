@@ -29,6 +29,12 @@ class StepRule(ABC):
 
     fixed: bool
     """Whether step size and momentum are given."""
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether it may run the model again to find the step."""
+        return not self.fixed
+
     shortens = False
     """Whether a step that would raise the loss is tried again at a part of its length."""
     searches = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -14,11 +14,13 @@ from natgrad.optim.vectors import Vector
 
 @dataclass(frozen=True)
 class Part:
-    """Some parameters, the factor of their direction, and the factor that shrinks them before."""
+    """Some parameters, the factor of their direction, and the factor that shrinks them before. `length`: a factor that
+    the direction has already, if the next step is to know it."""
 
     names: Sequence[str]
     factor: float
     shrink: float = 1.0
+    length: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Step:
 
     def shortened(self, share: float) -> Step:
         """The step, shortened to a share of its length."""
-        parts = [Part(part.names, share * part.factor, 1 - share * (1 - part.shrink)) for part in self.parts]
+        parts = [replace(part, factor=share * part.factor, shrink=1 - share * (1 - part.shrink)) for part in self.parts]
         return Step(self.direction, parts)
 
     @cached_property

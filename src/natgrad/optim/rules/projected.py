@@ -55,15 +55,14 @@ class Projected(StepRule):
     `μ Δ₋` and not to zero. Therefore the momentum is left out after `KEPT` rejections.
 
     Along the step, the outputs have the second derivative `f'' = d²f(θ + t δ)/dt²`. The acceleration `a = −½ (F + λM)⁻¹
-    Jᵀ D f''` cancels its effect to second order. It costs one forward pass and one solve, and is used if the step size
-    is adaptive and the matrix is exact.
+    Jᵀ D f''` cancels its effect to second order. It costs one forward pass and one solve.
 
     Args:
         parameters: the parameters that the step changes. A step size `α` of None is 1.
         directions: the preconditioner.
         max_kl: a bound on `½ δᵀFδ`, to which the step is shortened.
         max_norm: a bound on `‖δ‖`, likewise.
-        accelerate: whether to use the acceleration.
+        accelerate: whether to use the acceleration. None: if the step size is adaptive and the matrix is exact.
         line_search: whether to halve the step as long as that lowers the loss.
 
     Reference: Goldshlager, Abrahamsen & Lin (2024), arXiv:2401.10190 (SPRING), for the momentum; Transtrum & Sethna
@@ -77,7 +76,7 @@ class Projected(StepRule):
         max_kl: float | None,
         *,
         max_norm: float | None = None,
-        accelerate: bool = True,
+        accelerate: bool | None = None,
         line_search: bool = False,
     ):
         super().__init__(parameters, directions, max_kl)
@@ -89,6 +88,10 @@ class Projected(StepRule):
     def fixed(self) -> bool:  # type: ignore[override]
         """Whether the step size is given."""
         return all(group["lr"] is not None for group in self.parameters.groups)
+
+    @property
+    def runs_again(self) -> bool:
+        return not self.fixed or bool(self.accelerate)
 
     @property
     def searches(self) -> bool:  # type: ignore[override]
@@ -110,7 +113,7 @@ class Projected(StepRule):
         delta = {n: -length * direction[n] for (_, own), length in zip(groups, lengths, strict=True) for n in own}
         share, change = self._share_of_norm(delta), 0.0
         inner = None
-        if predicts or not self.fixed or self.max_kl is not None:
+        if predicts or self.runs_again or self.max_kl is not None:
             inner, model = self._model(stage, delta)
             # A step at its bound shows that the damping is too small. A step whose predicted decrease is too large does
             # not.
@@ -123,11 +126,13 @@ class Projected(StepRule):
                 figures["kl"] = share**2 * model.curvature
         if share != 1:
             delta = {n: share * d for n, d in delta.items()}
-        if inner is not None and self._may_bend(stage):
+        if self._bends(stage, inner):
+            assert inner is not None
             delta = self._bent(stage, delta, share * inner, figures)
         figures |= {"lr": share * lengths[0], "predicted_change": change}
         each = zip(groups, lengths, strict=True)
-        return Step(delta, [Part(own, 1.0, shrink(group, share * length)) for (group, own), length in each]), change
+        parts = [Part(own, 1.0, shrink(group, share * length), group["lr"] or 1.0) for (group, own), length in each]
+        return Step(delta, parts), change
 
     def _past(self, names: Iterable[str]) -> Vector:
         """The last step; empty if it did not have all of these parameters."""
@@ -136,13 +141,12 @@ class Projected(StepRule):
         return past if len(past) == len(states) else {}
 
     def _pulled(self, g: Vector, past: Vector, damping: float) -> Vector:
-        """`∇ + λ μ M Δ₋`, with `Δ₋ = −δ₋ / α`."""
+        """`∇ + λ μ M Δ₋`, with `Δ₋ = −δ₋ / α₋` and the last step's size `α₋`."""
         pulled, past = dict(g), self.columns.in_units_of_damping(past)
         for group, own in self.parameters.by_group(past):
-            length = 1.0 if group["lr"] is None else group["lr"]
-            if group["momentum"] and length:
-                pull = -damping * group["momentum"] / length
-                pulled |= {n: torch.add(g[n], past[n], alpha=pull) for n in own}
+            for n in own if group["momentum"] else ():
+                length = self.parameters.state_of(n).get("length", group["lr"] or 1.0)
+                pulled[n] = torch.add(g[n], past[n], alpha=-damping * group["momentum"] / length)
         return pulled
 
     def _length(self, stage: Stage, direction: Vector, damping: float) -> float:
@@ -185,10 +189,20 @@ class Projected(StepRule):
         bounded = stage.objective.measurable and stage.objective.nonnegative and stage.loss > 0
         return model.share_that_promises(stage.loss) if bounded else 1.0
 
-    def _may_bend(self, stage: Stage) -> bool:
+    def _bends(self, stage: Stage, inner: Tensor | None) -> bool:
+        """Whether the step gets the acceleration. `inner` is `Sᵀδ`, if it is known."""
+        if self.fixed if self.accelerate is None else not self.accelerate:
+            return False
         objective = stage.objective
-        known = objective.measurable and objective.runs_again and not objective.penalties
-        return self.accelerate and not self.fixed and known
+        if inner is not None and objective.measurable and objective.runs_again and not objective.penalties:
+            return True
+        if self.accelerate:
+            raise NotImplementedError(
+                "accelerate=True was given, but the outputs cannot be computed along this step, or the matrix is not "
+                "the exact one: expected losses by opt.loss without opt.plus, and solver='dual' or 'primal' with "
+                "estimator='exact'; leave accelerate out"
+            )
+        return False
 
     def _bent(self, stage: Stage, delta: Vector, inner: Tensor, figures: Figures) -> Vector:
         """`δ + a`, with `a` shortened if it is large compared with `δ`."""
