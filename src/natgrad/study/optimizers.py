@@ -205,4 +205,6 @@ def check(use: str, setting: Setting, scheduled: bool) -> None:
         stepper = OPTIMIZERS[use].make(model, task, setting)
     rates = [group["lr"] for opt in stepper.optimizers for group in opt.param_groups]
     if scheduled and None in rates:
-        raise ValueError("a schedule or cooldown needs a number for lr, which is adaptive here; give one, or leave it out")
+        raise ValueError(
+            "a schedule or cooldown needs a number for lr, which is adaptive here; give one, or leave it out"
+        )
