@@ -67,6 +67,13 @@ def test_momentum_is_the_formula_while_a_scheduler_changes_the_step_size():
         scheduler.step()
 
 
+def test_the_error_about_a_scheduler_names_options_that_work():
+    model = net(D, 5, 2)
+    with pytest.raises(ValueError, match=r"Give lr=1\.0 and accelerate=True"):
+        torch.optim.lr_scheduler.StepLR(natgrad.NaturalGradient(model, LOSS), 1)
+    torch.optim.lr_scheduler.StepLR(natgrad.NaturalGradient(model, LOSS, lr=1.0, accelerate=True), 1)
+
+
 def bent(model, delta):
     """`−½ (F + λI)⁻¹ Jᵀ D f''`, with `f''` along `δ` by forward mode over forward mode."""
     own = {n: p.detach() for n, p in model.named_parameters()}

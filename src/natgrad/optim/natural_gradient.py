@@ -99,6 +99,7 @@ class NaturalGradient(CurvatureOptimizer):
     """
 
     _key = "natural_gradient"
+    _numbers = "lr=1.0 and accelerate=True, which take the same steps, and a number for momentum"
 
     def __init__(
         self,

@@ -75,6 +75,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     """The key of the optimizer's own state in `state_dict`. Default: the name of the class."""
     _many_ranks: ClassVar[bool] = False
     """Whether the statistics of the ranks' batches are summed, so that it works on several ranks."""
+    _numbers: ClassVar[str] = "numbers for lr and momentum"
+    """The options with which a scheduler works, for the error."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -170,7 +172,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
             NotImplementedError: for a gradient that does not come from a loss of `opt.loss`.
             ValueError: if there is a scheduler although the step size is adaptive, or if the run has diverged.
         """
-        check_schedulable(self.param_groups, self._adapts_lr)
+        check_schedulable(self.param_groups, self._adapts_lr, self._numbers)
         value = _value_of(closure)
         parts, gradients = self.tracker.collect(), self.parameters.gradients()
         Join.notify_join_context(self)
@@ -223,7 +225,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     def __setattr__(self, name: str, value: Any) -> None:
         """Notices one of torch's schedulers when it is made: it wraps `step` before it computes with `lr`."""
         if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
-            check_schedulable([{"initial_lr": None}], self._adapts_lr)
+            check_schedulable([{"initial_lr": None}], self._adapts_lr, self._numbers)
         super().__setattr__(name, value)
 
     @property

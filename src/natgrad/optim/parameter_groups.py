@@ -85,12 +85,13 @@ def check_groups(groups: Iterable[Mapping[str, Any]], defaults: Mapping[str, Any
         check_alike(groups, name)
 
 
-def check_schedulable(groups: Iterable[Mapping[str, Any]], adapts_lr: bool) -> None:
-    """Raises ValueError if one of torch's schedulers has been made for a step size that is adapted."""
+def check_schedulable(groups: Iterable[Mapping[str, Any]], adapts_lr: bool, numbers: str) -> None:
+    """Raises ValueError if one of torch's schedulers has been made for a step size that is adapted. `numbers`: the
+    options to give instead."""
     if adapts_lr and any("initial_lr" in group for group in groups):
         raise ValueError(
             "a scheduler of torch.optim.lr_scheduler cannot change lr, because lr is None: it is adapted at every "
-            "step. Give numbers for lr and momentum, or leave the scheduler out"
+            f"step. Give {numbers}, or leave the scheduler out"
         )
 
 
