@@ -92,6 +92,65 @@ def test_without_graph_breaks_it_is_refused_with_the_cure():
         run(lambda m, make, backend: (make(m), torch.compile(m, backend=backend, fullgraph=True)), "adaptive", "eager")
 
 
+@pytest.mark.parametrize("what", ["loss", "all"])
+@pytest.mark.parametrize("make", [*MAKE, "newton muon"])
+def test_a_compiled_function_may_have_the_loss_and_the_step_in_it(make, what):
+    def losses(compiled):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        opt = natgrad.NewtonMuon(model) if make == "newton muon" else MAKE[make](model)
+        measure = CE if make == "newton muon" else opt.loss
+
+        def forward():
+            return measure(model(X), Y)
+
+        def train():
+            loss = forward()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            return loss
+
+        if compiled and what == "loss":
+            forward = torch.compile(forward, backend="eager")
+        if compiled and what == "all":
+            train = torch.compile(train, backend="eager")
+        return torch.stack([train().detach() for _ in range(3)])
+
+    close(losses(True), losses(False), 1e-5)
+
+
+def test_a_matrix_may_be_made_within_a_compiled_function():
+    model = nn.Linear(5, 3)
+    make = torch.compile(lambda: natgrad.fisher(model, CE, (X, Y), "kfac"), backend="eager")
+    close(make().to_dense(), natgrad.fisher(model, CE, (X, Y), "kfac").to_dense(), 1e-6)
+
+
+@pytest.mark.parametrize("make", MAKE)
+def test_a_compiled_model_in_a_closure_is_used_as_compiled(make):
+    def count(closure_in_step):
+        torch._dynamo.reset()
+        model, backend = nn.Linear(5, 3), Counted()
+        opt, compiled = MAKE[make](model), torch.compile(model, backend=backend)
+
+        def closure():
+            opt.zero_grad()
+            loss = opt.loss(compiled(X), Y)
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            if closure_in_step:
+                opt.step(torch.enable_grad()(closure))
+            else:
+                closure()
+                opt.step()
+        return backend.calls
+
+    assert count(True) == count(False)
+
+
 class Counted:
     """A backend that counts the calls of compiled code."""
 
@@ -152,6 +211,32 @@ def test_after_forwards_in_two_threads_compiled_code_is_used(ends_first):
         assert model.ended.wait(60)
     for thread in threads:
         thread.join()
+    assert compiled_code_is_used()
+
+
+@pytest.mark.parametrize("recording_ends", ["within", "after"])
+def test_the_users_own_stance_that_overlaps_a_recording_is_restored(recording_ends):
+    model = Stopped(5, 3)
+    opt = MAKE["numbers"](model)
+
+    def interrupted():
+        with pytest.raises(KeyboardInterrupt):
+            model(X)
+
+    def ended():
+        model.forward = lambda x: nn.functional.linear(x, model.weight, model.bias)
+        opt.loss(model(X), Y)
+
+    if recording_ends == "within":  # it began before the user's, and ends before it
+        interrupted()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            ended()
+            with pytest.raises(RuntimeError, match="fail_on_recompile"):
+                compiled_code_is_used()
+    else:  # it began within the user's, and ends after it
+        with torch.compiler.set_stance("fail_on_recompile"):
+            interrupted()
+        ended()
     assert compiled_code_is_used()
 
 

@@ -44,3 +44,26 @@ def test_step_is_the_dense_solve(solver):
     opt.step()
     after = torch.cat([p.detach().flatten() for p in parameters])
     close(after - before, -torch.linalg.solve(G + 0.5 * torch.eye(len(g), dtype=f64), g))
+
+
+def test_KFAC_with_a_given_step_size_where_a_bias_has_no_curvature_in_the_first_term():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+
+        def forward(self, x, inside):
+            return natgrad.pde.derivatives(self.u, x).laplacian if inside else self.u(x)
+
+    model = Residual()
+    opt = natgrad.KFAC(model, nn.MSELoss(), lr=0.05, momentum=0.9)
+    inside, edge = torch.rand(20, 2, dtype=f64), torch.rand(10, 2, dtype=f64)
+    losses = []
+    for _ in range(8):
+        loss = opt.loss(model(inside, True), torch.ones(20, 1, dtype=f64))
+        loss = loss + opt.loss(model(edge, False), torch.zeros(10, 1, dtype=f64))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.capture.eager import not_compiled
 from natgrad.capture.graph import refuse_reentrant
 from natgrad.capture.reading import example_gradients
 from natgrad.checks.parameters import Selection
@@ -29,6 +30,7 @@ Chosen = str | Mapping[str, str]
 ALL_STRUCTURES = ("implicit", "dense", *STRUCTURES)
 
 
+@not_compiled
 def fisher(
     model: Model,
     loss: Losses,

@@ -99,7 +99,6 @@ class NaturalGradient(CurvatureOptimizer):
     """
 
     _key = "natural_gradient"
-    _numbers = "lr=1.0 and accelerate=True, which take the same steps, and a number for momentum"
 
     def __init__(
         self,
@@ -154,10 +153,10 @@ class NaturalGradient(CurvatureOptimizer):
             )
         if accelerate is not None:
             check_flag("accelerate", accelerate)
-        if accelerate and (solver == "cg" or estimator != "exact"):
+        if accelerate and (solver == "cg" or estimator != "exact" or momentum is None):
             raise ValueError(
-                f"accelerate=True was given with solver={solver!r} and estimator={estimator!r}: expected 'dual' or "
-                "'primal' and 'exact'; leave one of them out"
+                f"accelerate=True was given with solver={solver!r}, estimator={estimator!r} and momentum={momentum}: "
+                "expected 'dual' or 'primal', 'exact' and a number; leave accelerate out, or change them"
             )
         check_within("scaling", scaling, "[0, 1]", optional=True)
         if scaling and solver == "cg":
@@ -209,6 +208,14 @@ class NaturalGradient(CurvatureOptimizer):
             accelerate=accelerate,
             line_search=line_search,
         )
+        if (
+            solver != "cg"
+            and estimator == "exact"
+            and accelerate is not False
+            and not line_search
+            and momentum is not None
+        ):
+            self._numbers = "lr=1.0 and accelerate=True, which take the same steps"
         self._assemble(matrix, rule, TOLERATED_RISE, TRIES, projected, min_damping or 0.0)
 
     def _check_groups(self) -> None:

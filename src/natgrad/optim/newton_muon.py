@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.capture.eager import not_compiled
 from natgrad.checks.parameters import check_parameters, select_parameters
 from natgrad.checks.values import (
     check_choice,
@@ -222,6 +223,7 @@ class NewtonMuon(torch.optim.Optimizer):
         self._forwards.watch.recording = self._due()
         self._forwards.settling = bool(self._matrices.unsettled())
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the parameters that have a gradient. What was done is in `diagnostics`.

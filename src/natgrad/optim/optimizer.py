@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
+from natgrad.capture.eager import not_compiled
 from natgrad.checks.values import check_choice, check_flag, check_function, check_generator, check_number, check_within
 from natgrad.distributed.placement import placed, refuse_ranks
 from natgrad.losses import ESTIMATORS
@@ -75,7 +76,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
     """The key of the optimizer's own state in `state_dict`. Default: the name of the class."""
     _many_ranks: ClassVar[bool] = False
     """Whether the statistics of the ranks' batches are summed, so that it works on several ranks."""
-    _numbers: ClassVar[str] = "numbers for lr and momentum"
+    _numbers = "numbers for lr and momentum"
     """The options with which a scheduler works, for the error."""
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -158,6 +159,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
 
     # The step ------------------------------------------------------------------------------------------
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the parameters from their gradients. `diagnostics` describes it.
@@ -268,6 +270,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, Joinable):
         """
         return self._predictions
 
+    @not_compiled
     def plus(self, penalty: Callable[[], Tensor]) -> Tensor:
         """The value of a part of the objective that is treated as having no curvature. Add it to the loss.
 

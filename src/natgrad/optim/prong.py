@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from natgrad.capture.eager import not_compiled
 from natgrad.capture.layer import Layer, layers_of
 from natgrad.capture.reading import read_inputs
 from natgrad.capture.recorder import Recorder
@@ -138,6 +139,7 @@ class PRONG(torch.optim.Optimizer):
             self._watch.detach()
         self._watch = None
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the parameters from their gradients. `diagnostics` describes it.

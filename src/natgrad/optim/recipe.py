@@ -119,6 +119,9 @@ class Recipe:
         self.preconditioner.see_gradient(stage.gradient)
         if not stage.gradient or (self._squared == 0 and not self.rule.fixed):
             return  # nothing to do, and no direction to do it in
+        still = self._squared == 0 or all(group["lr"] == 0 for group in self.parameters.groups)
+        if still and self.damping.adaptive and self.damping.value is None:
+            return  # any damping gives the same loss: the next step calibrates it
         if objective.measurable:
             self._look_at_loss(stage)
         elif self.damping.adaptive and (self.damping.value is None or self._adaptation_due()):
@@ -187,7 +190,8 @@ class Recipe:
             if found.share < 1:
                 change = self.rule.predicted(found.share)
             ratio = figures["reduction_ratio"] = (found.loss_after - stage.loss) / change if change else 0.0
-            self.damping.adapt(ratio, self.preconditioner.scale(), self.rule.share * found.share)
+            if change:
+                self.damping.adapt(ratio, self.preconditioner.scale(), self.rule.share * found.share)
         return found
 
     def _commit(self, taken: Taken) -> None:
@@ -196,8 +200,11 @@ class Recipe:
             for n, d in taken.step.delta.items():
                 self.parameters.state_of(n)["delta"] = d
             for part in taken.step.parts:
-                for n in part.names if part.length is not None else ():
-                    self.parameters.state_of(n)["length"] = part.length
+                for n in part.names:
+                    state = self.parameters.state_of(n)
+                    state.pop("length", None)
+                    if part.length is not None:
+                        state["length"] = part.length
             if self.average is not None:
                 own = self.parameters.local()
                 averaging.take_in({n: own[n] for n in taken.step.direction}, self.parameters.state_of, self.average)

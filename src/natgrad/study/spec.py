@@ -311,13 +311,19 @@ def _grid(table: Table, use: str, scheduled: bool) -> tuple[Setting, ...]:
     settings = tuple(dict(chosen) for chosen in itertools.product(*several))
     for setting in settings:
         try:
-            check(use, setting, scheduled or "cooldown" in setting)
+            stepper = check(use, setting)
         except (TypeError, ValueError, NotImplementedError, AssertionError) as error:
             said = " ".join(str(error).split()).rstrip(".")
             what = brief(setting) or "nothing set"
             raise UserError(
                 f"{table.file}: [{table.where}] with {what} is refused by {use}: {said}; give it another value."
             ) from error
+        rates = [group["lr"] for opt in stepper.optimizers for group in opt.param_groups]
+        if None in rates and (scheduled or setting.get("cooldown")):
+            raise UserError(
+                f"{table.file}: [{table.where}] has a schedule or cooldown, and {use} adapts its step size; expected a "
+                "number for lr; write, say, lr = 0.1."
+            )
     return settings
 
 
@@ -335,9 +341,11 @@ def _check_types(table: Table, kind: Kind, key: str, values: list[Any]) -> None:
         if types and type(value) not in types:
             expected = " or ".join(words[t] for t in dict.fromkeys(types) if not (t is int and float in types))
             raise table.fail(key, shown(value), f"{expected}, or a list of such to try", "mend it.")
-        if key in ("length", "cooldown") and not 0 < value <= 1:
+        if key == "length" and not 0 < value <= 1:
             raise table.fail(
-                key, shown(value), "a share of the budget, above 0 and at most 1", f"write, say, {key} = 0.8."
+                key, shown(value), "a share of the budget, above 0 and at most 1", "write, say, length = 0.8."
             )
+        if key == "cooldown" and not 0 <= value <= 1:
+            raise table.fail(key, shown(value), "a share of the budget, at most 1", "write, say, cooldown = 0.5.")
         if key == "batch" and value < 1:
             raise table.fail(key, shown(value), "a whole number of at least 1", "write, say, batch = 250.")

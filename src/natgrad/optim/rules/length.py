@@ -82,7 +82,8 @@ class StepRule(ABC):
         coefficients given."""
         F = stage.objective.products(directions)
         Q = self.directions.damped_gram(directions, damping) + stage.decay.gram(directions)
-        slope = torch.tensor(dots((stage.gradient, d) for d in directions), dtype=torch.float64)
+        gradient = {n: stage.gradient[n] for n in directions[0]}  # not of what has no direction yet
+        slope = torch.tensor(dots((gradient, d) for d in directions), dtype=torch.float64)
         numbers = torch.tensor(self.parameters.total([*Q.flatten().tolist(), *slope.tolist()]), dtype=Q.dtype)
         Q, slope = F + numbers[: Q.numel()].view_as(F), numbers[Q.numel() :]
         minimum = minimize(Q, slope, fixed)

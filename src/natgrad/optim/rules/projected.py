@@ -114,16 +114,16 @@ class Projected(StepRule):
         share, change = self._share_of_norm(delta), 0.0
         inner = None
         if predicts or self.runs_again or self.max_kl is not None:
-            inner, model = self._model(stage, delta)
+            inner, model, kl = self._model(stage, delta)
             # A step at its bound shows that the damping is too small. A step whose predicted decrease is too large does
             # not.
-            share = min(share, self._share_of_kl(stage, model))
+            share = min(share, self._share_of_kl(stage, kl))
             self.share = share
             share = min(share, self._share_promised(stage, model))
             self._proposed = model.shortened(share)
             change = self._proposed.change
             if self.max_kl is not None:
-                figures["kl"] = share**2 * model.curvature
+                figures["kl"] = share**2 * kl
         if share != 1:
             delta = {n: share * d for n, d in delta.items()}
         if self._bends(stage, inner):
@@ -131,7 +131,9 @@ class Projected(StepRule):
             delta = self._bent(stage, delta, share * inner, figures)
         figures |= {"lr": share * lengths[0], "predicted_change": change}
         each = zip(groups, lengths, strict=True)
-        parts = [Part(own, 1.0, shrink(group, share * length), group["lr"] or 1.0) for (group, own), length in each]
+        parts = [
+            Part(own, 1.0, shrink(group, share * length), float(group["lr"] or 1)) for (group, own), length in each
+        ]
         return Step(delta, parts), change
 
     def _past(self, names: Iterable[str]) -> Vector:
@@ -156,13 +158,13 @@ class Projected(StepRule):
             return 1.0
         return -self._minimum(stage, [direction], damping, {}).coefficients[0]
 
-    def _model(self, stage: Stage, delta: Vector) -> tuple[Tensor | None, Minimum]:
-        """`Sᵀδ`, if `S` is known, and the quadratic model `∇ᵀδ + ½ δᵀ(F + ηI)δ` along the step."""
+    def _model(self, stage: Stage, delta: Vector) -> tuple[Tensor | None, Minimum, float]:
+        """`Sᵀδ`, if `S` is known; the quadratic model `∇ᵀδ + ½ δᵀ(F + ηI)δ` along the step; and `½ δᵀFδ`."""
         inner = self.columns.inner(delta) if self.columns.holds_columns else None
         square = float(stage.objective.products([delta])[0, 0] if inner is None else inner.square().sum())
         decayed = float(stage.decay.gram([delta])[0, 0])
         slope, decayed = self.parameters.total([dot(stage.gradient, delta), decayed])
-        return inner, Minimum([1.0], slope, 0.5 * (square + decayed))
+        return inner, Minimum([1.0], slope, 0.5 * (square + decayed)), 0.5 * square
 
     def _share_of_norm(self, delta: Vector) -> float:
         if self.max_norm is None:
@@ -170,19 +172,19 @@ class Projected(StepRule):
         (square,) = self.parameters.total([dot(delta, delta)])
         return min(1.0, self.max_norm / math.sqrt(square)) if square > 0 else 1.0
 
-    def _share_of_kl(self, stage: Stage, model: Minimum) -> float:
+    def _share_of_kl(self, stage: Stage, kl: float) -> float:
         """The share of the step that is within the bound on the divergence. If there is no loss to measure, the bound
         gives the length."""
         if self.fixed or stage.objective.measurable:
-            return self._share_within(model.curvature)
+            return self._share_within(kl)
         if self.max_kl is None:
             raise NotImplementedError(
                 "opt.predict gives the curvature of a distribution and no loss to choose a step size by; give the "
                 "optimizer max_kl=0.01, to whose bound the step goes then, or a number for lr"
             )
-        if not (math.isfinite(model.curvature) and model.curvature > 0):
+        if not (math.isfinite(kl) and kl > 0):
             raise Rejection(NO_STEP)
-        return math.sqrt(self.max_kl / model.curvature)
+        return math.sqrt(self.max_kl / kl)
 
     def _share_promised(self, stage: Stage, model: Minimum) -> float:
         """The share of the step whose predicted decrease is at most the loss."""
@@ -207,6 +209,8 @@ class Projected(StepRule):
     def _bent(self, stage: Stage, delta: Vector, inner: Tensor, figures: Figures) -> Vector:
         """`δ + a`, with `a` shortened if it is large compared with `δ`."""
         moved = self.columns.inner_outputs(self._outputs_along(stage, delta))
+        if stage.objective.moved:  # since the forward, whose outputs are subtracted
+            moved = moved - self.columns.inner_outputs(stage.objective.outputs())
         second = (moved - REACH * inner) * (2 / REACH**2)
         a = {n: d for n, d in self.columns.solve_columns(second).items() if n in delta}
         square, its = self.parameters.total(dots([(delta, delta), (a, a)]))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from natgrad.capture.eager import not_compiled
 from natgrad.checks.values import did_you_mean
 from natgrad.optim.tracking.batch import Term
 from natgrad.optim.tracking.tracker import Tracker
@@ -19,6 +20,7 @@ class Losses:
         alone = next(iter(tracker.terms.values())) if len(tracker.terms) == 1 else None
         self._term = term or alone
 
+    @not_compiled
     def __call__(self, output: Any, target: Any) -> Tensor:
         return self._tracker.loss(self._one("opt.loss"), output, target)
 
@@ -53,6 +55,7 @@ class Losses:
 class Predictions(Losses):
     """`opt.predict`, for one term or for all terms."""
 
+    @not_compiled
     def __call__(self, output: Any, target: None = None) -> None:  # type: ignore[override]
         self._tracker.predict(self._one("opt.predict"), output)
 
