@@ -56,10 +56,10 @@ class NewtonMuon(torch.optim.Optimizer):
     `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ D^½)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ`.
 
     The first forward pass in training mode shows which parameters are hidden matrices: weights that multiply inputs,
-    and whose output is an input of another matrix. A convolution kernel is a matrix over patches. Query, key and value
-    that are rows of one weight count as three matrices, and the gates of an LSTM as four. Output layers, embeddings,
-    norms, scales and biases get AdamW steps, with the learning rate `rest_lr`. `routing()` shows the choice, and
-    `steps` overrides it.
+    and whose output is an input of another matrix. A convolution kernel is a matrix over patches. The gates of an LSTM
+    count as four matrices. Query, key and value in one weight count as three if the forward uses the weight's rows in
+    parts, as `nn.MultiheadAttention` does. Output layers, embeddings, norms, scales and biases get AdamW steps, with
+    the learning rate `rest_lr`. `routing()` shows the choice, and `steps` overrides it.
 
     The inputs are recorded in forward passes of `model` in training mode with gradients enabled. On several ranks, make
     the optimizer for the `DistributedDataParallel` or `fully_shard` model. Every rank then takes the same step.
