@@ -164,6 +164,33 @@ def test_models_that_people_have(name):
     assert str(opt.routing()).startswith("parameter")
 
 
+class Attention(nn.Module):
+    def __init__(self, sources):
+        super().__init__()
+        self.sources = sources
+        self.first, self.inner, self.last = (
+            nn.Linear(4, 8),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x):
+        h = self.first(x)
+        other = h.tanh() if self.sources > 1 else h
+        value = other.sin() if self.sources > 2 else other
+        return self.last(self.inner(h, other, value, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("sources", [1, 2, 3])
+def test_packed_query_key_and_value_are_as_many_matrices_as_parts_that_are_used(sources):
+    model = Attention(sources)
+    opt = natgrad.NewtonMuon(model)
+    model(randn(2, 5, 4).float()).square().sum().backward()
+    opt.step()
+    route = opt.routing()["inner.in_proj_weight"]
+    assert (route.step, len(route.units)) == ("whitened", sources)
+
+
 class TestChoice:
     def test_patterns_and_functions(self):
         for steps in ({"*.weight": "orthogonal", "0.weight": "adamw"}, lambda n: None if "bias" in n else "orthogonal"):

@@ -57,8 +57,8 @@ class NewtonMuon(torch.optim.Optimizer):
 
     The first forward pass in training mode shows which parameters are hidden matrices: weights that multiply inputs,
     and whose output is an input of another matrix. A convolution kernel is a matrix over patches. The gates of an LSTM
-    count as four matrices. Query, key and value in one weight count as three if the forward uses the weight's rows in
-    parts, as `nn.MultiheadAttention` does. Output layers, embeddings, norms, scales and biases get AdamW steps, with
+    count as four matrices. Query, key and value in one weight are as many matrices as parts of the weight that the
+    forward uses: one in self-attention, two in cross-attention. Output layers, embeddings, norms, scales and biases get AdamW steps, with
     the learning rate `rest_lr`. `routing()` shows the choice, and `steps` overrides it.
 
     The inputs are recorded in forward passes of `model` in training mode with gradients enabled. On several ranks, make
