@@ -55,11 +55,12 @@ class NewtonMuon(torch.optim.Optimizer):
     AdamW. Without `A` this is Muon. With `sides="both"` the output side is whitened, too:
     `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ D^½)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ`.
 
-    The first forward pass in training mode shows which parameters are hidden matrices: weights that multiply inputs,
-    and whose output is an input of another matrix. A convolution kernel is a matrix over patches. The gates of an LSTM
-    count as four matrices. Query, key and value in one weight are as many matrices as parts of the weight that the
-    forward uses: one in self-attention, two in cross-attention. Output layers, embeddings, norms, scales and biases get AdamW steps, with
-    the learning rate `rest_lr`. `routing()` shows the choice, and `steps` overrides it.
+    The first forward pass in training mode shows which parameters are hidden matrices: weights that multiply
+    inputs, and whose output is an input of another matrix. A convolution kernel is a matrix over patches. The gates
+    of an LSTM count as four matrices. Query, key and value in one weight are as many matrices as parts of the
+    weight that the forward uses: one in self-attention, two in cross-attention. Output layers, embeddings, norms,
+    scales and biases get AdamW steps, with the learning rate `rest_lr`. `routing()` shows the choice, and `steps`
+    overrides it.
 
     The inputs are recorded in forward passes of `model` in training mode with gradients enabled. On several ranks, make
     the optimizer for the `DistributedDataParallel` or `fully_shard` model. Every rank then takes the same step.
