@@ -153,7 +153,8 @@ class NaturalGradient(CurvatureOptimizer):
             )
         if accelerate is not None:
             check_flag("accelerate", accelerate)
-        if accelerate and (solver == "cg" or estimator != "exact" or momentum is None):
+        may_accelerate = solver != "cg" and estimator == "exact" and momentum is not None
+        if accelerate and not may_accelerate:
             raise ValueError(
                 f"accelerate=True was given with solver={solver!r}, estimator={estimator!r} and momentum={momentum}: "
                 "expected 'dual' or 'primal', 'exact' and a number; leave accelerate out, or change them"
@@ -208,13 +209,7 @@ class NaturalGradient(CurvatureOptimizer):
             accelerate=accelerate,
             line_search=line_search,
         )
-        if (
-            solver != "cg"
-            and estimator == "exact"
-            and accelerate is not False
-            and not line_search
-            and momentum is not None
-        ):
+        if may_accelerate and accelerate is not False and not line_search:
             self._numbers = "lr=1.0 and accelerate=True, which take the same steps"
         self._assemble(matrix, rule, TOLERATED_RISE, TRIES, projected, min_damping or 0.0)
 

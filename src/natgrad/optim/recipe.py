@@ -197,11 +197,11 @@ class Recipe:
     def _commit(self, taken: Taken) -> None:
         """Stores the step that was taken: for the momentum, for undoing it, and for the averages."""
         with uninterrupted():
-            for n, d in taken.step.delta.items():
-                self.parameters.state_of(n)["delta"] = d
+            delta = taken.step.delta
             for part in taken.step.parts:
                 for n in part.names:
                     state = self.parameters.state_of(n)
+                    state["delta"] = delta[n]
                     state.pop("length", None)
                     if part.length is not None:
                         state["length"] = part.length
