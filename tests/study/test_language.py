@@ -198,6 +198,18 @@ class TestSchedule:
         result = perform(spec.job(spec.tasks[0], entry, entry.settings["poisson2d-257"][0], 0))
         assert (result["status"], rates) == ("finished", [1.0, 1.0, 1.0, 0.5])
 
+    def test_an_adaptive_optimizer_may_be_without_the_studys_cooldown(self):
+        spec = read_spec("s", "s.toml", """
+        steps = 2
+        tasks = ["text-64"]
+        schedule = {cooldown = 0.5}
+        [optimizers.Adam]
+        [optimizers.KFAC]
+        cooldown = 0.0
+        """)  # fmt: skip
+        schedules = [spec.job(spec.tasks[0], o, o.settings["text-64"][0], 0).used_schedule for o in spec.optimizers]
+        assert schedules == [Schedule(cooldown=0.5), Schedule()]
+
     @pytest.mark.parametrize(
         ("line", "message"),
         [

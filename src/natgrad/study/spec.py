@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Job:
     @property
     def used_schedule(self) -> Schedule:
         """The study's schedule, or with the cooldown of the optimizer's own setting."""
-        return replace(self.schedule, cooldown=self.setting.get("cooldown", self.schedule.cooldown))
+        return self.schedule.of(self.setting)
 
     @property
     def label(self) -> str:
@@ -178,7 +178,7 @@ def read_spec(name: str, file: str, text: str) -> Spec:
     measure = _measure(top.table("measure"))
     schedule = _schedule(top.table("schedule"))
     tasks = _tasks(top, budget, batch)
-    optimizers = _optimizers(top, tasks, schedule != CONSTANT)
+    optimizers = _optimizers(top, tasks, schedule)
     names = [o.name for o in optimizers]
     baseline = top.text("baseline", names[0])
     if baseline not in names:
@@ -256,13 +256,13 @@ def _tasks(top: Table, budget: Budget | None, batch: int | None) -> tuple[TaskEn
     return tuple(entries)
 
 
-def _optimizers(top: Table, tasks: tuple[TaskEntry, ...], scheduled: bool) -> tuple[OptimizerEntry, ...]:
+def _optimizers(top: Table, tasks: tuple[TaskEntry, ...], schedule: Schedule) -> tuple[OptimizerEntry, ...]:
     expected, mend = f"optimizers: {', '.join(OPTIMIZERS)}", 'write, say, optimizers = ["Adam", "KFAC"].'
     entries = top.names("optimizers", expected, mend).items()
-    return tuple(_optimizer(name, table, tasks, scheduled) for name, table in entries)
+    return tuple(_optimizer(name, table, tasks, schedule) for name, table in entries)
 
 
-def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...], scheduled: bool) -> OptimizerEntry:
+def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...], schedule: Schedule) -> OptimizerEntry:
     use = table.text("use", name)
     if use not in OPTIMIZERS:
         mend = near(use, OPTIMIZERS)
@@ -287,11 +287,11 @@ def _optimizer(name: str, table: Table, tasks: tuple[TaskEntry, ...], scheduled:
     settings = {}
     for task in only:
         where = f"{table.where}.on.{task}" if task in overrides else table.where
-        settings[task] = _grid(Table(table.file, where, {**options, **overrides.get(task, {})}), use, scheduled)
+        settings[task] = _grid(Table(table.file, where, {**options, **overrides.get(task, {})}), use, schedule)
     return OptimizerEntry(name, use, settings)
 
 
-def _grid(table: Table, use: str, scheduled: bool) -> tuple[Setting, ...]:
+def _grid(table: Table, use: str, schedule: Schedule) -> tuple[Setting, ...]:
     """Every combination of the options; an option with several values is a list. Each is checked on a small model."""
     kind = OPTIMIZERS[use]
     options = table.rest()
@@ -319,7 +319,7 @@ def _grid(table: Table, use: str, scheduled: bool) -> tuple[Setting, ...]:
                 f"{table.file}: [{table.where}] with {what} is refused by {use}: {said}; give it another value."
             ) from error
         rates = [group["lr"] for opt in stepper.optimizers for group in opt.param_groups]
-        if None in rates and (scheduled or setting.get("cooldown")):
+        if None in rates and schedule.of(setting) != CONSTANT:
             raise UserError(
                 f"{table.file}: [{table.where}] has a schedule or cooldown, and {use} adapts its step size; expected a "
                 "number for lr; write, say, lr = 0.1."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 B = TypeVar("B")
@@ -45,6 +45,10 @@ class Schedule:
 
     warmup: float = 0.0
     cooldown: float = 0.0
+
+    def of(self, setting: Mapping[str, Any]) -> Schedule:
+        """The schedule of an optimizer's setting, which may have a cooldown of its own."""
+        return replace(self, cooldown=setting.get("cooldown", self.cooldown))
 
     def factor(self, budget: Budget, step: int, share: float) -> float:
         """The factor of the rates in the step that follows `step` others and a share of the budget."""
