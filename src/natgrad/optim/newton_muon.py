@@ -76,7 +76,7 @@ class NewtonMuon(torch.optim.Optimizer):
         rest_weight_decay: that of all other parameters, which are multiplied by `1 − rest_lr rest_weight_decay`. None:
             as `weight_decay`. Language models usually train with 0 here.
         cautious: decay only the entries that the step moves towards zero (Chen et al. 2025, arXiv:2510.12402).
-        momentum: momentum of hidden matrices.
+        momentum: momentum of hidden matrices. That of torch's Muon is 0.95.
         nesterov: whether to use Nesterov momentum.
         betas: the betas of the AdamW steps.
         eps: the epsilon of the AdamW steps.
@@ -124,7 +124,7 @@ class NewtonMuon(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         rest_weight_decay: float | None = None,
         cautious: bool = False,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         nesterov: bool = True,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,

@@ -130,10 +130,9 @@ class TestFormula:
         monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda v, *_: newton_schulz(v))
         model, twin = (nn.Sequential(nn.Linear(8, 12, bias=False), nn.Linear(12, 12, bias=False)) for _ in "ab")
         twin.load_state_dict(model.state_dict())
-        opt = natgrad.NewtonMuon(model, lr=0.1, weight_decay=0.1, nesterov=nesterov, steps={"*": "orthogonal"})
-        muon = torch.optim.Muon(
-            twin.parameters(), lr=0.1, weight_decay=0.1, nesterov=nesterov, adjust_lr_fn="match_rms_adamw"
-        )
+        alike = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "nesterov": nesterov}
+        opt = natgrad.NewtonMuon(model, steps={"*": "orthogonal"}, **alike)
+        muon = torch.optim.Muon(twin.parameters(), adjust_lr_fn="match_rms_adamw", **alike)
         for _ in range(10):
             x, y = torch.randn(99, 8), torch.randn(99, 12)
             for m, o in ((model, opt), (twin, muon)):
