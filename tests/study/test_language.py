@@ -215,6 +215,14 @@ class TestSchedule:
         [
             ("[schedule]\nwarmup = 1.5", "schedule.warmup is 1.5; expected a share of the budget"),
             ("[schedule]\ncooldown = 0.5\n[optimizers.KFAC]", "KFAC adapts its step size; expected a number for lr"),
+            (
+                "[schedule]\nwarmup = 0.1\ncooldown = 0.5\n[optimizers.KFAC]\ncooldown = 0.0",
+                "KFAC adapts its step size; expected a number for lr",
+            ),
+            (
+                "[schedule]\ncooldown = 0.5\n[optimizers.KFAC]\ncooldown = [0.0, 0.5]",
+                "KFAC adapts its step size; expected a number for lr",
+            ),
             ("[optimizers.KFAC]\ncooldown = 0.5", "KFAC adapts its step size; expected a number for lr"),
             ("[optimizers.KFAC]\nlr = 0.1\nmomentum = 0.9\ncooldown = 1.5", "cooldown is 1.5; expected a share of the"),
             ("[schedule]\nwarm = 0.5", "there is no key 'warm' in \\[schedule\\]"),
