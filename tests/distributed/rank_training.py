@@ -32,10 +32,15 @@ def trained(
     save: str = "",
     dtype: torch.dtype = torch.float64,
     few: bool = False,
+    raw: bool = False,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The weights after some steps, and the steps' diagnostics. `group`: None for one process that sees everything.
-    The steps begin with the `first`, from the checkpoint `load`; `save` is the folder of one after the last."""
+    The steps begin with the `first`, from the checkpoint `load`; `save` is the folder of one after the last. `raw`:
+    each input has another unit."""
     model = network(few).to(dtype)
+    units = 10.0 ** -torch.arange(D) if raw else torch.ones(D)
+    with torch.no_grad():
+        model[0].weight /= units  # type: ignore[operator]
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     called = placed(model, group, sharded)
     loss_fn = nn.CrossEntropyLoss(reduction=reduction)
@@ -50,6 +55,7 @@ def trained(
         opt.zero_grad()
         for k in range(microbatches):
             x, y = batch(step * microbatches + k)
+            x = x * units
             own = share_of(len(x), rank, size, uneven if uneven != "none" or step % 3 == 1 else False)
             loss = opt.loss(called(x[own].to(dtype)), y[own])
             (loss / (microbatches if reduction == "mean" else microbatches * len(x) / size)).backward()
@@ -62,7 +68,8 @@ def trained(
     if save:
         state = {"model": model.state_dict(), "optimizer": opt.state_dict()}
         dcp.save(state, checkpoint_id=save, process_group=group, no_dist=group is None)
-    return {n: whole(p) for n, p in model.named_parameters()}, diagnostics
+    weights = {n: whole(p) for n, p in model.named_parameters()}
+    return weights | {"0.weight": weights["0.weight"] * units}, diagnostics
 
 
 def trained_in(group: Any, options: dict[str, Any], steps: int, how: dict[str, Any]) -> Any:

@@ -70,6 +70,14 @@ def test_weights_are_those_of_one_process(ranks, alone, n, sharded, recipe):
     compare(ranks(n, rank_training.trained_in, options, STEPS, {"sharded": sharded}), alone(options, STEPS))
 
 
+@pytest.mark.pairs
+@pytest.mark.parametrize("how", [{}, {"uneven": True}, {"uneven": "none"}, {"microbatches": 3}], ids=str)
+@pytest.mark.parametrize("sharded", ["", "fsdp"])
+def test_weights_are_those_of_one_process_where_inputs_have_scales(ranks, alone, how, sharded):
+    how = how | {"raw": True}
+    compare(ranks(2, rank_training.trained_in, EXACT, STEPS, how | {"sharded": sharded}), alone(EXACT, STEPS, how))
+
+
 @pytest.mark.parametrize("recipe", ["all adaptive", pytest.param("EKFAC", marks=pytest.mark.slow)])
 def test_weights_are_those_of_one_process_where_there_are_copies_of_shards(ranks, alone, recipe):
     options = EXACT | RECIPES[recipe]

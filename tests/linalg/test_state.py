@@ -52,6 +52,7 @@ OPERATORS = {
     "CenteredPower": lambda: centered().inverse(0.1, damping_style="centered").inverse().power(-0.5, 0.1),
     "CoordinateInverse": lambda: CoordinateBlocks(C[0] ** 2, M, C[1] ** 2).inverse(0.1, damping_style="centered"),
     "of an inverse with plain damping": lambda: centered().inverse(0.1),
+    "CenteredInverse in units": lambda: centered().inverse(0.1, damping_style="factored", units=2 * torch.ones_like(M)),
     "CenteredInverse factored": lambda: centered().inverse(0.1, damping_style="factored"),
     "Dense": lambda: Dense(spd(D_OUT * D_IN, 4), Space(((D_OUT, D_IN),), ("w",))),
     "Dense without names": lambda: Dense(B),

@@ -64,6 +64,8 @@ class Cases:
     """The parameters of every use. Parameters of one use belong to one exact block."""
     mixed: tuple[Layer, ...] = ()
     """The layers in which a row depends on several rows of the output, but is still treated as a case."""
+    data: frozenset[Layer] = frozenset()
+    """The layers whose inputs come from outside, such as features or images, at every use."""
     term: str = ""
     """The term of the objective, if it has several."""
 
@@ -149,7 +151,8 @@ class Cases:
         }
         ignored = {part: t for layer, t in self.ignored.items() for part in parts.get(layer, (layer,))}
         present = {part: its for layer, its in self.present.items() for part in parts.get(layer, (layer,))}
-        return replace(self, h=h, columns=columns(), d_out=d_out, ignored=ignored, present=present)
+        data = frozenset(part for layer in self.data for part in parts.get(layer, (layer,)))
+        return replace(self, h=h, columns=columns(), d_out=d_out, ignored=ignored, present=present, data=data)
 
     def present_in(self, layer: Layer, reduced: bool) -> list[Bool[Tensor, "n t"]] | None:
         """Which positions of every use are not padding, or (`reduced`) depend on their case. None: all."""

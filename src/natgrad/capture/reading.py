@@ -117,6 +117,7 @@ def read_cases(
         {n: shape for use in uses for n, shape in use.shapes.items()},
         tuple(dict.fromkeys(use.names for use in uses)),
         tuple(layer for layer, its in layers.items() if any(id(r.use) in mixed for r in its)),
+        frozenset(layer for layer, its in layers.items() if all(r.use.is_of_data for r in its)),
     )
 
 

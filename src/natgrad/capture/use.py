@@ -72,6 +72,11 @@ class Use:
         return self.a._version == self.versions[1]
 
     @property
+    def is_of_data(self) -> bool:
+        """Whether its input comes from outside: no trainable parameter has a part in it."""
+        return all(node.name().endswith("AccumulateGrad") for node in self.sources)
+
+    @property
     def grid(self) -> tuple[int, ...]:
         """The axes of `a` on which different examples may lie."""
         return self.kind.grid(self.a)

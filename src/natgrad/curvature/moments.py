@@ -13,6 +13,7 @@ from torch import Tensor
 from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, InputSums, joined, stacked
+from natgrad.curvature.central_moments import CentralMoments
 from natgrad.linalg.space import Parts
 
 SHARING = ("expand", "reduce")
@@ -85,6 +86,12 @@ class AffineMoments:
         else:
             rows = g.flatten(0, 1)
             self.output.addmm_(rows.mT, rows)
+
+    def around(self, mean: Tensor) -> AffineMoments:
+        """The scatter around another mean, with the same count."""
+        shift = torch.where(self.count > 0, self.mean - mean, 0.0)
+        apart = shift.square() if self.scatter.ndim == 1 else torch.outer(shift, shift)
+        return replace(self, mean=mean, scatter=self.scatter + self.count * apart)
 
     def __add__(self, other: AffineMoments) -> AffineMoments:
         n = self.count + other.count
@@ -190,7 +197,8 @@ class DiagonalMoments:
         return torch.isfinite(torch.stack([v.sum() for v in self.values]).sum() + self.mass)
 
 
-Moments = AffineMoments | ScaleMoments | DiagonalMoments
+KINDS = AffineMoments, ScaleMoments, DiagonalMoments, CentralMoments
+Moments = AffineMoments | ScaleMoments | DiagonalMoments | CentralMoments
 
 
 def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM) -> dict[Layer, Moments]:
@@ -316,6 +324,7 @@ def _apart(m: Moments) -> tuple[Moments, Moments]:
         return ScaleMoments(m.products[:1], m.mass), ScaleMoments(m.products[2:], m.mass)
     if isinstance(m, DiagonalMoments):
         return DiagonalMoments(m.values[:1], m.mass), DiagonalMoments(m.values[1:], m.mass)
+    assert isinstance(m, AffineMoments)
     return m, replace(m, mean=m.mean[:0], scatter=m.scatter.new_zeros(0, 0))
 
 
@@ -328,7 +337,7 @@ def moments_of_state(state: Mapping[str, dict[str, Any]]) -> dict[Layer, Moments
     """Undoes `state_of_moments`."""
     moments: dict[Layer, Moments] = {}
     for key, its_moments in state.items():
-        kind = next(k for k in (AffineMoments, ScaleMoments, DiagonalMoments) if its_moments.keys() == _names(k))
+        kind = next(k for k in KINDS if its_moments.keys() == _names(k))
         moments[Layer.of_key(key)] = kind(**its_moments)
     return moments
 

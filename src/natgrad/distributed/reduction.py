@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.layer import Layer
+from natgrad.curvature.central_moments import CentralMoments
 from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments
 from natgrad.distributed.packing import Form, filled, form_of, leaves, packed, unpacked
 from natgrad.distributed.world import World
@@ -103,11 +104,11 @@ def _kept(moments: Mapping[Layer, Moments], keep: Keep, what: str) -> dict[Layer
 
 
 def _around_common_means(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[Layer, Moments]:
-    affine = {layer: m for layer, m in moments.items() if isinstance(m, AffineMoments)}
+    central = {layer: m for layer, m in moments.items() if isinstance(m, (AffineMoments, CentralMoments))}
     label = "; ".join(f"{layer.label} {[tuple(t.shape) for t in _sums(m)]}" for layer, m in moments.items())
     hashed = zlib.crc32(label.encode()) % HASH
     parts = []
-    for m in affine.values():
+    for m in central.values():
         n = m.count.double().reshape(1)
         parts += [n, torch.where(n > 0, m.mean.double() * n, 0.0)]
     # Different layers would mean buffers of different lengths, which must not be reduced together.
@@ -121,12 +122,9 @@ def _around_common_means(moments: Mapping[Layer, Moments], world: World, what: s
         return dict(moments)
     totals = world.sum(torch.cat(parts), what).split([len(p) for p in parts])
     found: dict[Layer, Moments] = dict(moments)
-    for (layer, m), n, total in zip(affine.items(), totals[::2], totals[1::2], strict=True):
+    for (layer, m), n, total in zip(central.items(), totals[::2], totals[1::2], strict=True):
         mean = torch.where(n > 0, total / n, 0.0).to(m.mean.dtype)
-        shift = torch.where(m.count > 0, m.mean - mean, 0.0)
-        apart = shift.square() if m.scatter.ndim == 1 else torch.outer(shift, shift)
-        scatter = m.scatter + m.count * apart
-        found[layer] = replace(m, count=n.squeeze().to(m.count.dtype), mean=mean, scatter=scatter)
+        found[layer] = replace(m.around(mean), count=n.squeeze().to(m.count.dtype))
     return found
 
 
@@ -134,6 +132,8 @@ def _sums(m: Moments) -> list[Tensor]:
     """The sums that remain to be reduced."""
     if isinstance(m, AffineMoments):
         return [m.scatter, m.output, m.mass]
+    if isinstance(m, CentralMoments):
+        return [m.second, m.third, m.fourth]
     return [m.products, m.mass] if isinstance(m, ScaleMoments) else [*m.values, m.mass]
 
 
@@ -145,6 +145,8 @@ def _forms(m: Moments) -> list[Form]:
 def _with_sums(m: Moments, sums: list[Tensor]) -> Moments:
     if isinstance(m, AffineMoments):
         return replace(m, scatter=sums[0], output=sums[1], mass=sums[2])
+    if isinstance(m, CentralMoments):
+        return replace(m, second=sums[0], third=sums[1], fourth=sums[2])
     if isinstance(m, ScaleMoments):
         return replace(m, products=sums[0], mass=sums[1])
     return DiagonalMoments(tuple(sums[:-1]), sums[-1])

@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from natgrad.capture.layer import Layer
-from natgrad.curvature.moments import MAX_DIM, AffineMoments, Moments, ScaleMoments
+from natgrad.curvature.moments import MAX_DIM, AffineMoments, DiagonalMoments, Moments, ScaleMoments
 from natgrad.distributed.assignment import cost
 
 Shape = tuple[int, ...]
@@ -114,7 +114,7 @@ def sizes_of(moments: Mapping[Layer, Moments], parameters: Mapping[str, torch.Te
             size = replace(size, inputs=inputs, outputs=outputs, cases=cases, products=products)
         elif isinstance(m, ScaleMoments):
             size = replace(size, other=m.products.numel())
-        else:
+        elif isinstance(m, DiagonalMoments):
             size = replace(size, other=sum(v.numel() for v in m.values))
         sizes.append(size)
     return sizes

@@ -65,19 +65,27 @@ class CenteredKronecker(Operator):
     def _matmul(self, parts: Parts) -> Parts:
         return self._centered._matmul(parts)
 
-    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Operator:
+    def inverse(
+        self, damping: float = 0.0, *, damping_style: str = "exact", units: Float[Tensor, " i"] | None = None
+    ) -> Operator:
         """`(A ⊗ B + λ I)⁻¹`; with `damping_style="centered"` `T⁻¹ blockdiag(C ⊗ B + λ I, B + λ I)⁻¹ T⁻ᵀ`.
 
         `damping_style="factored"` replaces that first block by `(C + π√λ I) ⊗ (B + √λ/π I)`. The bias keeps `B + λ I`:
-        its input factor is 1, so the π of the weight does not apply to it.
+        its input factor is 1, so the π of the weight does not apply to it. With `units`, the input `j` is damped as if
+        it were divided by `units[j]`: `C + π√λ diag(units²)`.
+
+        Raises:
+            ValueError: if there are units and the damping is not factored.
         """
         check_damping(damping, damping_style)
+        if units is not None and damping_style != "factored":
+            raise ValueError(f"units with damping_style={damping_style!r} are not possible; expected 'factored'")
         if damping == 0 or damping_style == "centered":
             return self._centered.inverse(damping, damping_style="centered")
         if damping_style == "exact":
             return self._plain().inverse(damping)
-        weight = Kronecker(*factored_inverses(self.C, self.B, damping))
-        return CenteredInverse(weight, matrix_of(self.B).inverse(damping), self.m)
+        weight = Kronecker(*factored_inverses(self.C, self.B, damping, units))
+        return CenteredInverse(weight, matrix_of(self.B).inverse(damping), self.m, units)
 
     def power(self, exponent: float, damping: float = 0.0) -> Operator:
         """`(A ⊗ B + λ I)^exponent`."""
@@ -118,8 +126,11 @@ class CenteredKronecker(Operator):
     def coordinates(self, parts: Parts) -> Parts:
         return self._centered.coordinates(parts)
 
-    def trace_in_coordinates(self) -> Tensor:
-        return self._centered.trace_in_coordinates()
+    def trace_in_coordinates(self, units: Float[Tensor, " i"] | None = None) -> Tensor:
+        """`tr C tr B + tr B`; with `units`, of the inputs in these units."""
+        if units is None:
+            return self._centered.trace_in_coordinates()
+        return ((factor.diagonal(self.C) / units.square()).sum() + 1) * factor.diagonal(self.B).sum()
 
     def _diagonal(self) -> Parts:
         return self._centered._diagonal()
@@ -251,12 +262,20 @@ class Centered(Operator):
 
 
 class CenteredInverse(Operator):
-    """`T⁻¹ blockdiag(weight, bias) T⁻ᵀ`: the update `ΔW = weight(∇_W − ∇_b mᵀ)`, `Δb = bias(∇_b) − ΔW m`."""
+    """`T⁻¹ blockdiag(weight, bias) T⁻ᵀ`: the update `ΔW = weight(∇_W − ∇_b mᵀ)`, `Δb = bias(∇_b) − ΔW m`.
+
+    `units`: those of the inputs in which the matrix was damped, for `coordinates`."""
 
     is_centered = True
 
-    def __init__(self, weight: Kronecker | KroneckerEigen, bias: Operator, mean: Float[Tensor, " i"]):
-        self.weight, self.bias, self.m = weight, bias, mean
+    def __init__(
+        self,
+        weight: Kronecker | KroneckerEigen,
+        bias: Operator,
+        mean: Float[Tensor, " i"],
+        units: Float[Tensor, " i"] | None = None,
+    ):
+        self.weight, self.bias, self.m, self.units = weight, bias, mean, units
         self.space = _space_of(weight, bias, mean)
         self.dtype, self.device = weight.dtype, weight.device
 
@@ -271,11 +290,13 @@ class CenteredInverse(Operator):
         return W, c
 
     def coordinates(self, parts: Parts) -> Parts:
-        """`(W, b + W m)`."""
+        """`(W diag(units), b + W m)`, in which the damping is `λ I`."""
         W, b = parts
-        return W, torch.addmv(b, W, self.m) if W.ndim == 2 else b + W @ self.m
+        c = torch.addmv(b, W, self.m) if W.ndim == 2 else b + W @ self.m
+        return W if self.units is None else W * self.units, c
 
     def from_coordinates(self, parts: Parts) -> Parts:
+        """`(W, b)` from `(W, b + W m)`."""
         W, c = parts
         return W, torch.addmv(c, W, self.m, alpha=-1) if W.ndim == 2 else c - W @ self.m
 
@@ -298,7 +319,7 @@ class CenteredInverse(Operator):
         return W, c + self.weight.diagonal_along(self.m)
 
     def _scaled(self, factor: float) -> CenteredInverse:
-        return CenteredInverse(self.weight._scaled(factor), self.bias._scaled(factor), self.m)
+        return CenteredInverse(self.weight._scaled(factor), self.bias._scaled(factor), self.m, self.units)
 
 
 def _space_of(weight: Kronecker | KroneckerEigen, bias: Operator, mean: Tensor) -> Space:

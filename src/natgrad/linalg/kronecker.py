@@ -267,14 +267,23 @@ class Homogeneous(Operator):
         return Homogeneous(self.stacked._scaled(factor))
 
 
-def factored_inverses(A: Tensor, B: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """`(A + π√λ I)⁻¹` and `(B + √λ/π I)⁻¹`, `π² = (tr A / d_in) / (tr B / d_out)`."""
-    pi = (factor.diagonal(A).mean() / factor.diagonal(B).mean()).sqrt()
+def factored_inverses(
+    A: Tensor, B: Tensor, damping: float, units: Float[Tensor, " i"] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`(A + π√λ I)⁻¹` and `(B + √λ/π I)⁻¹`, `π² = (tr A / d_in) / (tr B / d_out)`.
+
+    With `units`, the damping is added to the matrix of the inputs in these units, `Ā = A / (units unitsᵀ)`:
+    `A + π√λ diag(units²)` with `π² = (tr Ā / d_in) / (tr B / d_out)`.
+    """
+    diagonal = factor.diagonal(A)
+    mean = diagonal.mean() if units is None else (diagonal / units.square()).mean()
+    pi = (mean / factor.diagonal(B).mean()).sqrt()
     if not (torch.isfinite(pi) and pi > 0):
         pi = torch.ones_like(pi)  # a zero factor has no scale
     root = damping**0.5
+    ridge = pi * root if units is None else pi * root * units.square()
     return (
-        factor.inverse(factor.add_to_diagonal(A, pi * root), "the factor A", damping),
+        factor.inverse(factor.add_to_diagonal(A, ridge), "the factor A", damping),
         factor.inverse(factor.add_to_diagonal(B, root / pi), "the factor B", damping),
     )
 

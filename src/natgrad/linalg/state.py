@@ -33,7 +33,7 @@ _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     Homogeneous: {"stacked": "stacked"},
     CenteredKronecker: {"covariance": "C", "mean": "m", "output": "B"},
     Centered: {"weight": "weight", "bias": "bias", "mean": "m"},
-    CenteredInverse: {"weight": "weight", "bias": "bias", "mean": "m"},
+    CenteredInverse: {"weight": "weight", "bias": "bias", "mean": "m", "units": "units"},
     CenteredPower: {"rows": "rows", "exponent": "exponent", "damping": "damping"},
     Dense: {"matrix": "matrix", "space": "space"},
     Diagonal: {"values": "values", "space": "space"},

@@ -14,7 +14,7 @@ from natgrad.optim.optimizer import CurvatureOptimizer
 from natgrad.optim.saved import by_index
 
 Path = tuple[Any, ...]
-BY_LAYER = ("moments", "squares", "bases", "inverse")
+BY_LAYER = ("moments", "squares", "scales", "bases", "inverse")
 
 
 def load_checkpoint(opt: CurvatureOptimizer | NewtonMuon, path: str | PathLike[str], key: str = "optimizer") -> None:

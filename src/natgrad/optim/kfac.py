@@ -90,6 +90,12 @@ class KFAC(CurvatureOptimizer):
             with `centered=True`, else 0.03, because the typical curvature then contains the means of the inputs.
         decay: the weight of the past in the moving averages of the factors, at each update.
         max_dim: for factors with more rows than this, only the diagonal is kept.
+        input_scales: damp each input of a linear layer of data, such as raw features, in units of its own scale, so
+            that an income in dollars and an age in years train as well as standardized features do: `C + π√λ S²` in
+            place of `C + π√λ I`, with the scales `S` divided by the largest. The scale of an input is
+            `√(E[d⁴] / E[d²])`, with `d = h − m`. Inputs with a kurtosis above 20, such as rarely used pixels, have the
+            largest; and if all scales are within a factor of 10, nothing changes. None: with `structure="kfac"`,
+            `centered=True` and factored damping, without which it is not possible.
         matmul_precision: precision of the float32 matrix products for the direction and the quadratic model, as in
             `torch.set_float32_matmul_precision`. Low precision is enough there, because the factors are sampled
             anyway. `"medium"` is bfloat16 on CPUs with bfloat16 instructions, and TF32 on GPUs. Products for the
@@ -153,6 +159,7 @@ class KFAC(CurvatureOptimizer):
         damping_floor: float | None = None,
         decay: float = 0.8,
         max_dim: int = MAX_DIM,
+        input_scales: bool | None = None,
         matmul_precision: str | None = "medium",
         output: Way | None = None,
         generator: torch.Generator | None = None,
@@ -187,6 +194,7 @@ class KFAC(CurvatureOptimizer):
             decay=decay,
             max_dim=max_dim,
             matmul_precision=matmul_precision,
+            input_scales=_scales(input_scales, structure, centered, damped.style),
         )
         _check(options)
         adapt_every = 8 if every.adapt is None else every.adapt
@@ -242,6 +250,20 @@ class KFAC(CurvatureOptimizer):
             TypeError: with `structure="identity"`, which has none.
         """
         return self._blocks.curvature()
+
+
+def _scales(wanted: bool | None, structure: str, centered: bool, style: str | None) -> bool:
+    """Whether inputs are damped in units of their scales."""
+    possible = structure == "kfac" and centered and style in (None, "factored")
+    if wanted is None:
+        return possible
+    check_flag("input_scales", wanted)
+    if wanted and not possible:
+        raise ValueError(
+            f"input_scales=True with structure={structure!r}, centered={centered} and damping_style={style!r} is not "
+            "possible; expected 'kfac', True and 'factored': use these, or leave input_scales out"
+        )
+    return wanted
 
 
 def _interval(name: str, every: int | None, default: int) -> Interval:

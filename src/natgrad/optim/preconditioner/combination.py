@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad.capture.layer import Layer
 from natgrad.curvature.combination import of_terms
-from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments
+from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments, merge
 from natgrad.optim.preconditioner.running import Statistics
 
 
@@ -30,7 +30,8 @@ def combined(parts: Sequence[tuple[float, Statistics]]) -> Statistics:
             )
     moments = [(weight, part.moments) for weight, part in parts]
     squares = [(weight, part.squares) for weight, part in parts]
-    return Statistics(_combined(moments), _combined(squares))
+    scales = merge(part.scales for _, part in parts)  # of inputs, whatever the terms count
+    return Statistics(_combined(moments), _combined(squares), scales)
 
 
 def _combined(parts: Sequence[tuple[float, Mapping[Layer, Moments]]]) -> dict[Layer, Moments]:
@@ -50,4 +51,5 @@ def _weighted(weight: float, m: Moments, mass: Tensor, of: int) -> Moments:
         return replace(m, output=scale * m.output, mass=mass / of)
     if isinstance(m, ScaleMoments):
         return replace(m, products=scale * m.products, mass=mass / of)
+    assert isinstance(m, DiagonalMoments)
     return DiagonalMoments(tuple(scale * v for v in m.values), mass / of)

@@ -33,4 +33,5 @@ def _part(m: Moments, which: int) -> Moments:
         return m
     if isinstance(m, ScaleMoments):
         return replace(m, products=m.products[[which]])
+    assert isinstance(m, DiagonalMoments)
     return DiagonalMoments((m.values[which],), m.mass)

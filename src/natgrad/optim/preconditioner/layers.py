@@ -16,8 +16,10 @@ from torch import Tensor
 from natgrad.capture.layer import Layer
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.use import Use
+from natgrad.checks.warning import warn
 from natgrad.curvature.blocks import assemble, named_blocks
-from natgrad.linalg import Block, BlockDiagonal
+from natgrad.curvature.input_scales import share_of_smallest
+from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Operator
 from natgrad.linalg.precision import matmul_precision, worth_lowering
 from natgrad.linalg.state import dump, restore
 from natgrad.optim.decay import Decay
@@ -28,12 +30,15 @@ from natgrad.optim.preconditioner.base import Preconditioner, Sizes
 from natgrad.optim.preconditioner.ladder import Ladder
 from natgrad.optim.preconditioner.options import Options
 from natgrad.optim.preconditioner.ranks import Names, Ranks, Spread
-from natgrad.optim.preconditioner.running import RUNNING, Statistics
+from natgrad.optim.preconditioner.running import RUNNING, Running, Statistics
 from natgrad.optim.preconditioner.statistics import LayerStatistics
 from natgrad.optim.rules.damping import weighted_median
 from natgrad.optim.rules.stage import Figures
 from natgrad.optim.tracking.batch import Batch, Term
 from natgrad.optim.vectors import Vector, gram
+
+UNSEEN = 0.01
+"""An input of data that counts less than this share of another gives a warning."""
 
 
 class LayerBlocks(Preconditioner):
@@ -53,7 +58,7 @@ class LayerBlocks(Preconditioner):
     def __init__(self, optimizer: str, parameters: Parameters, labels: Labels, options: Options):
         super().__init__(parameters)
         self.options = options
-        self.running = RUNNING[options.structure](options.centered, options.sharing, options.max_dim)
+        self.running = self._new_running()
         place = parameters.place
         self.reads_derivatives = self.running.reads_gradients
         self.ranks = Ranks(place) if place.shards is None else Spread(place, self.running.can_be_elsewhere)
@@ -61,8 +66,13 @@ class LayerBlocks(Preconditioner):
         self.inverse_age = 0
         self.bases_age: int | None = None
         self.frozen: frozenset[str] = frozenset()
+        self._looked_at_weights = False
         self._scale: tuple[Statistics, frozenset[str], float] | None = None  # of which averages, without which names
         self.statistics = LayerStatistics(optimizer, parameters, labels, options, self.running, self.ranks)
+
+    def _new_running(self) -> Running:
+        options = self.options
+        return RUNNING[options.structure](options.centered, options.sharing, options.max_dim, options.input_scales)
 
     def chosen(self) -> dict[str, Any]:
         return {"structure": self.options.structure} | ({} if self.options.centered else {"centered": False})
@@ -130,18 +140,44 @@ class LayerBlocks(Preconditioner):
         # Exact in centered coordinates: a step does not depend on a shift of a layer's inputs.
         exact = "centered" if self.options.damping_style == "exact" else self.options.damping_style
         style = "relative" if self.options.relative else exact
+        units = self.running.units()
+        self._look_at_weights(units)
 
         def inverse(name: str, block: Block) -> dict[str, Any]:
             its_damping = damping + (decay.of(block.names[0]) if self.running.reads_gradients else 0.0)
             last = before[name].operator if name in before and before[name].names == block.names else None
             faults = Counter[str]()
-            ladder = Ladder(lambda op, λ: self.running.inverse(op, λ, style), faults)
+            ladder = Ladder(partial(self._inverse_of, style, units.get(block.names)), faults)
             return {"operator": ladder.inverse(name, block.operator, its_damping, last), "faults": dict(faults)}
 
         work = {name: partial(inverse, name, block) for name, block in blocks.items()}
         found = self.ranks.done(work, blocks)
         self.faults = sum((Counter(each["faults"]) for each in found.values()), self.faults)
         self.inverse = {name: block.with_operator(found[name]["operator"]) for name, block in blocks.items()}
+
+    def _look_at_weights(self, units: Mapping[tuple[str, ...], Tensor]) -> None:
+        """Warns once if inputs are so different in scale that the layer does not see the small ones."""
+        if self._looked_at_weights or not units:
+            return
+        self._looked_at_weights = True
+        own = self.parameters.local()
+        for names, scales in units.items():
+            W = own[names[0]]
+            if W.ndim != 2 or W.shape[1] != len(scales):
+                continue  # a shard
+            share = share_of_smallest(scales.to(W.dtype), W)
+            if share < UNSEEN:
+                warn(
+                    f"the inputs of {names[0]!r} have scales that differ by a factor of {1 / float(scales.min()):.2g}, "
+                    f"and with its weights the smallest counts {share:.1g} times as much as the largest; KFAC damps "
+                    "each in its own units, but cannot see what the weights hide: standardize the inputs, or divide "
+                    "the columns of the initial weight by their scales"
+                )
+
+    def _inverse_of(self, style: str, units: Tensor | None, operator: Operator, damping: float) -> Operator:
+        if units is not None and isinstance(operator, CenteredKronecker):
+            return operator.inverse(damping, damping_style=style, units=units.to(operator.dtype))
+        return self.running.inverse(operator, damping, style)
 
     def expire(self) -> None:
         self.inverse_age = self.options.inverses.most  # at least what is due
@@ -217,9 +253,11 @@ class LayerBlocks(Preconditioner):
         known, alone = self._scale, self.parameters.place.world.size == 1
         if alone and known is not None and known[0] is self.running.total and known[1] == self.frozen:
             return known[2]
-        operators = [block.operator for block in self._own_blocks().values()]
-        traces = torch.stack([op.trace_in_coordinates() for op in operators]).tolist() if operators else []
-        means = [(trace / op.space.size, float(op.space.size)) for trace, op in zip(traces, operators, strict=True)]
+        blocks, units = list(self._own_blocks().values()), self.running.units()
+        traces = [_trace(block.operator, units.get(block.names)) for block in blocks]
+        sizes = [block.operator.space.size for block in blocks]
+        values = torch.stack(traces).tolist() if traces else []
+        means = [(trace / size, float(size)) for trace, size in zip(values, sizes, strict=True)]
         scale = weighted_median(self.ranks.means(means))
         self._scale = self.running.total, self.frozen, scale
         return scale
@@ -260,7 +298,7 @@ class LayerBlocks(Preconditioner):
                 raise ValueError(
                     f"the state is of {name}={saved[name]!r}, and this optimizer has {value!r}; make it with the same"
                 )
-        running = RUNNING[self.options.structure](self.options.centered, self.options.sharing, self.options.max_dim)
+        running = self._new_running()
         running.load(saved["running"])
         if running.elsewhere and not self.ranks.spread:
             raise ValueError(
@@ -269,6 +307,13 @@ class LayerBlocks(Preconditioner):
             )
         for layer, op in running.blocks().items():
             _check_fits(layer, op.space.size, op.space.shapes, op.dtype, self.parameters)
+
+
+def _trace(operator: Operator, units: Tensor | None) -> Tensor:
+    """The trace in the coordinates in which the inverse is damped."""
+    if units is not None and isinstance(operator, CenteredKronecker):
+        return operator.trace_in_coordinates(units.to(operator.dtype))
+    return operator.trace_in_coordinates()
 
 
 def _is_heavy(block: Block) -> bool:

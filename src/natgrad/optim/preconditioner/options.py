@@ -26,3 +26,4 @@ class Options:
     decay: float = 0.8
     max_dim: int = MAX_DIM
     matmul_precision: str | None = "medium"
+    input_scales: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -17,6 +17,7 @@ from natgrad.curvature.bases import Eigenbasis, bases_of, squares_in, turned
 from natgrad.curvature.blocks import affine_block, kfac_blocks
 from natgrad.curvature.diagonal import diagonal_squares
 from natgrad.curvature.groups import has_rival, tiled
+from natgrad.curvature.input_scales import input_scales, moments_of_data
 from natgrad.curvature.moments import (
     AffineMoments,
     DiagonalMoments,
@@ -34,39 +35,54 @@ from natgrad.linalg import CenteredKronecker, Diagonal, Homogeneous, Kronecker, 
 from natgrad.linalg.centered import CenteredInverse
 from natgrad.optim.preconditioner.frozen import left_of, without
 
+KINDS = "the moments", "the squares", "the scales"
+"""The kinds of sums, for messages between ranks."""
+
 
 @dataclass
 class Statistics:
-    """The sums of some batches: each layer's moments, and the squares of the gradients in eigenbases."""
+    """The sums of some batches: each layer's moments, the squares of the gradients in eigenbases, and the central
+    moments of data, which give the scales of inputs."""
 
     moments: dict[Layer, Moments] = field(default_factory=dict)
     squares: dict[Layer, Moments] = field(default_factory=dict)
+    scales: dict[Layer, Moments] = field(default_factory=dict)
 
     def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(merge([self.moments, other.moments]), merge([self.squares, other.squares]))
+        return Statistics(*(merge(pair) for pair in zip(self._each(), other._each(), strict=True)))
+
+    def _each(self) -> Sequence[dict[Layer, Moments]]:
+        return self.moments, self.squares, self.scales
 
     def completed(self, world: World) -> Statistics:
         """Adds zeros for layers that only other ranks have statistics of."""
-        return Statistics(completed(self.moments, world), completed(self.squares, world))
+        return Statistics(*(completed(sums, world) for sums in self._each()))
 
     def reduced(self, world: World, keep: Keep | None = None) -> Statistics:
         """The statistics summed over all ranks; with `keep`, only for the layers of this rank."""
-        moments = reduced(self.moments, world, "the moments", keep)
-        return Statistics(moments, reduced(self.squares, world, "the squares", keep))
+        return Statistics(*(reduced(s, world, what, keep) for s, what in zip(self._each(), KINDS, strict=True)))
 
     def begun(self, world: World) -> Callable[[], Statistics]:
         """Starts `reduced`. The returned function waits for its result."""
-        moments = Reduction(self.moments, world, "the moments")
-        squares = Reduction(self.squares, world, "the squares") if self.squares else None
-        return lambda: Statistics(moments.result(), {} if squares is None else squares.result())
+        kinds = zip(self._each(), KINDS, strict=True)
+        begun = [Reduction(s, world, what) if s or s is self.moments else None for s, what in kinds]
+        return lambda: Statistics(*({} if each is None else each.result() for each in begun))
 
     def finite(self) -> bool:
-        every = [*self.moments.values(), *self.squares.values()]
+        every = [m for sums in self._each() for m in sums.values()]
         return not every or bool(torch.stack([m.is_finite() for m in every]).all())
 
     def decayed(self, decay: float, new: Statistics) -> Statistics:
         """The moving average, updated with a new batch. Layers that are not in the batch do not change."""
-        return Statistics(_decayed(self.moments, decay, new.moments), _decayed(self.squares, decay, new.squares))
+        return Statistics(*(_decayed(past, decay, its) for past, its in zip(self._each(), new._each(), strict=True)))
+
+    def spoiled(self) -> set[Layer]:
+        """The layers with sums that are not finite."""
+        return {layer for sums in self._each() for layer, m in sums.items() if not bool(m.is_finite())}
+
+    def without(self, gone: Collection[Layer]) -> Statistics:
+        """The statistics of the other layers."""
+        return Statistics(*({layer: m for layer, m in s.items() if layer not in gone} for s in self._each()))
 
 
 def _decayed(past: Mapping[Layer, Moments], decay: float, new: Mapping[Layer, Moments]) -> dict[Layer, Moments]:
@@ -92,8 +108,8 @@ class Running(ABC):
     can_be_elsewhere = True
     """Whether a rank can do without the averages of a layer."""
 
-    def __init__(self, centered: bool, sharing: str, max_dim: int):
-        self.centered, self.sharing, self.max_dim = centered, sharing, max_dim
+    def __init__(self, centered: bool, sharing: str, max_dim: int, input_scales: bool = False):
+        self.centered, self.sharing, self.max_dim, self.input_scales = centered, sharing, max_dim, input_scales
         self.total = Statistics()
         self.elsewhere: list[Layer] = []
 
@@ -108,6 +124,10 @@ class Running(ABC):
     def inverse(self, operator: Operator, damping: float, style: str) -> Operator:
         """One layer's damped inverse."""
         return operator.inverse(damping, damping_style=style)
+
+    def units(self) -> Mapping[tuple[str, ...], Tensor]:
+        """The units in which the inputs of some layers are damped, by the names of the layers' parameters."""
+        return {}
 
     def take_in(self, new: Iterable[Statistics], decay: float) -> bool:
         """Updates the averages. Returns whether there was anything new."""
@@ -128,17 +148,14 @@ class Running(ABC):
             self._forget(gone)
 
     def _forget(self, gone: Collection[Layer]) -> None:
-        def rest(moments: Mapping[Layer, Moments]) -> dict[Layer, Moments]:
-            return {layer: m for layer, m in moments.items() if layer not in gone}
-
-        self.total = Statistics(rest(self.total.moments), rest(self.total.squares))
+        self.total = self.total.without(gone)
         self.elsewhere = [layer for layer in self.elsewhere if layer not in gone]
 
     def drop_spoiled(self) -> set[Layer]:
         """Forgets averages that are not finite. Returns their layers."""
-        sound = Statistics(_finite(self.total.moments), _finite(self.total.squares))
-        spoiled = (self.total.moments.keys() - sound.moments) | (self.total.squares.keys() - sound.squares)
-        self.total = sound
+        spoiled = self.total.spoiled()
+        if spoiled:
+            self.total = self.total.without(spoiled)
         return spoiled
 
     def turn(self, world: World) -> None:  # noqa: B027
@@ -152,23 +169,24 @@ class Running(ABC):
         return {
             "moments": state_of_moments(self.total.moments),
             "squares": state_of_moments(self.total.squares),
+            "scales": state_of_moments(self.total.scales),
             "layers": [layer.key() for layer in self.layers],
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.total = Statistics(moments_of_state(state.get("moments", {})), moments_of_state(state.get("squares", {})))
+        self.total = Statistics(*(moments_of_state(state.get(kind, {})) for kind in ("moments", "squares", "scales")))
         self.elsewhere = [layer for key in state["layers"] if (layer := Layer.of_key(key)) not in self.total.moments]
-
-
-def _finite(moments: dict[Layer, Moments]) -> dict[Layer, Moments]:
-    return {layer: m for layer, m in moments.items() if bool(m.is_finite())}
 
 
 class RunningKfac(Running):
     """`A ⊗ B`, or, if centered, `C ⊗ B`."""
 
     def observe(self, cases: Cases) -> Statistics:
-        return Statistics(layer_moments(cases, self.sharing, self.max_dim))
+        scales = moments_of_data(cases) if self.input_scales else {}
+        return Statistics(layer_moments(cases, self.sharing, self.max_dim), scales=scales)
+
+    def units(self) -> Mapping[tuple[str, ...], Tensor]:
+        return input_scales(self.total.scales)
 
     def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
         return kfac_blocks(left_of(self.total.moments, frozen), True, self.centered)
@@ -185,8 +203,8 @@ class RunningEkfac(RunningKfac):
     squares_cases = True
     has_bases = True
 
-    def __init__(self, centered: bool, sharing: str, max_dim: int):
-        super().__init__(centered, sharing, max_dim)
+    def __init__(self, centered: bool, sharing: str, max_dim: int, input_scales: bool = False):
+        super().__init__(centered, sharing, max_dim, input_scales)
         self._bases: dict[Layer, Eigenbasis] = {}
 
     def observe(self, cases: Cases) -> Statistics:

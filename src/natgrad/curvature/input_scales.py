@@ -1,0 +1,85 @@
+"""The scales of inputs that come from outside, such as raw features with different units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from natgrad.capture.cases import Cases
+from natgrad.capture.layer import Layer
+from natgrad.capture.layers import Inputs, Rows
+from natgrad.curvature.central_moments import CentralMoments
+from natgrad.curvature.groups import has_rival
+from natgrad.curvature.moments import Moments
+
+RAREST = 20.0
+"""An input with a larger kurtosis has no scale of its own. That of one that is nonzero in a share `q` of the cases is
+about `1/q`, that of a normal variable 3. A pixel at the border of an image varies little because it is rarely used,
+not because it has another unit."""
+ROUNDING = 16 * torch.finfo(torch.float32).eps
+"""An input that varies by less than this, in units of its mean, counts as constant."""
+SPAN = 10.0
+"""Scales count as equal if the largest is at most so many times the smallest."""
+
+
+def moments_of_data(cases: Cases) -> dict[Layer, Moments]:
+    """The central moments of the inputs of every linear layer of data whose parameters are used in no other way."""
+    found: dict[Layer, Moments] = {}
+    with torch.no_grad():
+        for layer, uses in cases.h.items():
+            if layer not in cases.data or not layer.weight or layer.scale or has_rival(layer, cases.h):
+                continue
+            if all(isinstance(use, Rows) for use in uses):
+                present = cases.present_in(layer, reduced=False)
+                found[layer] = CentralMoments.of(torch.cat(_rows(uses, present)))
+    return found
+
+
+def _rows(uses: Sequence[Inputs], present: Sequence[Tensor] | None) -> list[Float[Tensor, "_ i"]]:
+    if present is None:
+        return [use.dense().flatten(0, 1) for use in uses]
+    return [use.dense()[there] for use, there in zip(uses, present, strict=True)]
+
+
+def input_scales(moments: Mapping[Layer, Moments]) -> dict[tuple[str, ...], Float[Tensor, " i"]]:
+    """The scale of each input in units of the layer's largest, `√(E[d⁴] / E[d²])` with `d = h − m`, by the names of the
+    layer's parameters. An input that is constant or rarely used has 1. Layers whose inputs all have about the same
+    scale are left out.
+
+    For an input that is 0 or `v` the scale is about `|v|`, however rarely it is `v`; for a normal variable it is `√3`
+    standard deviations.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[1.0, 1e3], [-1.0, -1e3]])
+        >>> input_scales({Layer("weight", "bias"): CentralMoments.of(x)})["weight", "bias"].tolist()
+        [0.001, 1.0]
+    """
+    found = {}
+    for layer, m in moments.items():
+        assert isinstance(m, CentralMoments)
+        second, fourth = m.second / m.count, m.fourth / m.count
+        varies = second > (ROUNDING * m.mean).square()
+        own = varies & (fourth <= RAREST * second.square())
+        squares = torch.where(own, fourth / second, 0.0)
+        scales = torch.where(own, (squares / squares.max()).sqrt(), 1.0)
+        if bool(own.any()) and float(scales.min()) * SPAN < 1:
+            found[layer.names] = scales
+    return found
+
+
+def share_of_smallest(scales: Float[Tensor, " i"], weight: Float[Tensor, "o i"]) -> float:
+    """What the input that counts least adds to the layer's outputs, in units of what the input adds that counts most:
+    the root mean square of `W_j S_j` over the rows, for the inputs with a scale of their own.
+
+    Example:
+        >>> import torch
+        >>> share_of_smallest(torch.tensor([0.001, 1.0]), torch.ones(3, 2))
+        0.0010000000474974513
+    """
+    sizes = weight.norm(dim=0) * scales
+    largest = sizes.max()
+    return float(sizes.min() / largest) if largest > 0 else 1.0
