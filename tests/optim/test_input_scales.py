@@ -255,6 +255,26 @@ class TestTraining:
         assert found.count == 9
         close(found.fourth, expected.fourth)
 
+    def test_numbers_beside_embeddings(self):
+        """They are joined by `cat`, so that the layer's input depends on parameters in part."""
+
+        class Table(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.kind, self.out = nn.Embedding(5, 2), nn.Linear(5, 2)
+
+            def forward(self, x, kind):
+                return self.out(torch.cat([x, self.kind(kind)], 1))
+
+        model, kind = Table().double(), torch.arange(40) % 5
+        opt = natgrad.KFAC(model, nn.MSELoss())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt.loss(model(randn(40, 3) * UNITS, kind), randn(40, 2)).backward()
+            opt.step()
+        (scales,) = opt._running.units().values()
+        assert scales[2] < 1e-3 < scales[3]
+
     def test_other_kinds_of_layers_have_none(self):
         model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 2)).double()
         opt = natgrad.KFAC(model, nn.MSELoss())

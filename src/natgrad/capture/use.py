@@ -73,8 +73,9 @@ class Use:
 
     @property
     def is_of_data(self) -> bool:
-        """Whether its input comes from outside: no trainable parameter has a part in it."""
-        return all(node.name().endswith("AccumulateGrad") for node in self.sources)
+        """Whether its input comes from outside: no trainable parameter has a part in it, or it was joined by `cat` with
+        what has, as numbers with embeddings."""
+        return all(_is_of_data(node) for node in self.sources)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -91,3 +92,11 @@ class Use:
         kind = self.kind.kept(False, True)
         sources = (self.before.edge.node,)
         return [self.before, replace(self, kind=kind, weight=None, function=torch.add, sources=sources, before=None)]
+
+
+def _is_of_data(node: Any) -> bool:
+    """Whether a node of the graph is a leaf, or joins tensors of which some have no graph."""
+    name = node.name()
+    if name.startswith("CatBackward"):
+        return any(before is None for before, _ in node.next_functions)
+    return bool(name.endswith("AccumulateGrad"))
