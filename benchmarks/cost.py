@@ -2,6 +2,7 @@
 
 python -m benchmarks.cost
 python -m benchmarks.cost --precision medium   # torch's own products in less precision too, for all
+python -m benchmarks.cost --task perceptron --batch 128   # 10-64-64-1, on one thread
 python -m benchmarks.cost --memory             # what each optimizer keeps per parameter
 python -m benchmarks.cost --profile            # where K-FAC's time goes
 """
@@ -38,8 +39,28 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "KFAC, not centered": ("KFAC", {"centered": False}),
     "KFAC, fixed step size": ("KFAC", FIXED),
     "EKFAC": ("KFAC", {"structure": "ekfac"}),
+    "NewtonMuon": ("NewtonMuon", {"lr": 0.02}),
     "KFAC, input factor": ("KFAC", {"structure": "input", "lr": 1e-3, "momentum": 0.9}),
 }
+
+
+def perceptron() -> Task:
+    """A small network, whose step is mostly Python's time: noisy targets of ten features."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 10, generator=source)
+    y = (x[:, :1] * x[:, 1:2]).sin() + 0.3 * torch.randn(4096, 1, generator=source)
+
+    def make_model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(10, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    def batches(seed: int, size: int) -> Iterator[Batch]:
+        own = torch.Generator().manual_seed(seed)
+        while True:
+            rows = torch.randint(len(x), (size,), generator=own)
+            yield x[rows], y[rows]
+
+    return Task("perceptron", "loss", 128, nn.MSELoss(), make_model, batches, lambda _: {}, lambda _: (x[:2], y[:2]))
 
 
 def step_of(name: str, model: nn.Module, task: Task) -> tuple[Callable[[Batch], None], list[Any]]:
@@ -77,7 +98,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="curves", choices=["curves", "mnist"])
+    parser.add_argument("--task", default="curves", choices=["curves", "mnist", "perceptron"])
     parser.add_argument("--batch", type=int, default=1000)
     parser.add_argument("--blocks", type=int, default=6, help=f"blocks of {BLOCK} steps of each")
     parser.add_argument("--only", nargs="+", default=["AdamW", "KFAC", "KFAC, fixed step size"])
@@ -87,7 +108,9 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_float32_matmul_precision(options.precision)
-    task = TASKS[options.task]()
+    if options.task == "perceptron":
+        torch.set_num_threads(1)
+    task = perceptron() if options.task == "perceptron" else TASKS[options.task]()
     batches = task.batches(0, options.batch)
     if options.memory:
         memory(task, batches)

@@ -164,7 +164,7 @@ class LayerBlocks(Preconditioner):
         for names, scales in units.items():
             W = own[names[0]]
             if W.ndim != 2 or W.shape[1] != len(scales):
-                continue  # a shard
+                continue  # stored in another way
             share = share_of_smallest(scales.to(W.dtype), W)
             if share < UNSEEN:
                 warn(
