@@ -255,16 +255,19 @@ class TestTraining:
         assert found.count == 9
         close(found.fourth, expected.fourth)
 
-    def test_numbers_beside_embeddings(self):
-        """They are joined by `cat`, so that the layer's input depends on parameters in part."""
+    @pytest.mark.parametrize(("how", "found"), [("embedding", True), ("flattened", True), ("hidden", False)])
+    def test_numbers_joined_with_others(self, how, found):
+        """With embeddings, an input is still data. With hidden units, whose scales are the network's own, it is not."""
 
         class Table(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.kind, self.out = nn.Embedding(5, 2), nn.Linear(5, 2)
+                self.kind, self.hidden, self.out = nn.Embedding(5, 2), nn.Linear(3, 2), nn.Linear(5, 2)
 
             def forward(self, x, kind):
-                return self.out(torch.cat([x, self.kind(kind)], 1))
+                own = self.hidden(x / UNITS).tanh() if how == "hidden" else self.kind(kind)
+                own = self.kind(kind.view(-1, 1)).flatten(1) if how == "flattened" else own
+                return self.out(torch.cat([x, own], 1))
 
         model, kind = Table().double(), torch.arange(40) % 5
         opt = natgrad.KFAC(model, nn.MSELoss())
@@ -272,8 +275,10 @@ class TestTraining:
             warnings.simplefilter("ignore")
             opt.loss(model(randn(40, 3) * UNITS, kind), randn(40, 2)).backward()
             opt.step()
-        (scales,) = opt._running.units().values()
-        assert scales[2] < 1e-3 < scales[3]
+        scales = opt._running.units().get(("out.weight", "out.bias"))
+        assert (scales is not None) == found
+        if scales is not None:
+            assert scales[2] < 1e-3 < scales[3]
 
     def test_other_kinds_of_layers_have_none(self):
         model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 2)).double()

@@ -12,6 +12,16 @@ from torch.autograd.graph import GradientEdge
 
 from natgrad.capture.layers import Kind
 
+OUTSIDE, EMBEDDING = "outside", "an embedding"
+RESHAPING = (
+    "CatBackward",
+    "ViewBackward",
+    "UnsafeViewBackward",
+    "ReshapeAliasBackward",
+    "SqueezeBackward",
+    "UnsqueezeBackward",
+)
+
 
 @dataclass(eq=False)
 class Use:
@@ -73,9 +83,9 @@ class Use:
 
     @property
     def is_of_data(self) -> bool:
-        """Whether its input comes from outside: no trainable parameter has a part in it, or it was joined by `cat` with
-        what has, as numbers with embeddings."""
-        return all(_is_of_data(node) for node in self.sources)
+        """Whether its input comes from outside: no trainable parameter has a part in it, except for embeddings that
+        numbers were joined with."""
+        return all(OUTSIDE in _origins(node) <= {OUTSIDE, EMBEDDING} for node in self.sources)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -94,9 +104,18 @@ class Use:
         return [self.before, replace(self, kind=kind, weight=None, function=torch.add, sources=sources, before=None)]
 
 
-def _is_of_data(node: Any) -> bool:
-    """Whether a node of the graph is a leaf, or joins tensors of which some have no graph."""
-    name = node.name()
-    if name.startswith("CatBackward"):
-        return any(before is None for before, _ in node.next_functions)
-    return bool(name.endswith("AccumulateGrad"))
+def _origins(node: Any) -> set[str]:
+    """What the values of a node of the graph come from, by joining and reshaping alone."""
+    found, seen, ahead = set(), {node}, [node]
+    while ahead:
+        node = ahead.pop()
+        name = "" if node is None else node.name().removesuffix("0")
+        if not name or name.endswith("AccumulateGrad"):
+            found.add(OUTSIDE)
+        elif name in RESHAPING:
+            before = {n for n, _ in node.next_functions} - seen
+            seen |= before
+            ahead += before
+        else:
+            found.add(EMBEDDING if name in ("EmbeddingBackward", "EmbeddingBagBackward") else name)
+    return found
