@@ -63,6 +63,9 @@ def perceptron() -> Task:
     return Task("perceptron", "loss", 128, nn.MSELoss(), make_model, batches, lambda _: {}, lambda _: (x[:2], y[:2]))
 
 
+MEASURED = {"curves": TASKS["curves"], "mnist": TASKS["mnist"], "perceptron": perceptron}
+
+
 def step_of(name: str, model: nn.Module, task: Task) -> tuple[Callable[[Batch], None], list[Any]]:
     """A function that takes a step, and the optimizers behind it."""
     use, setting = WAYS[name]
@@ -98,7 +101,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="curves", choices=["curves", "mnist", "perceptron"])
+    parser.add_argument("--task", default="curves", choices=list(MEASURED))
     parser.add_argument("--batch", type=int, default=1000)
     parser.add_argument("--blocks", type=int, default=6, help=f"blocks of {BLOCK} steps of each")
     parser.add_argument("--only", nargs="+", default=["AdamW", "KFAC", "KFAC, fixed step size"])
@@ -110,7 +113,7 @@ def main() -> None:
     torch.set_float32_matmul_precision(options.precision)
     if options.task == "perceptron":
         torch.set_num_threads(1)
-    task = perceptron() if options.task == "perceptron" else TASKS[options.task]()
+    task = MEASURED[options.task]()
     batches = task.batches(0, options.batch)
     if options.memory:
         memory(task, batches)

@@ -2,7 +2,7 @@
 
 A perceptron 8-64-64-1 learns a smooth function of eight normal features, multiplied by `1, 10, ..., 10^k, 1, 10, ...`
 (3,200 examples, batch 128). `divided`: the columns of the initial weight are divided by the units, so that the initial
-function is that of standardized features. Held-out squared errors; the best rate of AdamW and NewtonMuon of some.
+function is that of standardized features. Held-out squared errors. AdamW and NewtonMuon have the best of some rates.
 
 python -m benchmarks.units
 """
@@ -45,11 +45,11 @@ def trained(name: str, make: Make, power: int, divided: bool, seed: int) -> floa
     model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     if divided:
         with torch.no_grad():
-            model[0].weight /= units  # type: ignore[operator]
+            next(model.parameters()).div_(units)
     x, opt, source = x * units, make(model), torch.Generator().manual_seed(seed)
-    steps = STEPS[name]
-    falling = None if name.startswith("KFAC") else torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, steps)
-    loss_of = opt.loss if name.startswith("KFAC") else nn.functional.mse_loss
+    steps, adaptive = STEPS[name], name.startswith("KFAC")
+    falling = None if adaptive else torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, steps)
+    loss_of = opt.loss if adaptive else nn.functional.mse_loss
     for _ in range(steps):
         own = torch.randint(TRAINED, (128,), generator=source)
         opt.zero_grad()

@@ -40,7 +40,7 @@ def trained(
     model = network(few).to(dtype)
     units = 10.0 ** -torch.arange(D) if raw else torch.ones(D)
     with torch.no_grad():
-        model[0].weight /= units  # type: ignore[operator]
+        next(model.parameters()).div_(units)
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     called = placed(model, group, sharded)
     loss_fn = nn.CrossEntropyLoss(reduction=reduction)

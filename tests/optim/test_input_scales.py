@@ -14,7 +14,7 @@ from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Rows
 from natgrad.curvature.central_moments import CentralMoments
-from natgrad.curvature.input_scales import RAREST, SPAN, input_scales, moments_of_data
+from natgrad.curvature.input_scales import RAREST, SPAN, moments_of_data, relative_scales
 from natgrad.linalg import CenteredKronecker
 from natgrad.optim.preconditioner.layers import UNSEEN
 from oracles import close, f64, net, randn, spd
@@ -31,7 +31,7 @@ def moments(x):
 
 def scales_of(x):
     """The scales, or None if they count as equal."""
-    return input_scales({LAYER: CentralMoments.of(x)}).get(LAYER.names)
+    return relative_scales({LAYER: CentralMoments.of(x)}).get(LAYER.names)
 
 
 class TestCentralMoments:
@@ -156,17 +156,22 @@ def trained(opt_of, model, x, y, steps=12):
     return losses
 
 
+def alike():
+    """A problem, and two models that are the same function, the second one of the inputs in other units."""
+    x, model = binary(20, 3), net(3, 6, 2)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight /= UNITS
+    return x, torch.sin(x @ randn(3, 2, seed=5)), model, other
+
+
 class TestTraining:
     @pytest.mark.parametrize(
         "options", [{}, {"lr": 0.3, "momentum": 0.5, "damping": 0.1}, {"max_kl": 0.1}, {"weight_decay": 0.0}], ids=str
     )
     def test_units_of_the_inputs_do_not_matter(self, options):
         """The same function with inputs in other units and the first weight divided by them: the same losses."""
-        x, model = binary(20, 3), net(3, 6, 2)
-        y = torch.sin(x @ randn(3, 2, seed=5))
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            other[0].weight /= UNITS
+        x, y, model, other = alike()
 
         def opt_of(m):
             return natgrad.KFAC(
@@ -180,11 +185,7 @@ class TestTraining:
         close(other[0].weight, model[0].weight, 1e-6)
 
     def test_they_matter_without(self):
-        x, model = binary(20, 3), net(3, 6, 2)
-        y = torch.sin(x @ randn(3, 2, seed=5))
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            other[0].weight /= UNITS
+        x, y, model, other = alike()
 
         def opt_of(m):
             return natgrad.KFAC(m, nn.MSELoss(), estimator="exact", statistics_share=1.0, input_scales=False)

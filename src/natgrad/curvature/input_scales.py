@@ -44,7 +44,7 @@ def _rows(uses: Sequence[Inputs], present: Sequence[Tensor] | None) -> list[Floa
     return [use.dense()[there] for use, there in zip(uses, present, strict=True)]
 
 
-def input_scales(moments: Mapping[Layer, Moments]) -> dict[tuple[str, ...], Float[Tensor, " i"]]:
+def relative_scales(moments: Mapping[Layer, Moments]) -> dict[tuple[str, ...], Float[Tensor, " i"]]:
     """The scale of each input in units of the layer's largest, `√(E[d⁴] / E[d²])` with `d = h − m`, by the names of the
     layer's parameters. An input that is constant or rarely used has 1. Layers whose inputs all have about the same
     scale are left out.
@@ -55,7 +55,7 @@ def input_scales(moments: Mapping[Layer, Moments]) -> dict[tuple[str, ...], Floa
     Example:
         >>> import torch
         >>> x = torch.tensor([[1.0, 1e3], [-1.0, -1e3]])
-        >>> input_scales({Layer("weight", "bias"): CentralMoments.of(x)})["weight", "bias"].tolist()
+        >>> relative_scales({Layer("weight", "bias"): CentralMoments.of(x)})["weight", "bias"].tolist()
         [0.001, 1.0]
     """
     found = {}
@@ -72,8 +72,8 @@ def input_scales(moments: Mapping[Layer, Moments]) -> dict[tuple[str, ...], Floa
 
 
 def share_of_smallest(scales: Float[Tensor, " i"], weight: Float[Tensor, "o i"]) -> float:
-    """What the input that counts least adds to the layer's outputs, in units of what the input adds that counts most:
-    the root mean square of `W_j S_j` over the rows, for the inputs with a scale of their own.
+    """How much the layer's outputs depend on the input that counts least, in units of the one that counts most. An
+    input counts as much as its column of the weight times its scale, `‖W_j‖ s_j`.
 
     Example:
         >>> import torch

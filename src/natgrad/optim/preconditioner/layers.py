@@ -147,7 +147,7 @@ class LayerBlocks(Preconditioner):
             its_damping = damping + (decay.of(block.names[0]) if self.running.reads_gradients else 0.0)
             last = before[name].operator if name in before and before[name].names == block.names else None
             faults = Counter[str]()
-            ladder = Ladder(partial(self._inverse_of, style, units.get(block.names)), faults)
+            ladder = Ladder(partial(self._inverse_of, style, _units_of(block, units)), faults)
             return {"operator": ladder.inverse(name, block.operator, its_damping, last), "faults": dict(faults)}
 
         work = {name: partial(inverse, name, block) for name, block in blocks.items()}
@@ -175,8 +175,8 @@ class LayerBlocks(Preconditioner):
                 )
 
     def _inverse_of(self, style: str, units: Tensor | None, operator: Operator, damping: float) -> Operator:
-        if units is not None and isinstance(operator, CenteredKronecker):
-            return operator.inverse(damping, damping_style=style, units=units.to(operator.dtype))
+        if isinstance(operator, CenteredKronecker) and units is not None:
+            return operator.inverse(damping, damping_style=style, units=units)
         return self.running.inverse(operator, damping, style)
 
     def expire(self) -> None:
@@ -254,7 +254,7 @@ class LayerBlocks(Preconditioner):
         if alone and known is not None and known[0] is self.running.total and known[1] == self.frozen:
             return known[2]
         blocks, units = list(self._own_blocks().values()), self.running.units()
-        traces = [_trace(block.operator, units.get(block.names)) for block in blocks]
+        traces = [_trace(block.operator, _units_of(block, units)) for block in blocks]
         sizes = [block.operator.space.size for block in blocks]
         values = torch.stack(traces).tolist() if traces else []
         means = [(trace / size, float(size)) for trace, size in zip(values, sizes, strict=True)]
@@ -309,10 +309,16 @@ class LayerBlocks(Preconditioner):
             _check_fits(layer, op.space.size, op.space.shapes, op.dtype, self.parameters)
 
 
+def _units_of(block: Block, units: Mapping[tuple[str, ...], Tensor]) -> Tensor | None:
+    """The units of a block's inputs, if it has any."""
+    own = units.get(block.names)
+    return None if own is None else own.to(block.operator.dtype)
+
+
 def _trace(operator: Operator, units: Tensor | None) -> Tensor:
     """The trace in the coordinates in which the inverse is damped."""
-    if units is not None and isinstance(operator, CenteredKronecker):
-        return operator.trace_in_coordinates(units.to(operator.dtype))
+    if isinstance(operator, CenteredKronecker):
+        return operator.trace_in_coordinates(units)
     return operator.trace_in_coordinates()
 
 

@@ -17,7 +17,7 @@ from natgrad.curvature.bases import Eigenbasis, bases_of, squares_in, turned
 from natgrad.curvature.blocks import affine_block, kfac_blocks
 from natgrad.curvature.diagonal import diagonal_squares
 from natgrad.curvature.groups import has_rival, tiled
-from natgrad.curvature.input_scales import input_scales, moments_of_data
+from natgrad.curvature.input_scales import moments_of_data, relative_scales
 from natgrad.curvature.moments import (
     AffineMoments,
     DiagonalMoments,
@@ -186,7 +186,7 @@ class RunningKfac(Running):
         return Statistics(layer_moments(cases, self.sharing, self.max_dim), scales=scales)
 
     def units(self) -> Mapping[tuple[str, ...], Tensor]:
-        return input_scales(self.total.scales)
+        return relative_scales(self.total.scales)
 
     def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
         return kfac_blocks(left_of(self.total.moments, frozen), True, self.centered)
