@@ -12,7 +12,8 @@ from torch import nn
 import natgrad
 from kfac_steps import LABELS, C, D, N, X, model_of, step
 from natgrad.curvature.bases import turned
-from natgrad.linalg import factor
+from natgrad.linalg import factor, precision
+from natgrad.optim.preconditioner import orthogonal
 from natgrad.optim.preconditioner.orthogonal import newton_schulz
 from oracles import close, f64, randn
 
@@ -134,6 +135,24 @@ class TestOrthogonalized:
             close(came[f"{name}.weight"], -0.3 * O)
             adam = g[f"{name}.bias"] / (g[f"{name}.bias"].abs() + 1e-8)
             close(came[f"{name}.bias"], -0.3 * (adam - O @ h.mean(0) if centered else adam))
+
+    def test_inputs_of_few_directions_are_whitened_in_float32_where_bfloat16_is_fast(self, monkeypatch):
+        """Rounding errors would be enlarged to the size of the rest."""
+        monkeypatch.setattr(precision, "_multiplies_in_bfloat16", lambda: True)
+        monkeypatch.setattr(precision, "WORTH_CASTING", 1)
+        monkeypatch.setattr(orthogonal, "bfloat16_is_fast", lambda device: False)
+        few = randn(64, 3) @ randn(3, 12, seed=1) + 0.03 * randn(64, 12, seed=2)
+        torch.manual_seed(0)
+        model = nn.Linear(12, 8).to(f64)
+        changes = []
+        for dtype in (f64, torch.float32):
+            came = copy.deepcopy(model).to(dtype)
+            opt = natgrad.KFAC(
+                came, nn.MSELoss(), structure="input", orthogonalize=True, damping=1e-4, momentum=0.0, lr=0.1
+            )
+            step(came, opt, few.to(dtype), randn(64, 8, seed=3).to(dtype))
+            changes.append((came.weight.detach().double() - model.weight.detach()).flatten())
+        assert torch.cosine_similarity(*changes, dim=0) > 0.999
 
     def test_what_has_no_input_factor_takes_adams_step(self):
         torch.manual_seed(0)
@@ -268,9 +287,9 @@ def test_less_precise_products_change_the_step_size_alone_and_little():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, C))
     sizes = []
-    for precision in ("highest", "high", "medium", None):
+    for name in ("highest", "high", "medium", None):
         twin = copy.deepcopy(model)
-        opt = natgrad.KFAC(twin, nn.CrossEntropyLoss(), matmul_precision=precision)
+        opt = natgrad.KFAC(twin, nn.CrossEntropyLoss(), matmul_precision=name)
         before = torch.backends.mkldnn.matmul.fp32_precision
         step(twin, opt, X.float())
         assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -53,7 +53,7 @@ class NewtonMuon(torch.optim.Optimizer):
     `D` the diagonal of `A / ā`, `ρ` the ridge, `α` the learning rate and `η` the weight decay. `orth` sets all singular
     values to about one, by five Newton-Schulz iterations. The factor `0.2 √max` makes the step as long as a step of
     AdamW. Without `A` this is Muon. With `sides="both"` the output side is whitened, too:
-    `orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ D^½)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ`.
+    `orth((B / b̄ + ρ I)⁻¹ M (A / ā + ρ D^½)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ`.
 
     The first forward pass in training mode shows which parameters are hidden matrices: weights that multiply
     inputs, and whose output is an input of another matrix. A convolution kernel is a matrix over patches. The gates
@@ -165,7 +165,7 @@ class NewtonMuon(torch.optim.Optimizer):
         outputs = OutputSide(ridge, decay, max_dim) if sides == "both" else None
         self._matrices = Matrices(self.parameters, chosen, InputSide(ridge, decay), outputs, whiten=sides != "none")
         self._unchanged = Unchanged(self.model, None)
-        self._forwards = Forwards(self.parameters, max_dim)
+        self._forwards = Forwards(self.parameters, max_dim, self._matrices.may_be_whitened)
         self._arm()
 
     # Groups --------------------------------------------------------------------------------------------
@@ -221,8 +221,9 @@ class NewtonMuon(torch.optim.Optimizer):
         return self._refreshed is None or self._steps - self._refreshed >= self._interval.steps(self._steps)
 
     def _arm(self) -> None:
-        self._forwards.watch.recording = self._due()
         self._forwards.settling = bool(self._matrices.unsettled())
+        needed = self._forwards.settling or any(map(self._matrices.may_be_whitened, self.parameters))
+        self._forwards.watch.recording = needed and self._due()
 
     @not_compiled
     @torch.no_grad()

@@ -29,7 +29,10 @@ from muon_steps import (
     weights,
     whitening,
 )
+from natgrad.optim.muon import forwards
 from natgrad.optim.muon import whitening as whitening_file
+from natgrad.optim.muon.output import OutputSide
+from natgrad.optim.muon.whitening import InputSide
 from natgrad.optim.preconditioner.orthogonal import newton_schulz
 from oracles import close, f64, randn
 
@@ -72,7 +75,7 @@ class TestFormula:
             close(model.get_parameter(n).detach(), (1 - 0.1 * 0.01) * before - 0.1 * d)
 
     def test_both_sides(self):
-        """`orth((B / b̄ + ρ I)^(-1/2) M (A / ā + ρ D^½)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ` over the gradients."""
+        """`orth((B / b̄ + ρ I)⁻¹ M (A / ā + ρ D^½)⁻¹)`, with `B` the average of `∇ A⁻¹ ∇ᵀ` over the gradients."""
         model = perceptron()
         opt = natgrad.NewtonMuon(
             model, lr=0.1, weight_decay=0.0, momentum=0.6, nesterov=False, ridge=0.3, sides="both", refresh_every=1,
@@ -84,9 +87,8 @@ class TestFormula:
             A[n] = 0.5 * A.get(n, 0.0) + h.mT @ h
             white = damped_inverse(A[n], 0.3)
             B[n] = 0.5 * B.get(n, 0.0) + g @ white @ g.mT / g.square().sum()
-            e, Q = torch.linalg.eigh(B[n] / B[n].diagonal().mean())
-            root = Q @ torch.diag((e + 0.3) ** -0.5) @ Q.mT
-            d = 0.2 * math.sqrt(H) * newton_schulz(root @ buffers[n] @ white)
+            inverse = torch.linalg.inv(B[n] / B[n].diagonal().mean() + 0.3 * torch.eye(len(g), dtype=f64))
+            d = 0.2 * math.sqrt(H) * newton_schulz(inverse @ buffers[n] @ white)
             close(model.get_parameter(n).detach(), before - 0.1 * d)
 
     def test_of_many_rows_the_output_side_is_a_diagonal(self):
@@ -99,6 +101,18 @@ class TestFormula:
             if unit.weight == "0.weight":  # whose input side is the same, of fewer columns
                 close(diagonal, opts[1]._matrices.outputs.sums[unit].diagonal())
         assert not same(model, twin)
+
+    @given(seed=st.integers(0, 1000), gradients=st.integers(1, 4))
+    def test_the_output_side_knows_no_basis(self, seed, gradients):
+        """Rotated gradients are whitened to the rotated result, on whatever basis of the outputs they are given."""
+        U = torch.linalg.qr(randn(H, H, seed=seed)).Q
+        sides, unit = [OutputSide(0.2, 0.8, 99) for _ in range(2)], object()
+        inputs = InputSide(0.2, 0.8)
+        for i in range(gradients):
+            G = randn(H, D, seed=seed + 1 + i)
+            sides[0].take_in({unit: G}, inputs)
+            sides[1].take_in({unit: U @ G}, inputs)
+        close(sides[1].whitened(unit, U @ G), U @ sides[0].whitened(unit, G))
 
     def test_all_else_is_adamws_to_the_last_bit_of_its_formula(self):
         model, twin = perceptron(), perceptron()
@@ -241,6 +255,29 @@ class TestFormula:
         held = {unit.weight: m for unit, m in opt._matrices.inputs.moments.items()}
         assert held["0.q.weight"] is held["0.k.weight"] is held["0.v.weight"]
         assert held["0.q.weight"] is not held["0.out.weight"]
+
+    @pytest.mark.parametrize(
+        ("settings", "used"),
+        [
+            ({"sides": "none"}, [set()]),
+            ({"sides": "none", "steps": {"2.weight": "whitened"}}, [{"2.weight"}] * 3),
+            ({"sides": "input"}, [{"0.weight", "2.weight", "4.weight"}] + [{"0.weight", "2.weight"}] * 2),
+            ({"sides": "input", "steps": {"*.weight": "orthogonal"}}, [set()]),
+        ],
+    )
+    def test_only_the_inputs_of_whitened_matrices_are_summed(self, settings, used, monkeypatch):
+        """Those that may be whitened, as long as it is not known which are. If none are, no more forwards are read."""
+        model, seen = perceptron(), []
+
+        def input_sums(uses, max_dim):
+            seen.append({use.weight for use in uses})
+            return whitening_file.input_sums(uses, max_dim)
+
+        monkeypatch.setattr(forwards, "input_sums", input_sums)
+        opt = natgrad.NewtonMuon(model, refresh_every=1, **settings)
+        for _ in range(3):
+            step(model, opt)
+        assert seen == used
 
     @given(seed=st.integers(0, 1000), tokens=st.integers(3, 40), sides=st.sampled_from(["input", "both"]))
     def test_inputs_in_another_order_and_of_other_signs_give_the_same_step(self, seed, tokens, sides):

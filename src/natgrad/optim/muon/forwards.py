@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,7 @@ from natgrad.optim.tracking.watch import Watch
 @dataclass
 class Shown:
     """What the forwards since the last refresh have shown: uses of parameters, functions of other uses by name, and the
-    moments of the inputs of every matrix."""
+    moments of the inputs of every matrix that may be whitened."""
 
     uses: list[Seen] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)
@@ -36,10 +37,11 @@ class Forwards:
     Args:
         parameters: those to look at.
         max_dim: the second moments of wider inputs are kept as their diagonals.
+        wanted: whether the moments of a weight's inputs are used, by its name.
     """
 
-    def __init__(self, parameters: Parameters, max_dim: int):
-        self._parameters, self._max_dim = parameters, max_dim
+    def __init__(self, parameters: Parameters, max_dim: int, wanted: Callable[[str], bool]):
+        self._parameters, self._max_dim, self._wanted = parameters, max_dim, wanted
         self.settling, self._shown = True, Shown()
         model = parameters.place.model
         # A module of Lightning's is not called itself: its training_step calls its parts.
@@ -64,9 +66,9 @@ class Forwards:
         if not self.watch.recording:
             return
         recorder = forward.recorder or self._again(forward)
-        trainable = {n for n, p in self._parameters.items() if p.requires_grad}
+        wanted = {n for n, p in self._parameters.items() if p.requires_grad and self._wanted(n)}
         with torch.no_grad(), torch.autocast(self._parameters.device.type, enabled=False):
-            sums = input_sums([use for use in recorder.uses if use.weight in trainable], self._max_dim)
+            sums = input_sums([use for use in recorder.uses if use.weight in wanted], self._max_dim)
             self._shown.sums = added(self._shown.sums, sums, 1.0)
         if self.settling:
             self._shown.uses += seen_in(recorder.uses, recorder.gates)  # frozen layers, too, may come after a matrix

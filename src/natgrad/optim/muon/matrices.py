@@ -70,6 +70,13 @@ class Matrices:
         """The parameters of which no use was seen yet."""
         return [n for n in self._parameters if n not in self.routes or self.routes[n].why == NOT_SEEN]
 
+    def may_be_whitened(self, name: str) -> bool:
+        """Whether a weight is whitened, or its use is not known yet and it may be."""
+        if name in self.routes and self.routes[name].why != NOT_SEEN:
+            return self.routes[name].step == WHITENED
+        chosen = self._chosen(name)
+        return self._whiten if chosen is None else chosen == WHITENED
+
     def settle(self, shown: Shown, gradients: Vector) -> list[str]:
         """Finds the routes of parameters that were seen, and of those that have a gradient and were not. Gives the
         names of those that have become matrices.
@@ -171,6 +178,8 @@ class Matrices:
         return found
 
     def _whitened(self, unit: Layer, M: Tensor) -> Tensor:
+        """In the precision of float32: where the inputs have a strong mean or few directions, the small differences
+        that whitening enlarges would be lost in a lower one."""
         M = self.inputs.whitened(unit, M)
         return M if self.outputs is None else self.outputs.whitened(unit, M)
 

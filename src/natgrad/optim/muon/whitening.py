@@ -26,6 +26,7 @@ SMALLEST = 1e-4
 """The least mean square of an input that the ridge takes into account, in units of the mean over all inputs: units that
 are never active have a ridge, too."""
 EXPONENT = 0.5
+"""The ridge of an input grows as this power of its mean square."""
 
 
 def input_sums(uses: Sequence[Use], max_dim: int) -> dict[Layer, AffineMoments]:
@@ -142,9 +143,9 @@ def mean_of_eigenvalues(A: Tensor, *, batched: bool = False) -> Tensor:
     return diagonal.mean(-1).clamp_min(torch.finfo(A.dtype).tiny)
 
 
-def damped_inverses(factors: Sequence[Tensor], ridge: float) -> list[Tensor]:
-    """`(A / ā + ridge D^½)⁻¹` of each factor, a matrix or a diagonal, where `ā` is the mean of its eigenvalues and `D`
-    the diagonal of `A / ā`. Those of one size are inverted together."""
+def damped_inverses(factors: Sequence[Tensor], ridge: float, exponent: float = EXPONENT) -> list[Tensor]:
+    """`(A / ā + ridge D^exponent)⁻¹` of each factor, a matrix or a diagonal, where `ā` is the mean of its eigenvalues
+    and `D` the diagonal of `A / ā`. Those of one size are inverted together."""
     by_shape: dict[torch.Size, list[int]] = {}
     for i, A in enumerate(factors):
         by_shape.setdefault(A.shape, []).append(i)
@@ -152,18 +153,19 @@ def damped_inverses(factors: Sequence[Tensor], ridge: float) -> list[Tensor]:
     for shape, places in by_shape.items():
         A = torch.stack([factors[i] for i in places])
         scaled = A / mean_of_eigenvalues(A, batched=True).view(-1, *[1] * len(shape))
-        for i, inverse in zip(places, _inverses(scaled, ridge), strict=True):
+        for i, inverse in zip(places, _inverses(scaled, ridge, exponent), strict=True):
             out[i] = inverse
     return out
 
 
-def _inverses(scaled: Tensor, ridge: float) -> Tensor:
+def _inverses(scaled: Tensor, ridge: float, exponent: float) -> Tensor:
     diagonals = scaled if scaled.ndim == 2 else scaled.diagonal(dim1=-2, dim2=-1)
-    ridges = ridge * diagonals.clamp_min(SMALLEST).pow(EXPONENT)
+    ridges = ridge * diagonals.clamp_min(SMALLEST).pow(exponent)
     if scaled.ndim == 2:
         return 1 / (scaled + ridges)
     damped = scaled + ridges.diag_embed()
     L, failed = torch.linalg.cholesky_ex(damped)
     if failed.any():
-        return torch.stack([factor.inverse(A, "the second moment of a layer's inputs", ridge) for A in damped])
+        what = "the second moment of a layer's inputs or gradients"
+        return torch.stack([factor.inverse(A, what, ridge) for A in damped])
     return torch.cholesky_inverse(L)
