@@ -162,16 +162,21 @@ class LayerBlocks(Preconditioner):
         self._looked_at_weights = True
         own = self.parameters.local()
         for names, scales in units.items():
-            W = own[names[0]]
+            W, differ = own[names[0]], f"have scales that differ by a factor of {1 / float(scales.min()):.2g}"
+            if len(names) == 1:
+                warn(
+                    f"the inputs of {names[0]!r} {differ}, and the layer has no bias; KFAC damps all of them in units of "
+                    "the largest: standardize the inputs, or give the layer a bias"
+                )
+                continue
             if W.ndim != 2 or W.shape[1] != len(scales):
                 continue  # stored in another way
             share = share_of_smallest(scales.to(W.dtype), W)
             if share < UNSEEN:
                 warn(
-                    f"the inputs of {names[0]!r} have scales that differ by a factor of {1 / float(scales.min()):.2g}, "
-                    f"and with its weights the smallest counts {share:.1g} times as much as the largest; KFAC damps "
-                    "each in its own units, but cannot see what the weights hide: standardize the inputs, or divide "
-                    "the columns of the initial weight by their scales"
+                    f"the inputs of {names[0]!r} {differ}, and with its weights the smallest counts {share:.1g} times as "
+                    "much as the largest; KFAC damps each in its own units, but cannot see what the weights hide: "
+                    "standardize the inputs, or divide the columns of the initial weight by their scales"
                 )
 
     def _inverse_of(self, style: str, units: Tensor | None, operator: Operator, damping: float) -> Operator:
