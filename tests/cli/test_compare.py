@@ -66,7 +66,16 @@ def number():
     model, loss, _ = problem()
     return model, loss, 3
 """
-NAMES = ["AdamW 0.0003", "AdamW 0.001", "AdamW 0.003", "Muon", "NewtonMuon", "NewtonMuon, decay 0.5", "KFAC"]
+NAMES = [
+    "AdamW 0.0003",
+    "AdamW 0.001",
+    "AdamW 0.003",
+    "Muon",
+    "NewtonMuon",
+    "NewtonMuon, both sides",
+    "NewtonMuon, decay 0.5",
+    "KFAC",
+]
 NAMES += ["NaturalGradient"]
 
 

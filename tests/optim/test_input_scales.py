@@ -297,7 +297,7 @@ class TestWarning:
     def test_where_the_layer_has_no_bias(self):
         """Its inputs have no units of their own, and the warning says so."""
         model = nn.Sequential(nn.Linear(3, 6, bias=False), nn.Tanh(), nn.Linear(6, 2)).double()
-        with pytest.warns(RuntimeWarning, match=r"'0.weight' .* no bias; KFAC damps all of them in units of the largest"):
+        with pytest.warns(RuntimeWarning, match="'0.weight' .* no bias; KFAC damps all of them in units of"):
             trained(lambda m: natgrad.KFAC(m, nn.MSELoss()), model, binary(20, 3) * UNITS, randn(40, 2), steps=1)
 
     def test_once_and_not_where_they_see_it(self):

@@ -107,7 +107,7 @@ class _Progress:
             return
         self._next = outcome.seconds + self._seconds / (50 if self._console.is_terminal else LINES)
         left = max(0.0, self._seconds - outcome.seconds)
-        line = f"{outcome.contestant.name:<16} step {outcome.steps:>6,}  loss {outcome.curve[-1]['training']:8.4g}"
+        line = f"{outcome.contestant.name:<22} step {outcome.steps:>6,}  loss {outcome.curve[-1]['training']:8.4g}"
         end = "\r" if self._console.is_terminal else "\n"
         self._console.print(f"{line}  {left:3.0f} s left", end=end, highlight=False, soft_wrap=True)
 

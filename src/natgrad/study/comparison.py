@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import statistics
 import time
@@ -96,40 +97,29 @@ class Outcome:
 
 
 def contestants(model: nn.Module) -> list[Contestant]:
-    """AdamW at three rates, Muon, NewtonMuon at its own weight decay and at one for little data, KFAC, and for small
-    models the exact natural gradient."""
+    """AdamW at three rates, Muon, NewtonMuon as it is, with both sides and with a weight decay for little data, KFAC,
+    and for small models the exact natural gradient."""
     found = [_adamw(lr) for lr in (3e-4, 1e-3, 3e-3)]
     found += [
-        Contestant(
-            "Muon",
-            'natgrad.NewtonMuon(model, sides="none")',
-            lambda model, loss: natgrad.NewtonMuon(model, sides="none"),
-        ),
-        Contestant("NewtonMuon", "natgrad.NewtonMuon(model)", lambda model, loss: natgrad.NewtonMuon(model)),
-        Contestant(
-            f"NewtonMuon, decay {DECAY:g}",
-            f"natgrad.NewtonMuon(model, weight_decay={DECAY:g})",
-            lambda model, loss: natgrad.NewtonMuon(model, weight_decay=DECAY),
-        ),
-        Contestant(
-            "KFAC",
-            "natgrad.KFAC(model, loss)",
-            lambda model, loss: natgrad.KFAC(model, loss),
-            True,
-            CONSTANT,
-        ),
+        _newton_muon("Muon", sides="none"),
+        _newton_muon("NewtonMuon"),
+        _newton_muon("NewtonMuon, both sides", sides="both"),
+        _newton_muon(f"NewtonMuon, decay {DECAY:g}", weight_decay=DECAY),
+        Contestant("KFAC", "natgrad.KFAC(model, loss)", natgrad.KFAC, True, CONSTANT),
     ]
     if sum(p.numel() for p in model.parameters() if p.requires_grad) <= SMALL:
-        found.append(
-            Contestant(
-                "NaturalGradient",
-                "natgrad.NaturalGradient(model, loss)",
-                lambda model, loss: natgrad.NaturalGradient(model, loss),
-                True,
-                CONSTANT,
-            )
-        )
+        line = "natgrad.NaturalGradient(model, loss)"
+        found.append(Contestant("NaturalGradient", line, natgrad.NaturalGradient, True, CONSTANT))
     return found
+
+
+def _newton_muon(name: str, **settings: Any) -> Contestant:
+    given = "".join(f", {key}={json.dumps(value)}" for key, value in settings.items())
+    return Contestant(
+        name,
+        f"natgrad.NewtonMuon(model{given})",
+        lambda model, loss: natgrad.NewtonMuon(model, **settings),
+    )
 
 
 def _adamw(lr: float) -> Contestant:

@@ -165,8 +165,8 @@ class LayerBlocks(Preconditioner):
             W, differ = own[names[0]], f"have scales that differ by a factor of {1 / float(scales.min()):.2g}"
             if len(names) == 1:
                 warn(
-                    f"the inputs of {names[0]!r} {differ}, and the layer has no bias; KFAC damps all of them in units of "
-                    "the largest: standardize the inputs, or give the layer a bias"
+                    f"the inputs of {names[0]!r} {differ}, and the layer has no bias; KFAC damps all of them in units "
+                    "of the largest: standardize the inputs, or give the layer a bias"
                 )
                 continue
             if W.ndim != 2 or W.shape[1] != len(scales):
@@ -174,8 +174,8 @@ class LayerBlocks(Preconditioner):
             share = share_of_smallest(scales.to(W.dtype), W)
             if share < UNSEEN:
                 warn(
-                    f"the inputs of {names[0]!r} {differ}, and with its weights the smallest counts {share:.1g} times as "
-                    "much as the largest; KFAC damps each in its own units, but cannot see what the weights hide: "
+                    f"the inputs of {names[0]!r} {differ}, and with its weights the smallest counts {share:.1g} times "
+                    "as much as the largest; KFAC damps each in its own units, but cannot see what the weights hide: "
                     "standardize the inputs, or divide the columns of the initial weight by their scales"
                 )
 
