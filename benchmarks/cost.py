@@ -2,7 +2,9 @@
 
 python -m benchmarks.cost
 python -m benchmarks.cost --precision medium   # torch's own products in less precision too, for all
-python -m benchmarks.cost --task perceptron --batch 128   # 10-64-64-1, on one thread
+python -m benchmarks.cost --task perceptron --batch 128 --threads 1   # 10-64-64-1
+python -m benchmarks.cost --task text-256 --batch 16 --threads 1 --block 16 --warm-up 1 \\
+    --only Muon NewtonMuon 'NewtonMuon, both sides'
 python -m benchmarks.cost --memory             # what each optimizer keeps per parameter
 python -m benchmarks.cost --profile            # where K-FAC's time goes
 """
@@ -26,8 +28,10 @@ from natgrad.study.optimizers import OPTIMIZERS
 from natgrad.study.task import Batch, Task
 from natgrad.study.tasks import TASKS
 
-BLOCK = 40  # a multiple of the intervals between statistics, inverses and adaptations
-WARM_UP = 5  # blocks, after which the intervals have grown to what they stay at
+BLOCK = 40
+"""Steps: a multiple of the intervals between statistics, inverses and adaptations."""
+WARM_UP = 5
+"""Blocks, after which KFAC's intervals have grown to what they stay at."""
 FIXED = {"lr": 1e-2, "momentum": 0.9, "damping": 1.0, "statistics_every": 10, "inverses_every": 100}
 
 
@@ -39,7 +43,9 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "KFAC, not centered": ("KFAC", {"centered": False}),
     "KFAC, fixed step size": ("KFAC", FIXED),
     "EKFAC": ("KFAC", {"structure": "ekfac"}),
+    "Muon": ("Muon", {"lr": 0.02, "rest": 0.03, "adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.1}),
     "NewtonMuon": ("NewtonMuon", {"lr": 0.02}),
+    "NewtonMuon, both sides": ("NewtonMuon", {"lr": 0.02, "sides": "both"}),
     "KFAC, input factor": ("KFAC", {"structure": "input", "lr": 1e-3, "momentum": 0.9}),
 }
 
@@ -63,7 +69,8 @@ def perceptron() -> Task:
     return Task("perceptron", "loss", 128, nn.MSELoss(), make_model, batches, lambda _: {}, lambda _: (x[:2], y[:2]))
 
 
-MEASURED = {"curves": TASKS["curves"], "mnist": TASKS["mnist"], "perceptron": perceptron}
+TEXT = ("text-64", "text-128", "text-256")
+MEASURED = {name: TASKS[name] for name in ("curves", "mnist", *TEXT)} | {"perceptron": perceptron}
 
 
 def step_of(name: str, model: nn.Module, task: Task) -> tuple[Callable[[Batch], None], list[Any]]:
@@ -103,7 +110,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="curves", choices=list(MEASURED))
     parser.add_argument("--batch", type=int, default=1000)
-    parser.add_argument("--blocks", type=int, default=6, help=f"blocks of {BLOCK} steps of each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--blocks", type=int, default=6, help="blocks of steps of each")
+    parser.add_argument("--block", type=int, default=BLOCK, help="steps in a block")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="blocks that are not counted")
     parser.add_argument("--only", nargs="+", default=["AdamW", "KFAC", "KFAC, fixed step size"])
     parser.add_argument("--precision", choices=["highest", "high", "medium"], default="highest")
     parser.add_argument("--memory", action="store_true")
@@ -111,8 +121,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_float32_matmul_precision(options.precision)
-    if options.task == "perceptron":
-        torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     task = MEASURED[options.task]()
     batches = task.batches(0, options.batch)
     if options.memory:
@@ -121,13 +130,13 @@ def main() -> None:
     initial = task.make_model(0)
     steps = {name: step_of(name, copy.deepcopy(initial), task)[0] for name in options.only}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for block in range(WARM_UP + options.blocks):
+    for block in range(options.warm_up + options.blocks):
         for name, step in steps.items():
             start = time.perf_counter()
-            for _ in range(BLOCK):
+            for _ in range(options.block):
                 step(next(batches))
-            if block >= WARM_UP:
-                times[name].append((time.perf_counter() - start) / BLOCK)
+            if block >= options.warm_up:
+                times[name].append((time.perf_counter() - start) / options.block)
     base = times[options.only[0]]
     print(f"| {task.name}, batch {options.batch} | ms/step | in steps of {options.only[0]} |\n| --- | --- | --- |")
     for name, values in times.items():
