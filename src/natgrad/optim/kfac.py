@@ -99,7 +99,7 @@ class KFAC(CurvatureOptimizer):
         matmul_precision: precision of the float32 matrix products for the direction and the quadratic model, as in
             `torch.set_float32_matmul_precision`. Low precision is enough there, because the factors are sampled
             anyway. `"medium"` is bfloat16 on CPUs with bfloat16 instructions, and TF32 on GPUs. Products for the
-            factors then use `"high"`, and so do directions that are orthogonalized. None: torch's own setting.
+            factors and orthogonalized directions then use `"high"`. None: torch's own setting.
         output: a function that makes the loss's input from what the model returns, such as
             `lambda r: r.logits.transpose(1, 2)`. Needed if the loss's input is neither a returned tensor nor a view of
             one.

@@ -178,8 +178,8 @@ class Matrices:
         return found
 
     def _whitened(self, unit: Layer, M: Tensor) -> Tensor:
-        """In the precision of float32: where the inputs have a strong mean or few directions, the small differences
-        that whitening enlarges would be lost in a lower one."""
+        """In torch's own precision of products, as the gradients were computed. In a lower one, rounding errors would
+        be enlarged where the inputs have few directions."""
         M = self.inputs.whitened(unit, M)
         return M if self.outputs is None else self.outputs.whitened(unit, M)
 

@@ -77,12 +77,14 @@ def orthogonalized(matrices: Sequence[Float[Tensor, "_ _"]]) -> list[Tensor]:
     return out
 
 
-def orthogonal_directions(v: Vector, rest: Vector, blocks: Sequence[Block], *, simple: bool) -> Vector:
+def orthogonal_directions(
+    v: Vector, rest: Vector, blocks: Sequence[Block], *, simple: bool, precision: str | None
+) -> Vector:
     """The orthogonalized `v C⁻¹` of the blocks' weights. `rest` has the directions of the other parts of the blocks: in
     a centered block the change of the mean pre-activation `b + W m`, or (`simple`) of `b`.
 
-    `v C⁻¹` is never in bfloat16: orthogonalization enlarges its small singular values, and with inputs of few
-    directions they would be rounding errors.
+    `v C⁻¹` is not in bfloat16, also with the precision `"medium"`: orthogonalization enlarges its small singular
+    values, and with inputs of few directions they would be rounding errors.
     """
     matrices: list[Tensor] = []
 
@@ -90,7 +92,7 @@ def orthogonal_directions(v: Vector, rest: Vector, blocks: Sequence[Block], *, s
         matrices.append(op.apart(parts)[0])
         return parts
 
-    with matmul_precision("high"):
+    with matmul_precision("high" if precision == "medium" else precision):
         for block in blocks:
             _through(block.operator, block.parts(v), collect)
     found = iter(orthogonalized(matrices))

@@ -36,4 +36,4 @@ class Orthogonalized(LayerBlocks):
 
     def _by_block(self, blocks: list[Block], v: Vector, rest: Vector) -> Vector:
         simple = self.options.bias_update == "simple"
-        return orthogonal_directions(v, rest, blocks, simple=simple)
+        return orthogonal_directions(v, rest, blocks, simple=simple, precision=self.options.matmul_precision)
