@@ -69,8 +69,8 @@ def perceptron() -> Task:
     return Task("perceptron", "loss", 128, nn.MSELoss(), make_model, batches, lambda _: {}, lambda _: (x[:2], y[:2]))
 
 
-TEXT = ("text-64", "text-128", "text-256")
-MEASURED = {name: TASKS[name] for name in ("curves", "mnist", *TEXT)} | {"perceptron": perceptron}
+MEASURED = {name: TASKS[name] for name in ("curves", "mnist", "text-64", "text-128", "text-256")}
+MEASURED["perceptron"] = perceptron
 
 
 def step_of(name: str, model: nn.Module, task: Task) -> tuple[Callable[[Batch], None], list[Any]]:

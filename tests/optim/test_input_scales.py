@@ -294,9 +294,12 @@ class TestWarning:
         with pytest.warns(RuntimeWarning, match=r"'0.weight' have scales that differ by a factor of 1e\+04"):
             trained(lambda m: natgrad.KFAC(m, nn.MSELoss()), model, x, y, steps=1)
 
-    def test_where_the_layer_has_no_bias(self):
-        """Its inputs have no units of their own, and the warning says so."""
-        model = nn.Sequential(nn.Linear(3, 6, bias=False), nn.Tanh(), nn.Linear(6, 2)).double()
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_where_the_layer_has_no_bias(self, frozen):
+        """Or one that is not trained. Its inputs have no units of their own, and the warning says so."""
+        model = nn.Sequential(nn.Linear(3, 6, bias=frozen), nn.Tanh(), nn.Linear(6, 2)).double()
+        if frozen:
+            model[0].bias.requires_grad_(False)
         with pytest.warns(RuntimeWarning, match="'0.weight' .* no bias; KFAC damps all of them in units of"):
             trained(lambda m: natgrad.KFAC(m, nn.MSELoss()), model, binary(20, 3) * UNITS, randn(40, 2), steps=1)
 

@@ -136,20 +136,24 @@ class TestOrthogonalized:
             adam = g[f"{name}.bias"] / (g[f"{name}.bias"].abs() + 1e-8)
             close(came[f"{name}.bias"], -0.3 * (adam - O @ h.mean(0) if centered else adam))
 
-    def test_inputs_of_few_directions_are_whitened_in_float32_where_bfloat16_is_fast(self, monkeypatch):
+    @pytest.mark.parametrize("given", ["medium", "high", "highest", None])
+    @pytest.mark.parametrize("mean", [0.0, 3.0])
+    @pytest.mark.parametrize("centered", [True, False])
+    def test_inputs_of_few_directions_are_whitened_in_float32_where_bfloat16_is_fast(
+        self, centered, mean, given, monkeypatch
+    ):
         """Rounding errors would be enlarged to the size of the rest."""
         monkeypatch.setattr(precision, "_multiplies_in_bfloat16", lambda: True)
         monkeypatch.setattr(precision, "WORTH_CASTING", 1)
         monkeypatch.setattr(orthogonal, "bfloat16_is_fast", lambda device: False)
-        few = randn(64, 3) @ randn(3, 12, seed=1) + 0.03 * randn(64, 12, seed=2)
+        few = randn(64, 3) @ randn(3, 12, seed=1) + 0.03 * randn(64, 12, seed=2) + mean
+        options = {"structure": "input", "orthogonalize": True, "damping": 1e-4, "lr": 0.1, "momentum": 0.0}
         torch.manual_seed(0)
         model = nn.Linear(12, 8).to(f64)
         changes = []
         for dtype in (f64, torch.float32):
             came = copy.deepcopy(model).to(dtype)
-            opt = natgrad.KFAC(
-                came, nn.MSELoss(), structure="input", orthogonalize=True, damping=1e-4, momentum=0.0, lr=0.1
-            )
+            opt = natgrad.KFAC(came, nn.MSELoss(), centered=centered, matmul_precision=given, **options)
             step(came, opt, few.to(dtype), randn(64, 8, seed=3).to(dtype))
             changes.append((came.weight.detach().double() - model.weight.detach()).flatten())
         assert torch.cosine_similarity(*changes, dim=0) > 0.999

@@ -222,8 +222,9 @@ class NewtonMuon(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         self._forwards.settling = bool(self._matrices.unsettled())
-        needed = self._forwards.settling or any(map(self._matrices.may_be_whitened, self.parameters))
-        self._forwards.watch.recording = needed and self._due()
+        self._forwards.watch.recording = self._due() and (
+            self._forwards.settling or any(map(self._matrices.may_be_whitened, self.parameters))
+        )
 
     @not_compiled
     @torch.no_grad()

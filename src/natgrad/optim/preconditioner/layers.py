@@ -165,8 +165,8 @@ class LayerBlocks(Preconditioner):
             W, differ = own[names[0]], f"have scales that differ by a factor of {1 / float(scales.min()):.2g}"
             if len(names) == 1:
                 warn(
-                    f"the inputs of {names[0]!r} {differ}, and the layer has no bias; KFAC damps all of them in units "
-                    "of the largest: standardize the inputs, or give the layer a bias"
+                    f"the inputs of {names[0]!r} {differ}, and the layer trains no bias; KFAC damps all of them in "
+                    "units of the largest: standardize the inputs, or train a bias of the layer"
                 )
                 continue
             if W.ndim != 2 or W.shape[1] != len(scales):
