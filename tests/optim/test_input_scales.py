@@ -303,6 +303,19 @@ class TestWarning:
         with pytest.warns(RuntimeWarning, match="'0.weight' .* no bias; KFAC damps all of them in units of"):
             trained(lambda m: natgrad.KFAC(m, nn.MSELoss()), model, binary(20, 3) * UNITS, randn(40, 2), steps=1)
 
+    def test_where_the_bias_is_frozen_later(self):
+        x, y, model = binary(20, 3) * UNITS, randn(40, 2), net(3, 6, 2)
+        with torch.no_grad():
+            model[0].weight /= UNITS
+        opt = natgrad.KFAC(model, nn.MSELoss())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trained(lambda m: opt, model, x, y, steps=3)
+        model[0].bias.requires_grad_(False)
+        with pytest.warns(RuntimeWarning, match="'0.weight' .* no bias") as came:
+            trained(lambda m: opt, model, x, y, steps=12)
+        assert len([w for w in came if "have scales" in str(w.message)]) == 1
+
     def test_once_and_not_where_they_see_it(self):
         x, y, model = binary(20, 3) * UNITS, randn(40, 2), net(3, 6, 2)
         with torch.no_grad():

@@ -66,7 +66,7 @@ class LayerBlocks(Preconditioner):
         self.inverse_age = 0
         self.bases_age: int | None = None
         self.frozen: frozenset[str] = frozenset()
-        self._looked_at_weights = False
+        self._looked_at: Names = set()  # layers whose units and weights were looked at
         self._scale: tuple[Statistics, frozenset[str], float] | None = None  # of which averages, without which names
         self.statistics = LayerStatistics(optimizer, parameters, labels, options, self.running, self.ranks)
 
@@ -156,12 +156,11 @@ class LayerBlocks(Preconditioner):
         self.inverse = {name: block.with_operator(found[name]["operator"]) for name, block in blocks.items()}
 
     def _look_at_weights(self, units: Mapping[tuple[str, ...], Tensor]) -> None:
-        """Warns once if inputs are so different in scale that the layer does not see the small ones."""
-        if self._looked_at_weights or not units:
-            return
-        self._looked_at_weights = True
+        """Warns, once for each layer, if inputs are so different in scale that it does not see the small ones."""
         own = self.parameters.local()
-        for names, scales in units.items():
+        for names in units.keys() - self._looked_at:
+            self._looked_at.add(names)
+            scales = units[names]
             W, differ = own[names[0]], f"have scales that differ by a factor of {1 / float(scales.min()):.2g}"
             if len(names) == 1:
                 warn(
