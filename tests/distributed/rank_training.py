@@ -88,6 +88,35 @@ class TrainingStep(nn.Module):
         return opt.loss(self.model(x), y)
 
 
+class Sometimes(nn.Linear):
+    """A layer that adds its bias where the last input is positive."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x[:, :-1], self.weight, self.bias if bool(x[0, -1] > 0) else None)
+
+
+def used_in_part(
+    group: Any, sharded: str, options: dict[str, Any], microbatches: int, period: int
+) -> dict[str, Tensor]:
+    """The weights where every `period`-th microbatch does not use the bias of the first layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Sometimes(D, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, C)).double()
+    called = placed(model, group, sharded)
+    rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    opt = natgrad.KFAC(called, nn.CrossEntropyLoss(), statistics_every=2, **options)
+    for step in range(9):
+        opt.zero_grad()
+        for k in range(step * microbatches, (step + 1) * microbatches):
+            x, y = batch(k)
+            x = torch.cat([x, torch.full_like(x[:, :1], -1.0 if (k + 1) % period == 0 else 1.0)], 1)
+            own = share_of(len(x), rank, size, False)
+            (opt.loss(called(x[own]), y[own]) / microbatches).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            opt.step()
+    return {n: whole(p) for n, p in model.named_parameters()}
+
+
 def trained_within(group: Any, how: str, options: dict[str, Any], steps: int) -> dict[str, Tensor]:
     """The weights where the optimizer is made before `DistributedDataParallel`, as Accelerate has it (`"late"`), or for
     a part of what is in it (`"part"`)."""

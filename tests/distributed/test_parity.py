@@ -71,6 +71,20 @@ def test_weights_are_those_of_one_process(ranks, alone, n, sharded, recipe):
 
 
 @pytest.mark.pairs
+@pytest.mark.parametrize(
+    ("recipe", "microbatches", "period"),
+    [("all adaptive", 2, 2), ("all adaptive", 2, 3), ("EKFAC", 2, 2), ("diagonal", 3, 5), ("given step size", 1, 3)],
+)
+def test_weights_are_those_of_one_process_where_some_batches_use_a_bias(ranks, recipe, microbatches, period):
+    """Then layers that share a parameter must be on one rank. DistributedDataParallel does not allow it."""
+    options = EXACT | RECIPES[recipe]
+    alone = rank_training.used_in_part(None, "", options, microbatches, period)
+    for own in ranks(2, rank_training.used_in_part, "fsdp", options, microbatches, period):
+        for n, p in alone.items():
+            assert torch.allclose(own[n], p, rtol=0, atol=1e-9), n
+
+
+@pytest.mark.pairs
 @pytest.mark.parametrize("how", [{}, {"uneven": True}, {"uneven": "none"}, {"microbatches": 3}], ids=str)
 @pytest.mark.parametrize("sharded", ["", "fsdp"])
 def test_weights_are_those_of_one_process_where_inputs_have_scales(ranks, alone, how, sharded):

@@ -21,6 +21,31 @@ class Branches(nn.Module):
         return self.out(torch.tanh(sum(getattr(self, n)(x) for n in self.use)))
 
 
+class Sometimes(nn.Linear):
+    """A layer that adds its bias where the last input is positive."""
+
+    def forward(self, x):
+        return nn.functional.linear(x[:, :-1], self.weight, self.bias if bool(x[0, -1] > 0) else None)
+
+
+class Aside(Branches):
+    """The second layer where the last input is positive."""
+
+    def forward(self, x):
+        self.use = "ab" if bool(x[0, -1] > 0) else "a"
+        return super().forward(x[:, :-1])
+
+
+def marked(x, mark):
+    return torch.cat([x, torch.full_like(x[:, :1], mark)], 1)
+
+
+def accumulated(model, batches, loss):
+    model.zero_grad()
+    for x, y in batches:
+        (loss(model(x), y) / len(batches)).backward()
+
+
 class TestParametersThatComeAndGo:
     @BOTH
     def test_a_weight_frozen_in_between_stays_while_its_bias_moves(self, options):
@@ -70,6 +95,48 @@ class TestParametersThatComeAndGo:
         step(model, opt)
         assert "without_statistics" not in opt.diagnostics
         assert not torch.equal(model.b.weight, moved)
+
+    @pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
+    def test_a_bias_that_some_microbatches_use(self, structure):
+        """The curvature, of weight and bias apart, is that of all microbatches."""
+        torch.manual_seed(0)
+        model, ce = nn.Sequential(Sometimes(D, 4), nn.Tanh(), nn.Linear(4, C)).double(), nn.CrossEntropyLoss()
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        batches = [(marked(X, 1.0), LABELS), (marked(X.flip(0) / 2, -1.0), LABELS)]
+        opt = natgrad.KFAC(model, ce, structure=structure, decay=0.0, **{**FIXED, **FRESH, "lr": 1e-9})
+        expected = natgrad.fisher(model, ce, batches, structure, estimator="exact").to_dense()
+        for _ in range(3):
+            accumulated(model, batches, opt.loss)
+            opt.step()
+        assert torch.allclose(opt.curvature().to_dense(), expected, rtol=1e-5, atol=1e-9)
+        assert all(not torch.equal(p, start[n]) for n, p in model.named_parameters())
+
+    @pytest.mark.parametrize("structure", ["kfac", "ekfac", "diagonal"])
+    def test_a_layer_that_some_microbatches_use(self, structure):
+        """Its gradients are zero in the others."""
+        torch.manual_seed(0)
+        model, ce = Aside(), nn.CrossEntropyLoss()
+        batches = [(marked(X, 1.0), LABELS), (marked(X.flip(0) / 2, -1.0), LABELS), (marked(X - 1, -1.0), LABELS)]
+        opt = natgrad.KFAC(model, ce, structure=structure, decay=0.0, **{**FIXED, **FRESH, "lr": 1e-9})
+        expected = natgrad.fisher(model, ce, batches, structure, estimator="exact").to_dense()
+        for _ in range(2):
+            accumulated(model, batches, opt.loss)
+            opt.step()
+        assert torch.allclose(opt.curvature().to_dense(), expected, rtol=1e-5, atol=1e-9)
+
+    def test_a_bias_that_one_of_two_terms_uses(self):
+        torch.manual_seed(0)
+        model, ce = nn.Sequential(Sometimes(D, 4), nn.Tanh(), nn.Linear(4, C)).double(), nn.CrossEntropyLoss()
+        batches = [(marked(X, 1.0), LABELS), (marked(X.flip(0) / 2, -1.0), LABELS)]
+        opt = natgrad.KFAC(model, {"one": ce, "other": ce}, **{**FIXED, **FRESH, "lr": 1e-9})
+        for name, (x, y) in zip(("one", "other"), batches, strict=True):
+            opt.loss[name](model(x), y).backward()
+        start = model[0].bias.detach().clone()
+        opt.step()
+        bias = slice(4 * D, 4 * D + 4)
+        mean = natgrad.fisher(model, ce, batches, "kfac", estimator="exact").to_dense()[bias, bias]
+        assert torch.allclose(opt.curvature().to_dense()[bias, bias], 2 * mean, rtol=1e-5, atol=1e-9)
+        assert not torch.equal(model[0].bias, start)
 
     def test_an_added_group_is_trained_or_refused(self):
         model = model_of(D, 4, C)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from natgrad.capture.layers import Kind
@@ -83,6 +83,16 @@ def layers_of(uses: Sequence[Use]) -> dict[Layer, list[Use]]:
                 rows = use.rows if weight else use.bias_rows
                 layers.setdefault(_layer(use.kind, weight, bias, rows), []).append(use)
     return layers
+
+
+def parted(layers: Iterable[Layer]) -> set[Layer]:
+    """The layers of a weight and a bias of which one is also used together with another parameter, or alone."""
+    layers = list(layers)
+    partners: dict[str, set[tuple[str, ...]]] = {}
+    for layer in layers:
+        for n in layer.names:
+            partners.setdefault(n, set()).add(layer.names)
+    return {layer for layer in layers if len(layer.names) > 1 and any(len(partners[n]) > 1 for n in layer.names)}
 
 
 def _layer(kind: Kind, weight: str | None, bias: str | None, rows: tuple[int, int] | None) -> Layer:

@@ -13,7 +13,6 @@ from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, Rows
 from natgrad.curvature.central_moments import CentralMoments
 from natgrad.curvature.groups import has_rival
-from natgrad.curvature.moments import Moments
 
 RAREST = 20.0
 """An input with a larger kurtosis has no scale of its own. That of one that is nonzero in a share `q` of the cases is
@@ -25,9 +24,9 @@ SPAN = 10.0
 """Scales count as equal if the largest is at most so many times the smallest."""
 
 
-def moments_of_data(cases: Cases) -> dict[Layer, Moments]:
+def moments_of_data(cases: Cases) -> dict[Layer, CentralMoments]:
     """The central moments of the inputs of every linear layer of data whose parameters are used in no other way."""
-    found: dict[Layer, Moments] = {}
+    found: dict[Layer, CentralMoments] = {}
     with torch.no_grad():
         for layer, uses in cases.h.items():
             if layer not in cases.data or not layer.weight or layer.scale or has_rival(layer, cases.h):
@@ -44,7 +43,7 @@ def _rows(uses: Sequence[Inputs], present: Sequence[Tensor] | None) -> list[Floa
     return [use.dense()[there] for use, there in zip(uses, present, strict=True)]
 
 
-def relative_scales(moments: Mapping[Layer, Moments]) -> dict[tuple[str, ...], Float[Tensor, " i"]]:
+def relative_scales(moments: Mapping[Layer, CentralMoments]) -> dict[tuple[str, ...], Float[Tensor, " i"]]:
     """The scale of each input in units of the layer's largest, `√(E[d⁴] / E[d²])` with `d = h − m`, by the names of the
     layer's parameters. An input that is constant or rarely used has 1. Layers whose inputs all have about the same
     scale are left out.
@@ -60,7 +59,6 @@ def relative_scales(moments: Mapping[Layer, Moments]) -> dict[tuple[str, ...], F
     """
     found = {}
     for layer, m in moments.items():
-        assert isinstance(m, CentralMoments)
         second, fourth = m.second / m.count, m.fourth / m.count
         varies = second > (ROUNDING * m.mean).square()
         own = varies & (fourth <= RAREST * second.square())

@@ -7,7 +7,6 @@ from dataclasses import replace
 from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.curvature.blocks import kfac_blocks
-from natgrad.curvature.central_moments import CentralMoments
 from natgrad.curvature.combination import of_terms
 from natgrad.curvature.moments import MAX_DIM, Moments, layer_moments, merge, reconciled
 from natgrad.curvature.structure import Structure
@@ -47,8 +46,4 @@ class KfacStructure(Structure):
     def _of_all_data(self) -> dict[Layer, Moments]:
         """The moments per unit of the whole mass, because a layer may have been used in some batches only."""
         assert self.mass is not None
-        found: dict[Layer, Moments] = {}
-        for layer, m in reconciled(self.moments).items():
-            assert not isinstance(m, CentralMoments)
-            found[layer] = replace(m, mass=self.mass)
-        return found
+        return {layer: replace(m, mass=self.mass) for layer, m in reconciled(self.moments).items()}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from natgrad.capture.cases import Cases
-from natgrad.capture.layer import Layer
+from natgrad.capture.layer import Layer, parted
 from natgrad.capture.layers import Inputs, InputSums, joined, stacked
 from natgrad.curvature.central_moments import CentralMoments
 from natgrad.linalg.space import Parts
@@ -198,7 +198,9 @@ class DiagonalMoments:
 
 
 KINDS = AffineMoments, ScaleMoments, DiagonalMoments, CentralMoments
-Moments = AffineMoments | ScaleMoments | DiagonalMoments | CentralMoments
+Moments = AffineMoments | ScaleMoments | DiagonalMoments
+Sums = Moments | CentralMoments
+S = TypeVar("S", bound=Sums)
 
 
 def layer_moments(cases: Cases, sharing: str = "expand", max_dim: int = MAX_DIM) -> dict[Layer, Moments]:
@@ -294,26 +296,22 @@ def _add_inputs(
             m.add_inputs(use, its_kept)
 
 
-def merge(parts: Iterable[Mapping[Layer, Moments]]) -> dict[Layer, Moments]:
+def merge(parts: Iterable[Mapping[Layer, S]]) -> dict[Layer, S]:
     """The moments of all cases, from those of the parts."""
-    total: dict[Layer, Moments] = {}
+    total: dict[Layer, S] = {}
     for part in parts:
         for layer, moments in part.items():
-            total[layer] = total[layer] + moments if layer in total else moments  # type: ignore[operator]
+            total[layer] = total[layer] + moments if layer in total else moments  # type: ignore[operator, assignment]
     return total
 
 
-def reconciled(moments: Mapping[Layer, Moments]) -> dict[Layer, Moments]:
+def reconciled(moments: Mapping[Layer, Moments], among: Iterable[Layer] | None = None) -> dict[Layer, Moments]:
     """The moments of layers. They are split by parameter if different batches used a parameter together with different
-    others."""
-    users: dict[str, set[tuple[str, ...]]] = {}
-    for layer in moments:
-        for n in layer.names:
-            users.setdefault(n, set()).add(layer.names)
+    others. `among`: the layers of all these batches, if the moments are those of some."""
+    apart = parted(moments if among is None else among)
     found: dict[Layer, Moments] = {}
     for layer, m in moments.items():
-        parted = any(len(users[n]) > 1 for n in layer.names)
-        parts = zip(layer.apart(), _apart(m), strict=True) if parted and len(layer.names) > 1 else [(layer, m)]
+        parts = zip(layer.apart(), _apart(m), strict=True) if layer in apart else [(layer, m)]
         found = merge([found, dict(parts)])
     return found
 
@@ -328,21 +326,21 @@ def _apart(m: Moments) -> tuple[Moments, Moments]:
     return m, replace(m, mean=m.mean[:0], scatter=m.scatter.new_zeros(0, 0))
 
 
-def state_of_moments(moments: Mapping[Layer, Moments]) -> dict[str, dict[str, Any]]:
+def state_of_moments(moments: Mapping[Layer, Sums]) -> dict[str, dict[str, Any]]:
     """Plain dictionaries of tensors by layer, which `moments_of_state` reads; tensors are not copied."""
     return {layer.key(): vars(m) for layer, m in moments.items()}
 
 
-def moments_of_state(state: Mapping[str, dict[str, Any]]) -> dict[Layer, Moments]:
+def moments_of_state(state: Mapping[str, dict[str, Any]]) -> dict[Layer, Any]:
     """Undoes `state_of_moments`."""
-    moments: dict[Layer, Moments] = {}
+    moments: dict[Layer, Any] = {}
     for key, its_moments in state.items():
         kind = next(k for k in KINDS if its_moments.keys() == _names(k))
         moments[Layer.of_key(key)] = kind(**its_moments)
     return moments
 
 
-def _names(kind: type[Moments]) -> set[str]:
+def _names(kind: type[Sums]) -> set[str]:
     return {field.name for field in fields(kind)}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from natgrad.capture.layer import Layer
 from natgrad.curvature.central_moments import CentralMoments
-from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments
+from natgrad.curvature.moments import AffineMoments, DiagonalMoments, S, ScaleMoments, Sums
 from natgrad.distributed.packing import Form, filled, form_of, leaves, packed, unpacked
 from natgrad.distributed.world import World
 
@@ -30,9 +30,7 @@ class Keep:
     copies: World | None = None
 
 
-def reduced(
-    moments: Mapping[Layer, Moments], world: World, what: str, keep: Keep | None = None
-) -> dict[Layer, Moments]:
+def reduced(moments: Mapping[Layer, S], world: World, what: str, keep: Keep | None = None) -> dict[Layer, S]:
     """The moments over the cases of all ranks: for all layers or, with `keep`, for the layers that this rank keeps.
 
     Counts and means are reduced first, then the sums around the common means. So nothing cancels, however far the
@@ -57,20 +55,20 @@ class Reduction:
         ValueError: if the ranks have used different layers.
     """
 
-    def __init__(self, moments: Mapping[Layer, Moments], world: World, what: str):
+    def __init__(self, moments: Mapping[Layer, Sums], world: World, what: str):
         self._moments = _around_common_means(moments, world, what)
         tensors = list(chain.from_iterable(_sums(m) for m in self._moments.values()))
         self._forms = list(chain.from_iterable(_forms(m) for m in self._moments.values()))
         buffers = packed(tensors, self._forms)
         self._arriving = {dtype: world.begin_sum(buffer, what) for dtype, buffer in buffers.items()}
 
-    def result(self) -> dict[Layer, Moments]:
+    def result(self) -> dict[Layer, Any]:
         buffers = {dtype: arrived() for dtype, arrived in self._arriving.items()}
         whole = iter(unpacked(buffers, self._forms))
         return {layer: _with_sums(m, [next(whole) for _ in _sums(m)]) for layer, m in self._moments.items()}
 
 
-def completed(moments: Mapping[Layer, Moments], world: World) -> dict[Layer, Moments]:
+def completed(moments: Mapping[Layer, S], world: World) -> dict[Layer, S]:
     """The moments, with zeros for the layers that only other ranks have moments of."""
     if world.size == 1:
         return dict(moments)
@@ -78,12 +76,12 @@ def completed(moments: Mapping[Layer, Moments], world: World) -> dict[Layer, Mom
     return _zeros({layer: (layer, *form) for layer, *form in every}.values(), world.device) | dict(moments)
 
 
-def summed(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[Layer, Moments]:
+def summed(moments: Mapping[Layer, S], world: World, what: str) -> dict[Layer, S]:
     """Like `reduced`, if a rank may have no cases."""
     return reduced(completed(moments, world), world, what) if world.size > 1 else dict(moments)
 
 
-def _kept(moments: Mapping[Layer, Moments], keep: Keep, what: str) -> dict[Layer, Moments]:
+def _kept(moments: Mapping[Layer, Any], keep: Keep, what: str) -> dict[Layer, Any]:
     buffers: list[Tensor] = []
     mine: dict[Layer, list[Form]] = {}
     dtype = next(iter(moments.values())).mass.dtype
@@ -103,7 +101,7 @@ def _kept(moments: Mapping[Layer, Moments], keep: Keep, what: str) -> dict[Layer
     return {layer: _with_sums(moments[layer], [next(whole) for _ in forms]) for layer, forms in mine.items()}
 
 
-def _around_common_means(moments: Mapping[Layer, Moments], world: World, what: str) -> dict[Layer, Moments]:
+def _around_common_means(moments: Mapping[Layer, Any], world: World, what: str) -> dict[Layer, Any]:
     central = {layer: m for layer, m in moments.items() if isinstance(m, (AffineMoments, CentralMoments))}
     label = "; ".join(f"{layer.label} {[tuple(t.shape) for t in _sums(m)]}" for layer, m in moments.items())
     hashed = zlib.crc32(label.encode()) % HASH
@@ -121,14 +119,14 @@ def _around_common_means(moments: Mapping[Layer, Moments], world: World, what: s
     if not parts:
         return dict(moments)
     totals = world.sum(torch.cat(parts), what).split([len(p) for p in parts])
-    found: dict[Layer, Moments] = dict(moments)
+    found: dict[Layer, Any] = dict(moments)
     for (layer, m), n, total in zip(central.items(), totals[::2], totals[1::2], strict=True):
         mean = torch.where(n > 0, total / n, 0.0).to(m.mean.dtype)
         found[layer] = replace(m.around(mean), count=n.squeeze().to(m.count.dtype))
     return found
 
 
-def _sums(m: Moments) -> list[Tensor]:
+def _sums(m: Sums) -> list[Tensor]:
     """The sums that remain to be reduced."""
     if isinstance(m, AffineMoments):
         return [m.scatter, m.output, m.mass]
@@ -137,12 +135,12 @@ def _sums(m: Moments) -> list[Tensor]:
     return [m.products, m.mass] if isinstance(m, ScaleMoments) else [*m.values, m.mass]
 
 
-def _forms(m: Moments) -> list[Form]:
+def _forms(m: Sums) -> list[Form]:
     """The forms of these sums, which tell the symmetric matrices."""
     return [Form(tuple(t.shape), t.dtype, isinstance(m, AffineMoments) and t.ndim == 2) for t in _sums(m)]
 
 
-def _with_sums(m: Moments, sums: list[Tensor]) -> Moments:
+def _with_sums(m: Sums, sums: list[Tensor]) -> Any:
     if isinstance(m, AffineMoments):
         return replace(m, scatter=sums[0], output=sums[1], mass=sums[2])
     if isinstance(m, CentralMoments):
@@ -152,14 +150,14 @@ def _with_sums(m: Moments, sums: list[Tensor]) -> Moments:
     return DiagonalMoments(tuple(sums[:-1]), sums[-1])
 
 
-def _layouts(moments: Mapping[Layer, Moments]) -> list[Any]:
+def _layouts(moments: Mapping[Layer, Any]) -> list[Any]:
     """The moments without their values."""
     return [(layer, type(m), form_of(vars(m))) for layer, m in moments.items()]
 
 
-def _zeros(layouts: Iterable[Any], device: torch.device) -> dict[Layer, Moments]:
+def _zeros(layouts: Iterable[Any], device: torch.device) -> dict[Layer, Any]:
     """Moments without cases."""
-    found: dict[Layer, Moments] = {}
+    found: dict[Layer, Any] = {}
     for layer, kind, forms in layouts:
         tensors = (torch.zeros(f.shape, dtype=f.dtype, device=device) for f in leaves(forms, Form))
         found[layer] = kind(**filled(forms, tensors))

@@ -14,7 +14,8 @@ from natgrad.optim.optimizer import CurvatureOptimizer
 from natgrad.optim.saved import by_index
 
 Path = tuple[Any, ...]
-BY_LAYER = ("moments", "squares", "scales", "bases", "inverse")
+BY_LAYER = ("moments", "squares", "bases", "inverse")
+"""Parts of the state that may be on the rank of their layer only."""
 
 
 def load_checkpoint(opt: CurvatureOptimizer | NewtonMuon, path: str | PathLike[str], key: str = "optimizer") -> None:

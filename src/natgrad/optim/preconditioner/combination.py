@@ -12,7 +12,7 @@ from torch import Tensor
 from natgrad.capture.layer import Layer
 from natgrad.curvature.combination import of_terms
 from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments, merge
-from natgrad.optim.preconditioner.running import Statistics
+from natgrad.optim.preconditioner.sums import Statistics
 
 
 def combined(parts: Sequence[tuple[float, Statistics]]) -> Statistics:
@@ -28,10 +28,13 @@ def combined(parts: Sequence[tuple[float, Statistics]]) -> Statistics:
                 "positive semidefinite; expected positive factors. Give opt.plus(lambda: ...) the term's value in its "
                 "place"
             )
+    every = [layer for _, part in parts for layer in part.layers]
+    parts = [(weight, part.settled(every)) for weight, part in parts]
     moments = [(weight, part.moments) for weight, part in parts]
     squares = [(weight, part.squares) for weight, part in parts]
     scales = merge(part.scales for _, part in parts)  # of inputs, whatever the terms count
-    return Statistics(_combined(moments), _combined(squares), scales)
+    elsewhere = tuple(dict.fromkeys(layer for _, part in parts for layer in part.elsewhere))
+    return Statistics(_combined(moments), _combined(squares), scales, elsewhere)
 
 
 def _combined(parts: Sequence[tuple[float, Mapping[Layer, Moments]]]) -> dict[Layer, Moments]:

@@ -30,8 +30,9 @@ from natgrad.optim.preconditioner.base import Preconditioner, Sizes
 from natgrad.optim.preconditioner.ladder import Ladder
 from natgrad.optim.preconditioner.options import Options
 from natgrad.optim.preconditioner.ranks import Names, Ranks, Spread
-from natgrad.optim.preconditioner.running import RUNNING, Running, Statistics
+from natgrad.optim.preconditioner.running import RUNNING, Running
 from natgrad.optim.preconditioner.statistics import LayerStatistics
+from natgrad.optim.preconditioner.sums import Statistics
 from natgrad.optim.rules.damping import weighted_median
 from natgrad.optim.rules.stage import Figures
 from natgrad.optim.tracking.batch import Batch, Term
@@ -245,7 +246,7 @@ class LayerBlocks(Preconditioner):
         if not self.running.layers:
             raise RuntimeError("there is no curvature before the first step; take one")
         blocks = self.running.blocks()
-        return assemble(self.ranks.everywhere(blocks) if self.running.elsewhere else blocks, self.parameters)
+        return assemble(self.ranks.everywhere(blocks) if self.running.total.elsewhere else blocks, self.parameters)
 
     def _own_blocks(self) -> dict[str, Block]:
         """The blocks of the layers whose averages are on this rank."""
@@ -304,9 +305,10 @@ class LayerBlocks(Preconditioner):
                 )
         running = self._new_running()
         running.load(saved["running"])
-        if running.elsewhere and not self.ranks.spread:
+        elsewhere = running.total.elsewhere
+        if elsewhere and not self.ranks.spread:
             raise ValueError(
-                f"the state is one rank's of several and has no moments of {len(running.elsewhere)} layers; save it "
+                f"the state is one rank's of several and has no moments of {len(elsewhere)} layers; save it "
                 "with torch.distributed.checkpoint and load it with natgrad.load_checkpoint"
             )
         for layer, op in running.blocks().items():

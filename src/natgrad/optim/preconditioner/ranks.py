@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from natgrad.capture.layer import Layer
+from natgrad.curvature.groups import components
 from natgrad.distributed.assignment import assign, cost
 from natgrad.distributed.packing import leaves
 from natgrad.distributed.reduction import Keep
@@ -19,12 +19,13 @@ from natgrad.distributed.whole import Whole
 from natgrad.linalg import Block, Operator
 from natgrad.linalg.state import dump, restore
 from natgrad.optim.preconditioner.base import Sizes
-from natgrad.optim.preconditioner.running import Running, Statistics
+from natgrad.optim.preconditioner.sums import Statistics
 from natgrad.optim.tracking.batch import Batch, Sharing
 from natgrad.optim.vectors import Vector
 
 Work = Mapping[str, Callable[[], dict[str, Any]]]
 Names = set[tuple[str, ...]]
+Owners = dict[tuple[str, ...], int]
 Own = Callable[[list[Block], Vector, Vector], Vector]
 """Computes the directions of some layers, from their blocks, a vector, and an existing direction."""
 
@@ -52,13 +53,13 @@ class Ranks:
         for b in fresh:
             b.sharing = Sharing(fresh, result)
 
-    def summed(self, batches: list[Batch], own: Statistics, idle: bool, running: Running) -> list[Statistics]:
+    def summed(self, batches: list[Batch], own: Statistics, idle: bool) -> list[Statistics]:
         """The statistics of all ranks' batches, for one term."""
         world = self.place.world
         if world.size == 1:
             return [b.statistics for b in batches if b.statistics is not None]
         arrived = self._arrived(batches)
-        return [self.reduced(own.completed(world) if idle else own, running)] if arrived is None else arrived
+        return [self.reduced(own.completed(world) if idle else own)] if arrived is None else arrived
 
     def _arrived(self, batches: list[Batch]) -> list[Statistics] | None:
         """The statistics of these batches, if their sums were started on all ranks."""
@@ -70,7 +71,7 @@ class Ranks:
             return None
         return [s.result() for s in sharings if s.result is not None]
 
-    def reduced(self, own: Statistics, running: Running) -> Statistics:
+    def reduced(self, own: Statistics) -> Statistics:
         return own.reduced(self.place.world)
 
     def done(self, work: Work, blocks: Mapping[str, Block]) -> dict[str, Any]:
@@ -122,26 +123,20 @@ class Spread(Ranks):
         assert place.shards is not None
         self.shards: Shards = place.shards
         self.spread = can
-        self.owners: dict[tuple[str, ...], int] = {}
+        self.owners: Owners = {}
 
     def share(self, pending: list[Batch]) -> None:
         """Nothing is sent before the backward."""
 
-    def summed(self, batches: list[Batch], own: Statistics, idle: bool, running: Running) -> list[Statistics]:
-        return [self.reduced(own.completed(self.place.world) if idle else own, running)]
+    def summed(self, batches: list[Batch], own: Statistics, idle: bool) -> list[Statistics]:
+        return [self.reduced(own.completed(self.place.world) if idle else own)]
 
-    def reduced(self, own: Statistics, running: Running) -> Statistics:
-        sizes: defaultdict[tuple[str, ...], float] = defaultdict(float)
-        for layer, m in own.moments.items():
-            sizes[layer.names] += cost(t.shape for t in leaves(vars(m), Tensor))
-        more = {names: size for names, size in sizes.items() if names not in self.owners}
-        self.owners = self.owners | assign(more, self.shards.size)
+    def reduced(self, own: Statistics) -> Statistics:
+        sizes = {layer: cost(t.shape for t in leaves(vars(m), Tensor)) for layer, m in own.moments.items()}
+        self.owners = _assigned(sizes, self.shards.size, self.owners)
         if not self.spread:
             return own.reduced(self.place.world)
-        kept = own.reduced(self.place.world, Keep(self.shards.world, self.owners, self.shards.copies))
-        others = (layer for layer in own.moments if layer not in kept.moments)
-        running.elsewhere = list(dict.fromkeys([*running.elsewhere, *others]))
-        return kept
+        return own.reduced(self.place.world, Keep(self.shards.world, self.owners, self.shards.copies))
 
     def done(self, work: Work, blocks: Mapping[str, Block]) -> dict[str, Any]:
         if not self.spread:
@@ -203,17 +198,32 @@ class Spread(Ranks):
         self.owners = {tuple(names): rank for names, rank in saved["owners"]}
 
     def adopt(self, sizes: Sizes) -> tuple[Callable[[str], bool], dict[str, Any]]:
-        costs: defaultdict[tuple[str, ...], float] = defaultdict(float)
-        for key, its in sizes.items():
-            costs[Layer.of_key(key).names] += cost(its)
-        owners = assign(costs, self.shards.size)
+        owners = _assigned({Layer.of_key(key): cost(its) for key, its in sizes.items()}, self.shards.size)
+        of = {n: rank for names, rank in owners.items() for n in names}
 
         def here(key: str) -> bool:
-            names = tuple(json.loads(key)[1:]) if key.startswith("[") else Layer.of_key(key).names
-            return not self.spread or owners[names] == self.shards.rank
+            names = json.loads(key)[1:] if key.startswith("[") else Layer.of_key(key).names
+            return not self.spread or of[names[0]] == self.shards.rank
 
         return here, {"owners": _listed(owners)}
 
 
-def _listed(owners: Mapping[tuple[str, ...], int]) -> list[Any]:
+def _assigned(costs: Mapping[Layer, float], ranks: int, known: Owners | None = None) -> Owners:
+    """The owner of each layer, the same for layers that share parameters: batches may use a parameter together with
+    different others. A layer that shares some with `known` layers has their owner."""
+    owners, new = dict(known or {}), dict[tuple[tuple[str, ...], ...], float]()
+    for layers in components(costs):
+        its = dict.fromkeys(layer.names for layer in layers)
+        own = {n for names in its for n in names}
+        near = [names for names in owners if not own.isdisjoint(names)]
+        if near:
+            owners |= dict.fromkeys([*near, *its], owners[near[0]])
+        else:
+            new[tuple(its)] = sum(costs[layer] for layer in layers)
+    for group, rank in assign(new, ranks).items():
+        owners |= dict.fromkeys(group, rank)
+    return owners
+
+
+def _listed(owners: Owners) -> list[Any]:
     return [[list(names), rank] for names, rank in owners.items()]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -24,74 +24,18 @@ from natgrad.curvature.moments import (
     Moments,
     input_moments,
     layer_moments,
-    merge,
     moments_of_state,
-    reconciled,
     state_of_moments,
 )
-from natgrad.distributed.reduction import Keep, Reduction, completed, reduced
 from natgrad.distributed.world import World
 from natgrad.linalg import CenteredKronecker, Diagonal, Homogeneous, Kronecker, Operator, Rows, factor
 from natgrad.linalg.centered import CenteredInverse
 from natgrad.optim.preconditioner.frozen import left_of, without
-
-KINDS = "the moments", "the squares", "the scales"
-"""The kinds of sums, for messages between ranks."""
-
-
-@dataclass
-class Statistics:
-    """The sums of some batches: each layer's moments, the squares of the gradients in eigenbases, and the central
-    moments of data, which give the scales of inputs."""
-
-    moments: dict[Layer, Moments] = field(default_factory=dict)
-    squares: dict[Layer, Moments] = field(default_factory=dict)
-    scales: dict[Layer, Moments] = field(default_factory=dict)
-
-    def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(*(merge(pair) for pair in zip(self._each(), other._each(), strict=True)))
-
-    def _each(self) -> Sequence[dict[Layer, Moments]]:
-        return self.moments, self.squares, self.scales
-
-    def completed(self, world: World) -> Statistics:
-        """Adds zeros for layers that only other ranks have statistics of."""
-        return Statistics(*(completed(sums, world) for sums in self._each()))
-
-    def reduced(self, world: World, keep: Keep | None = None) -> Statistics:
-        """The statistics summed over all ranks; with `keep`, only for the layers of this rank."""
-        return Statistics(*(reduced(s, world, what, keep) for s, what in zip(self._each(), KINDS, strict=True)))
-
-    def begun(self, world: World) -> Callable[[], Statistics]:
-        """Starts `reduced`. The returned function waits for its result."""
-        kinds = zip(self._each(), KINDS, strict=True)
-        begun = [Reduction(s, world, what) if s or s is self.moments else None for s, what in kinds]
-        return lambda: Statistics(*({} if each is None else each.result() for each in begun))
-
-    def finite(self) -> bool:
-        every = [m for sums in self._each() for m in sums.values()]
-        return not every or bool(torch.stack([m.is_finite() for m in every]).all())
-
-    def decayed(self, decay: float, new: Statistics) -> Statistics:
-        """The moving average, updated with a new batch. Layers that are not in the batch do not change."""
-        return Statistics(*(_decayed(past, decay, its) for past, its in zip(self._each(), new._each(), strict=True)))
-
-    def spoiled(self) -> set[Layer]:
-        """The layers with sums that are not finite."""
-        return {layer for sums in self._each() for layer, m in sums.items() if not bool(m.is_finite())}
-
-    def without(self, gone: Collection[Layer]) -> Statistics:
-        """The statistics of the other layers."""
-        return Statistics(*({layer: m for layer, m in s.items() if layer not in gone} for s in self._each()))
-
-
-def _decayed(past: Mapping[Layer, Moments], decay: float, new: Mapping[Layer, Moments]) -> dict[Layer, Moments]:
-    joined = {layer: decay * past[layer] + m if layer in past else m for layer, m in new.items()}  # type: ignore[operator]
-    return {**past, **joined}
+from natgrad.optim.preconditioner.sums import Statistics
 
 
 class Running(ABC):
-    """The moving averages of one structure, for the layers seen so far. Layers `elsewhere` are on other ranks."""
+    """The moving averages of one structure, for the layers seen so far."""
 
     observes = True
     """Whether it needs statistics of batches at all."""
@@ -111,7 +55,6 @@ class Running(ABC):
     def __init__(self, centered: bool, sharing: str, max_dim: int, input_scales: bool = False):
         self.centered, self.sharing, self.max_dim, self.input_scales = centered, sharing, max_dim, input_scales
         self.total = Statistics()
-        self.elsewhere: list[Layer] = []
 
     @abstractmethod
     def observe(self, cases: Cases) -> Statistics:
@@ -136,20 +79,20 @@ class Running(ABC):
             return False
         self.drop_spoiled()
         came = reduce(Statistics.__add__, found)
-        self._drop_replaced(came.moments)
+        self._drop_replaced(came.layers)
         self.total = self.total.decayed(decay, came)
         return True
 
     def _drop_replaced(self, new: Iterable[Layer]) -> None:
         """Forgets layers whose parameters now belong to other layers, for example because a weight was frozen."""
-        of = {n: layer.names for layer in new for n in layer.names}
-        gone = {layer for layer in self.layers if any(of.get(n, layer.names) != layer.names for n in layer.names)}
+        known = {layer.names for layer in new}
+        taken = {n for names in known for n in names}
+        gone = {layer for layer in self.layers if layer.names not in known and not taken.isdisjoint(layer.names)}
         if gone:
-            self._forget(gone)
+            self.forget(gone)
 
-    def _forget(self, gone: Collection[Layer]) -> None:
+    def forget(self, gone: Collection[Layer]) -> None:
         self.total = self.total.without(gone)
-        self.elsewhere = [layer for layer in self.elsewhere if layer not in gone]
 
     def drop_spoiled(self) -> set[Layer]:
         """Forgets averages that are not finite. Returns their layers."""
@@ -163,7 +106,7 @@ class Running(ABC):
 
     @property
     def layers(self) -> list[Layer]:
-        return [*self.total.moments, *self.elsewhere]
+        return self.total.layers
 
     def state(self) -> dict[str, Any]:
         return {
@@ -174,8 +117,9 @@ class Running(ABC):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.total = Statistics(*(moments_of_state(state.get(kind, {})) for kind in ("moments", "squares", "scales")))
-        self.elsewhere = [layer for key in state["layers"] if (layer := Layer.of_key(key)) not in self.total.moments]
+        sums = [moments_of_state(state.get(kind, {})) for kind in ("moments", "squares", "scales")]
+        layers = map(Layer.of_key, state["layers"])
+        self.total = Statistics.of(sums, (layer for layer in layers if layer not in sums[0]))
 
 
 class RunningKfac(Running):
@@ -211,7 +155,7 @@ class RunningEkfac(RunningKfac):
         if not self._bases:
             return super().observe(cases)
         cases = cases.kept()
-        squares = squares_in(self._bases, self.total.moments, cases)
+        squares = squares_in(self._bases, self.total.moments, cases.parted(self.total.moments))
         own: dict[Layer, Moments] = {layer: DiagonalMoments(v, cases.mass) for layer, v in squares.items()}
         return Statistics(super().observe(cases).moments, own)
 
@@ -223,15 +167,15 @@ class RunningEkfac(RunningKfac):
             m = moments[layer]
             assert isinstance(m, AffineMoments)
             squares[layer] = DiagonalMoments(basis.kronecker_values(m), m.mass)
-        self.total = Statistics(moments, squares)
+        self.total = replace(self.total, squares=squares)
 
-    def _forget(self, gone: Collection[Layer]) -> None:
-        super()._forget(gone)
+    def forget(self, gone: Collection[Layer]) -> None:
+        super().forget(gone)
         self._bases = {layer: basis for layer, basis in self._bases.items() if layer not in gone}
 
     def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
         own: dict[Layer, Operator] = {}
-        alike = reconciled(self.total.moments)
+        alike = self.total.moments
         for layer, basis in self._bases.items():
             if layer not in alike or has_rival(layer, alike):  # used with a bias, or as Wᵀ, in some batches only
                 continue
@@ -262,7 +206,7 @@ class RunningDiagonal(Running):
         return Statistics({layer: DiagonalMoments(v, cases.mass) for layer, v in diagonal_squares(cases).items()})
 
     def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
-        left = left_of(reconciled(self.total.moments), frozen)
+        left = left_of(self.total.moments, frozen)
         means = {layer: m.means() for layer, m in left.items() if isinstance(m, DiagonalMoments)}
         return tiled({layer: Diagonal(values) for layer, values in means.items()})
 
@@ -285,7 +229,7 @@ class RunningInput(Running):
         return bool(layer.weight) and not (layer.scale or sparse or has_rival(layer, cases.h))
 
     def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
-        left = left_of(reconciled(self.total.moments), frozen)
+        left = left_of(self.total.moments, frozen)
         return tiled({layer: self._block(layer, m) for layer, m in left.items() if layer.weight})
 
     def _block(self, layer: Layer, m: Moments) -> Operator:

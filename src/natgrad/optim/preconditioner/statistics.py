@@ -24,7 +24,8 @@ from natgrad.optim.parameters import Parameters
 from natgrad.optim.preconditioner.combination import combined
 from natgrad.optim.preconditioner.options import Options
 from natgrad.optim.preconditioner.ranks import Ranks
-from natgrad.optim.preconditioner.running import Running, Statistics
+from natgrad.optim.preconditioner.running import Running
+from natgrad.optim.preconditioner.sums import Statistics
 from natgrad.optim.rules.stage import Figures
 from natgrad.optim.tracking.batch import Batch, Term
 from natgrad.optim.vectors import Vector
@@ -187,7 +188,7 @@ class LayerStatistics:
             if len(of) > 1:
                 world = self.parameters.place.world
                 idle = world.numbers([float(all(b.is_empty for b in batches))], "who has a term")[0] > 0
-            new = self.ranks.summed(batches, own, idle, self.running)
+            new = self.ranks.summed(batches, own, idle)
             parts.append((objective.weights.get(name, 1.0), new))
         if len(parts) == 1:
             return parts[0][1]
@@ -211,7 +212,7 @@ class LayerStatistics:
     def drop_spoiled(self) -> bool:
         """Forgets averages that are not finite, on all ranks. Returns whether there were any."""
         lost = self.ranks.union(self.running.drop_spoiled())
-        self.running.elsewhere = [layer for layer in self.running.elsewhere if layer not in lost]
+        self.running.forget(lost)
         self.wanted = self.wanted or bool(lost)
         return bool(lost)
 
