@@ -34,12 +34,6 @@ def _no_mode_survives_a_test():
     assert not eager
 
 
-@pytest.fixture
-def all_rows(monkeypatch):
-    """NewtonMuon's second moments are of all rows of a batch."""
-    monkeypatch.setattr("natgrad.optim.muon.whitening.ROWS", 10**9)
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     if config.getoption("keyword"):  # whoever asks for a row by its name means it

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import natgrad
 import work
-from natgrad.optim.muon import whitening
 
 OPTIONS = {"lr": 0.05, "refresh_every": 3, "momentum": 0.9}
 
@@ -38,7 +37,7 @@ class Packed(nn.Module):
 
 def trained(group: Any, steps: int, how: dict[str, Any]) -> dict[str, Tensor]:
     """The weights after some steps, of one process (`group=None`) or of several with their parts of each batch."""
-    whitening.ROWS = 10**9  # a part of a batch is thinned out otherwise than the whole
+
     model = network()
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     late = how.get("late", False)

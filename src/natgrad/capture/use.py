@@ -69,9 +69,14 @@ class Use:
         """The use before it was spread over examples, if it was."""
         return self.before if self.is_spread else None
 
+    @property
+    def is_intact(self) -> bool:
+        """Whether `h` was not overwritten since the forward."""
+        return self.h._version == self.versions[0]
+
     def check_input(self) -> None:
         """Raises RuntimeError if `h` was overwritten since the forward."""
-        if self.h._version != self.versions[0]:
+        if not self.is_intact:
             raise RuntimeError(
                 f"the input of {self.weight or self.bias!r} was changed in place after it was used; "
                 "its statistics are lost. Replace the in-place operation by one that returns a new tensor"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.capture.eager import not_compiled
+from natgrad.capture.layer import Layer
 from natgrad.checks.parameters import check_parameters, select_parameters
 from natgrad.checks.values import (
     check_choice,
@@ -28,17 +29,13 @@ from natgrad.optim.muon.forwards import Forwards
 from natgrad.optim.muon.matrices import Matrices
 from natgrad.optim.muon.output import OutputSide
 from natgrad.optim.muon.routing import Routing, Steps, chooser
+from natgrad.optim.muon.schedule import Schedule
 from natgrad.optim.muon.settings import REST, SIDES, check_group, share_of_lr
 from natgrad.optim.muon.whitening import InputSide
 from natgrad.optim.parameter_groups import Groups, as_group, parameter_groups
 from natgrad.optim.parameters import Parameters
-from natgrad.optim.preconditioner.interval import Interval
 from natgrad.optim.tracking.unchanged import Unchanged
 from natgrad.optim.vectors import Vector, check_dense
-
-GROWTH = 2
-"""The interval between refreshes grows by a step in so many steps. Inputs change fast at the start, and a recorded
-forward may cost several others."""
 
 
 class NewtonMuon(torch.optim.Optimizer):
@@ -83,7 +80,9 @@ class NewtonMuon(torch.optim.Optimizer):
         sides: `"input"`, `"both"`, or `"none"`: without whitening, which is Muon.
         ridge: `ρ`. With a large ridge, the whitening only divides each input by its root mean square.
         refresh_every: steps between two updates of `A` and of its inverse. At the start there are fewer steps between
-            updates.
+            updates. A matrix that a step does not use is updated the next time that it is used.
+        rows_per_input: an update uses a random sample of a batch's rows: so many for each column of the matrix, and at
+            least 4,096. None: all rows. Several ranks then take the same step as one process that sees the whole batch.
         decay: the weight of earlier inputs is multiplied by this at each update.
         average: decay of an average of the parameters over the steps, for `averaged()`. None: no average.
         steps: the step of parameters by name, `"whitened"`, `"orthogonal"` or `"adamw"`: a dictionary whose keys may be
@@ -131,6 +130,7 @@ class NewtonMuon(torch.optim.Optimizer):
         sides: str = "input",
         ridge: float = 0.2,
         refresh_every: int = 8,
+        rows_per_input: int | None = 4,
         decay: float = 0.8,
         average: float | None = None,
         steps: Steps = None,
@@ -139,6 +139,8 @@ class NewtonMuon(torch.optim.Optimizer):
         check_choice("sides", sides, SIDES, meanings=SIDES)
         check_number("ridge", ridge, positive=True)
         check_count("refresh_every", refresh_every, "steps")
+        if rows_per_input is not None:
+            check_count("rows_per_input", rows_per_input, "rows")
         check_within("decay", decay, "[0, 1)")
         check_within("average", average, "[0, 1)", optional=True)
         check_max_dim(max_dim)
@@ -159,13 +161,12 @@ class NewtonMuon(torch.optim.Optimizer):
         self.parameters = Parameters(self, place)
         self.diagnostics: dict[str, Any] = {}
         self._steps = 0
-        self._refreshed: int | None = None  # the step of the last update
-        self._interval = Interval(refresh_every, True, GROWTH)
+        self._schedule = Schedule(refresh_every)
         chosen = chooser(steps, {n: p.shape for n, p in self.parameters.items()})
         outputs = OutputSide(ridge, decay, max_dim) if sides == "both" else None
         self._matrices = Matrices(self.parameters, chosen, InputSide(ridge, decay), outputs, whiten=sides != "none")
         self._unchanged = Unchanged(self.model, None)
-        self._forwards = Forwards(self.parameters, max_dim, self._matrices.may_be_whitened)
+        self._forwards = Forwards(self.parameters, self._wants, max_dim, rows_per_input)
         self._arm()
 
     # Groups --------------------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ class NewtonMuon(torch.optim.Optimizer):
             raise
         if hasattr(self, "parameters"):
             self.parameters.refresh()
-            self._forwards.watch.follow(self.parameters)
-            self._refreshed = None
+            self._forwards.follow()
+            self._schedule.begin()
             self._arm()
 
     def routing(self) -> Routing:
@@ -216,15 +217,20 @@ class NewtonMuon(torch.optim.Optimizer):
 
     # The step ------------------------------------------------------------------------------------------
 
-    def _due(self) -> bool:
-        """Whether the next step uses what the last forward pass recorded."""
-        return self._refreshed is None or self._steps - self._refreshed >= self._interval.steps(self._steps)
+    def _wants(self, name: str) -> bool:
+        """Whether the next step uses the inputs of a weight."""
+        return self._matrices.may_be_whitened(name) and self._schedule.is_due(name, self._steps)
+
+    def _looked_at(self) -> list[str]:
+        """The parameters for which forwards are recorded."""
+        unsettled = set(self._matrices.unsettled())
+        return [n for n in self.parameters if n in unsettled or self._matrices.may_be_whitened(n)]
 
     def _arm(self) -> None:
+        """Before the next forward."""
+        names = self._looked_at()
         self._forwards.settling = bool(self._matrices.unsettled())
-        self._forwards.watch.recording = self._due() and (
-            self._forwards.settling or any(map(self._matrices.may_be_whitened, self.parameters))
-        )
+        self._forwards.begin(self._steps, recording=bool(names) and self._schedule.asks(names, self._steps))
 
     @not_compiled
     @torch.no_grad()
@@ -244,16 +250,19 @@ class NewtonMuon(torch.optim.Optimizer):
         gradients = self.parameters.gradients()
         check_dense(gradients)
         self.diagnostics = {"step": self._steps, "accepted": True, "reason": "", "refreshed": False}
+        recorded = False
         with torch.autocast(self.parameters.device.type, enabled=False):
             if not gradients or self.parameters.finite(gradients):
                 g = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in gradients.items()}
-                if self._due():
-                    self._refresh(g)
+                if self._forwards.watch.recording:
+                    recorded = self._refresh(g)
                 self._move(g)
             else:
                 self._reject("the gradient is not finite")
         self.parameters.place.settle()
         self._forwards.watch.buffers.end_step(accepted=self.diagnostics["accepted"])
+        looked_at = set(self._looked_at())
+        self._schedule.end_step(self._steps, [n for n in gradients if n in looked_at], recorded)
         self._steps += 1
         self._arm()
         return value
@@ -263,8 +272,9 @@ class NewtonMuon(torch.optim.Optimizer):
         self._forwards.take()
         warn(f"{type(self).__name__} rejected step {self._steps}: {reason}")
 
-    def _refresh(self, gradients: Vector) -> None:
-        """Uses what the last forward passes recorded: routes of parameters that had none, and the inputs' moments."""
+    def _refresh(self, gradients: Vector) -> bool:
+        """Uses what the last forward passes recorded: routes of parameters that had none, and the inputs' moments.
+        Gives whether there were any."""
         if self.parameters.place.shards is None:
             self._unchanged.check(self.model, self.parameters)
         shown = self._forwards.take()
@@ -272,12 +282,16 @@ class NewtonMuon(torch.optim.Optimizer):
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 self.parameters.state_of(n).pop(key, None)
         taken, spoiled = self._matrices.take_in(shown.sums)
-        self._matrices.take_in_gradients(gradients)
-        if taken:
-            self.diagnostics["refreshed"], self._refreshed = True, self._steps
+        self._matrices.take_in_gradients({n: g for n, g in gradients.items() if self._wants(n)})
+        self.diagnostics["refreshed"] = taken
         if spoiled:
-            names = ", ".join(dict.fromkeys(repr(unit.weight) for unit in spoiled))
-            warn(f"the inputs of {names} were not finite at step {self._steps}; their earlier averages are kept")
+            warn(f"the inputs of {_names(spoiled)} were not finite at step {self._steps}; earlier averages are kept")
+        if shown.changed:
+            warn(
+                f"the inputs of {_names(shown.changed)} were changed in place after their use, and are not counted; "
+                "replace the in-place operation by one that returns a new tensor"
+            )
+        return shown.forwards > 0
 
     def _move(self, g: Vector) -> None:
         values, matrices = self.parameters.local(), self._matrices
@@ -339,7 +353,7 @@ class NewtonMuon(torch.optim.Optimizer):
 
         As in torch, tensors are not copied.
         """
-        own = {"steps": self._steps, "refreshed": self._refreshed, **self._matrices.state()}
+        own = {"steps": self._steps, **self._schedule.state(), **self._matrices.state()}
         return saved.joined(self, super().state_dict(), own | saved.named(self.parameters))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -351,7 +365,8 @@ class NewtonMuon(torch.optim.Optimizer):
             ValueError: if it is from another kind of optimizer, or has other parameters.
         """
         own, whole = saved.state_of(state_dict, self._key, type(self).__name__), saved.torchs_own(state_dict, self._key)
-        missing = [k for k in ("steps", "refreshed", "routes", "owners", "moments", "names", "dtypes") if k not in own]
+        parts = "steps", "refreshed", "waiting", "routes", "owners", "moments", "names", "dtypes"
+        missing = [k for k in parts if k not in own]
         if missing:
             raise ValueError(
                 f"the state has no {missing[0]!r} under {self._key!r}; expected what state_dict() of this version gives"
@@ -366,7 +381,8 @@ class NewtonMuon(torch.optim.Optimizer):
         self.state.update({p: state[i] for i, p in zip(index, params, strict=True) if i in state})
         self.parameters.refresh()
         own = saved.copied(own, device)
-        self._steps, self._refreshed = own["steps"], own["refreshed"]
+        self._steps = own["steps"]
+        self._schedule.load(own)
         self._matrices.load(own)
         self._forwards.take()
         self._arm()
@@ -381,6 +397,10 @@ class NewtonMuon(torch.optim.Optimizer):
             f"a {type(self).__name__} optimizer cannot be copied or pickled; make one for the new model and load "
             "state_dict()"
         )
+
+
+def _names(units: Iterable[Layer]) -> str:
+    return ", ".join(dict.fromkeys(repr(unit.weight) for unit in units))
 
 
 def _local(place: Whole, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,6 @@ import natgrad
 from muon_steps import LABELS, C, D, H, N, X, backward, perceptron, same, stay_alike, step, weights
 from oracles import close, f64, net, randn
 
-pytestmark = pytest.mark.usefixtures("all_rows")
-
 
 class TestAsTorchsOptimizers:
     def test_schedulers_change_both_rates(self):

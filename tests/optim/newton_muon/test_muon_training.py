@@ -13,8 +13,6 @@ import natgrad
 from muon_steps import LABELS, C, D, H, N, X, backward, perceptron, same, second_moment, step, weights
 from oracles import close, f64, randn
 
-pytestmark = pytest.mark.usefixtures("all_rows")
-
 
 class Branches(nn.Module):
     """One of two hidden layers at a time."""

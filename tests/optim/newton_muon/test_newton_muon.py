@@ -29,14 +29,12 @@ from muon_steps import (
     weights,
     whitening,
 )
-from natgrad.optim.muon import forwards
 from natgrad.optim.muon import whitening as whitening_file
+from natgrad.optim.muon.moments import InputMoments
 from natgrad.optim.muon.output import OutputSide
 from natgrad.optim.muon.whitening import InputSide
 from natgrad.optim.preconditioner.orthogonal import newton_schulz
 from oracles import close, f64, randn
-
-pytestmark = pytest.mark.usefixtures("all_rows")
 
 
 class TestRidge:
@@ -269,11 +267,12 @@ class TestFormula:
         """Those that may be whitened, as long as it is not known which are. If none are, no more forwards are read."""
         model, seen = perceptron(), []
 
-        def input_sums(uses, max_dim):
+        def of(moments, uses):
             seen.append({use.weight for use in uses})
-            return whitening_file.input_sums(uses, max_dim)
+            return whole(moments, uses)
 
-        monkeypatch.setattr(forwards, "input_sums", input_sums)
+        whole = InputMoments.of
+        monkeypatch.setattr(InputMoments, "of", of)
         opt = natgrad.NewtonMuon(model, refresh_every=1, **settings)
         for _ in range(3):
             step(model, opt)

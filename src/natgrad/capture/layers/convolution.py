@@ -192,6 +192,13 @@ class Patches(Inputs):
         h = self.h.unflatten(0, (-1, self.images))[start:stop:step].flatten(0, 1)
         return Patches(h, self.convolution, self.dtype, self.images)
 
+    def sample(self, count: int, order: Tensor) -> Patches:
+        """All patches of some examples."""
+        examples, positions, _ = self.shape
+        which = order[order < examples][: -(-count // positions)]
+        h = self.h[which] if self.images == 1 else self.h.unflatten(0, (-1, self.images))[which].flatten(0, 1)
+        return Patches(h, self.convolution, self.dtype, self.images)
+
     def arranged(self, order: Order) -> Inputs:
         if order.is_identity:
             return self

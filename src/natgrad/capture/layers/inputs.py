@@ -54,6 +54,10 @@ class Inputs(ABC):
     def part(self, start: int, stop: int, step: int = 1) -> Inputs:
         """Some of the examples, as a view if possible."""
 
+    def sample(self, count: int, order: Int[Tensor, " cases"]) -> Inputs:
+        """At least `count` of the cases, those that come first in `order`, a permutation of all. Here all of them."""
+        return self
+
     @abstractmethod
     def arranged(self, order: Order) -> Inputs:
         """The inputs of cases, from the inputs of the rows of a grid. Padding is zero."""
@@ -111,6 +115,10 @@ class Rows(Inputs):
 
     def part(self, start: int, stop: int, step: int = 1) -> Rows:
         return Rows(self.x[start:stop:step], self.dtype)
+
+    def sample(self, count: int, order: Tensor) -> Rows:
+        which, positions = order[:count], self.x.shape[1]
+        return Rows(self.x[which // positions, which % positions].unsqueeze(1), self.dtype)
 
     def arranged(self, order: Order) -> Rows:
         return self if order.is_identity else Rows(order.of(_on_grid(self.x, order.grid)).flatten(1, 2), self.dtype)

@@ -20,7 +20,6 @@ from natgrad.optim.muon.routing import (
     NOT_SEEN,
     WHITENED,
     Route,
-    matrix_shape,
     routes_of,
     unseen,
 )
@@ -116,8 +115,14 @@ class Matrices:
     def take_in(self, sums: Mapping[Layer, AffineMoments]) -> tuple[bool, list[Layer]]:
         """Whether there was anything to take in; and the matrices whose inputs were not finite."""
         world = self._parameters.place.world
-        whitened = {unit for route in self.routes.values() if route.step == WHITENED for unit in route.units}
-        every = completed({unit: m for unit, m in sums.items() if unit in whitened}, world)
+        whitened = {n: route for n, route in self.routes.items() if route.step == WHITENED}
+        own: dict[Layer, AffineMoments] = {}
+        for unit, m in sums.items():
+            route = whitened.get(unit.weight or "")
+            home = None if route is None else route.home(unit)
+            if home is not None:
+                own[home] = own[home] + m if home in own else m
+        every = completed(own, world)
         spoiled = self.inputs.take_in(self._reduced(every))
         return bool(every) or not whitened, spoiled
 
@@ -165,15 +170,15 @@ class Matrices:
         out: Vector = {}
         for n, direction in v.items():
             parts = [next(found) for _ in matrices[n]]
-            M, layout = parts[0] if len(parts) == 1 else torch.cat(parts), self.routes[n].units[0].layout
-            out[n] = layout.to_parameter(M, direction.shape, matrix_shape(layout, direction.shape))
+            M, route = parts[0] if len(parts) == 1 else torch.cat(parts), self.routes[n]
+            out[n] = route.units[0].layout.to_parameter(M, direction.shape, route.matrix(direction.shape))
         return out
 
     def _by_unit(self, name: str, value: Tensor) -> dict[Layer, Tensor]:
         """A parameter's value, gradient or direction, as its matrices."""
-        found = {}
-        for unit in self.routes[name].units:
-            M = unit.layout.to_operator(value, value.shape, matrix_shape(unit.layout, value.shape))
+        found, route = {}, self.routes[name]
+        for unit in route.units:
+            M = unit.layout.to_operator(value, value.shape, route.matrix(value.shape))
             found[unit] = M[slice(*unit.rows)] if unit.rows else M
         return found
 
@@ -220,8 +225,8 @@ class Matrices:
         moments = moments_of_state(saved["moments"])
         for unit, m in moments.items():
             assert unit.weight is not None
-            columns = matrix_shape(unit.layout, self._parameters[unit.weight].shape)[1]
-            if not isinstance(m, AffineMoments) or len(m.mean) != columns:
+            route, own = routes.get(unit.weight), self._parameters[unit.weight]
+            if not isinstance(m, AffineMoments) or route is None or len(m.mean) != route.matrix(own.shape)[1]:
                 raise ValueError(
                     f"the state has moments of another width for {unit.weight!r}; load it for a model of the same "
                     "widths"

@@ -37,28 +37,42 @@ BY_USER = "chosen with steps="
 @dataclass(frozen=True)
 class Route:
     """The step that a parameter takes, `"whitened"`, `"orthogonal"` or `"adamw"`, and why. `units` are its matrices:
-    one, or some rows each. If there are `gates`, a matrix is that of several gates, one below the other, and each is
-    orthogonalized alone."""
+    one, or some rows each. `columns` are those of the matrices, as the forward multiplies with them. If there are
+    `gates`, a matrix is that of several gates, one below the other, and each is orthogonalized alone."""
 
     step: str
     why: str
     units: tuple[Layer, ...] = ()
     gates: int = 1
+    columns: int | None = None
+
+    def matrix(self, shape: Sequence[int]) -> tuple[int, int]:
+        """The rows and columns of the matrix that a parameter of this shape is, with all of its rows."""
+        layout = self.units[0].layout
+        return matrix_shape(layout, shape) if self.columns is None else (prod(shape) // self.columns, self.columns)
 
     def unwhitened(self) -> Route:
         """The same without whitening."""
         return replace(self, step=ORTHOGONAL) if self.step == WHITENED else self
 
+    def home(self, unit: Layer) -> Layer | None:
+        """The matrix that the rows of a use belong to, or None."""
+        if unit in self.units:
+            return unit
+        (start, stop), near = unit.rows or (0, 0), (own for own in self.units if own.layout == unit.layout)
+        within = (own for own in near if own.rows is None or own.rows[0] <= start < stop <= own.rows[1])
+        return next(within, None) if unit.rows else None
+
     def state(self) -> dict[str, Any]:
         """Plain values, which `of_state` reads."""
         units = [unit.key() for unit in self.units]
-        return {"step": self.step, "why": self.why, "units": units, "gates": self.gates}
+        return {"step": self.step, "why": self.why, "units": units, "gates": self.gates, "columns": self.columns}
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Route:
         """Undoes `state`."""
         units = tuple(map(Layer.of_key, state.get("units", ())))
-        return cls(state["step"], state["why"], units, state.get("gates", 1))
+        return cls(state["step"], state["why"], units, state.get("gates", 1), state.get("columns"))
 
 
 @dataclass(frozen=True)
@@ -76,13 +90,23 @@ class Seen:
     """Where the graph goes on from its output, beside the parameters."""
     gates: int = 1
     """How many gates of a recurrent layer the rows of the weight are for."""
+    columns: int | None = None
+    """Those of the matrix."""
 
 
 def unit_of(use: Use) -> Layer | None:
     """The matrix that a use multiplies its inputs with; None where there is none."""
     if use.weight is None or isinstance(use.kind, (Scale, Embedding, EmbeddingBag)):
         return None
-    return Layer(use.weight, None, use.kind.layout, use.rows, function=use.kind.name)
+    rows = use.rows
+    if rows is not None and rows == (0, prod(use.shapes[use.weight]) // columns_of(use)):
+        rows = None
+    return Layer(use.weight, None, use.kind.layout, rows, function=use.kind.name)
+
+
+def columns_of(use: Use) -> int:
+    """Those of the matrix that a use multiplies its inputs with."""
+    return use.kind.kept(True, False).inputs(use.h).shape[2]
 
 
 def seen_in(uses: Iterable[Use], gates: Mapping[str, int]) -> Iterator[Seen]:
@@ -98,7 +122,8 @@ def seen_in(uses: Iterable[Use], gates: Mapping[str, int]) -> Iterator[Seen]:
             if name is not None:
                 unit = unit_of(use) if name == use.weight else None
                 embedded = embeds and name == use.weight
-                yield Seen(name, unit, use.kind.name, embedded, tuple(nodes), sources, gates.get(name, 1))
+                columns = None if unit is None else columns_of(use)
+                yield Seen(name, unit, use.kind.name, embedded, tuple(nodes), sources, gates.get(name, 1), columns)
 
 
 def routes_of(
@@ -120,8 +145,7 @@ def routes_of(
     found = {}
     for name, its in by_name.items():
         route, wanted = _route(name, shapes[name], its, inner), chosen(name)
-        units = [s.unit for s in its if s.unit is not None]
-        found[name] = route if wanted is None else _as_chosen(name, shapes[name], wanted, route, units)
+        found[name] = route if wanted is None else _as_chosen(name, shapes[name], wanted, route, its)
     return found
 
 
@@ -130,24 +154,27 @@ def _route(name: str, shape: Sequence[int], seen: Sequence[Seen], inner: set[Nod
     if any(s.is_embedding for s in seen):
         also = ", and multiplies inputs elsewhere" if any(s.unit for s in seen) else ""
         return Route(ADAMW, f"an embedding{also}")
-    units = [s.unit for s in seen if s.unit is not None]
-    if not units:
+    if all(s.unit is None for s in seen):
         return Route(ADAMW, f"no matrix: a scale, shift or bias, used by {functions}")
     if not any(node in inner for s in seen if s.unit is not None for node in s.nodes):
         return Route(ADAMW, f"an output layer: no matrix comes after it, used by {functions}")
     route, (gates, *others) = (
-        _matrices(name, shape, units, f"a hidden matrix, used by {functions}"),
+        _matrices(name, shape, seen, f"a hidden matrix, used by {functions}"),
         {s.gates for s in seen},
     )
-    if gates == 1 or others or route.units != (Layer(name, None),):
+    if gates == 1 or others or route.units != (Layer(name, None),):  # a part of the rows, or no matrix
         return route
     return replace(route, gates=gates, why=f"{gates} gates' hidden matrices, used by {functions}")
 
 
-def _matrices(name: str, shape: Sequence[int], units: Iterable[Layer], why: str) -> Route:
+def _matrices(name: str, shape: Sequence[int], seen: Sequence[Seen], why: str) -> Route:
     """The matrices that a parameter is; not whitened where these have no one input."""
-    units = sorted(dict.fromkeys(units), key=lambda unit: unit.rows or (0, 0))
-    rows, columns = matrix_shape(units[0].layout, shape)
+    units = sorted({s.unit: None for s in seen if s.unit is not None}, key=lambda unit: unit.rows or (0, 0))
+    columns, *others = {s.columns for s in seen if s.unit is not None}
+    if others:
+        return Route(ORTHOGONAL, f"{why}, as matrices of several shapes", (Layer(name, None),))
+    assert columns is not None
+    rows = prod(shape) // columns
     heights = [rows if unit.rows is None else unit.rows[1] - unit.rows[0] for unit in units]
     if min(max(heights), columns) == 1:
         return Route(ADAMW, f"{why}, of a single row or column")
@@ -155,26 +182,29 @@ def _matrices(name: str, shape: Sequence[int], units: Iterable[Layer], why: str)
     if len({unit.layout for unit in units}) > 1:
         return Route(ORTHOGONAL, f"{why}, as W and as its transpose", (Layer(name, None),))
     if len(units) == 1 and units[0].rows in (None, (0, rows)):
-        return Route(WHITENED, why, (alone,))
+        return Route(WHITENED, why, (alone,), columns=columns)
     ends = [unit.rows or (0, rows) for unit in units]
     if [0, *(stop for _, stop in ends)] != [*(start for start, _ in ends), rows]:
-        return Route(ORTHOGONAL, f"{why}, of which rows that overlap or a part are used at a time", (alone,))
-    return Route(WHITENED, f"{why}, {len(units)} times some of its rows", tuple(units))
+        return Route(
+            ORTHOGONAL, f"{why}, of which rows that overlap or a part are used at a time", (alone,), 1, columns
+        )
+    return Route(WHITENED, f"{why}, {len(units)} times some of its rows", tuple(units), columns=columns)
 
 
-def _as_chosen(name: str, shape: Sequence[int], wanted: str, by_use: Route, units: Iterable[Layer]) -> Route:
+def _as_chosen(name: str, shape: Sequence[int], wanted: str, by_use: Route, seen: Sequence[Seen]) -> Route:
     """The user's choice for a parameter, of which `by_use` is what its uses say."""
     if wanted == ADAMW:
         return Route(ADAMW, BY_USER)
-    route = by_use if by_use.units else _matrices(name, shape, units, "") if units else by_use
+    multiplies = any(s.unit is not None for s in seen)
+    route = by_use if by_use.units or not multiplies else _matrices(name, shape, seen, "")
     if wanted == ORTHOGONAL:
-        return Route(ORTHOGONAL, BY_USER, route.units or (Layer(name, None),))
+        return replace(route, step=ORTHOGONAL, why=BY_USER, units=route.units or (Layer(name, None),))
     if route.step != WHITENED:
         raise ValueError(
             f"steps gives {name!r} the step 'whitened', and it has no inputs to whiten: it is {by_use.why}. Expected "
             "'orthogonal' or 'adamw' for it"
         )
-    return Route(WHITENED, BY_USER, route.units)
+    return replace(route, why=BY_USER)
 
 
 def unseen(name: str, wanted: str | None, function: str | None) -> Route:

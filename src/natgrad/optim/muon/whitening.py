@@ -1,89 +1,23 @@
-"""The second moments of layers' inputs, averaged over steps, and the matrices that whiten by them."""
+"""The input side of the whitening: averages over steps of the second moments of inputs, and their inverses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from natgrad.capture.layer import Layer
-from natgrad.capture.layers import Inputs
-from natgrad.capture.reading import read_inputs
-from natgrad.capture.use import Use
 from natgrad.curvature.moments import AffineMoments
 from natgrad.linalg import factor
-from natgrad.linalg.precision import matmul_precision
-from natgrad.optim.muon.routing import unit_of
-
-ROWS = 4
-"""A batch's second moment is taken from at least so many rows for each input, where it has them."""
-
+from natgrad.optim.muon.moments import added
 
 SMALLEST = 1e-4
 """The least mean square of an input that the ridge takes into account, in units of the mean over all inputs: units that
 are never active have a ridge, too."""
 EXPONENT = 0.5
 """The ridge of an input grows as this power of its mean square."""
-
-
-def input_sums(uses: Sequence[Use], max_dim: int) -> dict[Layer, AffineMoments]:
-    """The inputs' moments of every matrix that was used in a forward. Inputs that several matrices share, as those of
-    query, key and value do, are summed once: their moments are one object.
-
-    Raises:
-        RuntimeError: if an input was changed in place after its use.
-    """
-    by_unit: dict[Layer, list[Use]] = {}
-    for use in uses:
-        unit = unit_of(use)
-        if unit is not None:
-            by_unit.setdefault(unit, []).append(use)
-    found: dict[Layer, AffineMoments] = {}
-    known: dict[Any, tuple[list[Inputs], AffineMoments]] = {}
-    for unit, its in by_unit.items():
-        dtype = torch.promote_types(its[0].h.dtype, torch.float32)
-        inputs = [i for i in read_inputs(unit, its, dtype) if i.shape[0] * i.shape[1] > 0]
-        if not inputs:
-            continue
-        places = tuple(i.place() for i in inputs)
-        key = places if all(places) else id(inputs)
-        if key not in known:  # with the inputs kept, so that no others can come to lie in their place
-            known[key] = inputs, _sums([_thinned(i) for i in inputs], max_dim)
-        found[unit] = known[key][1]
-    return found
-
-
-def _sums(inputs: Sequence[Inputs], max_dim: int) -> AffineMoments:
-    width = inputs[0].shape[2]
-    like = inputs[0].part(0, 1).dense()
-    moments = AffineMoments.empty(width, 0, like.new_zeros(()), diagonal=(width > max_dim, False))
-    with matmul_precision("high"):
-        for its in inputs:
-            moments.add_inputs(its)
-    return moments
-
-
-def _thinned(inputs: Inputs) -> Inputs:
-    """One of so many examples, where that leaves `ROWS` rows for each input."""
-    examples, positions, width = inputs.shape
-    step = min(examples, max(1, examples * positions // (ROWS * width)))
-    return inputs.part(0, examples, step) if step > 1 else inputs
-
-
-def added(past: Mapping[Layer, AffineMoments], new: Mapping[Layer, AffineMoments], decay: float) -> dict[Layer, Any]:
-    """`decay · past + new`, matrix by matrix; what has nothing new stays. Shared moments stay shared."""
-    merged: dict[tuple[int, int], AffineMoments] = {}
-    out = dict(past)
-    for unit, m in new.items():
-        before = past.get(unit)
-        key = id(before), id(m)
-        if key not in merged:
-            merged[key] = m if before is None else decay * before + m
-        out[unit] = merged[key]
-    return out
 
 
 class InputSide:
