@@ -112,6 +112,20 @@ def spoiled(group: Any) -> list[bool]:
     return accepted
 
 
+def joined(group: Any) -> str:
+    """The error within `DistributedDataParallel.join()`."""
+    model = network()
+    called = work.placed(model, group, "")
+    opt = natgrad.NewtonMuon(called, **OPTIONS)
+    try:
+        with called.join():
+            F.cross_entropy(called(work.batch(0)[0]), work.batch(0)[1]).backward()
+            opt.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def one_ranks_state(group: Any) -> str:
     """The error where the state of a rank with shards is given to an optimizer of the whole model."""
     model = network()

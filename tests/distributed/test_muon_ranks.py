@@ -91,3 +91,8 @@ def test_resumed_on_other_ranks(ranks, tmp_path, saved, resumed):
 
 def test_one_ranks_state_is_not_the_whole_one(ranks):
     assert all("save it with torch.distributed.checkpoint" in said for said in ranks(2, muon.one_ranks_state))
+
+
+def test_uneven_numbers_of_batches_are_refused(ranks):
+    for error in ranks(2, muon.joined):
+        assert "cannot run within DistributedDataParallel.join()" in error

@@ -17,7 +17,7 @@ from natgrad.capture.graph import edge_of
 from natgrad.capture.layers import ADDITIONS, COMPOSITES, PARSERS, PRODUCTS, RECURRENCES, RESHAPES, SPREADS, Call, Kind
 from natgrad.capture.layers.affine import Affine
 from natgrad.capture.layers.convolution import Convolution
-from natgrad.capture.layers.recurrent import GATES, weights_of_gates
+from natgrad.capture.layers.recurrent import GATES, PACKED, is_packed, weights_of_gates
 from natgrad.capture.layers.scale import Scale, product, shift
 from natgrad.capture.spread import Copied, Spreading
 from natgrad.capture.tape import Tape
@@ -74,7 +74,7 @@ class Recorder(TorchFunctionMode):
         composite = COMPOSITES.get(func)
         tensors = _tensors((args, kwargs))
         given = [t for t in tensors if t in self._forms]
-        if composite is not None and given and torch.is_grad_enabled():
+        if composite is not None and given and torch.is_grad_enabled() and not is_packed(func, args):
             if func in GATES:
                 own = weights_of_gates(_tensors(args[2:]))
                 self.gates |= {self._names[id(t)]: GATES[func] for t in own if id(t) in self._names}
@@ -117,7 +117,8 @@ class Recorder(TorchFunctionMode):
             if not any(t.requires_grad for t in _tensors(out)):
                 return
             others = self._others
-            calls = [part for call in self._calls(func, args, kwargs) for part in self._split(call, out)]
+            found = (call for call in self._calls(func, args, kwargs) if call.is_dense)
+            calls = [part for call in found for part in self._split(call, out)]
             for call in calls:
                 covered |= self._record(func, call, out)
             if not calls and self._forms.look_at(func, args, kwargs, out):
@@ -126,6 +127,7 @@ class Recorder(TorchFunctionMode):
             name = self._named(t)
             if name not in covered:
                 how = f" as a bias of shape {tuple(t.shape)}" if any(t is call.bias for call in calls) else ""
+                how = PACKED if is_packed(func, args) else how
                 others.setdefault(name, _name(func) + how)
 
     def _calls(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Call]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from natgrad.capture.eager import not_compiled
-from natgrad.capture.layer import Layer
 from natgrad.checks.parameters import check_parameters, select_parameters
 from natgrad.checks.values import (
     check_choice,
@@ -27,8 +26,9 @@ from natgrad.optim import averaging, saved
 from natgrad.optim.muon.adamw import adamw, decayed_
 from natgrad.optim.muon.forwards import Forwards
 from natgrad.optim.muon.matrices import Matrices
+from natgrad.optim.muon.momentum import momentum
 from natgrad.optim.muon.output import OutputSide
-from natgrad.optim.muon.routing import Routing, Steps, chooser
+from natgrad.optim.muon.routing import Routing, Steps, chooser, named
 from natgrad.optim.muon.schedule import Schedule
 from natgrad.optim.muon.settings import REST, SIDES, check_group, share_of_lr
 from natgrad.optim.muon.whitening import InputSide
@@ -157,6 +157,7 @@ class NewtonMuon(torch.optim.Optimizer):
             "betas": tuple(betas),
             "eps": eps,
         }
+        self._rest_lr = rest_lr
         super().__init__(self._groups(params), defaults)
         self.parameters = Parameters(self, place)
         self.diagnostics: dict[str, Any] = {}
@@ -187,8 +188,9 @@ class NewtonMuon(torch.optim.Optimizer):
             ValueError: if a parameter is not the model's or is already in a group, or if a setting is out of range.
         """
         group = as_group(self.model, param_group)
-        if "rest_lr" in group:
-            group["rest"] = share_of_lr(group.pop("rest_lr"), group.get("lr", self.defaults["lr"]))
+        its = group.pop("rest_lr", self._rest_lr if "rest" not in group else None)
+        if its is not None:
+            group["rest"] = share_of_lr(its, group.get("lr", self.defaults["lr"]))
         super().add_param_group(group)
         try:
             check_group(self.param_groups[-1], self.defaults)
@@ -228,9 +230,9 @@ class NewtonMuon(torch.optim.Optimizer):
 
     def _arm(self) -> None:
         """Before the next forward."""
-        names = self._looked_at()
+        looked_at = self._looked_at()
         self._forwards.settling = bool(self._matrices.unsettled())
-        self._forwards.begin(self._steps, recording=bool(names) and self._schedule.asks(names, self._steps))
+        self._forwards.begin(self._steps, recording=bool(looked_at) and self._schedule.asks(looked_at, self._steps))
 
     @not_compiled
     @torch.no_grad()
@@ -285,20 +287,25 @@ class NewtonMuon(torch.optim.Optimizer):
         self._matrices.take_in_gradients({n: g for n, g in gradients.items() if self._wants(n)})
         self.diagnostics["refreshed"] = taken
         if spoiled:
-            warn(f"the inputs of {_names(spoiled)} were not finite at step {self._steps}; earlier averages are kept")
+            warn(f"the inputs of {named(spoiled)} were not finite at step {self._steps}; earlier averages are kept")
         if shown.changed:
             warn(
-                f"the inputs of {_names(shown.changed)} were changed in place after their use, and are not counted; "
+                f"the inputs of {named(shown.changed)} were changed in place after their use, and are not counted; "
                 "replace the in-place operation by one that returns a new tensor"
             )
-        return shown.forwards > 0
+        return self.parameters.place.world.numbers([float(shown.forwards)], "who has recorded a forward")[0] > 0
 
     def _move(self, g: Vector) -> None:
-        values, matrices = self.parameters.local(), self._matrices
-        directions = matrices.directions(self._momentum({n: t for n, t in g.items() if n in matrices}))
-        for group, names in self.parameters.by_group(n for n in g if n not in matrices):
+        values, matrices, ahead, directions = self.parameters.local(), self._matrices, Vector(), Vector()
+        for group in self.param_groups:
+            if "rest_lr" in group:  # changed by the user
+                group["rest"] = share_of_lr(group.pop("rest_lr"), group["lr"])
+        for group, names in self.parameters.by_group(g):
             states = {n: self.parameters.state_of(n) for n in names}
-            directions |= adamw({n: g[n] for n in names}, states, group["betas"], group["eps"])
+            hidden, others = ({n: g[n] for n in names if (n in matrices) == which} for which in (True, False))
+            ahead |= momentum(hidden, states, group["momentum"], group["nesterov"])
+            directions |= adamw(others, states, group["betas"], group["eps"])
+        directions |= matrices.directions(ahead)
         for group, names in self.parameters.by_group(g):
             decay, its = group["weight_decay"], group.get("rest_weight_decay")
             for own, rate, eta in (
@@ -311,20 +318,6 @@ class NewtonMuon(torch.optim.Optimizer):
                     torch._foreach_add_(p, d, alpha=-rate)
         if self.average is not None:
             averaging.take_in({n: values[n] for n in g}, self.parameters.state_of, self.average)
-
-    def _momentum(self, g: Vector) -> Vector:
-        """The momentum after it was updated with the new gradients; with Nesterov, the look-ahead."""
-        out: Vector = {}
-        for group, names in self.parameters.by_group(g):
-            mu, new, states = group["momentum"], [g[n] for n in names], [self.parameters.state_of(n) for n in names]
-            for n, state in zip(names, states, strict=True):
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(g[n])
-            buffers = [state["momentum_buffer"] for state in states]
-            torch._foreach_lerp_(buffers, new, 1 - mu)
-            ahead = torch._foreach_lerp(new, buffers, mu) if group["nesterov"] else buffers
-            out |= dict(zip(names, ahead, strict=True))
-        return out
 
     # As torch's optimizers -----------------------------------------------------------------------------
 
@@ -353,7 +346,7 @@ class NewtonMuon(torch.optim.Optimizer):
 
         As in torch, tensors are not copied.
         """
-        own = {"steps": self._steps, **self._schedule.state(), **self._matrices.state()}
+        own = {"steps": self._steps, "sides": self.sides, **self._schedule.state(), **self._matrices.state()}
         return saved.joined(self, super().state_dict(), own | saved.named(self.parameters))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -370,6 +363,10 @@ class NewtonMuon(torch.optim.Optimizer):
         if missing:
             raise ValueError(
                 f"the state has no {missing[0]!r} under {self._key!r}; expected what state_dict() of this version gives"
+            )
+        if own.get("sides", self.sides) != self.sides:
+            raise ValueError(
+                f"the state is of sides={own['sides']!r}, and this optimizer has {self.sides!r}; make it with the same"
             )
         saved.check_parameters(self, self.parameters, own, whole)
         self._matrices.check_state(own)
@@ -397,10 +394,6 @@ class NewtonMuon(torch.optim.Optimizer):
             f"a {type(self).__name__} optimizer cannot be copied or pickled; make one for the new model and load "
             "state_dict()"
         )
-
-
-def _names(units: Iterable[Layer]) -> str:
-    return ", ".join(dict.fromkeys(repr(unit.weight) for unit in units))
 
 
 def _local(place: Whole, state: Mapping[str, Any]) -> dict[str, Any]:

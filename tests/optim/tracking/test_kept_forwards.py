@@ -60,7 +60,7 @@ def test_newton_muon_keeps_the_uses_only_until_it_knows_the_routes():
     for _ in range(3):
         opt.zero_grad()
         nn.functional.cross_entropy(model(X), Y).backward()
-        kept.append(len(opt._forwards._shown.uses))
+        kept.append(len(opt._forwards._recent) + len(opt._forwards._shown.uses))
         opt.step()
     assert kept[0] > 0
     assert kept[1:] == [0, 0]

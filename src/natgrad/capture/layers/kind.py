@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -67,6 +68,11 @@ class Call:
     rows: tuple[int, int] | None = None
     others: tuple[Tensor, ...] = ()
     """Other tensors that the output depends on, apart from input, weight and bias."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the input is a plain tensor, and not a sparse or a nested one."""
+        return self.h.layout is torch.strided and not self.h.is_nested
 
 
 @dataclass(frozen=True)

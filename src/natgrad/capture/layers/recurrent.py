@@ -43,6 +43,19 @@ def _stepped(
     return h if W_hr is None else F.linear(h, W_hr), *others
 
 
+def is_packed(func: Any, args: Sequence[Any]) -> bool:
+    """Whether a call is that of a recurrent layer on a PackedSequence, with the sizes of its batches."""
+    sizes = args[1] if func in PACKABLE and len(args) > 1 else None
+    return isinstance(sizes, Tensor) and not sizes.is_floating_point()
+
+
+PACKABLE = torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu
+PACKED = (
+    " of a PackedSequence, where padded sequences are expected: pad them, and leave the padding out of the loss with "
+    "ignore_index"
+)
+
+
 def _network(function: Any, step: Callable[..., State]) -> Callable[..., Any]:
     """`torch._VF.lstm` and similar functions for padded sequences: all layers and directions, one time step at a
     time."""
@@ -58,11 +71,6 @@ def _network(function: Any, step: Callable[..., State]) -> Callable[..., Any]:
         bidirectional: Any,
         batch_first: Any,
     ) -> Any:
-        if isinstance(hidden, Tensor) and not hidden.is_floating_point():  # the sizes of a packed sequence's batches
-            raise NotImplementedError(
-                "a recurrent layer was given a PackedSequence, which is not supported; expected padded sequences: pad "
-                "them, and leave the padding out of the loss with ignore_index"
-            )
         layers = layers_of(function, params, has_biases, num_layers, bidirectional)
         one = partial(_unrolled, step)
         return through_layers(one, layers, input, hidden, dropout if train else 0.0, batch_first)

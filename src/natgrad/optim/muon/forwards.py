@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from natgrad.capture.layer import Layer
 from natgrad.capture.recorder import Recorder
+from natgrad.checks.warning import warn
 from natgrad.curvature.moments import AffineMoments
 from natgrad.curvature.problem import buffers_kept
 from natgrad.distributed.placement import placed_within
 from natgrad.optim.muon.moments import InputMoments, added
-from natgrad.optim.muon.routing import Seen, seen_in
+from natgrad.optim.muon.routing import Seen, followed_by_matrices, seen_in
 from natgrad.optim.parameters import Parameters
 from natgrad.optim.tracking.forward import Forward
 from natgrad.optim.tracking.watch import Watch
+
+OTHER = 0.05
+"""A relative difference of two outputs that rounding in compiled code does not make."""
+GRAPHS = 8
+"""The autograd graphs of so many forwards are kept until it is known which matrices come after which."""
 
 
 @dataclass
@@ -27,7 +35,7 @@ class Shown:
     the moments of the inputs of every matrix that may be whitened, and matrices of which an input was changed since."""
 
     forwards: int = 0
-    uses: list[Seen] = field(default_factory=list)
+    uses: dict[Seen, None] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
     sums: dict[Layer, AffineMoments] = field(default_factory=dict)
     changed: dict[Layer, None] = field(default_factory=dict)
@@ -47,6 +55,8 @@ class Forwards:
         self._parameters, self._wanted = parameters, wanted
         self._max_dim, self._rows_per_input, self._seed = max_dim, rows_per_input, 0
         self.settling, self._shown = True, Shown()
+        self._told = False
+        self._recent: list[list[Seen]] = []  # the uses of the last forwards
         model = parameters.place.model
         # A module of Lightning's is not called itself: its training_step calls its parts.
         parts = model.children() if hasattr(model, "training_step") else ()
@@ -69,12 +79,30 @@ class Forwards:
 
     def take(self) -> Shown:
         """What was shown since the last time."""
+        self._forget(0)
         shown, self._shown = self._shown, Shown()
         return shown
 
+    def _forget(self, most: int) -> None:
+        """Keeps the autograd graphs of so many forwards. Of others remains what comes after which matrix."""
+        inner = followed_by_matrices([s for its in self._recent for s in its]) if len(self._recent) > most else set()
+        while len(self._recent) > most:
+            for s in self._recent.pop(0):
+                known = replace(s, nodes=(), sources=(), is_inner=s.is_inner or not inner.isdisjoint(s.nodes))
+                self._shown.uses[known] = None
+
     def _see_ranks(self, around: DistributedDataParallel) -> None:
-        """Joins the ranks of a `DistributedDataParallel` that was made after the optimizer."""
+        """Joins the ranks of a `DistributedDataParallel` that was made after the optimizer.
+
+        Raises:
+            RuntimeError: within its `join()`.
+        """
         place = self._parameters.place
+        if around._join_config.enable and dist.get_world_size(around.process_group) > 1:
+            raise RuntimeError(
+                "NewtonMuon cannot run within DistributedDataParallel.join(): in a step its ranks exchange more than "
+                "gradients; give every rank the same number of batches"
+            )
         if place.world.size == 1 and place.shards is None:
             place.world = placed_within(around, place.model).world
 
@@ -91,16 +119,28 @@ class Forwards:
         self._shown.sums = added(self._shown.sums, sums, 1.0)
         self._shown.changed |= dict.fromkeys(changed)
         if self.settling:
-            self._shown.uses += seen_in(recorder.uses, recorder.gates)  # frozen layers, too, may come after a matrix
+            # Frozen layers, too, may come after a matrix, also in another forward.
+            self._recent.append(list(seen_in(recorder.uses, recorder.gates)))
+            self._forget(GRAPHS)
             self._shown.others |= recorder.others
 
     def _again(self, forward: Forward) -> Recorder:
         """A record of a forward that ran in compiled code, from a second one that does not."""
-        recorder = self.watch.recorder()
+        recorder, other = self.watch.recorder(), False
+
+        def compared(returned: Any) -> Tensor:
+            nonlocal other
+            with torch.no_grad():
+                other = forward.returned is not None and forward.returned.differs(returned, OTHER)
+            return torch.empty(())
+
         with self.watch.suspended(), torch.enable_grad(), buffers_kept(forward.model), recorder:
-            forward.again(forward.model, _nothing)
+            forward.again(forward.model, compared)
+        if other and not self._told:
+            self._told = True
+            warn(
+                "the compiled model was run again to see its layers' inputs, and returned something else: it has a "
+                "state of its own, which the second forward has changed, too. Keep the state in buffers "
+                "(register_buffer), or do not compile the model"
+            )
         return recorder
-
-
-def _nothing(returned: object) -> Tensor:
-    return torch.empty(())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.layer import Layer
+from natgrad.checks.warning import warn
 from natgrad.curvature.moments import AffineMoments, Moments, moments_of_state, state_of_moments
 from natgrad.distributed.assignment import assign, cost
 from natgrad.distributed.reduction import Keep, completed, reduced
@@ -19,6 +20,7 @@ from natgrad.optim.muon.output import OutputSide
 from natgrad.optim.muon.routing import (
     NOT_SEEN,
     WHITENED,
+    WITHOUT_GRADIENTS,
     Route,
     routes_of,
     unseen,
@@ -88,22 +90,34 @@ class Matrices:
         if not missing:
             return []
         world, what = self._parameters.place.world, "what the parameters do"
-        own = world.together({"routes": lambda: routes_of(shown.uses, missing, self._chosen)}, what)["routes"]
+        own = world.together({"routes": lambda: routes_of(list(shown.uses), missing, self._chosen)}, what)["routes"]
         others = {n: shown.others.get(n) for n in gradients if n in missing}
-        every = world.gather((own, others), what)
+        every = world.gather((own, others, shown.forwards), what)
         found: dict[str, Route] = {}
-        for routes, _ in reversed(every):  # the first rank that has seen it decides
+        for routes, _, _ in reversed(every):  # the first rank that has seen it decides
             found |= routes
-        if not (found or self.routes):
+        if not (self.routes or any(forwards for *_, forwards in every)):
             raise RuntimeError(NO_FORWARD)
-        for _, its in every:
+        for _, its, _ in every:
             for n, function in its.items():
                 found.setdefault(n, unseen(n, self._chosen(n), function))
         if not self._whiten:
             found |= {n: route.unwhitened() for n, route in found.items() if self._chosen(n) is None}
+        self._tell_of_products(found)
         self.routes.update(found)
         self._find_owners()
         return [n for n, route in found.items() if route.units]
+
+    def _tell_of_products(self, found: Mapping[str, Route]) -> None:
+        """Warns if matrices are multiplied in a way that is not read as a layer, so that they take AdamW's step."""
+        large = [n for n, route in found.items() if route.multiplies_unread and self._parameters[n].ndim > 1]
+        if not large:
+            return
+        names, mend = ", ".join(map(repr, large[:3])), "choose other steps with steps="
+        if WITHOUT_GRADIENTS in found[large[0]].why:
+            mend = f"use torch.utils.checkpoint with use_reentrant=False, or {mend}"
+        more = f" and {len(large) - 3} more" if len(large) > 3 else ""
+        warn(f"AdamW steps for {names}{more}, {found[large[0]].why}; {mend}")
 
     def _find_owners(self) -> None:
         """Where parameters are sharded, the rank that each matrix's direction is computed on."""
@@ -203,8 +217,9 @@ class Matrices:
         return {u: replace(m, output=outputs[u]) if u in outputs else m for u, m in self.inputs.moments.items()}
 
     def load(self, saved: Mapping[str, Any]) -> None:
+        routes = {n: Route.of_state(its) for n, its in saved["routes"].items()}
         self.routes.clear()
-        self.routes.update({n: Route.of_state(its) for n, its in saved["routes"].items()})
+        self.routes.update({n: route for n, route in routes.items() if route.is_as_chosen(self._chosen(n))})
         self._owners.clear()
         self._owners.update(saved["owners"])
         self._find_owners()

@@ -34,7 +34,9 @@ class OutputSide:
     def take_in(self, gradients: Mapping[Layer, Float[Tensor, "_ _"]], inputs: InputSide) -> None:
         """Adds the gradients of matrices to their averages, and inverts these."""
         for unit, G in gradients.items():
-            G = G / G.norm().clamp_min(torch.finfo(G.dtype).tiny)
+            tiny = torch.finfo(G.dtype).tiny
+            G = G / G.abs().max().clamp_min(tiny)  # or else the norm of large gradients overflows
+            G = G / G.norm().clamp_min(tiny)
             white = inputs.whitened(unit, G)
             new = (white * G).sum(1) if len(G) > self.max_dim else white @ G.mT
             before = self.sums.get(unit)

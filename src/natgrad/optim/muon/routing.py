@@ -31,7 +31,12 @@ Steps = Mapping[str, str] | Callable[[str], str | None] | None
 
 NOT_SEEN = "a gradient came, and no use of it was seen in a forward of the model"
 NOT_SEEN_YET = "not used yet in a forward of the model in training mode"
+NOT_READ, WITHOUT_GRADIENTS = "which is not read as a layer", "with gradients disabled"
 BY_USER = "chosen with steps="
+PRODUCTS = frozenset(
+    "matmul mm bmm baddbmm addmm addbmm einsum tensordot inner linear lstm gru rnn_tanh rnn_relu".split()  # noqa: SIM905
+)
+"""Functions that multiply by matrices."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,17 @@ class Route:
         """The rows and columns of the matrix that a parameter of this shape is, with all of its rows."""
         layout = self.units[0].layout
         return matrix_shape(layout, shape) if self.columns is None else (prod(shape) // self.columns, self.columns)
+
+    @property
+    def multiplies_unread(self) -> bool:
+        """Whether it takes AdamW's step because a function that multiplies by it is not read as a layer."""
+        function = self.why.removeprefix("used by ").split(",")[0].split(" of a ")[0]
+        read = self.step != ADAMW or NOT_READ not in self.why
+        return not read and (function in PRODUCTS or WITHOUT_GRADIENTS in function)
+
+    def is_as_chosen(self, wanted: str | None) -> bool:
+        """Whether the user's choice of a step would give the same route."""
+        return (BY_USER in self.why) == (wanted is not None) and wanted in (None, self.step)
 
     def unwhitened(self) -> Route:
         """The same without whitening."""
@@ -92,6 +108,8 @@ class Seen:
     """How many gates of a recurrent layer the rows of the weight are for."""
     columns: int | None = None
     """Those of the matrix."""
+    is_inner: bool = False
+    """Whether other matrices are known to come after it, also without its nodes."""
 
 
 def unit_of(use: Use) -> Layer | None:
@@ -102,6 +120,11 @@ def unit_of(use: Use) -> Layer | None:
     if rows is not None and rows == (0, prod(use.shapes[use.weight]) // columns_of(use)):
         rows = None
     return Layer(use.weight, None, use.kind.layout, rows, function=use.kind.name)
+
+
+def named(units: Iterable[Layer]) -> str:
+    """The weights of matrices, for messages."""
+    return ", ".join(dict.fromkeys(repr(unit.weight) for unit in units))
 
 
 def columns_of(use: Use) -> int:
@@ -137,7 +160,7 @@ def routes_of(
     Raises:
         ValueError: if the user has chosen a step that a parameter cannot take.
     """
-    inner = _followed_by_matrices(seen)
+    inner = followed_by_matrices(seen)
     by_name: dict[str, list[Seen]] = {}
     for s in seen:
         if s.name in shapes:
@@ -156,7 +179,7 @@ def _route(name: str, shape: Sequence[int], seen: Sequence[Seen], inner: set[Nod
         return Route(ADAMW, f"an embedding{also}")
     if all(s.unit is None for s in seen):
         return Route(ADAMW, f"no matrix: a scale, shift or bias, used by {functions}")
-    if not any(node in inner for s in seen if s.unit is not None for node in s.nodes):
+    if not any(s.is_inner or not inner.isdisjoint(s.nodes) for s in seen if s.unit is not None):
         return Route(ADAMW, f"an output layer: no matrix comes after it, used by {functions}")
     route, (gates, *others) = (
         _matrices(name, shape, seen, f"a hidden matrix, used by {functions}"),
@@ -210,13 +233,13 @@ def _as_chosen(name: str, shape: Sequence[int], wanted: str, by_use: Route, seen
 def unseen(name: str, wanted: str | None, function: str | None) -> Route:
     """The route of a parameter that has a gradient, and was not used as in a layer, but by `function` if that is known.
     It has no inputs to whiten."""
-    why = NOT_SEEN if function is None else f"used by {function}, which is not read as a layer"
+    why = NOT_SEEN if function is None else f"used by {function}, {NOT_READ}"
     if wanted in (WHITENED, ORTHOGONAL):
         return Route(ORTHOGONAL, f"{BY_USER}; {why}", (Layer(name, None),))
     return Route(ADAMW, why if wanted is None else BY_USER)
 
 
-def _followed_by_matrices(seen: Sequence[Seen]) -> set[Node]:
+def followed_by_matrices(seen: Sequence[Seen]) -> set[Node]:
     """The outputs of matrices on which the inputs of other matrices depend."""
     outputs = {node for s in seen if s.unit is not None for node in s.nodes}
     left = [node for s in seen if s.unit is not None for node in s.sources]

@@ -54,6 +54,12 @@ class Returned:
                 return Part(held.path, view)
         return None
 
+    def differs(self, value: Any, by: float) -> bool:
+        """Whether tensors in `value` differ from those that were returned by more than `by`, relatively."""
+        own = {held.path: held.ref() for held in self._tensors}
+        pairs = ((own.get(path), t) for path, t in _tensors(value))
+        return any(a is not None and a.shape == t.shape and bool((a - t).norm() > by * a.norm()) for a, t in pairs)
+
     @property
     def logits(self) -> Tensor | None:
         """The tensor that is named `logits`, if it is still in use."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
@@ -57,12 +58,7 @@ class Watch:
         self._model, self._parameters = weakref.ref(model), dict(parameters)
         self.buffers = Buffers(model)
         self.forwards: list[Forward] = []
-        self._now: Forward | None = None
-        self._recorder: Recorder | Tape | None = None
-        self._end: Callable[[], object] | None = None  # the recording
-        self._depth = 0
-        self._outermost: FrameType | None = None
-        self._suspended = False
+        self._here = _Here()
         self._within = None if within is None else weakref.WeakMethod(within)
         self._finished = None if finished is None else weakref.WeakMethod(finished)
         self._frozen = frozen
@@ -91,7 +87,7 @@ class Watch:
 
         def wrapped(module: nn.Module, args: Any, output: Any) -> None:
             watch = me()
-            if watch is not None and not watch._suspended and watch.forwards and output is not None:
+            if watch is not None and not watch._here.suspended and watch.forwards and output is not None:
                 watch.forwards[-1].returned = Returned(output)
 
         self._handles.append(weakref.finalize(self, wrapper.register_forward_hook(wrapped).remove))
@@ -103,8 +99,8 @@ class Watch:
 
         def seen(tensors: dict[str, Tensor]) -> None:
             watch = me()
-            if watch is not None and isinstance(watch._recorder, Recorder):
-                watch._recorder.know({n: t for n, t in tensors.items() if n in watch._parameters})
+            if watch is not None and isinstance(watch._here.recorder, Recorder):
+                watch._here.recorder.know({n: t for n, t in tensors.items() if n in watch._parameters})
 
         self._handles += [weakref.finalize(self, handle.remove) for handle in follow(seen)]
 
@@ -136,35 +132,38 @@ class Watch:
     @property
     def running(self) -> bool:
         """Whether a forward has started and has not returned."""
-        return self._now is not None and self._outermost is not None and _running(self._outermost)
+        here = self._here
+        return here.now is not None and here.outermost is not None and _running(here.outermost)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """Within the context, forwards of the model are ignored."""
-        self._suspended = True
+        self._here.suspended = True
         try:
             with EAGER:
                 yield
         finally:
-            self._suspended = False
+            self._here.suspended = False
 
     def clear(self) -> None:
         """Ends the recording of a forward. One that was interrupted is ended by the next, or with the optimizer: torch
         runs no hook after a KeyboardInterrupt."""
-        self._depth, self._outermost, self._now, self._recorder = 0, None, None, None
-        if self._end is not None:
-            self._end()
-            self._end = None
+        here = self._here
+        here.depth, here.outermost, here.now, here.recorder = 0, None, None, None
+        if here.end is not None:
+            here.end()
+            here.end = None
 
     def _before(self, args: Any, kwargs: Any, compiled: bool) -> None:
-        if self._suspended:
+        here = self._here
+        if here.suspended:
             return
-        if self._outermost is not None and not _running(self._outermost):
+        if here.outermost is not None and not _running(here.outermost):
             self.clear()
-        self._depth += 1
-        if self._depth > 1:
+        here.depth += 1
+        if here.depth > 1:
             return
-        self._outermost = _calling_frame()
+        here.outermost = _calling_frame()
         model = self._model()
         if model is None or not model.training or not torch.is_grad_enabled():
             return
@@ -179,25 +178,26 @@ class Watch:
         device = next(iter(self._parameters.values())).device
         lowered = torch.is_autocast_enabled(device.type)
         precision = torch.get_autocast_dtype(device.type) if lowered else None
-        self._now = Forward(model, args, kwargs, RandomState(device), precision, compiled)
+        here.now = Forward(model, args, kwargs, RandomState(device), precision, compiled)
         if self.recording and not compiled:  # compiled code has no function modes
             tape = Tape() if self.replays else None
             if tape is not None and self._replayed and not self.observes:
-                self._recorder = tape
+                here.recorder = tape
             else:
-                self._recorder = self.recorder()
-                self._recorder.tape = tape
+                here.recorder = self.recorder()
+                here.recorder.tape = tape
             EAGER.__enter__()
-            self._recorder.__enter__()
-            self._end = weakref.finalize(self, _end, self._recorder)
+            here.recorder.__enter__()
+            here.end = weakref.finalize(self, _end, here.recorder)
 
     def _after(self, output: Any) -> None:
-        if self._suspended:
+        here = self._here
+        if here.suspended:
             return
-        self._depth -= 1
-        if self._depth > 0:
+        here.depth -= 1
+        if here.depth > 0:
             return
-        recorder, forward = self._recorder, self._now
+        recorder, forward = here.recorder, here.now
         self.clear()
         if forward is None or output is None:
             return  # a forward that raised returns nothing, so no loss can follow
@@ -217,6 +217,17 @@ class Watch:
             finished(forward)
         if self._told is not None and (told := self._told()) is not None:
             told(forward, output)
+
+
+class _Here(threading.local):
+    """What a thread is at: another one may run the same model, for example to evaluate it."""
+
+    now: Forward | None = None
+    recorder: Recorder | Tape | None = None
+    end: Callable[[], object] | None = None  # of the recording
+    depth = 0
+    outermost: FrameType | None = None
+    suspended = False
 
 
 def _calling_frame() -> FrameType | None:
