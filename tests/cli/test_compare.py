@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -263,6 +264,38 @@ def test_figures_are_means_over_examples_in_evaluation() -> None:
     assert mean.figure(model, mean.data.held_out) == pytest.approx(expected, rel=1e-5)
     assert total.figure(total.model, total.data.held_out) == pytest.approx(2 * expected, rel=1e-5)  # two outputs
     assert model.training
+
+
+@pytest.mark.parametrize("options", [{"weight": torch.tensor([5.0, 1.0])}, {"ignore_index": 1}], ids=str)
+def test_figures_are_those_of_all_examples_as_one_batch(options: dict[str, Any]) -> None:
+    """Also if batches have other shares of the classes, or nothing but ignored targets."""
+    loss, model = nn.CrossEntropyLoss(**options), nn.Linear(3, 2)
+    x, y = torch.randn(12, 3), torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
+    batches = list(zip(x.split(4), y.split(4), strict=True))
+    data = split(batches, 4)
+    problem = Problem(model, loss, data, lambda m, batch: (m(batch[0]), batch[1]))
+    assert problem.figure(model, batches) == pytest.approx(loss(model(x), y).item(), rel=1e-5)
+
+
+def test_a_loss_with_a_state_starts_anew_for_every_optimizer() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            self.count += 1
+            return (output - target).square().mean() * self.count
+
+    problem = small_problem(Counts())
+    found = [run(entry, problem, Budget(steps=3)).curve for entry in contestants(problem.model)[:2]]
+    assert problem.loss.count == 0
+    assert found[0][0]["training"] == found[1][0]["training"]
+
+
+def test_a_held_out_part_with_nan_is_told_from_a_diverged_run() -> None:
+    outcome = Outcome(contestants(nn.Linear(2, 2))[0], curve=[{"training": 1.0, "held-out": math.nan}])
+    assert "NaN in the held-out data" in advice([outcome], held_out=True)
 
 
 def test_a_run_that_diverges_says_so() -> None:

@@ -217,6 +217,11 @@ class ImplicitHessian(Implicit):
         if not torch.isfinite(H).all():
             raise ValueError("the Hessian has entries that are not finite; look for NaN or inf in targets or weights")
         if (H - H.mT).norm() > max(1e-6, 10 * torch.finfo(H.dtype).eps ** 0.5) * H.norm():
+            if self.problem.precision is not None:
+                raise NotImplementedError(
+                    "the second derivatives are not symmetric, because the model is too imprecise within "
+                    "torch.autocast; call hessian outside of it"
+                )
             raise NotImplementedError(
                 "the second derivatives are not symmetric: the backward of some function in the model is not its "
                 "derivative, so there is no Hessian. Use natgrad.gauss_newton, or freeze what comes before it"

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.graph import refuse_reentrant
 from natgrad.capture.layers.embedding import can_be_opened, embedding_bag
+from natgrad.capture.one_at_a_time import ONE_AT_A_TIME
 from natgrad.capture.settled import is_settled
 
 SEED = 1729
@@ -91,7 +92,7 @@ def graph(model: nn.Module, call: Callable[[Any], Tensor], direction: Vector) ->
 def twice_differentiable() -> Iterator[None]:
     """Within this context, functions with a backward that cannot be differentiated are replaced: fused attention,
     cuDNN's recurrent networks, embedding bags."""
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _Opened():
+    with ONE_AT_A_TIME, sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), _Opened():
         yield
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from natgrad.capture.eager import not_compiled
+from natgrad.capture.entry import entry
 from natgrad.capture.graph import refuse_reentrant
 from natgrad.capture.reading import example_gradients
 from natgrad.checks.parameters import Selection
@@ -30,7 +30,7 @@ Chosen = str | Mapping[str, str]
 ALL_STRUCTURES = ("implicit", "dense", *STRUCTURES)
 
 
-@not_compiled
+@entry
 def fisher(
     model: Model,
     loss: Losses,
@@ -132,6 +132,7 @@ def fisher(
     return matrix_of(problem, structure, Options(centered, sharing, max_dim, rank))
 
 
+@entry
 def gauss_newton(
     model: Model,
     loss: Losses,
@@ -201,6 +202,7 @@ def gauss_newton(
     return matrix_of(problem, structure, Options(centered, sharing, max_dim, rank))
 
 
+@entry
 def hessian(
     model: Model,
     loss: Losses,

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from natgrad.capture.cases import Cases
 from natgrad.capture.derivatives import DerivativeRecorder
-from natgrad.capture.eager import EAGER
+from natgrad.capture.eager import EAGER, not_compiled
+from natgrad.capture.entry import precision_of_models
+from natgrad.capture.one_at_a_time import ONE_AT_A_TIME
 from natgrad.capture.reading import read_cases
 from natgrad.capture.recorder import Recorder
 from natgrad.capture.separation import SeparationCheck
@@ -72,8 +74,7 @@ class Problem:
         self.separation = SeparationCheck()
         self._derives = False  # whether the forward takes derivatives of layers
         self._forward, self.progress = forward, progress and self.world.rank == 0
-        lowered = torch.is_autocast_enabled(self.device.type)
-        self._precision = torch.get_autocast_dtype(self.device.type) if lowered else None
+        self.precision = precision_of_models(self.device)
         if _is_one_batch(data, forward is not None):
             data = [data]
         if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
@@ -103,11 +104,17 @@ class Problem:
                 "before is empty, too: make a new one, or give a list"
             )
 
+    @not_compiled
     def run(self, model: Any, batch: Any) -> tuple[Tensor, Any]:
         """The model's output on a batch, in the precision (autocast) that was active when the matrix was requested. The
         model's buffers, such as the running averages of batch normalization, do not change."""
-        lowered = torch.autocast(self.device.type, self._precision, enabled=self._precision is not None)
-        with lowered, buffers_kept(self.model), without_cudnn(self.model):
+        # Autocast keeps cast parameters, which may have changed since. Compiled code has no tangents and no function
+        # modes.
+        torch.clear_autocast_cache()
+        lowered = torch.autocast(
+            self.device.type, self.precision, enabled=self.precision is not None, cache_enabled=False
+        )
+        with EAGER, lowered, buffers_kept(self.model), without_cudnn(self.model):
             try:
                 return self._run(model, batch)
             except RuntimeError as error:
@@ -183,8 +190,8 @@ class Problem:
             recorder = Recorder(parameters)
             yield recorder, *self._record(recorder, batch)
 
+    @not_compiled
     def _record(self, recorder: Recorder, batch: Any) -> tuple[Tensor, Any]:
-        # Compiled code has no function modes.
         with EAGER, torch.enable_grad(), recorder:
             output, target = self.run(self.model, batch)
         check_output(output)
@@ -311,7 +318,7 @@ def without_cudnn(model: nn.Module) -> Iterator[None]:
     if not any(isinstance(m, nn.RNNBase) for m in model.modules()):
         yield
         return
-    with torch.backends.cudnn.flags(enabled=False):
+    with ONE_AT_A_TIME, torch.backends.cudnn.flags(enabled=False):
         yield
 
 

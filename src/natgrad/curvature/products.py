@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from natgrad.capture.layers import FUSED
 from natgrad.capture.layers.embedding import embedding_bag
+from natgrad.capture.one_at_a_time import ONE_AT_A_TIME
 from natgrad.capture.use import Use
 from natgrad.checks.replaced import call_with
 from natgrad.curvature.affine_tangents import tangent_of_convolution, tangent_of_linear
@@ -81,7 +82,7 @@ def tangents(
     """As `tangent`, for several outputs of one forward, which `call` returns."""
     give = duals or partial(duals_in_place, model)
     # The fused attention kernels have no forward mode.
-    with torch.no_grad(), forward_ad.dual_level(), give(direction) as own:
+    with ONE_AT_A_TIME, torch.no_grad(), forward_ad.dual_level(), give(direction) as own:
         with _ForwardMode(own.names, uses), sdpa_kernel(SDPBackend.MATH), _without_savers():
             outputs = call(own.forward)
         pairs = [forward_ad.unpack_dual(output) for output in outputs]

@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
+from natgrad.capture.one_at_a_time import ONE_AT_A_TIME
 from natgrad.capture.tape import Tape
 from natgrad.curvature.affine_tangents import tangent_of_convolution, tangent_of_linear
 from natgrad.curvature.recurrence import has_tangent, tangent_of_network
@@ -186,7 +187,7 @@ def _by_input(slope: Callable[..., Tensor], dot: Dot, out: Tensor, x: Tensor, *h
 
 def _by_torch(function: Any, dot: Dot, out: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """By torch's forward mode, which computes the function again."""
-    with torch.no_grad(), forward_ad.dual_level():
+    with ONE_AT_A_TIME, torch.no_grad(), forward_ad.dual_level():
 
         def dual(t: Any) -> Any:
             t_dot = dot(t)

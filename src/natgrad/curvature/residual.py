@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from natgrad.capture.cases import Cases
+from natgrad.capture.entry import entry
 from natgrad.capture.layer import Layer
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_count, check_flag
@@ -32,6 +33,7 @@ from natgrad.report.layer_residual import Condition, LayerResidual
 from natgrad.report.residual import ResidualReport
 
 
+@entry
 def residual(
     model: nn.Module,
     loss: nn.Module,

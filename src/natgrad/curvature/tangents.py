@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from natgrad.capture.layers.scale import PARSERS, Scale
+from natgrad.capture.one_at_a_time import ONE_AT_A_TIME
 
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MANY_KEYS = 8
@@ -62,7 +63,7 @@ def attention(
     )
     queries = torch.cat([Q, Q.new_zeros(*Q.shape[:-1], V.shape[-1])], -1)
     keys = torch.cat([K, V], -1)
-    with sdpa_kernel(BACKENDS):
+    with ONE_AT_A_TIME, sdpa_kernel(BACKENDS):
         O, O_dot = attend(queries, keys, torch.cat([V, V_dot], -1)).chunk(2, -1)
         with torch.enable_grad():
             inner = attend(queries.requires_grad_(), keys, torch.cat([K, K_dot], -1))

@@ -15,6 +15,7 @@ from torch import Tensor
 from natgrad.checks.values import ByLayer, check_choice, check_count, check_generator, described
 from natgrad.linalg.arguments import check_damping, check_plain
 from natgrad.linalg.later import LATER
+from natgrad.linalg.precision import compute_in_own_precision
 from natgrad.linalg.space import Parts, Space, check_order
 from natgrad.linalg.spectral import Spectral
 
@@ -59,6 +60,9 @@ class Operator(Spectral, ABC):
     """The notes below the table of `coverage()`."""
     fingerprint: Mapping[str, float] = MappingProxyType({})
     """For a model's matrix: the norms of the parameters at which it was computed. A sum or a multiple has none."""
+
+    def __init_subclass__(cls) -> None:
+        compute_in_own_precision(cls)
 
     # What a subclass defines ---------------------------------------------------------------------------
 
@@ -168,9 +172,8 @@ class Operator(Spectral, ABC):
     def quadratic(self, v: Any) -> Tensor:
         """`vᵀ M v`: a scalar, or one for each vector if `v` has leading axes."""
         parts, _ = self._read(v, f"{self._label()}.quadratic(v)")
-        lead = parts[0].shape[: parts[0].ndim - len(self.space.shapes[0])]
-        products = zip(parts, self._matmul(parts), strict=True)
-        return torch.stack([(a * b).reshape(*lead, -1).sum(-1) for a, b in products]).sum(0)
+        lead, products = parts[0].shape[: parts[0].ndim - len(self.space.shapes[0])], self._matmul(parts)
+        return torch.stack([(a * b).reshape(*lead, -1).sum(-1) for a, b in zip(parts, products, strict=True)]).sum(0)
 
     def solve(
         self,
@@ -370,9 +373,10 @@ class Operator(Spectral, ABC):
         return generator
 
     def _form(self, parts: Parts) -> Any:
-        if self.space.names is not None:
-            return dict(zip(self.space.names, parts, strict=True))
-        return parts[0] if len(parts) == 1 else parts
+        named = self.space.names is not None
+        return (
+            dict(zip(self.space.names or (), parts, strict=True)) if named else parts[0] if len(parts) == 1 else parts
+        )
 
     def _label(self) -> str:
         return type(self).__name__
@@ -384,8 +388,7 @@ class Operator(Spectral, ABC):
         return TypeError(f"{self._label()} has no exact {operation}; use {', '.join(others[:-1])} or {others[-1]}")
 
     def _repr_html_(self) -> str:
-        html: str = LATER["operator_html"](self)
-        return html
+        return str(LATER["operator_html"](self))
 
     def __repr__(self) -> str:
         return f"{self._label()}(size={self.space.size}, dtype={self.dtype})"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,29 @@ def is_full(t: Tensor) -> bool:
         return t.dtype == torch.float64
     place = torch.backends.mkldnn if t.device.type == "cpu" else torch.backends.cuda
     return place.matmul.fp32_precision in ("none", "ieee")
+
+
+COMPUTES = frozenset(
+    "_matmul inverse power logdet trace _norm _diagonal _inverse_factor _dense apart".split()  # noqa: SIM905
+)
+"""The methods of an operator that compute."""
+
+
+def compute_in_own_precision(kind: type) -> None:
+    """From now on, `torch.autocast` does not lower what the operators of a class compute."""
+    for name in COMPUTES & vars(kind).keys():
+        setattr(kind, name, _in_own_precision(vars(kind)[name]))
+
+
+def _in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def computed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(self.device.type):
+            return method(self, *args, **kwargs)
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return computed
 
 
 def matmul(first: Tensor, *others: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ class NewtonMuon(torch.optim.Optimizer):
         check_within("average", average, "[0, 1)", optional=True)
         check_max_dim(max_dim)
         place = placed(model)
-        self.model, self.sides, self.average = place.model, sides, average
+        self.model, self.sides, self.average, self._rest_lr = place.model, sides, average, rest_lr
         defaults = {
             "lr": lr,
             "rest": REST if rest_lr is None else share_of_lr(rest_lr, lr),
@@ -157,7 +157,6 @@ class NewtonMuon(torch.optim.Optimizer):
             "betas": tuple(betas),
             "eps": eps,
         }
-        self._rest_lr = rest_lr
         super().__init__(self._groups(params), defaults)
         self.parameters = Parameters(self, place)
         self.diagnostics: dict[str, Any] = {}
@@ -261,6 +260,7 @@ class NewtonMuon(torch.optim.Optimizer):
                 self._move(g)
             else:
                 self._reject("the gradient is not finite")
+        torch.clear_autocast_cache()  # of a loop within torch.autocast, which would go on with the old weights
         self.parameters.place.settle()
         self._forwards.watch.buffers.end_step(accepted=self.diagnostics["accepted"])
         looked_at = set(self._looked_at())

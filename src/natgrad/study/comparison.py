@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import natgrad
 from natgrad.checks.errors import UserError
+from natgrad.losses import output_curvature
 from natgrad.study.split import Split
 from natgrad.study.training import CONSTANT, Budget, Schedule, moments
 
@@ -36,7 +37,7 @@ Read = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Problem:
-    """A user's model, loss and data. Figures are means over examples."""
+    """A user's model, loss and data. Figures are losses of all examples, as if they were one batch."""
 
     model: nn.Module
     loss: nn.Module
@@ -46,19 +47,29 @@ class Problem:
 
     @torch.no_grad()
     def figure(self, model: nn.Module, batches: Any) -> float:
-        """The loss on batches, in evaluation mode."""
-        training = model.training
+        """The loss on batches, in evaluation mode: a mean over what the loss's own mean is over, such as class weights
+        or targets that are not ignored; for a sum, over examples."""
+        training, loss = model.training, copy.deepcopy(self.loss)
         model.eval()
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         try:
             for batch in batches:
                 output, target = self.read(model, batch)
-                summed = getattr(self.loss, "reduction", "mean") == "sum"
-                total += self.loss(output, target).item() * (1 if summed else len(output))
-                count += len(output)
+                size = self._size(output, target)
+                summed = getattr(loss, "reduction", "mean") == "sum"
+                value = loss(output, target).item() if size else 0.0
+                total += value * (1 if summed else size)
+                count += len(output) if summed else size
         finally:
             model.train(training)
         return total / count if count else math.nan
+
+    def _size(self, output: Tensor, target: Tensor) -> float:
+        """What the loss's mean divides by; for losses of the user's own, the number of examples."""
+        try:
+            return float(output_curvature(self.loss).normalizer(output, target))
+        except (TypeError, ValueError, NotImplementedError):
+            return float(len(output))
 
 
 @dataclass(frozen=True)
@@ -158,12 +169,12 @@ def run(
 def _train(
     outcome: Outcome, problem: Problem, budget: Budget, stopped: Callable[[], bool], evaluations: int
 ) -> Iterator[None]:
-    model = copy.deepcopy(problem.model)
+    model, loss_fn = copy.deepcopy((problem.model, problem.loss))
     model.train()
     torch.manual_seed(problem.seed)
     contestant = outcome.contestant
-    opt = contestant.make(model, problem.loss)
-    loss_of = opt.loss if contestant.follows_loss else problem.loss
+    opt = contestant.make(model, loss_fn)
+    loss_of = opt.loss if contestant.follows_loss else loss_fn
     rates = [(group, group["lr"]) for group in opt.param_groups]
 
     def take(batch: Any) -> None:
@@ -217,7 +228,9 @@ def advice(outcomes: list[Outcome], held_out: bool) -> str:
     adamw = min((o for o in good if o.contestant.name.startswith("AdamW")), key=lambda o: o.last(which), default=None)
     best = min(good, key=lambda o: o.last(which), default=None)
     if best is None:
-        return "No optimizer reached a finite loss: check the learning rates, the loss and the data."
+        if held_out and any(math.isfinite(o.last("training")) for o in outcomes):
+            return "The held-out loss is not finite, and the training loss is: look for NaN in the held-out data."
+        return "No optimizer reached a finite loss: check the data (NaN?), the loss and the learning rates."
     if adamw is None:
         return f"Use {best.contestant.line}: its {words} is the lowest, {best.last(which):.4g}; AdamW's is not finite."
     value, other = best.last(which), adamw.last(which)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from natgrad.checks.errors import UserError
+from natgrad.study.split import NOTHING_LEFT
 from natgrad.study.target import call, checked, parsed, words
 from natgrad.study.task import Batch, Task
 from natgrad.study.tasks import SUBSET, indices
@@ -117,7 +118,7 @@ def _batches_of(data: Any) -> Callable[[int, int], Iterator[Batch]]:
     def batches(seed: int, size: int) -> Iterator[Batch]:
         own = torch.Generator().manual_seed(seed).get_state()
         while True:
-            source = iter(data)
+            source, count = iter(data), 0
             while True:
                 # The data's random order should not depend on what an optimizer draws.
                 others = torch.get_rng_state()
@@ -129,7 +130,10 @@ def _batches_of(data: Any) -> Callable[[int, int], Iterator[Batch]]:
                 finally:
                     own = torch.get_rng_state()
                     torch.set_rng_state(others)
+                count += 1
                 yield batch
+            if not count:
+                raise UserError(NOTHING_LEFT)
 
     return batches
 

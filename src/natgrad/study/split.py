@@ -112,6 +112,12 @@ def _shuffled(batches: Sequence[Any], seed: int) -> Iterator[Any]:
     return (batches[int(i)] for i in indices(len(batches), 1, seed))
 
 
+NOTHING_LEFT = (
+    "the data has no complete batch to train on, or it can be read only once, as a generator can; use more data or a "
+    "smaller batch_size, and a list, a DataLoader, or an object whose __iter__ begins anew."
+)
+
+
 def _endless(data: Iterable[Any]) -> Iterator[Any]:
     while True:
         count = 0
@@ -119,7 +125,7 @@ def _endless(data: Iterable[Any]) -> Iterator[Any]:
             count += 1
             yield batch
         if count == 0:
-            raise UserError("the data set has no complete batch to train on; use more data, or a smaller batch_size.")
+            raise UserError(NOTHING_LEFT)
 
 
 def _some(data: Iterable[Any], what: str) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from natgrad.capture.entry import entry
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, check_count, described
 from natgrad.curvature.function import Model, as_module
@@ -32,6 +33,7 @@ TOLERANCE = 1e-3
 """The relative residual at which a refined query counts as solved."""
 
 
+@entry
 def influence(
     model: Model,
     loss: Losses,

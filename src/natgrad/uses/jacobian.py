@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from natgrad.capture.entry import entry
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, described
 from natgrad.curvature.exact import ExactStructure
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 KERNELS = {"dense": "formed at once", "implicit": "by products, each two passes over the data"}
 
 
+@entry
 def jacobian(
     model: Model,
     data: Any,
@@ -68,6 +70,7 @@ def jacobian(
     return Jacobian(outputs_problem(model, _batches(data, forward), params, _output(forward), dtype))
 
 
+@entry
 def ntk(
     model: Model,
     data: Any,
@@ -146,6 +149,7 @@ class Jacobian:
         """The transpose `Jᵀ`, with products by reverse mode."""
         return Transposed(self)
 
+    @entry
     def __matmul__(self, v: Any) -> Tensor:
         """`J v`, by forward mode."""
         parts, _ = self.space.split(v, "J @ v")
@@ -154,6 +158,7 @@ class Jacobian:
         out = torch.stack([self._times(row) for row in rows])
         return out.reshape(*lead, -1) if isinstance(v, Tensor) else out.reshape(*lead, *self.outputs)
 
+    @entry
     def to_dense(self) -> Float[Tensor, "outputs size"]:
         """The matrix itself, `(outputs, parameters)`.
 
@@ -223,7 +228,8 @@ class Jacobian:
         """Raises ValueError unless what was formed and a product of two other passes agree on a random vector."""
         u = torch.randn(prod(self.outputs), dtype=self.dtype, device=self.device)
         one, other = formed(u), product(u)
-        if not (one - other).norm() <= torch.finfo(self.dtype).eps ** 0.5 * other.norm().clamp_min(1e-30):
+        eps = torch.finfo(self.problem.precision or self.dtype).eps
+        if not (one - other).norm() <= eps**0.5 * other.norm().clamp_min(1e-30):
             raise ValueError(
                 "passes over the data give different outputs; put the model in evaluation mode, and give the data in a "
                 "fixed order, without shuffling"
@@ -237,6 +243,7 @@ class Transposed:
         self.T = jacobian
         self.shape = jacobian.shape[::-1]
 
+    @entry
     def __matmul__(self, u: Tensor) -> Any:
         J = self.T
         structured = isinstance(u, Tensor) and len(J.outputs) > 1 and ends_with(u, J.outputs)

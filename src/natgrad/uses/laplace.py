@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.capture.entry import entry
 from natgrad.checks.parameters import Selection
 from natgrad.checks.values import check_choice, described
 from natgrad.curvature.low_rank import RANK
@@ -22,6 +23,7 @@ from natgrad.uses.subset import chosen, warn_in_training
 BIASES = {"coupled": "a layer's weight and bias in one block", "apart": "in a block each"}
 
 
+@entry
 def laplace(
     model: nn.Module,
     loss: Losses,

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from natgrad.capture.entry import entry
 from natgrad.checks.files import write_whole
 from natgrad.checks.values import check_count, check_flag, check_function, check_within, described
 from natgrad.checks.warning import warn
@@ -52,6 +53,7 @@ class LDS:
         return f"LDS({self.score:.3f} ± {self.standard_error:.3f}, {len(self.losses)} subsets)"
 
 
+@entry
 def lds(
     scores: Tensor,
     retrain: Retrain | None = None,

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from natgrad.capture.entry import entry
 from natgrad.checks.values import check_number, described
 from natgrad.linalg import Operator
 from natgrad.linalg.krylov import IterativeInverse
 from natgrad.uses.weights import flat, parameters_of
 
 
+@entry
 def merge(
     models: Sequence[nn.Module],
     matrices: Sequence[Operator],

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.capture.entry import entry
 from natgrad.checks.values import check_count, check_generator, check_number
 from natgrad.curvature.problem import Forward, Problem
 from natgrad.curvature.terms import Losses
@@ -136,6 +137,7 @@ class LaplacePosterior:
     def _posterior(self) -> Precision:
         return self._evidence.precision(self._precisions, self._sigma)
 
+    @entry
     def fit_prior(self, per: str = "one", noise: bool | None = None) -> LaplacePosterior:
         """Sets the prior's precision to the value that maximizes the marginal likelihood, and returns the posterior
         itself.
@@ -169,6 +171,7 @@ class LaplacePosterior:
         self._forget()
         return self
 
+    @entry
     def log_marginal_likelihood(
         self,
         prior_precision: float | int | Tensor | Mapping[str, float | int | Tensor] | None = None,
@@ -198,6 +201,7 @@ class LaplacePosterior:
 
     # Predictions --------------------------------------------------------------------------------------------
 
+    @entry
     def predict(
         self,
         x: Any,
@@ -241,6 +245,7 @@ class LaplacePosterior:
 
         return self._heads.of(heads, of)
 
+    @entry
     def functional_variance(
         self, x: Any, *, diagonal: bool = False, batch_size: int = 256, term: str | None = None
     ) -> Any:
@@ -256,6 +261,7 @@ class LaplacePosterior:
         sigma = self._posterior.covariance
         return self._heads.of(heads, lambda t, head: head.functional_variance(x, sigma, diagonal, batch_size))
 
+    @entry
     def sample(
         self,
         x: Any,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from natgrad.capture.entry import entry
 from natgrad.checks.parameters import Selection, select_parameters
 from natgrad.checks.values import check_count, check_number, check_within
 from natgrad.linalg import Operator
@@ -42,6 +43,7 @@ class Pruned:
                 own[n].mul_(mask)
 
 
+@entry
 def prune(
     model: nn.Module,
     F: Operator,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from natgrad.capture.entry import entry
 from natgrad.checks.parameters import Selection, select_parameters
 from natgrad.checks.values import check_choice, check_count, check_number
 from natgrad.linalg import Block, BlockDiagonal, Centered, CenteredKronecker, Homogeneous, Kronecker, Operator, factor
@@ -87,6 +88,7 @@ class Quantized:
     nearest: float
 
 
+@entry
 def quantize(
     model: nn.Module,
     F: Operator,

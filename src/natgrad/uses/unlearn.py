@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natgrad.capture.entry import entry
 from natgrad.checks.values import check_count, check_number
 from natgrad.curvature.matrices import problem_of
 from natgrad.curvature.problem import Forward, Problem, check_mass
@@ -43,6 +44,7 @@ class Unlearned:
     increase: float
 
 
+@entry
 def unlearn(
     model: nn.Module,
     loss: Losses,
