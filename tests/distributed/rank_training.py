@@ -31,7 +31,7 @@ def trained(
     load: str = "",
     save: str = "",
     dtype: torch.dtype = torch.float64,
-    few: bool = False,
+    few: bool | str = False,
     raw: bool = False,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The weights after some steps, and the steps' diagnostics. `group`: None for one process that sees everything.

@@ -85,7 +85,9 @@ def test_weights_are_those_of_one_process_where_some_batches_use_a_bias(ranks, r
 
 
 @pytest.mark.pairs
-@pytest.mark.parametrize("how", [{}, {"uneven": True}, {"uneven": "none"}, {"microbatches": 3}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"uneven": True}, {"uneven": "none"}, {"microbatches": 3}, {"few": "no bias"}], ids=str
+)
 @pytest.mark.parametrize("sharded", ["", "fsdp"])
 def test_weights_are_those_of_one_process_where_inputs_have_scales(ranks, alone, how, sharded):
     how = how | {"raw": True}

@@ -21,8 +21,11 @@ def batch(step: int, n: int = N) -> tuple[Tensor, Tensor]:
     return x, (x[:, 0] + x[:, 1] > 0).long() + (x[:, 2] > 1).long()
 
 
-def network(few: bool = False) -> nn.Module:
+def network(few: bool | str = False) -> nn.Module:
     torch.manual_seed(0)
+    if few == "no bias":
+        first = nn.Linear(D, 7, bias=False)
+        return nn.Sequential(first, nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, C)).double()
     if few:  # layers than some of four ranks have none of
         return nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, C)).double()
     return nn.Sequential(

@@ -15,7 +15,7 @@ from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Rows
 from natgrad.curvature.central_moments import CentralMoments
 from natgrad.curvature.input_scales import RAREST, SPAN, moments_of_data, relative_scales
-from natgrad.linalg import CenteredKronecker
+from natgrad.linalg import CenteredKronecker, Kronecker
 from natgrad.optim.preconditioner.layers import UNSEEN
 from oracles import close, f64, net, randn, spd
 
@@ -129,6 +129,18 @@ class TestInverse:
             close(own, theirs)
         close(raw.trace_in_coordinates(units), CenteredKronecker(covariance=C, mean=m, output=B).trace_in_coordinates())
 
+    @given(seed=seeds)
+    def test_of_a_layer_without_a_bias(self, seed):
+        A, B, W = spd(3, seed), spd(2, seed + 1), randn(2, 3, seed=seed + 3)
+        units = torch.tensor([1.0, 0.1, 1e-3], dtype=f64)
+        S = units.diag()
+        raw, plain = Kronecker(S @ A @ S, B), Kronecker(A, B)
+        damped = raw.inverse(0.1, damping_style="factored", units=units)
+        close((damped @ (W * units)) * units, plain.inverse(0.1, damping_style="factored") @ W)
+        close(damped.coordinates((W / units,))[0], W)
+        close(raw.trace_in_coordinates(units), plain.trace())
+        close((2 * damped).coordinates((W,))[0], damped.coordinates((W,))[0])
+
     @pytest.mark.parametrize("style", ["exact", "centered"])
     def test_only_factored(self, style):
         Z = CenteredKronecker(covariance=spd(2, 0), mean=randn(2), output=spd(2, 1))
@@ -183,6 +195,30 @@ class TestTraining:
         with torch.no_grad():
             other[0].weight *= UNITS
         close(other[0].weight, model[0].weight, 1e-6)
+
+    @pytest.mark.parametrize("options", [{}, {"lr": 0.3, "momentum": 0.5, "damping": 0.1}], ids=str)
+    @pytest.mark.parametrize("kind", ["no bias", "frozen bias", "convolution", "convolution without bias"])
+    def test_nor_in_other_layers_of_data(self, kind, options):
+        images = kind.startswith("convolution")
+        x = binary(20, 3 * 5).unflatten(1, (3, 5)) if images else binary(20, 3)
+        first = nn.Conv1d(3, 4, 2, bias=kind == "convolution") if images else nn.Linear(3, 6, bias=kind != "no bias")
+        model = nn.Sequential(first, nn.Flatten(), nn.Tanh(), nn.Linear(16 if images else 6, 2)).double()
+        if kind == "frozen bias":
+            first.bias.requires_grad_(False)
+        units = UNITS.unsqueeze(1) if images else UNITS
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other[0].weight /= units
+        y = torch.sin(x.flatten(1) @ randn(x[0].numel(), 2, seed=5))
+
+        def opt_of(m):
+            return natgrad.KFAC(
+                m, nn.MSELoss(), estimator="exact", statistics_share=1.0, matmul_precision="highest", **options
+            )
+
+        expected = trained(opt_of, model, x, y)
+        assert trained(opt_of, other, x * units, y) == pytest.approx(expected, rel=1e-5)
+        assert expected[-1] < expected[0]
 
     def test_they_matter_without(self):
         x, y, model, other = alike()
@@ -282,10 +318,27 @@ class TestTraining:
             assert scales[2] < 1e-3 < scales[3]
 
     def test_other_kinds_of_layers_have_none(self):
-        model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 2)).double()
+        """Such as convolutions of groups of channels."""
+        model = nn.Sequential(nn.Conv1d(2, 4, 2, groups=2), nn.Flatten(), nn.Linear(12, 2)).double()
         opt = natgrad.KFAC(model, nn.MSELoss())
         trained(lambda m: opt, model, randn(20, 2, 4) * torch.tensor([[1.0], [1e3]]), randn(20, 2), steps=2)
         assert not opt._running.total.scales
+
+    def test_channels_of_about_one_scale_change_no_bit(self):
+        x, y = randn(32, 3, 6, 6), randn(32, 2, seed=1)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 2)).double()
+        losses = [
+            trained(
+                lambda m, on=on: natgrad.KFAC(
+                    m, nn.MSELoss(), input_scales=on, generator=torch.Generator().manual_seed(0)
+                ),
+                copy.deepcopy(model),
+                x,
+                y,
+            )
+            for on in (True, False)
+        ]
+        assert losses[0] == losses[1]
 
 
 class TestWarning:
@@ -294,27 +347,10 @@ class TestWarning:
         with pytest.warns(RuntimeWarning, match=r"'0.weight' have scales that differ by a factor of 1e\+04"):
             trained(lambda m: natgrad.KFAC(m, nn.MSELoss()), model, x, y, steps=1)
 
-    @pytest.mark.parametrize("frozen", [False, True])
-    def test_where_the_layer_has_no_bias(self, frozen):
-        """Or one that is not trained. Its inputs have no units of their own, and the warning says so."""
-        model = nn.Sequential(nn.Linear(3, 6, bias=frozen), nn.Tanh(), nn.Linear(6, 2)).double()
-        if frozen:
-            model[0].bias.requires_grad_(False)
-        with pytest.warns(RuntimeWarning, match="'0.weight' .* no bias; KFAC damps all of them in units of"):
+    def test_where_a_layer_without_a_bias_does(self):
+        model = nn.Sequential(nn.Linear(3, 6, bias=False), nn.Tanh(), nn.Linear(6, 2)).double()
+        with pytest.warns(RuntimeWarning, match="'0.weight' have scales that differ"):
             trained(lambda m: natgrad.KFAC(m, nn.MSELoss()), model, binary(20, 3) * UNITS, randn(40, 2), steps=1)
-
-    def test_where_the_bias_is_frozen_later(self):
-        x, y, model = binary(20, 3) * UNITS, randn(40, 2), net(3, 6, 2)
-        with torch.no_grad():
-            model[0].weight /= UNITS
-        opt = natgrad.KFAC(model, nn.MSELoss())
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            trained(lambda m: opt, model, x, y, steps=3)
-        model[0].bias.requires_grad_(False)
-        with pytest.warns(RuntimeWarning, match="'0.weight' .* no bias") as came:
-            trained(lambda m: opt, model, x, y, steps=12)
-        assert len([w for w in came if "have scales" in str(w.message)]) == 1
 
     def test_once_and_not_where_they_see_it(self):
         x, y, model = binary(20, 3) * UNITS, randn(40, 2), net(3, 6, 2)

@@ -37,6 +37,11 @@ class CentralMoments:
         count = mean.new_tensor(float(len(x)))
         return cls(count, mean, squares.sum(0), (squares * d).sum(0), squares.square().sum(0))
 
+    def repeated(self, times: int) -> CentralMoments:
+        """Each input so many times."""
+        sums = (t.repeat_interleave(times) for t in (self.mean, self.second, self.third, self.fourth))
+        return CentralMoments(self.count, *sums)
+
     @property
     def mass(self) -> Tensor:
         return self.count

@@ -11,6 +11,7 @@ from torch import Tensor
 from natgrad.capture.cases import Cases
 from natgrad.capture.layer import Layer
 from natgrad.capture.layers import Inputs, Rows
+from natgrad.capture.layers.convolution import Patches
 from natgrad.curvature.central_moments import CentralMoments
 from natgrad.curvature.groups import has_rival
 
@@ -25,15 +26,20 @@ SPAN = 10.0
 
 
 def moments_of_data(cases: Cases) -> dict[Layer, CentralMoments]:
-    """The central moments of the inputs of every linear layer of data whose parameters are used in no other way."""
+    """The central moments of the inputs of every linear layer and convolution of data whose parameters are used in no
+    other way. Those of a convolution are the moments of the channels, for each entry of a patch."""
     found: dict[Layer, CentralMoments] = {}
     with torch.no_grad():
         for layer, uses in cases.h.items():
-            if layer not in cases.data or not layer.weight or layer.scale or has_rival(layer, cases.h):
+            own = layer in cases.data and bool(layer.weight) and layer.rows is None and not layer.scale
+            if not own or has_rival(layer, cases.h):
                 continue
             if all(isinstance(use, Rows) for use in uses):
                 present = cases.present_in(layer, reduced=False)
                 found[layer] = CentralMoments.of(torch.cat(_rows(uses, present)))
+            elif all(isinstance(use, Patches) for use in uses):
+                images = [use for use in uses if isinstance(use, Patches)]
+                found[layer] = CentralMoments.of(torch.cat([use.pixels() for use in images])).repeated(images[0].area)
     return found
 
 
@@ -45,8 +51,8 @@ def _rows(uses: Sequence[Inputs], present: Sequence[Tensor] | None) -> list[Floa
 
 def relative_scales(moments: Mapping[Layer, CentralMoments]) -> dict[tuple[str, ...], Float[Tensor, " i"]]:
     """The scale of each input in units of the layer's largest, `√(E[d⁴] / E[d²])` with `d = h − m`, by the names of the
-    layer's parameters. An input that is constant or rarely used has 1. Layers whose inputs all have about the same
-    scale are left out.
+    layer's parameters. Without a bias nothing takes the mean's place, and `d = h`. An input that is constant or rarely
+    used has 1. Layers whose inputs all have about the same scale are left out.
 
     For an input that is 0 or `v` the scale is about `|v|`, however rarely it is `v`; for a normal variable it is `√3`
     standard deviations.
@@ -59,6 +65,8 @@ def relative_scales(moments: Mapping[Layer, CentralMoments]) -> dict[tuple[str, 
     """
     found = {}
     for layer, m in moments.items():
+        if layer.bias is None:
+            m = m.around(torch.zeros_like(m.mean))
         second, fourth = m.second / m.count, m.fourth / m.count
         varies = second > (ROUNDING * m.mean).square()
         own = varies & (fourth <= RAREST * second.square())

@@ -18,6 +18,12 @@ def check_damping(damping: float, style: str = "exact") -> None:
     check_choice("damping_style", style, DAMPING_STYLES)
 
 
+def check_units(units: Tensor | None, style: str) -> None:
+    """Raises ValueError if there are units of the inputs and the damping is not factored."""
+    if units is not None and style != "factored":
+        raise ValueError(f"units with damping_style={style!r} are not possible; expected 'factored'")
+
+
 def check_plain(what: str, style: str, instead: str = "") -> None:
     """Raises TypeError for a damping style that a matrix does not support: it has no factors or centered coordinates.
 

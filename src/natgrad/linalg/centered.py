@@ -8,13 +8,13 @@ from torch import Tensor
 
 from natgrad.checks.values import described
 from natgrad.linalg import factor
-from natgrad.linalg.arguments import check_damping, check_exponent
+from natgrad.linalg.arguments import check_damping, check_exponent, check_units
 from natgrad.linalg.centered_power import CenteredPower, CenteredRows
 from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.eigen import inverse_from_cholesky, semidefinite
 from natgrad.linalg.fitting import check_axes, check_tensors
-from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen, factored_inverses
+from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
 from natgrad.linalg.operator import DENSE_LIMIT, Operator, check_operator
 from natgrad.linalg.space import Parts, Space
 
@@ -43,7 +43,7 @@ class CenteredKronecker(Operator):
         (tensor([[1., 1.]]), tensor([1.]))
     """
 
-    is_centered = True
+    has_coordinates = True
 
     def __init__(self, *, covariance: Tensor, mean: Tensor, output: Tensor):
         check_axes("CenteredKronecker", "mean", mean, (1,))
@@ -54,9 +54,9 @@ class CenteredKronecker(Operator):
                 "expected (d_in, d_in), or a diagonal of (d_in,), and (d_in,)"
             )
         self.C, self.m, self.B = covariance, mean, output
-        weight = Kronecker(covariance, output)
-        self._centered = Centered(weight, matrix_of(output), mean)
-        self.space, self.dtype, self.device = self._centered.space, weight.dtype, weight.device
+        self._weight = Kronecker(covariance, output)
+        self._centered = Centered(self._weight, matrix_of(output), mean)
+        self.space, self.dtype, self.device = self._centered.space, self._weight.dtype, self._weight.device
         self._homogeneous: Homogeneous | None = None
 
     def describe(self) -> str:
@@ -78,14 +78,13 @@ class CenteredKronecker(Operator):
             ValueError: if there are units and the damping is not factored.
         """
         check_damping(damping, damping_style)
-        if units is not None and damping_style != "factored":
-            raise ValueError(f"units with damping_style={damping_style!r} are not possible; expected 'factored'")
+        check_units(units, damping_style)
         if damping == 0 or damping_style == "centered":
             return self._centered.inverse(damping, damping_style="centered")
         if damping_style == "exact":
             return self._plain().inverse(damping)
-        weight = Kronecker(*factored_inverses(self.C, self.B, damping, units))
-        return CenteredInverse(weight, matrix_of(self.B).inverse(damping), self.m, units)
+        weight = self._weight.inverse(damping, damping_style=damping_style, units=units)
+        return CenteredInverse(weight, matrix_of(self.B).inverse(damping), self.m)
 
     def power(self, exponent: float, damping: float = 0.0) -> Operator:
         """`(A ⊗ B + λ I)^exponent`."""
@@ -128,9 +127,7 @@ class CenteredKronecker(Operator):
 
     def trace_in_coordinates(self, units: Float[Tensor, " i"] | None = None) -> Tensor:
         """`tr C tr B + tr B`; with `units`, of the inputs in these units."""
-        if units is None:
-            return self._centered.trace_in_coordinates()
-        return ((factor.diagonal(self.C) / units.square()).sum() + 1) * factor.diagonal(self.B).sum()
+        return self._weight.trace_in_coordinates(units) + factor.diagonal(self.B).sum()
 
     def _diagonal(self) -> Parts:
         return self._centered._diagonal()
@@ -169,7 +166,7 @@ class Centered(Operator):
         (tensor([[8., 1.]]), tensor([5.]))
     """
 
-    is_centered = True
+    has_coordinates = True
 
     def __init__(self, weight: Kronecker | KroneckerEigen, bias: Operator, mean: Float[Tensor, " i"]):
         self.weight, self.bias, self.m = weight, bias, mean
@@ -262,20 +259,12 @@ class Centered(Operator):
 
 
 class CenteredInverse(Operator):
-    """`T⁻¹ blockdiag(weight, bias) T⁻ᵀ`: the update `ΔW = weight(∇_W − ∇_b mᵀ)`, `Δb = bias(∇_b) − ΔW m`.
+    """`T⁻¹ blockdiag(weight, bias) T⁻ᵀ`: the update `ΔW = weight(∇_W − ∇_b mᵀ)`, `Δb = bias(∇_b) − ΔW m`."""
 
-    `units`: those of the inputs in which the matrix was damped, for `coordinates`."""
+    has_coordinates = True
 
-    is_centered = True
-
-    def __init__(
-        self,
-        weight: Kronecker | KroneckerEigen,
-        bias: Operator,
-        mean: Float[Tensor, " i"],
-        units: Float[Tensor, " i"] | None = None,
-    ):
-        self.weight, self.bias, self.m, self.units = weight, bias, mean, units
+    def __init__(self, weight: Kronecker | KroneckerEigen, bias: Operator, mean: Float[Tensor, " i"]):
+        self.weight, self.bias, self.m = weight, bias, mean
         self.space = _space_of(weight, bias, mean)
         self.dtype, self.device = weight.dtype, weight.device
 
@@ -290,10 +279,10 @@ class CenteredInverse(Operator):
         return W, c
 
     def coordinates(self, parts: Parts) -> Parts:
-        """`(W diag(units), b + W m)`, in which the damping is `λ I`."""
+        """`(W, b + W m)`, in which the damping is `λ I`; `(W diag(units), b + W m)` if the weight is in units."""
         W, b = parts
         c = torch.addmv(b, W, self.m) if W.ndim == 2 else b + W @ self.m
-        return W if self.units is None else W * self.units, c
+        return *self.weight.coordinates((W,)), c
 
     def from_coordinates(self, parts: Parts) -> Parts:
         """`(W, b)` from `(W, b + W m)`."""
@@ -319,7 +308,7 @@ class CenteredInverse(Operator):
         return W, c + self.weight.diagonal_along(self.m)
 
     def _scaled(self, factor: float) -> CenteredInverse:
-        return CenteredInverse(self.weight._scaled(factor), self.bias._scaled(factor), self.m, self.units)
+        return CenteredInverse(self.weight._scaled(factor), self.bias._scaled(factor), self.m)
 
 
 def _space_of(weight: Kronecker | KroneckerEigen, bias: Operator, mean: Tensor) -> Space:

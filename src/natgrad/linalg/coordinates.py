@@ -39,7 +39,7 @@ class CoordinateBlocks(Operator):
         [[5.0, 2.0], [2.0, 1.0]]
     """
 
-    is_centered = True
+    has_coordinates = True
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class _Pairs:
 class CoordinateInverse(Operator):
     """`T⁻¹ [[v, r], [r, s]] T⁻ᵀ`: `Δw = v (∇_w − m ∇_c) + r ∇_c`, `Δc = s ∇_c + r (∇_w − m ∇_c) − m Δw`."""
 
-    is_centered = True
+    has_coordinates = True
 
     def __init__(self, scale: Tensor, mean: Tensor, shift: Tensor, cross: Tensor | None = None):
         self.v, self.m, self.s, self.r = _fitting(scale, mean, shift, cross)

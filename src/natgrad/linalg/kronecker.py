@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natgrad.checks.values import described
 from natgrad.linalg import factor
-from natgrad.linalg.arguments import check_damping, check_exponent
+from natgrad.linalg.arguments import check_damping, check_exponent, check_units
 from natgrad.linalg.eigen import positive, semidefinite
 from natgrad.linalg.factor import Factor
 from natgrad.linalg.fitting import check_axes, check_tensors
@@ -63,19 +63,27 @@ class Kronecker(Operator):
     def _matmul(self, parts: Parts) -> Parts:
         return (factor.between(self.B, parts[0], self.A),)
 
-    def inverse(self, damping: float = 0.0, *, damping_style: str = "exact") -> Kronecker | KroneckerEigen:
+    def inverse(
+        self, damping: float = 0.0, *, damping_style: str = "exact", units: Float[Tensor, " i"] | None = None
+    ) -> Kronecker | KroneckerEigen:
         """`(A ⊗ B + damping I)⁻¹` exactly, or `(A + π√λ I)⁻¹ ⊗ (B + √λ/π I)⁻¹` with `damping_style="factored"`.
 
-        `π² = (tr A / d_in) / (tr B / d_out)` (Martens & Grosse 2015, section 6.3).
+        `π² = (tr A / d_in) / (tr B / d_out)` (Martens & Grosse 2015, section 6.3). With `units`, the input `j` is
+        damped as if it were divided by `units[j]`: `A + π√λ diag(units²)`.
+
+        Raises:
+            ValueError: if there are units and the damping is not factored.
         """
         check_damping(damping, damping_style)
+        check_units(units, damping_style)
         if damping == 0:
             return Kronecker(
                 factor.inverse(self.A, "the factor A", 0.0),
                 factor.inverse(self.B, "the factor B", 0.0),
             )
         if damping_style == "factored":
-            return Kronecker(*factored_inverses(self.A, self.B, damping))
+            factors = factored_inverses(self.A, self.B, damping, units)
+            return Kronecker(*factors) if units is None else InUnits(*factors, units)
         return self.power(-1.0, damping)
 
     def power(self, exponent: float, damping: float = 0.0) -> KroneckerEigen:
@@ -87,6 +95,12 @@ class Kronecker(Operator):
     def trace(self) -> Tensor:
         """`tr A · tr B`."""
         return factor.diagonal(self.A).sum() * factor.diagonal(self.B).sum()
+
+    def trace_in_coordinates(self, units: Float[Tensor, " i"] | None = None) -> Tensor:
+        """`tr A tr B`; with `units`, of the inputs in these units."""
+        if units is None:
+            return self.trace()
+        return (factor.diagonal(self.A) / units.square()).sum() * factor.diagonal(self.B).sum()
 
     def _norm(self) -> Tensor:
         """`‖A‖ ‖B‖` (Frobenius)."""
@@ -119,6 +133,27 @@ class Kronecker(Operator):
             values = torch.outer(semidefinite(f, "the factor B"), semidefinite(e, "the factor A"))
             self._eigen = KroneckerEigen(U_A, U_B, values)
         return self._eigen
+
+
+class InUnits(Kronecker):
+    """The inverse of a Kronecker product that was damped in `units` of the inputs. In the coordinates `V diag(units)`
+    the damping is `λ I`."""
+
+    has_coordinates = True
+
+    def __init__(self, A: Tensor, B: Tensor, units: Float[Tensor, " i"]):
+        super().__init__(A, B)
+        self.units = units
+
+    def coordinates(self, parts: Parts) -> Parts:
+        return (parts[0] * self.units,)
+
+    def apart(self, parts: Parts) -> Parts:
+        """Without the units, which `from_coordinates` would have to undo."""
+        return self._matmul(parts)
+
+    def _scaled(self, scale: float) -> InUnits:
+        return InUnits(self.A, scale * self.B, self.units)
 
 
 class KroneckerEigen(Operator):

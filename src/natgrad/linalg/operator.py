@@ -54,8 +54,8 @@ class Operator(Spectral, ABC):
     space: Space
     dtype: torch.dtype
     device: torch.device
-    is_centered = False
-    """Whether `coordinates` are centered, `(W, b + W m)`, or the parameters themselves."""
+    has_coordinates = False
+    """Whether `coordinates` differ from the parameters."""
     notes: tuple[str, ...] = ()
     """The notes below the table of `coverage()`."""
     fingerprint: Mapping[str, float] = MappingProxyType({})
@@ -129,7 +129,8 @@ class Operator(Spectral, ABC):
         raise self._cannot("sample")
 
     def coordinates(self, parts: Parts) -> Parts:
-        """A vector in centered coordinates, `(W, b + W m)`; unchanged if the structure has none."""
+        """A vector in centered coordinates, `(W, b + W m)`, or in units of a layer's inputs; unchanged if the structure
+        has none."""
         return parts
 
     def from_coordinates(self, parts: Parts) -> Parts:

@@ -42,7 +42,7 @@ class Rows(Operator):
         self._sizes = count
         self.space = Space(tuple((sum(count), *shape[1:]) for shape in first.space.shapes))
         self.dtype, self.device = first.dtype, first.device
-        self.is_centered = any(op.is_centered for op in self.parts)
+        self.has_coordinates = any(op.has_coordinates for op in self.parts)
 
     def describe(self) -> str:
         kinds = dict.fromkeys(op.describe() for op in self.parts)

@@ -16,7 +16,7 @@ from natgrad.linalg.dense import Dense
 from natgrad.linalg.diagonal import Diagonal
 from natgrad.linalg.diagonal_plus import DiagonalPlusLowRank
 from natgrad.linalg.exact import ExactBlock, ExactPower
-from natgrad.linalg.kronecker import Homogeneous, Kronecker, KroneckerEigen
+from natgrad.linalg.kronecker import Homogeneous, InUnits, Kronecker, KroneckerEigen
 from natgrad.linalg.krylov import IterativeInverse
 from natgrad.linalg.later import later
 from natgrad.linalg.layout import Layout
@@ -29,11 +29,12 @@ from natgrad.linalg.space import Space
 # For each kind of operator: its constructor's arguments, and the attributes that hold them.
 _ARGUMENTS: dict[type[Operator], dict[str, str]] = {
     Kronecker: {"A": "A", "B": "B"},
+    InUnits: {"A": "A", "B": "B", "units": "units"},
     KroneckerEigen: {"U_A": "U_A", "U_B": "U_B", "values": "values"},
     Homogeneous: {"stacked": "stacked"},
     CenteredKronecker: {"covariance": "C", "mean": "m", "output": "B"},
     Centered: {"weight": "weight", "bias": "bias", "mean": "m"},
-    CenteredInverse: {"weight": "weight", "bias": "bias", "mean": "m", "units": "units"},
+    CenteredInverse: {"weight": "weight", "bias": "bias", "mean": "m"},
     CenteredPower: {"rows": "rows", "exponent": "exponent", "damping": "damping"},
     Dense: {"matrix": "matrix", "space": "space"},
     Diagonal: {"values": "values", "space": "space"},

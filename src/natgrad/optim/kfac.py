@@ -90,12 +90,13 @@ class KFAC(CurvatureOptimizer):
             with `centered=True`, else 0.03, because the typical curvature then contains the means of the inputs.
         decay: the weight of the past in the moving averages of the factors, at each update.
         max_dim: for factors with more rows than this, only the diagonal is kept.
-        input_scales: damp each input of a linear layer of data, such as raw features, in units of its own scale, so
+        input_scales: damp each input of a layer of data, such as raw features or channels, in units of its scale, so
             that an income in dollars and an age in years train as well as standardized features do: `C + π√λ S²` in
             place of `C + π√λ I`, with the scales `S` divided by the largest. The scale of an input is
-            `√(E[d⁴] / E[d²])`, with `d = h − m`. Inputs with a kurtosis above 20, such as rarely used pixels, have the
-            largest; and if all scales are within a factor of 10, nothing changes. None: with `structure="kfac"`,
-            `centered=True` and factored damping, without which it is not possible.
+            `√(E[d⁴] / E[d²])`, with `d = h − m`, or `d = h` if the layer trains no bias. Inputs with a kurtosis above
+            20, such as rarely used pixels, have the largest; and if all scales are within a factor of 10, nothing
+            changes. None: with `structure="kfac"`, `centered=True` and factored damping, without which it is not
+            possible.
         matmul_precision: precision of the float32 matrix products for the direction and the quadratic model, as in
             `torch.set_float32_matmul_precision`. Low precision is enough there, because the factors are sampled
             anyway. `"medium"` is bfloat16 on CPUs with bfloat16 instructions, and TF32 on GPUs. Products for the

@@ -107,6 +107,15 @@ class Patches(Inputs):
                 h = h.unfold(axis + 2, d * (k - 1) + 1, s)[..., ::d]
         return h
 
+    @property
+    def area(self) -> int:
+        """The entries of a patch in one channel."""
+        return prod(self.convolution.kernel)
+
+    def pixels(self) -> Float[Tensor, "pixels c"]:
+        """The channels' values at every place of every image, without padding."""
+        return self.h.to(self.dtype).movedim(1, -1).flatten(0, -2)
+
     def dense(self) -> Tensor:
         space = len(self.sizes)
         windows = self._unfolded(self._padded(self.h.to(self.dtype)), 0)

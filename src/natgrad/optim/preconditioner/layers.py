@@ -19,7 +19,7 @@ from natgrad.capture.use import Use
 from natgrad.checks.warning import warn
 from natgrad.curvature.blocks import assemble, named_blocks
 from natgrad.curvature.input_scales import share_of_smallest
-from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Operator
+from natgrad.linalg import Block, BlockDiagonal, CenteredKronecker, Kronecker, Operator
 from natgrad.linalg.precision import matmul_precision, worth_lowering
 from natgrad.linalg.state import dump, restore
 from natgrad.optim.decay import Decay
@@ -161,15 +161,9 @@ class LayerBlocks(Preconditioner):
         own = self.parameters.local()
         for names in units.keys() - self._looked_at:
             self._looked_at.add(names)
-            scales = units[names]
-            W, differ = own[names[0]], f"have scales that differ by a factor of {1 / float(scales.min()):.2g}"
-            if len(names) == 1:
-                warn(
-                    f"the inputs of {names[0]!r} {differ}, and the layer trains no bias; KFAC damps all of them in "
-                    "units of the largest: standardize the inputs, or train a bias of the layer"
-                )
-                continue
-            if W.ndim != 2 or W.shape[1] != len(scales):
+            scales, W = units[names], own[names[0]].flatten(1)
+            differ = f"have scales that differ by a factor of {1 / float(scales.min()):.2g}"
+            if W.shape[1] != len(scales):
                 continue  # stored in another way
             share = share_of_smallest(scales.to(W.dtype), W)
             if share < UNSEEN:
@@ -180,7 +174,7 @@ class LayerBlocks(Preconditioner):
                 )
 
     def _inverse_of(self, style: str, units: Tensor | None, operator: Operator, damping: float) -> Operator:
-        if isinstance(operator, CenteredKronecker) and units is not None:
+        if isinstance(operator, (CenteredKronecker, Kronecker)) and units is not None:
             return operator.inverse(damping, damping_style=style, units=units)
         return self.running.inverse(operator, damping, style)
 
@@ -198,8 +192,9 @@ class LayerBlocks(Preconditioner):
         return damping * gram([self._in_coordinates(_in_precision(d, precision)) for d in directions])
 
     def _in_coordinates(self, d: Vector) -> Vector:
-        usable = {names for names in self._usable(d) if len(names) > 1}
-        blocks = [b for b in (self.inverse or {}).values() if b.names in usable and b.operator.is_centered]
+        scaled = {layer.names for layer in self.running.total.scales}  # known to all ranks
+        usable = {names for names in self._usable(d) if len(names) > 1 or names in scaled}
+        blocks = [b for b in (self.inverse or {}).values() if b.names in usable and b.operator.has_coordinates]
         return self.ranks.coordinates(blocks, d, usable)
 
     # Direction -----------------------------------------------------------------------------------------
@@ -323,7 +318,7 @@ def _units_of(block: Block, units: Mapping[tuple[str, ...], Tensor]) -> Tensor |
 
 def _trace(operator: Operator, units: Tensor | None) -> Tensor:
     """The trace in the coordinates in which the inverse is damped."""
-    if isinstance(operator, CenteredKronecker):
+    if isinstance(operator, (CenteredKronecker, Kronecker)):
         return operator.trace_in_coordinates(units)
     return operator.trace_in_coordinates()
 

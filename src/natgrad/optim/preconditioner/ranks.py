@@ -163,7 +163,7 @@ class Spread(Ranks):
 
     def coordinates(self, blocks: list[Block], d: Vector, usable: Names) -> Vector:
         """Owners have all parts of their layers, and other ranks have none."""
-        owners = self._owners_of({names for names in usable if len(names) > 1})
+        owners = self._owners_of(usable)
         whole = self.shards.gathered(d, owners, self._shapes(owners))
         left = {n: t for n, t in d.items() if n not in owners}
         return super().coordinates(self._mine(blocks), left | whole, usable)

@@ -95,10 +95,11 @@ class Running(ABC):
         self.total = self.total.without(gone)
 
     def drop_spoiled(self) -> set[Layer]:
-        """Forgets averages that are not finite. Returns their layers."""
+        """Forgets averages that are not finite. Returns their layers. Scales stay the same on all ranks."""
         spoiled = self.total.spoiled()
         if spoiled:
-            self.total = self.total.without(spoiled)
+            scales = {layer: m for layer, m in self.total.scales.items() if bool(m.is_finite())}
+            self.total = replace(self.total.without(spoiled), scales=scales)
         return spoiled
 
     def turn(self, world: World) -> None:  # noqa: B027
