@@ -129,8 +129,7 @@ class Operator(Spectral, ABC):
         raise self._cannot("sample")
 
     def coordinates(self, parts: Parts) -> Parts:
-        """A vector in centered coordinates, `(W, b + W m)`, or in units of a layer's inputs; unchanged if the structure
-        has none."""
+        """A vector in centered coordinates, `(W, b + W m)`, or in units of the inputs; unchanged without either."""
         return parts
 
     def from_coordinates(self, parts: Parts) -> Parts:
