@@ -222,16 +222,11 @@ class NewtonMuon(torch.optim.Optimizer):
         """Whether the next step uses the inputs of a weight."""
         return self._matrices.may_be_whitened(name) and self._schedule.is_due(name, self._steps)
 
-    def _looked_at(self) -> list[str]:
-        """The parameters for which forwards are recorded."""
-        unsettled = set(self._matrices.unsettled())
-        return [n for n in self.parameters if n in unsettled or self._matrices.may_be_whitened(n)]
-
     def _arm(self) -> None:
         """Before the next forward."""
-        looked_at = self._looked_at()
-        self._forwards.settling = bool(self._matrices.unsettled())
-        self._forwards.begin(self._steps, recording=bool(looked_at) and self._schedule.asks(looked_at, self._steps))
+        names = self._matrices.looked_at()
+        self._forwards.settling = not all(map(self._matrices.is_settled, names))
+        self._forwards.begin(self._steps, recording=bool(names) and self._schedule.asks(names, self._steps))
 
     @not_compiled
     @torch.no_grad()
@@ -263,8 +258,8 @@ class NewtonMuon(torch.optim.Optimizer):
         torch.clear_autocast_cache()  # of a loop within torch.autocast, which would go on with the old weights
         self.parameters.place.settle()
         self._forwards.watch.buffers.end_step(accepted=self.diagnostics["accepted"])
-        looked_at = set(self._looked_at())
-        self._schedule.end_step(self._steps, [n for n in gradients if n in looked_at], recorded)
+        used = [n for n in self._matrices.looked_at() if n in gradients]
+        self._schedule.end_step(self._steps, used, recorded)
         self._steps += 1
         self._arm()
         return value

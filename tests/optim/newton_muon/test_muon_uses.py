@@ -213,7 +213,7 @@ class TestSchedule:
             step(model, opt)
         other = Schedule(8)
         other.load(opt._schedule.state())
-        names = opt._looked_at()
+        names = opt._matrices.looked_at()
         assert [other.asks(names, s) for s in range(10, 30)] == [opt._schedule.asks(names, s) for s in range(10, 30)]
 
     def test_a_layer_that_is_thawed_is_looked_at_in_the_next_step(self):

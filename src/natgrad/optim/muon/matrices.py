@@ -67,13 +67,17 @@ class Matrices:
 
     # What forwards have shown --------------------------------------------------------------------------
 
-    def unsettled(self) -> list[str]:
-        """The parameters of which no use was seen yet."""
-        return [n for n in self._parameters if n not in self.routes or self.routes[n].why == NOT_SEEN]
+    def is_settled(self, name: str) -> bool:
+        """Whether a use of a parameter was seen."""
+        return name in self.routes and self.routes[name].why != NOT_SEEN
+
+    def looked_at(self) -> list[str]:
+        """The parameters for which forwards are recorded: those whose use is not known, and those that are whitened."""
+        return [n for n in self._parameters if not self.is_settled(n) or self.routes[n].step == WHITENED]
 
     def may_be_whitened(self, name: str) -> bool:
         """Whether a weight is whitened, or its use is not known yet and it may be."""
-        if name in self.routes and self.routes[name].why != NOT_SEEN:
+        if self.is_settled(name):
             return self.routes[name].step == WHITENED
         chosen = self._chosen(name)
         return self._whiten if chosen is None else chosen == WHITENED
@@ -86,7 +90,7 @@ class Matrices:
             RuntimeError: if nothing is known of any parameter.
             ValueError: if the user has chosen a step that a parameter cannot take.
         """
-        missing = {n: self._parameters[n].shape for n in self.unsettled()}
+        missing = {n: self._parameters[n].shape for n in self._parameters if not self.is_settled(n)}
         if not missing:
             return []
         world, what = self._parameters.place.world, "what the parameters do"
