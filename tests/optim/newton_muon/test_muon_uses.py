@@ -150,6 +150,18 @@ def test_rows_that_a_later_forward_uses_count():
     close(moments.A, second_moment(2 * X + 1), 1e-12)
 
 
+def test_all_rows_that_a_later_forward_uses_count_for_each_part():
+    model = Sequential(lambda m, x: m.used(m.W, x), W=(H, D))
+    model.used = lambda W, x: torch.cat([F.linear(x, part) for part in W.chunk(2)], 1)
+    opt = natgrad.NewtonMuon(model, **EXACT)
+    step(model, opt)
+    model.used = lambda W, x: F.linear(x, W)
+    step(model, opt, 2 * X + 1)
+    first, second = opt._matrices.inputs.moments.values()
+    close(first.A, second_moment(2 * X + 1), 1e-12)
+    close(second.A, first.A, 1e-12)
+
+
 class Towers(nn.Module):
     def __init__(self, n):
         super().__init__()

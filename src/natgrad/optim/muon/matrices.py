@@ -137,9 +137,8 @@ class Matrices:
         own: dict[Layer, AffineMoments] = {}
         for unit, m in sums.items():
             route = whitened.get(unit.weight or "")
-            home = None if route is None else route.home(unit)
-            if home is not None:
-                own[home] = own[home] + m if home in own else m
+            for matrix in () if route is None else route.sharing(unit, len(m.mean)):
+                own[matrix] = own[matrix] + m if matrix in own else m
         every = completed(own, world)
         spoiled = self.inputs.take_in(self._reduced(every))
         return bool(every) or not whitened, spoiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,13 +72,13 @@ class Route:
         """The same without whitening."""
         return replace(self, step=ORTHOGONAL) if self.step == WHITENED else self
 
-    def home(self, unit: Layer) -> Layer | None:
-        """The matrix that the rows of a use belong to, or None."""
-        if unit in self.units:
-            return unit
-        (start, stop), near = unit.rows or (0, 0), (own for own in self.units if own.layout == unit.layout)
-        within = (own for own in near if own.rows is None or own.rows[0] <= start < stop <= own.rows[1])
-        return next(within, None) if unit.rows else None
+    def sharing(self, unit: Layer, columns: int) -> list[Layer]:
+        """The matrices that share rows with a use of the weight."""
+        if columns != self.columns:
+            return []
+        start, stop = unit.rows or (0, math.inf)
+        near = (own for own in self.units if own.layout == unit.layout)
+        return [own for own in near if own.rows is None or (own.rows[0] < stop and start < own.rows[1])]
 
     def state(self) -> dict[str, Any]:
         """Plain values, which `of_state` reads."""
