@@ -66,6 +66,13 @@ def test_within_a_compiled_function(what):
     close(torch.as_tensor(called(model_of(), X)), torch.as_tensor(ENTRIES[what](model_of(), X)), 1e-10)
 
 
+@pytest.mark.parametrize("what", sorted(ENTRIES.keys() - {"predict"}))
+def test_what_draws_nothing_leaves_the_random_numbers_of_others(what):
+    model, before = model_of(), torch.get_rng_state()
+    ENTRIES[what](model, X)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("what", ENTRIES)
 def test_a_compiled_model(what):
     torch._dynamo.reset()

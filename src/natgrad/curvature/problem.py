@@ -71,6 +71,7 @@ class Problem:
         self.generator = in_common(self.world, generator, self.device)
         draws = estimator == "mc" or self.world.size == 1
         self._labels = apart(self.world, self.generator, self.device) if draws else None
+        self._held: Tensor | None = None  # the state of the held labels
         self.separation = SeparationCheck()
         self._derives = False  # whether the forward takes derivatives of layers
         self._forward, self.progress = forward, progress and self.world.rank == 0
@@ -165,6 +166,8 @@ class Problem:
 
     def hold_labels(self) -> None:
         """From here on, `same_labels` makes each pass draw the same random labels."""
+        if self.estimator != "mc":
+            return  # there are none, and the user's random numbers stay
         source, own = self.labels(), torch.Generator(self.device)
         own.set_state(source.get_state())
         torch.rand((), generator=source, device=self.device)  # another matrix draws others
@@ -172,7 +175,7 @@ class Problem:
 
     def same_labels(self) -> None:
         """Rewinds to the first of the held labels."""
-        if self._labels is not None:
+        if self._held is not None and self._labels is not None:
             self._labels.set_state(self._held)
 
     def signed_columns(self, output: Tensor, target: Any) -> Iterator[tuple[int, Tensor]]:
@@ -239,7 +242,8 @@ class Problem:
     def labels(self) -> torch.Generator:
         """The source of random labels, which can be rewound from now on."""
         if self._labels is None:
-            self._labels = torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())))
+            seed = int(torch.randint(2**62, ())) if self.estimator == "mc" else 0  # nothing is drawn
+            self._labels = torch.Generator(self.device).manual_seed(seed)
         return self._labels
 
     def mass(self) -> Tensor:
