@@ -49,6 +49,10 @@ def frozen():
 def one_value():
     return problem()[:2]
 
+def broadcast():
+    return nn.Linear(3, 1), nn.MSELoss(), (torch.randn(40, 3), torch.randn(40))
+
+
 def shapes():
     return problem()[0], nn.CrossEntropyLoss(), (torch.randn(9, 7), torch.zeros(9, dtype=torch.long))
 
@@ -143,6 +147,7 @@ def test_a_loss_that_kfac_does_not_know_leaves_it_out(folder: Path, capfd: pytes
         (["mine:nope"], ["'nope' does not exist"]),
         (["mine:one_value"], ["returned a tuple of 2"]),
         (["mine:shapes"], ["what mine:shapes returned cannot be trained", "9x7"]),
+        (["mine:broadcast"], ["different shapes", "target.view_as(output)"]),
         (["mine:unequal"], ["9 inputs and 8 targets"]),
         (["mine:once"], ["can be read only once"]),
         (["mine:nothing"], ["an empty list"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ def run_compare(target: str, seconds: float, batch: int, seed: int, out: Path) -
     console.print(f"Report: {page}", soft_wrap=True, markup=False, highlight=False)
 
 
+BROADCAST = "Using a target size"
+"""How torch's warning begins where a loss compares each output with all targets."""
+
+
 def _problem(target: str, batch: int, seed: int) -> Problem:
     model, loss, data, forward = load_problem(target)
     divided = split(data, batch)
@@ -87,7 +92,14 @@ def _problem(target: str, batch: int, seed: int) -> Problem:
 
     problem = Problem(model, loss, divided, read, seed)
     try:
-        problem.figure(model, divided.sample[:1])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", BROADCAST)
+            problem.figure(model, divided.sample[:1])
+    except UserWarning as warning:
+        raise UserError(
+            f"output and target of {target} have different shapes, so that every output would be compared with every "
+            f"target: {words(warning)} Expected the same shapes, as by target.view_as(output)."
+        ) from warning
     except Exception as error:
         raise UserError(
             f"what {target} returned cannot be trained: {words(error)}; expected loss(model(x), y) to be a number for "
