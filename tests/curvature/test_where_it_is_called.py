@@ -134,10 +134,19 @@ def test_weights_that_change_within_autocast():
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-@pytest.mark.parametrize("optimizer", [natgrad.NewtonMuon, lambda m: natgrad.KFAC(m, CE)], ids=["NewtonMuon", "KFAC"])
+OPTIMIZERS = {
+    "NewtonMuon": natgrad.NewtonMuon,
+    "KFAC": lambda m: natgrad.KFAC(m, CE),
+    "KFAC, fixed": lambda m: natgrad.KFAC(m, CE, lr=0.1, momentum=0.5, damping=0.1),
+    "NaturalGradient": lambda m: natgrad.NaturalGradient(m, CE),
+    "PRONG": lambda m: natgrad.PRONG(m, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_training_loop_within_autocast(optimizer):
     model = model_of(torch.float32).train()
-    opt = optimizer(model)
+    opt = OPTIMIZERS[optimizer](model)
     losses = []
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(8):

@@ -44,6 +44,20 @@ def test_influences_of_a_linear_model_have_a_high_score_and_noise_has_none():
     assert wrong.score == pytest.approx(-result.score)
 
 
+def test_the_users_training_keeps_its_autocast():
+    x, y, query, wanted, retrain = ridge()
+    seen = []
+
+    def looked(indices, seed):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return retrain(indices, seed)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        natgrad.lds(scores_of(x, y, query, wanted), looked, subsets=3)
+    assert seen
+    assert all(seen)
+
+
 def test_the_correlation_is_spearmans():
     a, b = randn(4, 30).mul(3).round(), randn(4, 30, seed=1).mul(3).round()  # with ties
     close(correlations(a, b), torch.tensor([spearmanr(p, q).statistic for p, q in zip(a, b, strict=True)], dtype=f64))

@@ -65,6 +65,7 @@ class Sharded(Whole):
         return self.world.numbers([float(flag)], "the faults of shards")[0] > 0
 
     def settle(self) -> None:
+        super().settle()
         for unit in self._units:
             unit.reshard()
 

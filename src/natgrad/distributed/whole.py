@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from natgrad.curvature.products import Duals, duals_in_place
@@ -40,7 +41,11 @@ class Whole:
         return flag
 
     def settle(self) -> None:
-        """Called after the parameters were written to, or after a forward without a backward."""
+        """Called after the parameters were written to, or after a forward without a backward.
+
+        Autocast keeps cast parameters as long as its outermost context, and a training loop may be within it.
+        """
+        torch.clear_autocast_cache()
 
     def follow(self, seen: Callable[[dict[str, Tensor]], None]) -> list[Any]:
         """Hooks that call `seen` with the parameters that a forward uses, if these are not the model's own tensors."""

@@ -255,7 +255,6 @@ class NewtonMuon(torch.optim.Optimizer):
                 self._move(g)
             else:
                 self._reject("the gradient is not finite")
-        torch.clear_autocast_cache()  # of a loop within torch.autocast, which would go on with the old weights
         self.parameters.place.settle()
         self._forwards.watch.buffers.end_step(accepted=self.diagnostics["accepted"])
         used = [n for n in self._matrices.looked_at() if n in gradients]

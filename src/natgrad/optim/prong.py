@@ -164,14 +164,16 @@ class PRONG(torch.optim.Optimizer):
             self.diagnostics["accepted"] = False
             warn(f"PRONG rejected step {self._steps}: the gradient is not finite")
         else:
-            if self._steps % self.every == 0 or not self._whitenings:
-                if forward is None or forward.recorder is None:
-                    raise RuntimeError(
-                        "step() came before any forward of the model in training mode with gradients enabled; expected "
-                        "loss = criterion(model(x), y); loss.backward(); opt.step()"
-                    )
-                self._refresh(forward.recorder)
-            self._descend(gradients)
+            with torch.autocast(next(iter(self._parameters.values())).device.type, enabled=False):
+                if self._steps % self.every == 0 or not self._whitenings:
+                    if forward is None or forward.recorder is None:
+                        raise RuntimeError(
+                            "step() came before any forward of the model in training mode with gradients enabled; "
+                            "expected loss = criterion(model(x), y); loss.backward(); opt.step()"
+                        )
+                    self._refresh(forward.recorder)
+                self._descend(gradients)
+            torch.clear_autocast_cache()  # which keeps cast parameters, if the training loop is within autocast
         self._watch.buffers.end_step(accepted=self.diagnostics["accepted"])
         self._steps += 1
         self._arm()

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from natgrad.capture.entry import entry
 from natgrad.checks.files import write_whole
 from natgrad.checks.values import check_count, check_flag, check_function, check_within, described
 from natgrad.checks.warning import warn
@@ -53,7 +52,6 @@ class LDS:
         return f"LDS({self.score:.3f} ± {self.standard_error:.3f}, {len(self.losses)} subsets)"
 
 
-@entry
 def lds(
     scores: Tensor,
     retrain: Retrain | None = None,
