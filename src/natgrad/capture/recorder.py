@@ -27,6 +27,7 @@ EXACT = "natgrad.NaturalGradient or structure='dense', which need no layers"
 """What does without layers, for messages."""
 _MAKE_DUAL = torch._C._VariableFunctions._make_dual
 """What `torch.autograd.forward_ad.make_dual` calls."""
+WITHOUT_GRADIENTS = "with gradients disabled"
 
 
 class Recorder(TorchFunctionMode):
@@ -59,7 +60,7 @@ class Recorder(TorchFunctionMode):
     def others(self) -> dict[str, str]:
         """The functions of no known kind that received parameters, by the names of the parameters; and functions that
         were called with gradients disabled, as in a reentrant checkpoint."""
-        without = {n: f"{function} with gradients disabled" for n, function in self._without_gradients.items()}
+        without = {n: f"{function} {WITHOUT_GRADIENTS}" for n, function in self._without_gradients.items()}
         return without | self._others
 
     def know(self, parameters: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from natgrad.capture.layer import Layer
 from natgrad.curvature.groups import groups, tiled, united, whole
-from natgrad.curvature.moments import AffineMoments, Moments, ScaleMoments, reconciled
+from natgrad.curvature.moments import AffineMoments, Moments, ScaleMoments
 from natgrad.linalg import (
     Block,
     BlockDiagonal,
@@ -73,9 +73,8 @@ def named_blocks(layers: Mapping[Layer, Operator], parameters: Mapping[str, Tens
 
 
 def kfac_blocks(moments: Mapping[Layer, Moments], is_mean: bool, centered: bool) -> dict[Layer, Operator]:
-    """K-FAC's operator of every layer, with all of its rows."""
+    """K-FAC's operator of every layer, with all of its rows. The moments are reconciled."""
     blocks: dict[Layer, Operator] = {}
-    moments = reconciled(moments)
     for layers in groups(moments):
         if len({layer.scale for layer in layers}) > 1:
             blocks[united(layers)] = _vector(layers, moments, is_mean)

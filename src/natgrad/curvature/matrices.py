@@ -298,11 +298,10 @@ def matrix_of(problem: Problem | Terms, structure: Chosen, options: Options) -> 
     check_count("rank", options.rank, "eigenvalues")
     if structure == "implicit":
         return _sum(problem, _implicit) if isinstance(problem, Terms) else _implicit(problem)
-    with torch.autocast(problem.device.type, enabled=False):  # Problem sets the model's own precision
-        if structure != "dense":
-            matrix: Operator = of_layers(problem, structure, options)
-        else:
-            matrix = _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
+    if structure != "dense":
+        matrix: Operator = of_layers(problem, structure, options)
+    else:
+        matrix = _sum(problem, _dense) if isinstance(problem, Terms) else _dense(problem)
     matrix.notes = problem.notes
     matrix.fingerprint = _norms(problem.parameters)
     return matrix

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -305,10 +305,10 @@ def merge(parts: Iterable[Mapping[Layer, S]]) -> dict[Layer, S]:
     return total
 
 
-def reconciled(moments: Mapping[Layer, Moments], among: Iterable[Layer] | None = None) -> dict[Layer, Moments]:
+def reconciled(moments: Mapping[Layer, Moments], apart: Collection[Layer] | None = None) -> dict[Layer, Moments]:
     """The moments of layers. They are split by parameter if different batches used a parameter together with different
-    others. `among`: the layers of all these batches, if the moments are those of some."""
-    apart = parted(moments if among is None else among)
+    others. `apart`: the layers to split, if the moments are not those of all batches."""
+    apart = parted(moments) if apart is None else apart
     found: dict[Layer, Moments] = {}
     for layer, m in moments.items():
         parts = zip(layer.apart(), _apart(m), strict=True) if layer in apart else [(layer, m)]

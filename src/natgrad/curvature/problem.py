@@ -175,8 +175,8 @@ class Problem:
 
     def same_labels(self) -> None:
         """Rewinds to the first of the held labels."""
-        if self._held is not None and self._labels is not None:
-            self._labels.set_state(self._held)
+        if self._held is not None:
+            self.labels().set_state(self._held)
 
     def signed_columns(self, output: Tensor, target: Any) -> Iterator[tuple[int, Tensor]]:
         """The columns with their signs, which are all positive unless `D` is indefinite."""
@@ -195,7 +195,7 @@ class Problem:
 
     @not_compiled
     def _record(self, recorder: Recorder, batch: Any) -> tuple[Tensor, Any]:
-        with EAGER, torch.enable_grad(), recorder:
+        with torch.enable_grad(), recorder:
             output, target = self.run(self.model, batch)
         check_output(output)
         if not output.requires_grad and not self.reached:

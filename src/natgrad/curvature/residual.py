@@ -128,8 +128,7 @@ def residual(
         dtype=dtype,
         progress=progress,
     )
-    with torch.autocast(problem.device.type, enabled=False):  # the model's own precision is the problem's affair
-        return _report(problem, centered, sharing, permutations, chunk, compare)
+    return _report(problem, centered, sharing, permutations, chunk, compare)
 
 
 def _report(

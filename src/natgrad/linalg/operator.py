@@ -373,10 +373,9 @@ class Operator(Spectral, ABC):
         return generator
 
     def _form(self, parts: Parts) -> Any:
-        named = self.space.names is not None
-        return (
-            dict(zip(self.space.names or (), parts, strict=True)) if named else parts[0] if len(parts) == 1 else parts
-        )
+        if self.space.names is not None:
+            return dict(zip(self.space.names, parts, strict=True))
+        return parts[0] if len(parts) == 1 else parts
 
     def _label(self) -> str:
         return type(self).__name__

@@ -80,9 +80,10 @@ def is_full(t: Tensor) -> bool:
     return place.matmul.fp32_precision in ("none", "ieee")
 
 
-COMPUTES = frozenset(
-    "_matmul inverse power logdet trace _norm _diagonal _inverse_factor _dense apart".split()  # noqa: SIM905
-)
+COMPUTES = {
+    *("_matmul", "_norm", "_diagonal", "_inverse_factor", "_dense"),
+    *("inverse", "power", "logdet", "trace", "apart"),
+}
 """The methods of an operator that compute."""
 
 

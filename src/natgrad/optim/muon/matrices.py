@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from natgrad.capture.layer import Layer
+from natgrad.capture.recorder import WITHOUT_GRADIENTS
 from natgrad.checks.warning import warn
 from natgrad.curvature.moments import AffineMoments, Moments, moments_of_state, state_of_moments
 from natgrad.distributed.assignment import assign, cost
@@ -18,10 +19,11 @@ from natgrad.distributed.reduction import Keep, completed, reduced
 from natgrad.optim.muon.forwards import Shown
 from natgrad.optim.muon.output import OutputSide
 from natgrad.optim.muon.routing import (
+    ADAMW,
     NOT_SEEN,
     WHITENED,
-    WITHOUT_GRADIENTS,
     Route,
+    multiplies,
     routes_of,
     unseen,
 )
@@ -102,26 +104,27 @@ class Matrices:
             found |= routes
         if not (self.routes or any(forwards for *_, forwards in every)):
             raise RuntimeError(NO_FORWARD)
+        unread = {n: f for _, its, _ in every for n, f in its.items() if n not in found and f is not None}
         for _, its, _ in every:
             for n, function in its.items():
                 found.setdefault(n, unseen(n, self._chosen(n), function))
         if not self._whiten:
             found |= {n: route.unwhitened() for n, route in found.items() if self._chosen(n) is None}
-        self._tell_of_products(found)
+        self._tell_of_products({n: f for n, f in unread.items() if found[n].step == ADAMW and not self._chosen(n)})
         self.routes.update(found)
         self._find_owners()
         return [n for n, route in found.items() if route.units]
 
-    def _tell_of_products(self, found: Mapping[str, Route]) -> None:
-        """Warns if matrices are multiplied in a way that is not read as a layer, so that they take AdamW's step."""
-        large = [n for n, route in found.items() if route.multiplies_unread and self._parameters[n].ndim > 1]
+    def _tell_of_products(self, unread: Mapping[str, str]) -> None:
+        """Warns if matrices take AdamW's step because the functions that multiply by them are not read as layers."""
+        large = [n for n, function in unread.items() if self._parameters[n].ndim > 1 and multiplies(function)]
         if not large:
             return
-        names, mend = ", ".join(map(repr, large[:3])), "choose other steps with steps="
-        if WITHOUT_GRADIENTS in found[large[0]].why:
+        function, mend = unread[large[0]], "choose other steps with steps="
+        if WITHOUT_GRADIENTS in function:
             mend = f"use torch.utils.checkpoint with use_reentrant=False, or {mend}"
-        more = f" and {len(large) - 3} more" if len(large) > 3 else ""
-        warn(f"AdamW steps for {names}{more}, {found[large[0]].why}; {mend}")
+        names, more = ", ".join(map(repr, large[:3])), f" and {len(large) - 3} more" if len(large) > 3 else ""
+        warn(f"AdamW steps for {names}{more}, used by {function}, which is not read as a layer; {mend}")
 
     def _find_owners(self) -> None:
         """Where parameters are sharded, the rank that each matrix's direction is computed on."""

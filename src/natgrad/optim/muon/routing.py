@@ -15,7 +15,9 @@ from torch.autograd.graph import Node
 
 from natgrad.capture.layer import Layer
 from natgrad.capture.layers.embedding import Embedding, EmbeddingBag
+from natgrad.capture.layers.recurrent import PACKABLE, PACKED
 from natgrad.capture.layers.scale import Scale
+from natgrad.capture.recorder import WITHOUT_GRADIENTS
 from natgrad.capture.use import Use
 from natgrad.checks.parameters import some_of
 from natgrad.checks.values import check_choice, described, did_you_mean
@@ -32,11 +34,9 @@ Steps = Mapping[str, str] | Callable[[str], str | None] | None
 
 NOT_SEEN = "a gradient came, and no use of it was seen in a forward of the model"
 NOT_SEEN_YET = "not used yet in a forward of the model in training mode"
-NOT_READ, WITHOUT_GRADIENTS = "which is not read as a layer", "with gradients disabled"
 BY_USER = "chosen with steps="
-PRODUCTS = frozenset(
-    "matmul mm bmm baddbmm addmm addbmm einsum tensordot inner linear lstm gru rnn_tanh rnn_relu".split()  # noqa: SIM905
-)
+PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "einsum", "tensordot", "inner", "linear"}
+PRODUCTS |= {func.__name__ for func in PACKABLE}
 """Functions that multiply by matrices."""
 
 
@@ -56,13 +56,6 @@ class Route:
         """The rows and columns of the matrix that a parameter of this shape is, with all of its rows."""
         layout = self.units[0].layout
         return matrix_shape(layout, shape) if self.columns is None else (prod(shape) // self.columns, self.columns)
-
-    @property
-    def multiplies_unread(self) -> bool:
-        """Whether it takes AdamW's step because a function that multiplies by it is not read as a layer."""
-        function = self.why.removeprefix("used by ").split(",")[0].split(" of a ")[0]
-        read = self.step != ADAMW or NOT_READ not in self.why
-        return not read and (function in PRODUCTS or WITHOUT_GRADIENTS in function)
 
     def is_as_chosen(self, wanted: str | None) -> bool:
         """Whether the user's choice of a step would give the same route."""
@@ -231,10 +224,15 @@ def _as_chosen(name: str, shape: Sequence[int], wanted: str, by_use: Route, seen
     return replace(route, why=BY_USER)
 
 
+def multiplies(function: str) -> bool:
+    """Whether one of `Recorder.others` is a function that multiplies by matrices."""
+    return function.removesuffix(PACKED) in PRODUCTS or function.endswith(WITHOUT_GRADIENTS)
+
+
 def unseen(name: str, wanted: str | None, function: str | None) -> Route:
     """The route of a parameter that has a gradient, and was not used as in a layer, but by `function` if that is known.
     It has no inputs to whiten."""
-    why = NOT_SEEN if function is None else f"used by {function}, {NOT_READ}"
+    why = NOT_SEEN if function is None else f"used by {function}, which is not read as a layer"
     if wanted in (WHITENED, ORTHOGONAL):
         return Route(ORTHOGONAL, f"{BY_USER}; {why}", (Layer(name, None),))
     return Route(ADAMW, why if wanted is None else BY_USER)

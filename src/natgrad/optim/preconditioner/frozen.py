@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from natgrad.capture.layer import Layer
-from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments, merge
+from natgrad.curvature.moments import AffineMoments, DiagonalMoments, Moments, ScaleMoments
 
 
 def without(layer: Layer, frozen: Collection[str]) -> Layer | None:
@@ -23,8 +23,7 @@ def left_of(moments: Mapping[Layer, Moments], frozen: Collection[str]) -> dict[L
     for layer, m in moments.items():
         left = without(layer, frozen)
         if left is not None:
-            part = m if left.names == layer.names else _part(m, 0 if left.weight else -1)
-            found = merge([found, {left: part}])
+            found[left] = m if left.names == layer.names else _part(m, 0 if left.weight else -1)
     return found
 
 

@@ -176,16 +176,16 @@ class RunningEkfac(RunningKfac):
 
     def blocks(self, frozen: Collection[str] = ()) -> dict[Layer, Operator]:
         own: dict[Layer, Operator] = {}
-        alike = self.total.moments
+        moments = self.total.moments
         for layer, basis in self._bases.items():
-            if layer not in alike or has_rival(layer, alike):  # used with a bias, or as Wᵀ, in some batches only
+            if has_rival(layer, moments):  # as Wᵀ, in some batches only
                 continue
-            squares, m = self.total.squares.get(layer), self.total.moments.get(layer)
+            squares, m = self.total.squares.get(layer), moments.get(layer)
             if squares is not None and m is not None and without(layer, frozen) == layer:
                 assert isinstance(squares, DiagonalMoments)
                 assert isinstance(m, AffineMoments)
                 own[layer] = basis.block(squares.means(), m)
-        rest = {layer: m for layer, m in alike.items() if layer not in own}
+        rest = {layer: m for layer, m in moments.items() if layer not in own}
         return tiled(own) | kfac_blocks(left_of(rest, frozen), True, self.centered)
 
     def state(self) -> dict[str, Any]:

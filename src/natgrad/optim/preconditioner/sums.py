@@ -72,7 +72,7 @@ class Statistics:
         apart = parted(among)
         if not apart:
             return self
-        moments = reconciled(self.moments, among)
+        moments = reconciled(self.moments, apart)
         scales = merge({layer.apart()[0] if layer in apart else layer: m} for layer, m in self.scales.items())
         squares = {layer: m for layer, m in self.squares.items() if layer in moments}
         elsewhere = [its for layer in self.elsewhere for its in (layer.apart() if layer in apart else (layer,))]
